@@ -1,0 +1,1 @@
+"""P-Tuning v2 for ChatGLM2, ChatGLM3 and GLM-4."""

@@ -1,0 +1,141 @@
+"""The configuration of a ChatGLM model and of the prefix in front of it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+# Fields that only the first ChatGLM-6B has; it shares `model_type: chatglm` and nothing else.
+_FIRST_GENERATION_FIELDS = ("position_encoding_2d", "inner_hidden_size", "max_sequence_length")
+
+
+class ChatGLMConfig(PreTrainedConfig):
+    """Configuration of ChatGLM2-6B, ChatGLM3-6B, CodeGeeX2-6B and GLM-4-9B, in the official field names.
+
+    An official `config.json` is accepted unchanged. The three fields of P-Tuning v2:
+
+    - `pre_seq_len`: number of virtual tokens in front of every layer; None or 0 means no trainable prefix.
+    - `prefix_projection`: whether the prefix is the output of a two-layer MLP (Li & Liang 2021, section 4.3) instead
+      of a plain table (P-Tuning v2, Liu et al. 2022, section 3.3).
+    - `multi_query_group_num`: number of key/value groups; the prefix holds one key and one value per group.
+
+    `prefix_dropout` is the dropout on the prefix's keys and values in training mode (official: 0.1).
+
+    Raises:
+        ValueError: on sizes that do not fit together, naming the fields and their values, and on a configuration of
+            the first ChatGLM-6B, whose architecture is another one.
+    """
+
+    model_type = "chatglm"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {
+        "num_hidden_layers": "num_layers",
+        "vocab_size": "padded_vocab_size",
+        "intermediate_size": "ffn_hidden_size",
+        "head_dim": "kv_channels",
+        "max_position_embeddings": "seq_length",
+        "rms_norm_eps": "layernorm_epsilon",
+    }
+
+    num_layers: int = 28
+    padded_vocab_size: int = 65024
+    hidden_size: int = 4096
+    ffn_hidden_size: int = 13696
+    kv_channels: int = 128
+    num_attention_heads: int = 32
+    seq_length: int = 2048
+    hidden_dropout: float = 0.0
+    classifier_dropout: float | None = None
+    attention_dropout: float = 0.0
+    layernorm_epsilon: float = 1e-5
+    rmsnorm: bool = True
+    apply_residual_connection_post_layernorm: bool = False
+    post_layer_norm: bool = True
+    add_bias_linear: bool = False
+    add_qkv_bias: bool = False
+    bias_dropout_fusion: bool = True
+    multi_query_attention: bool = False
+    multi_query_group_num: int = 1
+    apply_query_key_layer_scaling: bool = True
+    attention_softmax_in_fp32: bool = True
+    fp32_residual_connection: bool = False
+    original_rope: bool = True
+    rope_ratio: float = 1.0
+    quantization_bit: int = 0
+    pre_seq_len: int | None = None
+    prefix_projection: bool = False
+    prefix_dropout: float = 0.1
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = 2
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        first_generation = [name for name in _FIRST_GENERATION_FIELDS if name in kwargs]
+        if first_generation:
+            raise ValueError(
+                f"This is a configuration of the first ChatGLM-6B (it has {', '.join(first_generation)}), whose "
+                "architecture differs from ChatGLM2, ChatGLM3 and GLM-4. Use chatglm2-6b, chatglm3-6b or glm-4-9b."
+            )
+        # The official files repeat the vocabulary's size under this name, in some of them without the padding.
+        kwargs.pop("vocab_size", None)
+        super().__post_init__(**kwargs)
+        self.validate_sizes()
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Number of key/value heads that attention uses: the groups, or every head without multi-query attention."""
+        return self.multi_query_group_num if self.multi_query_attention else self.num_attention_heads
+
+    @property
+    def prefix_kv_size(self) -> int:
+        """Numbers per virtual token: `num_layers * 2 * multi_query_group_num * kv_channels`."""
+        return self.num_layers * 2 * self.multi_query_group_num * self.kv_channels
+
+    def validate_sizes(self) -> None:
+        """Checks that the sizes fit together.
+
+        Called on creation and again by the model, since fields may be set in between.
+
+        Raises:
+            ValueError: naming the fields and their values.
+        """
+        for name in ("num_layers", "padded_vocab_size", "hidden_size", "ffn_hidden_size", "kv_channels",
+                     "num_attention_heads", "multi_query_group_num", "seq_length"):  # fmt: skip
+            value = getattr(self, name)
+            if not _is_int(value) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+        if self.kv_channels % 4:
+            raise ValueError(
+                f"kv_channels must be a multiple of 4 (half of each head is rotated, in pairs), got {self.kv_channels}."
+            )
+        if self.num_attention_heads % self.multi_query_group_num:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"multi_query_group_num ({self.multi_query_group_num})."
+            )
+        if not isinstance(self.rope_ratio, (int, float)) or self.rope_ratio <= 0:
+            raise ValueError(f"rope_ratio must be a positive number, got {self.rope_ratio!r}.")
+        self._validate_prefix()
+
+    def _validate_prefix(self) -> None:
+        if self.pre_seq_len is not None and (not _is_int(self.pre_seq_len) or self.pre_seq_len < 0):
+            raise ValueError(f"pre_seq_len must be None or an integer from 0 on, got {self.pre_seq_len!r}.")
+        if not isinstance(self.prefix_projection, bool):
+            raise ValueError(f"prefix_projection must be true or false, got {self.prefix_projection!r}.")
+        if self.prefix_projection and not self.pre_seq_len:
+            raise ValueError(f"prefix_projection=True needs pre_seq_len of at least 1, got {self.pre_seq_len!r}.")
+        if not isinstance(self.prefix_dropout, (int, float)) or not 0 <= self.prefix_dropout < 1:
+            raise ValueError(f"prefix_dropout must be from 0 up to but not including 1, got {self.prefix_dropout!r}.")
+        if self.pre_seq_len and self.multi_query_group_num != self.num_key_value_heads:
+            raise ValueError(
+                f"With multi_query_attention=False a prefix needs multi_query_group_num ({self.multi_query_group_num}) "
+                f"equal to num_attention_heads ({self.num_attention_heads}); pre_seq_len is {self.pre_seq_len}."
+            )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

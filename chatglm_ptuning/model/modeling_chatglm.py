@@ -1,0 +1,364 @@
+"""ChatGLM2, ChatGLM3 and GLM-4 with a prefix in front of every layer, on transformers' attention and generation.
+
+The prefix never enters the cache: every attention layer puts it in front of the keys and values it attends to. So
+the cache, the attention mask and the positions that callers and `generate` see are those of the tokens alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from chatglm_ptuning.model.attention_mask import causal_mask_with_prefix, positions_from_mask
+from chatglm_ptuning.model.chat_mixin import ChatMixin
+from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
+from chatglm_ptuning.model.prefix_encoder import PrefixEncoder
+from chatglm_ptuning.model.prefix_mixin import PrefixMixin
+from chatglm_ptuning.model.rotary import RotaryEmbedding, apply_rotary_pos_emb
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention that also returns its weights; arguments as in transformers' attention interface."""
+    key = repeat_kv(key, module.num_key_value_groups)
+    value = repeat_kv(value, module.num_key_value_groups)
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention with a fused projection; the official fields and parameter names."""
+
+    def __init__(self, config: ChatGLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.kv_channels
+        self.num_heads = config.num_attention_heads
+        self.num_groups = config.num_key_value_heads
+        self.num_key_value_groups = self.num_heads // self.num_groups
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        projected = (self.num_heads + 2 * self.num_groups) * self.head_dim
+        qkv_bias = config.add_bias_linear or config.add_qkv_bias
+        self.query_key_value = nn.Linear(config.hidden_size, projected, bias=qkv_bias)
+        self.dense = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=config.add_bias_linear)
+
+    def _split(self, fused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        batch, seq_len, _ = fused.shape
+        if self.config.multi_query_attention:
+            heads = fused.view(batch, seq_len, -1, self.head_dim).transpose(1, 2)
+            return heads.split((self.num_heads, self.num_groups, self.num_groups), dim=1)
+        # Without multi-query attention the fused weight holds query, key and value of one head next to each other.
+        return fused.view(batch, seq_len, self.num_heads, 3 * self.head_dim).transpose(1, 2).chunk(3, dim=-1)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        prefix_key: torch.Tensor | None,
+        prefix_value: torch.Tensor | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query, key, value = self._split(self.query_key_value(hidden_states))
+        query = apply_rotary_pos_emb(query, *position_embeddings)
+        key = apply_rotary_pos_emb(key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        if prefix_key is not None:
+            key = torch.cat((prefix_key.to(key), key), dim=2)
+            value = torch.cat((prefix_value.to(value), value), dim=2)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.dense(output.flatten(2)), weights
+
+
+class MLP(nn.Module):
+    """SwiGLU with gate and up projections fused."""
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__()
+        bias = config.add_bias_linear
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=bias)
+        self.dense_4h_to_h = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        gate, up = self.dense_h_to_4h(hidden_states).chunk(2, dim=-1)
+        return self.dense_4h_to_h(nn.functional.silu(gate) * up)
+
+
+def _norm(config: ChatGLMConfig) -> nn.Module:
+    return (nn.RMSNorm if config.rmsnorm else nn.LayerNorm)(config.hidden_size, eps=config.layernorm_epsilon)
+
+
+class GLMBlock(GradientCheckpointingLayer):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, config: ChatGLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.post_norm_residual = config.apply_residual_connection_post_layernorm
+        self.hidden_dropout = config.hidden_dropout
+        self.input_layernorm = _norm(config)
+        self.self_attention = SelfAttention(config, layer_idx)
+        self.post_attention_layernorm = _norm(config)
+        self.mlp = MLP(config)
+
+    def _add(self, residual: torch.Tensor, normed: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        output = nn.functional.dropout(output, p=self.hidden_dropout, training=self.training)
+        return output + (normed if self.post_norm_residual else residual)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        prefix_key: torch.Tensor | None,
+        prefix_value: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        # The prefix comes in as positional tensors: reentrant checkpointing tracks gradients of nothing else.
+        normed = self.input_layernorm(hidden_states)
+        attended, _ = self.self_attention(normed, prefix_key, prefix_value, **kwargs)
+        hidden_states = self._add(hidden_states, normed, attended)
+        normed = self.post_attention_layernorm(hidden_states)
+        return self._add(hidden_states, normed, self.mlp(normed))
+
+
+class Embedding(nn.Module):
+    """Word embeddings, in a module of their own for the official parameter name."""
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.word_embeddings(input_ids)
+
+
+class GLMTransformer(nn.Module):
+    """The layers and, with `post_layer_norm`, the final norm."""
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([GLMBlock(config, layer_idx) for layer_idx in range(config.num_layers)])
+        self.final_layernorm = _norm(config) if config.post_layer_norm else nn.Identity()
+
+    def forward(self, hidden_states: torch.Tensor, prefix: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
+        for layer_idx, layer in enumerate(self.layers):
+            key, value = (None, None) if prefix is None else (prefix[2 * layer_idx], prefix[2 * layer_idx + 1])
+            hidden_states = layer(hidden_states, key, value, **kwargs)
+        return self.final_layernorm(hidden_states)
+
+
+class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
+    """Loading, saving and initialisation shared by all ChatGLM classes."""
+
+    config: ChatGLMConfig
+    config_class = ChatGLMConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GLMBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": GLMBlock, "attentions": SelfAttention}
+    _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq"]
+    _keys_to_ignore_on_load_missing = [r"prefix_encoder\."]
+    _keep_in_fp32_modules_strict = ["prefix_encoder"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, RotaryEmbedding):
+            init.copy_(module.inv_freq, module.frequencies())
+        elif isinstance(module, PrefixEncoder):
+            if getattr(module.embedding.weight, "_is_hf_initialized", False):
+                return
+            # The official initialisation: torch's defaults, so N(0, 1) for the table.
+            init.normal_(module.embedding.weight)
+            if module.prefix_projection:
+                for linear in (module.trans[0], module.trans[2]):
+                    bound = linear.in_features**-0.5
+                    init.uniform_(linear.weight, -bound, bound)
+                    init.uniform_(linear.bias, -bound, bound)
+            module.mark_untrained()
+        elif not getattr(module, "_is_hf_initialized", False):
+            super()._init_weights(module)
+
+
+class ChatGLMModel(ChatGLMPreTrainedModel):
+    """The transformer; with `config.pre_seq_len` also a trainable `prefix_encoder`, and everything else frozen.
+
+    Args of `forward`:
+        input_ids: `[batch, seq_len]`, or instead `inputs_embeds` `[batch, seq_len, hidden_size]`.
+        attention_mask: `[batch, cached + seq_len]`, 1 on real tokens; it covers the tokens, never the prefix.
+        position_ids: `[batch, seq_len]`; by default 0, 1, 2, ... on the real tokens, whether padded left or right.
+        past_key_values: a cache of the tokens before. It belongs to the prefix it was filled with.
+
+    Returns:
+        `last_hidden_state` `[batch, seq_len, hidden_size]`, after the final norm.
+    """
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__(config)
+        config.validate_sizes()
+        self.embedding = Embedding(config)
+        self.rotary_pos_emb = RotaryEmbedding(config)
+        self.encoder = GLMTransformer(config)
+        self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=config.add_bias_linear)
+        if config.pre_seq_len:
+            self.requires_grad_(False)
+            self.prefix_encoder = PrefixEncoder(config)
+        self._set_up_prefixes()
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embedding.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embedding.word_embeddings = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embedding(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        prefix = self.active_prefix(inputs_embeds.shape[0], inputs_embeds.device, inputs_embeds.dtype)
+        if past_key_values is not None:
+            self.check_cache_owner(past_key_values)
+        if position_ids is None:
+            position_ids = positions_from_mask(attention_mask, inputs_embeds, past_key_values)
+        mask = causal_mask_with_prefix(
+            self.config, inputs_embeds, attention_mask, past_key_values, position_ids, prefix
+        )
+        hidden_states = self.encoder(
+            inputs_embeds.float() if self.config.fp32_residual_connection else inputs_embeds,
+            None if prefix is None else prefix.key_values,
+            position_embeddings=self.rotary_pos_emb(position_ids, inputs_embeds.dtype),
+            attention_mask=mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+
+class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, GenerationMixin):
+    """The language model: `forward` gives logits and loss, `generate` is transformers' own, `chat` the official one."""
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__(config)
+        self.transformer = ChatGLMModel(config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.transformer.output_layer
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.transformer.output_layer = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As `ChatGLMModel.forward`, with logits `[batch, seq_len, padded_vocab_size]`.
+
+        Args:
+            labels: `[batch, seq_len]`, not shifted, -100 where there is nothing to learn. The loss is computed in
+                float32 and is the mean over all supervised tokens of the batch.
+            logits_to_keep: compute the logits of the last so many positions alone (0: all), or of the given ones.
+        """
+        outputs = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = self.transformer.output_layer(hidden_states)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.padded_vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def create_masks_for_generate(
+        self,
+        config: ChatGLMConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Callable | torch.Tensor | None:
+        """Called by `generate` to prepare the mask outside a compiled forward pass."""
+        prefix = self.transformer.active_prefix(inputs_embeds.shape[0], inputs_embeds.device, inputs_embeds.dtype)
+        return causal_mask_with_prefix(config, inputs_embeds, attention_mask, past_key_values, position_ids, prefix)

@@ -1,0 +1,100 @@
+"""The trainable prefix of P-Tuning v2: keys and values in front of every layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
+
+
+class PrefixEncoder(nn.Module):
+    """Makes the keys and values of `pre_seq_len` virtual tokens for every layer.
+
+    Without projection it is a table `embedding` `[pre_seq_len, kv_size]`, where
+    `kv_size = num_layers * 2 * multi_query_group_num * kv_channels`. With projection, the table goes through
+    `Linear(kv_size, hidden_size) -> tanh -> Linear(hidden_size, kv_size)` (`trans.0`, `trans.2`). Parameter names,
+    shapes and results are those of the official ChatGLM2-6B code (`modeling_chatglm.py`, class PrefixEncoder).
+
+    The parameters stay in float32 whatever the type of the base is.
+
+    Raises:
+        ValueError: if `config.pre_seq_len` is None or 0.
+    """
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__()
+        if not config.pre_seq_len:
+            raise ValueError(f"PrefixEncoder needs pre_seq_len of at least 1, got {config.pre_seq_len!r}.")
+        self.pre_seq_len = config.pre_seq_len
+        self.prefix_projection = config.prefix_projection
+        self._untrained_sum: float | None = None
+        self.kv_shape = (config.num_layers * 2, config.multi_query_group_num, config.kv_channels)
+        kv_size = config.prefix_kv_size
+        self.embedding = nn.Embedding(self.pre_seq_len, kv_size, dtype=torch.float32)
+        if self.prefix_projection:
+            self.trans = nn.Sequential(
+                nn.Linear(kv_size, config.hidden_size, dtype=torch.float32),
+                nn.Tanh(),
+                nn.Linear(config.hidden_size, kv_size, dtype=torch.float32),
+            )
+
+    def mark_untrained(self) -> None:
+        """Remembers the present values as those of a prefix that nobody has trained or set yet."""
+        self._untrained_sum = self._sum()
+
+    @property
+    def is_untrained(self) -> bool:
+        """Whether the parameters still are the random numbers that they were created with."""
+        return self._untrained_sum is not None and self._untrained_sum == self._sum()
+
+    @torch.no_grad()
+    def _sum(self) -> float | None:
+        weight = self.embedding.weight
+        # Nothing can be said of a meta tensor, or of one that DeepSpeed has partitioned away.
+        return None if weight.is_meta or weight.numel() == 0 else weight.double().sum().item()
+
+    def forward(self, prefix: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns the prefix in float32, `[pre_seq_len, kv_size]`.
+
+        Autocast is switched off: a prefix rounded to 16 bits learns badly.
+
+        Args:
+            prefix: indices of virtual tokens, int64 `[...]`, for a result of `[..., kv_size]` as in the official code.
+        """
+        with torch.autocast(self.embedding.weight.device.type, enabled=False):
+            flat = self.embedding.weight if prefix is None else self.embedding(prefix)
+            return self.trans(flat) if self.prefix_projection else flat
+
+    def key_values(self) -> torch.Tensor:
+        """The prefix as `[pre_seq_len, num_layers * 2, groups, kv_channels]`, float32.
+
+        Layer `l` takes slice `2 * l` of the second axis as keys and `2 * l + 1` as values.
+        """
+        return self().view(self.pre_seq_len, *self.kv_shape)
+
+    @torch.no_grad()
+    def set_key_values(self, key_values: torch.Tensor) -> None:
+        """Sets the parameters so that `key_values()` returns `key_values`.
+
+        With projection the first linear layer keeps its random weights, and the second is solved for; this is exact
+        while `pre_seq_len <= hidden_size`, otherwise a least-squares fit.
+
+        Args:
+            key_values: `[pre_seq_len, num_layers * 2, groups, kv_channels]`.
+
+        Raises:
+            ValueError: if the shape is another one.
+        """
+        expected = (self.pre_seq_len, *self.kv_shape)
+        if tuple(key_values.shape) != expected:
+            raise ValueError(f"The prefix has shape {expected}, the given keys and values {tuple(key_values.shape)}.")
+        flat = key_values.reshape(self.pre_seq_len, -1).to(self.embedding.weight)
+        if not self.prefix_projection:
+            self.embedding.weight.copy_(flat)
+            return
+        mean = flat.mean(0)
+        hidden = torch.tanh(self.trans[0](self.embedding.weight))
+        solution = torch.linalg.lstsq(hidden.cpu().double(), (flat - mean).cpu().double(), driver="gelsd").solution
+        self.trans[2].weight.copy_(solution.T)
+        self.trans[2].bias.copy_(mean)

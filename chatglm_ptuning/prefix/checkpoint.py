@@ -1,0 +1,266 @@
+"""Prefix checkpoints on disk: what is in one, reading every known form, writing this kit's."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from chatglm_ptuning.prefix.files import write_atomically
+
+if TYPE_CHECKING:
+    from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
+
+METADATA_FILE = "prefix_config.json"
+WEIGHTS_FILE = "prefix_model.safetensors"
+OFFICIAL_FILE = "pytorch_model.bin"
+PEFT_METADATA_FILE = "adapter_config.json"
+PREFIX_KEY = "transformer.prefix_encoder."
+"""In front of every parameter of the prefix encoder, in this kit's files as in the official ones."""
+
+_CHECKPOINT_FOLDER = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class PrefixMetadata:
+    """What `prefix_config.json` says of a prefix."""
+
+    pre_seq_len: int
+    prefix_projection: bool
+    num_layers: int
+    multi_query_group_num: int
+    kv_channels: int
+    base_model_name: str | None = None
+    base_fingerprint: dict[str, Any] | None = None
+    chat_format: str | None = None
+    task: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    kit_version: str | None = None
+
+    @property
+    def kv_size(self) -> int:
+        """Numbers per virtual token."""
+        return self.num_layers * 2 * self.multi_query_group_num * self.kv_channels
+
+
+@dataclass(frozen=True)
+class PrefixCheckpoint:
+    """A prefix as it was read.
+
+    Attributes:
+        source: the file that holds the weights, for messages.
+        parameters: the prefix encoder's parameters under their names in it (`embedding.weight`, `trans.0.weight`, ...).
+        heads: parameters trained beside the prefix (classification heads) under their full names.
+        positions_follow_prefix: True if the tokens' positions started after the prefix when it was trained (PEFT).
+    """
+
+    source: Path
+    metadata: PrefixMetadata
+    parameters: dict[str, torch.Tensor]
+    heads: dict[str, torch.Tensor] = field(default_factory=dict)
+    positions_follow_prefix: bool = False
+
+    def check_sizes(self, config: ChatGLMConfig) -> None:
+        """Checks that the prefix fits the base's layers, groups and channels.
+
+        Raises:
+            ValueError: naming the file and both sizes.
+        """
+        meta = self.metadata
+        ours = (config.num_layers, config.multi_query_group_num, config.kv_channels)
+        theirs = (meta.num_layers, meta.multi_query_group_num, meta.kv_channels)
+        if ours != theirs:
+            raise ValueError(
+                f"{self.source} does not fit this base: the prefix is for (num_layers, multi_query_group_num, "
+                f"kv_channels) = {theirs}, the base has {ours}."
+            )
+
+
+def read_prefix(path: str | PathLike[str], config: ChatGLMConfig) -> PrefixCheckpoint:
+    """Reads a prefix in this kit's, the official or PEFT's form.
+
+    Args:
+        path: a folder or file in one of these forms; of a folder that holds only `checkpoint-N` folders, the last is
+            taken.
+        config: of the base. The official and PEFT's forms do not name layers, groups and channels; they are checked
+            against it.
+
+    Raises:
+        FileNotFoundError: if there is no prefix at `path`.
+        ValueError: if the file is damaged or incomplete, naming it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"No prefix at {path}: there is no such file or folder.")
+    if path.is_file():
+        return _read_kit(path.parent) if path.name in (METADATA_FILE, WEIGHTS_FILE) else _read_official(path, config)
+    if (path / METADATA_FILE).exists() or (path / WEIGHTS_FILE).exists():
+        return _read_kit(path)
+    if (path / PEFT_METADATA_FILE).exists():
+        return _read_peft(path, config)
+    if (path / OFFICIAL_FILE).exists():
+        return _read_official(path / OFFICIAL_FILE, config)
+    checkpoints = sorted(
+        (child for child in path.iterdir() if _CHECKPOINT_FOLDER.fullmatch(child.name)),
+        key=lambda child: int(child.name.split("-")[1]),
+    )
+    if checkpoints:
+        return read_prefix(checkpoints[-1], config)
+    raise FileNotFoundError(
+        f"No prefix in {path}: expected {METADATA_FILE} with {WEIGHTS_FILE} (this kit), {OFFICIAL_FILE} (official) or "
+        f"{PEFT_METADATA_FILE} (PEFT)."
+    )
+
+
+def write_prefix(
+    folder: str | PathLike[str],
+    metadata: PrefixMetadata,
+    parameters: Mapping[str, torch.Tensor],
+    heads: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Writes `prefix_config.json` and `prefix_model.safetensors` so that a reader never sees half of either.
+
+    Raises:
+        OSError: if the disk is full or the folder cannot be written; what was there before is intact.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {PREFIX_KEY + name: tensor for name, tensor in parameters.items()} | dict(heads or {})
+    tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
+    with write_atomically(folder / WEIGHTS_FILE) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    text = json.dumps({**asdict(metadata), "kit_version": kit_version()}, ensure_ascii=False, indent=2)
+    with write_atomically(folder / METADATA_FILE) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def kit_version() -> str | None:
+    """The installed version of this package; None when it runs uninstalled from its sources."""
+    try:
+        return version("chatglm-ptuning")
+    except PackageNotFoundError:
+        return None
+
+
+def _read_kit(folder: Path) -> PrefixCheckpoint:
+    for name in (METADATA_FILE, WEIGHTS_FILE):
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"The prefix in {folder} is incomplete: {name} is missing.")
+    fields = _read_json(folder / METADATA_FILE)
+    known = PrefixMetadata.__dataclass_fields__
+    try:
+        metadata = PrefixMetadata(**{key: value for key, value in fields.items() if key in known})
+    except TypeError as error:
+        raise ValueError(f"{folder / METADATA_FILE} is not a prefix's description: {error}.") from error
+    source = folder / WEIGHTS_FILE
+    tensors = _load_safetensors(source)
+    parameters = {key.removeprefix(PREFIX_KEY): value for key, value in tensors.items() if key.startswith(PREFIX_KEY)}
+    heads = {key: value for key, value in tensors.items() if not key.startswith(PREFIX_KEY)}
+    expected = (metadata.pre_seq_len, metadata.kv_size)
+    found = tuple(_embedding(parameters, source).shape)
+    if found != expected:
+        raise ValueError(f"{source} holds a prefix of size {found}, but {METADATA_FILE} beside it says {expected}.")
+    if metadata.prefix_projection != _has_projection(parameters):
+        raise ValueError(
+            f"{METADATA_FILE} in {folder} says prefix_projection={metadata.prefix_projection}, {WEIGHTS_FILE} has "
+            f"{', '.join(parameters)}."
+        )
+    return PrefixCheckpoint(source, metadata, parameters, heads)
+
+
+def _read_official(source: Path, config: ChatGLMConfig) -> PrefixCheckpoint:
+    tensors = _load_safetensors(source) if source.suffix == ".safetensors" else _load_pickle(source)
+    parameters = {key.removeprefix(PREFIX_KEY): value for key, value in tensors.items() if key.startswith(PREFIX_KEY)}
+    if not parameters:
+        raise ValueError(f"{source} holds no parameter that starts with {PREFIX_KEY}; it is not a P-Tuning v2 prefix.")
+    return PrefixCheckpoint(source, _infer_metadata(parameters, source, config), parameters)
+
+
+def _read_peft(folder: Path, config: ChatGLMConfig) -> PrefixCheckpoint:
+    adapter = _read_json(folder / PEFT_METADATA_FILE)
+    if adapter.get("peft_type") != "PREFIX_TUNING":
+        raise ValueError(
+            f"{folder / PEFT_METADATA_FILE} is an adapter of type {adapter.get('peft_type')}; only PREFIX_TUNING can "
+            "be used as a prefix."
+        )
+    safe, pickled = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
+    source = safe if safe.exists() else pickled
+    if not source.exists():
+        raise FileNotFoundError(f"The PEFT adapter in {folder} is incomplete: {safe.name} is missing.")
+    tensors = _load_safetensors(source) if source is safe else _load_pickle(source)
+    if "prompt_embeddings" not in tensors:
+        raise ValueError(f"{source} has no prompt_embeddings; it is not a saved prefix-tuning adapter.")
+    # PEFT saves the result of its projection, not the projection itself.
+    parameters = {"embedding.weight": tensors["prompt_embeddings"]}
+    metadata = _infer_metadata(parameters, source, config, adapter.get("base_model_name_or_path"))
+    return PrefixCheckpoint(source, metadata, parameters, positions_follow_prefix=True)
+
+
+def _infer_metadata(
+    parameters: Mapping[str, torch.Tensor], source: Path, config: ChatGLMConfig, base_model_name: str | None = None
+) -> PrefixMetadata:
+    pre_seq_len, kv_size = _embedding(parameters, source).shape
+    if kv_size != config.prefix_kv_size:
+        raise ValueError(
+            f"{source} does not fit this base: each virtual token has {kv_size} numbers, the base needs "
+            f"{config.prefix_kv_size} ({config.num_layers} layers x 2 x {config.multi_query_group_num} groups x "
+            f"{config.kv_channels} channels)."
+        )
+    return PrefixMetadata(
+        pre_seq_len=pre_seq_len,
+        prefix_projection=_has_projection(parameters),
+        num_layers=config.num_layers,
+        multi_query_group_num=config.multi_query_group_num,
+        kv_channels=config.kv_channels,
+        base_model_name=base_model_name,
+    )
+
+
+def _embedding(parameters: Mapping[str, torch.Tensor], source: Path) -> torch.Tensor:
+    embedding = parameters.get("embedding.weight")
+    if embedding is None or embedding.ndim != 2:
+        raise ValueError(f"{source} has no two-dimensional {PREFIX_KEY}embedding.weight; the prefix is incomplete.")
+    return embedding
+
+
+def _has_projection(parameters: Mapping[str, torch.Tensor]) -> bool:
+    return any(name.startswith("trans.") for name in parameters)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, it holds a {type(content).__name__}.")
+    return content
+
+
+def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}.") from error
+
+
+def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged, or holds more than tensors and is not opened for safety: {str(error).splitlines()[0]}"
+        ) from error
+    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise ValueError(f"{path} does not hold a dictionary of tensors.")
+    return dict(content)

@@ -1,0 +1,1 @@
+"""Pre-training of chatglm-nano, the small base that is bundled with the kit."""
