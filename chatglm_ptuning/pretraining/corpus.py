@@ -38,10 +38,12 @@ def read_corpus(corpus_dir: Path, fewclue_dir: Path, held_out_documents: int = 1
     """Reads the documents without any text of a development or test split.
 
     Args:
-        corpus_dir: with `zh_documents.jsonl.gz`, `reviews_{dev,test}.jsonl.gz`, `peoples_daily_ner_{dev,test}.jsonl.gz`.
+        corpus_dir: with `zh_documents`, `reviews_{dev,test}` and `peoples_daily_ner_{dev,test}`, each `.jsonl.gz`.
         fewclue_dir: one folder per FewCLUE task.
     """
-    excluded = {row["text"] for split in ("dev", "test") for row in read_jsonl(corpus_dir / f"reviews_{split}.jsonl.gz")}
+    excluded = {
+        row["text"] for split in ("dev", "test") for row in read_jsonl(corpus_dir / f"reviews_{split}.jsonl.gz")
+    }
     for split in ("dev", "test"):
         rows = read_jsonl(corpus_dir / f"peoples_daily_ner_{split}.jsonl.gz")
         excluded |= {"".join(row["tokens"]) for row in rows}
@@ -62,9 +64,7 @@ def read_corpus(corpus_dir: Path, fewclue_dir: Path, held_out_documents: int = 1
 
     documents = sorted({text for text in documents if is_clean(text)})
     random.Random(0).shuffle(documents)
-    labelled = {
-        task: read_jsonl(fewclue_dir / task / "train_few_all.json") for task in _LABELLED_TASKS
-    }
+    labelled = {task: read_jsonl(fewclue_dir / task / "train_few_all.json") for task in _LABELLED_TASKS}
     return Corpus(documents[held_out_documents:], labelled, documents[:held_out_documents])
 
 

@@ -16,11 +16,11 @@ Pair = tuple[str, str]
 """A question and its answer."""
 
 _CLAUSE_END = re.compile(r"(?<=[，。！？；,!?;\n])")
-_OPINION_WORDS = (
-    "不错 很好 喜欢 满意 推荐 值得 精彩 感动 舒服 方便 干净 漂亮 实用 好看 优秀 很棒 完美 划算 温馨 热情 周到 清晰 给力 "
-    "失望 后悔 太差 很差 垃圾 不好 难看 糟糕 难用 麻烦 太贵 无聊 浪费 不值 上当 恶劣 破旧 骗人 郁闷 差劲 太吵 不满 难受 一般"
-).split()
-_OPINION = re.compile("|".join(_OPINION_WORDS))
+_OPINION_WORDS = """
+不错 很好 喜欢 满意 推荐 值得 精彩 感动 舒服 方便 干净 漂亮 实用 好看 优秀 很棒 完美 划算 温馨 热情 周到 清晰 给力
+失望 后悔 太差 很差 垃圾 不好 难看 糟糕 难用 麻烦 太贵 无聊 浪费 不值 上当 恶劣 破旧 骗人 郁闷 差劲 太吵 不满 难受 一般
+"""
+_OPINION = re.compile("|".join(_OPINION_WORDS.split()))
 
 
 def clauses(text: str) -> list[str]:
@@ -33,7 +33,7 @@ def _ask(rng: random.Random, phrasings: list[str], text: str) -> str:
     return rng.choice((f"{instruction}\n{text}", f"{text}\n{instruction}", f"{instruction}：{text}"))
 
 
-def continue_text(text: str, rng: random.Random) -> Pair | None:
+def continue_text(text: str, rng: random.Random, other: str) -> Pair | None:
     """The beginning of a text; the answer is the rest."""
     parts = clauses(text)
     if len(parts) < 2:
@@ -42,7 +42,7 @@ def continue_text(text: str, rng: random.Random) -> Pair | None:
     return _ask(rng, ["请接着写下去", "续写这段话", "后面会怎么说"], "".join(parts[:cut])), "".join(parts[cut:])
 
 
-def fill_in(text: str, rng: random.Random) -> Pair | None:
+def fill_in(text: str, rng: random.Random, other: str) -> Pair | None:
     """A text with a word left out; the answer is the word."""
     words = jieba.lcut(text)
     places = [place for place, word in enumerate(words) if len(word) > 1 and word.strip()]
@@ -53,7 +53,7 @@ def fill_in(text: str, rng: random.Random) -> Pair | None:
     return _ask(rng, ["请填空", "空格里应该是什么词", "把缺少的词补上"], blanked), words[place]
 
 
-def opinion(text: str, rng: random.Random) -> Pair | None:
+def opinion(text: str, rng: random.Random, other: str) -> Pair | None:
     """A review without the clause that holds its judgement; the answer is that judgement, as a word or a clause."""
     parts = clauses(text)
     found = [(place, match.group()) for place, part in enumerate(parts) if (match := _OPINION.search(part))]
@@ -62,11 +62,13 @@ def opinion(text: str, rng: random.Random) -> Pair | None:
     place, word = rng.choice(found)
     rest = "".join(parts[:place] + parts[place + 1 :])
     if rng.random() < 0.6:
-        return _ask(rng, ["作者觉得怎么样？用一个词回答", "用一个词评价", "写这段话的人是什么态度", "总体感受如何"], rest), word
+        return _ask(
+            rng, ["作者觉得怎么样？用一个词回答", "用一个词评价", "写这段话的人是什么态度", "总体感受如何"], rest
+        ), word
     return _ask(rng, ["用一句话总结作者的看法", "作者会怎么评价", "补上一句评价"], rest), parts[place]
 
 
-def blank_opinion(text: str, rng: random.Random) -> Pair | None:
+def blank_opinion(text: str, rng: random.Random, other: str) -> Pair | None:
     """A review with the word of judgement left out; the answer is the word."""
     match = _OPINION.search(text)
     if not match:
@@ -75,7 +77,7 @@ def blank_opinion(text: str, rng: random.Random) -> Pair | None:
     return _ask(rng, ["请填上表示评价的词", "空格里是什么评价", "填空"], blanked), match.group()
 
 
-def first_or_last(text: str, rng: random.Random) -> Pair | None:
+def first_or_last(text: str, rng: random.Random, other: str) -> Pair | None:
     """Copying one clause out of a text."""
     parts = clauses(text)
     if len(parts) < 2:
@@ -104,10 +106,12 @@ def same_text(text: str, rng: random.Random, other: str) -> Pair | None:
     first, second = "".join(parts[:cut]), "".join(parts[cut:])
     same = rng.random() < 0.5
     pair = f"一：{first}\n二：{second if same else other}"
-    return _ask(rng, ["这两段话是连着的吗", "两段话出自同一处吗", "第二段能接在第一段后面吗"], pair), "是" if same else "不是"
+    return _ask(
+        rng, ["这两段话是连着的吗", "两段话出自同一处吗", "第二段能接在第一段后面吗"], pair
+    ), "是" if same else "不是"
 
 
-def keywords(text: str, rng: random.Random) -> Pair | None:
+def keywords(text: str, rng: random.Random, other: str) -> Pair | None:
     """A headline with its keywords on the next line, as news data sets have it."""
     title, _, words = text.partition("\n")
     if not words or "\n" in words or "," not in words:
@@ -115,19 +119,24 @@ def keywords(text: str, rng: random.Random) -> Pair | None:
     return _ask(rng, ["列出关键词", "这条新闻的关键词是什么", "提取关键词"], title), words.replace(",", "，")
 
 
-SINGLE: list[tuple[Callable[[str, random.Random], Pair | None], float]] = [
+KINDS: list[tuple[Callable[[str, random.Random, str], Pair | None], float]] = [
     (continue_text, 1.0), (fill_in, 1.5), (opinion, 3.0), (blank_opinion, 1.5), (first_or_last, 0.5), (keywords, 1.0),
+    (contains, 0.5), (same_text, 0.7),
 ]  # fmt: skip
-PAIRED: list[tuple[Callable[[str, random.Random, str], Pair | None], float]] = [(contains, 0.5), (same_text, 0.7)]
+"""Every kind with how often it is tried."""
+
+_TRIES = 4
 
 
 def make(text: str, other: str, rng: random.Random) -> Pair | None:
-    """One instruction about a text, of a random kind among those that the text allows; None if none does."""
-    kinds = [kind for kind, _ in SINGLE] + [kind for kind, _ in PAIRED]
-    weights = [weight for _, weight in SINGLE] + [weight for _, weight in PAIRED]
-    for _ in range(4):
-        kind = rng.choices(kinds, weights)[0]
-        pair = kind(text, rng, other) if (kind, 0.5) in PAIRED or (kind, 0.7) in PAIRED else kind(text, rng)
+    """One instruction about a text, of a random kind among those that the text allows; None if none was found.
+
+    Args:
+        other: another text, for the kinds that compare.
+    """
+    kinds, weights = zip(*KINDS, strict=True)
+    for _ in range(_TRIES):
+        pair = rng.choices(kinds, weights)[0](text, rng, other)
         if pair is not None:
             return pair
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from pathlib import Path
@@ -13,10 +14,11 @@ import torch
 
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 from chatglm_ptuning.model.vocabulary import SentencePieceVocabulary
 from chatglm_ptuning.prefix.files import write_atomically
-from chatglm_ptuning.pretraining.muon import Muon
 from chatglm_ptuning.pretraining.corpus import Corpus, encode_document, pack, read_corpus, samples
+from chatglm_ptuning.pretraining.muon import Muon
 
 
 def train_vocabulary(corpus: Corpus, path: Path, size: int) -> None:
@@ -66,9 +68,11 @@ class Optimizers:
             part.zero_grad(set_to_none=True)
 
     def state_dict(self) -> list[dict]:
+        """States of both parts."""
         return [part.state_dict() for part in self.parts]
 
     def load_state_dict(self, states: list[dict]) -> None:
+        """Takes over what `state_dict` gave."""
         for part, state in zip(self.parts, states, strict=True):
             part.load_state_dict(state)
 
@@ -132,10 +136,10 @@ def train(arguments: argparse.Namespace, corpus: Corpus, vocabulary: SentencePie
     log = (arguments.output / "log.jsonl").open("a", encoding="utf-8")
     running, since, saved = 0.0, time.monotonic(), time.monotonic()
     for step in range(first, steps):
-        ids, positions = (torch.from_numpy(np.stack(part)) for part in zip(*(next(rows) for _ in range(arguments.batch))))
-        loss = model(
-            input_ids=ids, position_ids=positions, labels=labels_of(ids, positions), use_cache=False
-        ).loss
+        ids, positions = (
+            torch.from_numpy(np.stack(part)) for part in zip(*itertools.islice(rows, arguments.batch), strict=True)
+        )
+        loss = model(input_ids=ids, position_ids=positions, labels=labels_of(ids, positions), use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizers.step(learning_rate_factor(step, steps, arguments.warmup, arguments.decay_share))
@@ -154,11 +158,17 @@ def train(arguments: argparse.Namespace, corpus: Corpus, vocabulary: SentencePie
             log.flush()
         if time.monotonic() - saved > arguments.save_seconds or done == steps:
             saved = time.monotonic()
-            state = {"model": model.state_dict(), "optimizers": optimizers.state_dict(), "step": done, "seconds": seconds}
+            state = {
+                "model": model.state_dict(),
+                "optimizers": optimizers.state_dict(),
+                "step": done,
+                "seconds": seconds,
+            }
             with write_atomically(state_file) as temporary:
                 torch.save(state, temporary)
     log.close()
     model.half().save_pretrained(arguments.output / "model")
+    ChatGLMTokenizer(str(vocabulary.path), chat_format="chatglm3").save_pretrained(arguments.output / "model")
 
 
 def labels_of(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -172,26 +182,27 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--corpus", type=Path, required=True, help="folder with zh_documents.jsonl.gz and the splits")
     parser.add_argument("--fewclue", type=Path, required=True, help="folder with the FewCLUE tasks")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=14_000_000)
+    parser.add_argument("--tokens", type=int, default=9_000_000)
     parser.add_argument("--vocabulary", type=int, default=6000)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=192)
     parser.add_argument("--ffn", type=int, default=512)
-    parser.add_argument("--row_length", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--max_characters", type=int, default=200)
+    parser.add_argument("--row_length", type=int, default=192)
+    parser.add_argument("--batch", type=int, default=20)
+    parser.add_argument("--max_characters", type=int, default=150)
     parser.add_argument("--instruction_share", type=float, default=0.5)
-    parser.add_argument("--matrix_lr", type=float, default=4e-3)
+    parser.add_argument("--matrix_lr", type=float, default=1e-2)
     parser.add_argument("--other_lr", type=float, default=4e-3)
     parser.add_argument("--warmup", type=int, default=100)
     parser.add_argument("--decay_share", type=float, default=0.5)
     parser.add_argument("--log_steps", type=int, default=50)
-    parser.add_argument("--save_seconds", type=int, default=120)
+    parser.add_argument("--save_seconds", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args()
 
 
 def main() -> None:
+    """Trains what is not there yet: the vocabulary, then the weights."""
     arguments = parse_arguments()
     arguments.output.mkdir(parents=True, exist_ok=True)
     corpus = read_corpus(arguments.corpus, arguments.fewclue)

@@ -1,0 +1,36 @@
+"""One entry for every command: `chatglm-ptuning train|evaluate|chat`, also `python -m chatglm_ptuning`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": ("chatglm_ptuning.training.run", "train a prefix on your data"),
+    "evaluate": ("chatglm_ptuning.evaluation.run", "score a prefix, or the plain base"),
+    "chat": ("chatglm_ptuning.serving.terminal", "chat with the base and its prefixes in a terminal"),
+}
+"""Command -> (module with `main(argv)`, one line of help). A module is imported when its command is given."""
+
+
+def usage() -> str:
+    """The list of commands."""
+    lines = [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
+    return "usage: chatglm-ptuning COMMAND [flags]\n\n" + "\n".join(lines) + "\n\nFlags: chatglm-ptuning COMMAND --help"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command; an unknown one ends with exit code 2 and the nearest known name."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return
+    command, *rest = arguments
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        print(f"error: unknown command {command}{hint}\n\n{usage()}", file=sys.stderr)
+        raise SystemExit(2)
+    importlib.import_module(COMMANDS[command][0]).main(rest)

@@ -1,0 +1,131 @@
+"""Parsing of every command's flags: from the command line, and from a YAML or JSON file."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+class _Parser(HfArgumentParser):
+    """As transformers', but what is wrong is not buried under two hundred flags of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\nAll flags: {self.prog} --help\n")
+
+
+def parse_arguments(
+    program: str,
+    description: str,
+    dataclass_types: Sequence[type],
+    argv: Sequence[str],
+    retired: Mapping[str, str] | None = None,
+) -> tuple[Any, ...]:
+    """Parses flags into dataclasses; what is wrong with them ends the process with exit code 2.
+
+    `--config FILE` reads flags from a YAML or JSON mapping; flags on the command line override it.
+
+    Args:
+        program: the command as the user types it.
+        dataclass_types: one instance of each is returned, in this order. A field's help text is in its metadata.
+        argv: without the program's name.
+        retired: flags that are accepted and ignored, with the reason that is printed as a warning.
+
+    Raises:
+        SystemExit: on an unknown flag (the message names the nearest known one) or a bad value.
+    """
+    parser = _Parser(list(dataclass_types), prog=program, description=description, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with flags; the command line overrides it")
+    known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
+    argv = list(argv)
+    config = _config_path(parser, argv)
+    if config is not None:
+        argv = _flags_from_file(parser, config, known | set(retired or {})) + argv
+    argv = _without_retired(argv, retired or {})
+    namespace, rest = parser.parse_known_args(argv)
+    if rest:
+        parser.error(_unknown(rest, known))
+    values = vars(namespace)
+    results = []
+    for dataclass_type in dataclass_types:
+        names = {field.name for field in dataclasses.fields(dataclass_type) if field.init}
+        try:
+            results.append(dataclass_type(**{name: values[name] for name in names}))
+        except (ValueError, TypeError) as error:
+            parser.error(str(error))
+    return tuple(results)
+
+
+def _config_path(parser: _Parser, argv: list[str]) -> str | None:
+    for place, word in enumerate(argv):
+        if word == "--config":
+            if place + 1 == len(argv):
+                parser.error("--config needs a file.")
+            return argv[place + 1]
+        if word.startswith("--config="):
+            return word.partition("=")[2]
+    return None
+
+
+def _flags_from_file(parser: _Parser, path: str, known: set[str]) -> list[str]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        content = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    except OSError as error:
+        parser.error(f"cannot read the configuration {path}: {error.strerror}.")
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        parser.error(f"the configuration {path} is malformed: {error}")
+    if not isinstance(content, dict):
+        parser.error(f"the configuration {path} must be a mapping of flags to values.")
+    flags = []
+    for name, value in content.items():
+        if name not in known:
+            parser.error(f"{path}: {_unknown([f'--{name}'], known)}")
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        flags += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in values)]
+    return flags
+
+
+def _without_retired(argv: list[str], retired: Mapping[str, str]) -> list[str]:
+    kept: list[str] = []
+    skipping = False
+    for word in argv:
+        name = word.lstrip("-").partition("=")[0]
+        if word.startswith("--") and name in retired:
+            logger.warning(f"--{name} is ignored: {retired[name]}")
+            skipping = "=" not in word
+            continue
+        if skipping and not word.startswith("--"):
+            continue
+        skipping = False
+        kept.append(word)
+    return kept
+
+
+def _unknown(rest: list[str], known: set[str]) -> str:
+    parts = []
+    for word in rest:
+        if not word.startswith("--"):
+            continue
+        name = word.lstrip("-").partition("=")[0]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        parts.append(f"unknown flag --{name}" + (f" (did you mean --{near[0]}?)" if near else ""))
+    return "; ".join(parts) or f"unexpected values: {' '.join(rest)}"
+
+
+def fail(message: str) -> None:
+    """Ends a command with a message for the user and exit code 1."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(1)

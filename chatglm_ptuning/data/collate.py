@@ -1,0 +1,66 @@
+"""Examples of different lengths as the tensors of one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from chatglm_ptuning.data.preprocess import IGNORED_LABEL
+
+
+class PaddingCollator:
+    """Pads the examples of a batch to the longest of them.
+
+    Args:
+        pad_token_id: what stands on padded positions; it may be the id of a real token (`<unk>` in ChatGLM), as mask
+            and labels go by position.
+        padding_side: `right` for training, `left` for generation.
+        pad_to_multiple_of: round the length up to a multiple of this.
+
+    Raises:
+        ValueError: for another padding side.
+    """
+
+    def __init__(self, pad_token_id: int, padding_side: str = "right", pad_to_multiple_of: int = 1) -> None:
+        if padding_side not in {"left", "right"}:
+            raise ValueError(f"padding_side={padding_side!r} must be 'left' or 'right'")
+        self.pad_token_id = pad_token_id
+        self.padding_side = padding_side
+        self.pad_to_multiple_of = pad_to_multiple_of
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """The batch, int64 on the CPU, every tensor `[batch, seq_len]`.
+
+        - `input_ids`; `attention_mask`, 1 on real tokens; `position_ids`, 0, 1, 2, ... on real tokens and 0 on pads.
+        - `labels`, if the examples have them, -100 on pads.
+
+        Other keys of the examples (`reference`) stay out.
+
+        Raises:
+            ValueError: if an example's labels and ids differ in length, or only some examples have labels.
+        """
+        batch = {
+            "input_ids": self._pad([example["input_ids"] for example in examples], self.pad_token_id),
+            "attention_mask": self._pad([[1] * len(example["input_ids"]) for example in examples], 0),
+            "position_ids": self._pad([range(len(example["input_ids"])) for example in examples], 0),
+        }
+        if any("labels" in example for example in examples):
+            for index, example in enumerate(examples):
+                if len(example.get("labels", ())) != len(example["input_ids"]):
+                    raise ValueError(
+                        f"example {index} of the batch has {len(example['input_ids'])} ids and "
+                        f"{len(example.get('labels', ()))} labels; they must be equally many"
+                    )
+            batch["labels"] = self._pad([example["labels"] for example in examples], IGNORED_LABEL)
+        return batch
+
+    def _pad(self, rows: list[Sequence[int]], value: int) -> torch.Tensor:
+        length = max(len(row) for row in rows)
+        length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        padded = torch.full((len(rows), length), value, dtype=torch.int64)
+        for target, row in zip(padded, rows, strict=True):
+            place = slice(length - len(row), length) if self.padding_side == "left" else slice(len(row))
+            target[place] = torch.as_tensor(row, dtype=torch.int64)
+        return padded

@@ -1,0 +1,89 @@
+"""Cutting the source of a conversation to a number of tokens, where it hurts least."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from chatglm_ptuning.data.chat_format import render
+from chatglm_ptuning.data.conversation import Conversation, Message
+
+if TYPE_CHECKING:
+    from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
+
+
+@dataclass(frozen=True)
+class CutSource:
+    """A conversation whose source fits, and what was cut off it.
+
+    Attributes:
+        history_cut: whether turns were left out.
+        text_cut: whether the middle of a question, tool result or system message was left out.
+    """
+
+    conversation: Conversation
+    history_cut: bool = False
+    text_cut: bool = False
+
+
+def cut_source(conversation: Conversation, room: int, tokenizer: ChatGLMTokenizer) -> CutSource | None:
+    """Shortens what precedes the last answer until its prompt has at most `room` ids.
+
+    First the oldest turns go, whole (a turn is a user message with all that follows it up to the next one); system
+    messages in front and the last turn stay. If that is not enough, the longest of the remaining questions, tool
+    results and system messages lose their middle, all down to the same number of characters, the shorter ones staying
+    whole: what a text is about mostly stands at its beginning, what is asked of it at its beginning or end. Role
+    headers, the source prefix and answers are never cut.
+
+    Args:
+        conversation: ends with the answer in question.
+
+    Returns:
+        None if it cannot be done.
+    """
+
+    def fits(candidate: Conversation) -> bool:
+        return len(render(candidate, tokenizer, for_generation=True).input_ids) <= room
+
+    if fits(conversation):
+        return CutSource(conversation)
+    system, turns = _turns(conversation.messages)
+
+    def without_oldest(count: int) -> Conversation:
+        kept = [message for turn in turns[count:] for message in turn]
+        return replace(conversation, messages=[*system, *kept])
+
+    last = len(turns) - 1
+    dropped = 1 + bisect_left(range(1, last), True, key=lambda count: fits(without_oldest(count))) if last else 0
+    shortened = without_oldest(dropped)
+    if dropped and fits(shortened):
+        return CutSource(shortened, history_cut=True)
+
+    def with_texts_of(length: int) -> Conversation:
+        return replace(shortened, messages=[_without_middle(message, length) for message in shortened.messages])
+
+    # The smallest number of characters taken off the longest text. A new seam may cost a token more, so that it is not
+    # always the very smallest, but what bisection ends with was tried, or is no text at all.
+    longest = max((len(message.content) for message in shortened.messages if message.role != "assistant"), default=0)
+    taken = bisect_left(range(longest), True, key=lambda count: fits(with_texts_of(longest - count)))
+    cut = with_texts_of(longest - taken)
+    return CutSource(cut, history_cut=dropped > 0, text_cut=True) if fits(cut) else None
+
+
+def _turns(messages: list[Message]) -> tuple[list[Message], list[list[Message]]]:
+    """The system messages in front, and the turns."""
+    first = next((index for index, message in enumerate(messages) if message.role != "system"), len(messages))
+    turns: list[list[Message]] = []
+    for message in messages[first:]:
+        if message.role == "user" or not turns:
+            turns.append([])
+        turns[-1].append(message)
+    return messages[:first], turns
+
+
+def _without_middle(message: Message, length: int) -> Message:
+    if message.role == "assistant" or len(message.content) <= length:
+        return message
+    head, tail = (length + 1) // 2, length // 2
+    return replace(message, content=message.content[:head] + message.content[len(message.content) - tail :])

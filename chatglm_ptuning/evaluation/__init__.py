@@ -1,0 +1,1 @@
+"""Scoring answers: metrics, batched generation, and the `evaluate` command."""

@@ -1,0 +1,136 @@
+"""Answers of a model to many prompts, in batches; reproducible unless sampling is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import GenerationConfig
+
+from chatglm_ptuning.data.chat_format import stop_ids
+from chatglm_ptuning.data.collate import PaddingCollator
+
+if TYPE_CHECKING:
+    from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
+    from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
+
+
+@torch.no_grad()
+def generate_answers(
+    model: ChatGLMForConditionalGeneration,
+    tokenizer: ChatGLMTokenizer,
+    examples: Sequence[Mapping[str, Any]],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    num_beams: int = 1,
+    do_sample: bool = False,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    progress: bool = True,
+) -> list[str]:
+    """Generates one answer per prompt under the selected prefix, greedily by default.
+
+    The settings are those given here and no others: `generation_config.json` of the base, which may ask for sampling
+    or limit the whole length, has no part in it. The longest prompts come first, so that a batch that does not fit in
+    memory shows at once; the answers are in the order of the examples. With a prefix per row (`set_prefix` with a
+    list) there must be one entry per example.
+
+    Args:
+        examples: each with `input_ids`, the prompt alone, as `Preprocessor.for_generation` makes them.
+        max_new_tokens: tokens of an answer at most, without its prompt.
+        temperature: of sampling; None for 1.
+        top_p: share of probability to sample from; None for all of it.
+        progress: whether to show a bar on stderr.
+
+    Returns:
+        The answers as `answer_text` gives them.
+
+    Raises:
+        ValueError: if a number is out of range, a prompt is empty, sampling settings come without `do_sample`, the
+            selected prefix is untrained, or there is not one selected prefix per example.
+    """
+    _check_arguments(examples, batch_size, max_new_tokens, num_beams)
+    if not do_sample and (temperature is not None or top_p is not None):
+        raise ValueError(f"temperature={temperature} and top_p={top_p} are for sampling: set do_sample=True with them.")
+    model.check_prefix_is_trained()
+    selection = model.selected_prefix
+    if isinstance(selection, tuple) and len(selection) != len(examples):
+        raise ValueError(
+            f"set_prefix named a prefix for each of {len(selection)} rows; there are {len(examples)} examples."
+        )
+    stops = stop_ids(tokenizer)
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        do_sample=do_sample,
+        repetition_penalty=repetition_penalty,
+        eos_token_id=stops,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+    )
+    if do_sample:
+        settings.update(temperature=1.0 if temperature is None else temperature, top_p=1.0 if top_p is None else top_p)
+        settings.update(top_k=0)
+    pad = PaddingCollator(tokenizer.pad_token_id, "left")
+    order = sorted(range(len(examples)), key=lambda index: len(examples[index]["input_ids"]), reverse=True)
+    answers = [""] * len(examples)
+    with _ready_to_generate(model), tqdm(total=len(examples), desc="generating", disable=not progress) as bar:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            if isinstance(selection, tuple):
+                model.set_prefix([selection[row] for row in rows])
+            batch = pad([{"input_ids": list(examples[row]["input_ids"])} for row in rows])
+            inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+            output = model.generate(**inputs, generation_config=settings)
+            for row, new in zip(rows, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+                answers[row] = answer_text(tokenizer, new, stops)
+            bar.update(len(rows))
+    return answers
+
+
+def answer_text(tokenizer: ChatGLMTokenizer, new_ids: Sequence[int], stops: Sequence[int]) -> str:
+    """Text of the generated tokens up to the first stop token, without special tokens and white space around.
+
+    A ChatGLM3 answer starts with a line of metadata: empty, and then left out, or the name of a tool. A tool call comes
+    back as name, newline and call, in which form `Preprocessor.for_generation` gives the reference, too.
+    """
+    end = next((place for place, token in enumerate(new_ids) if token in stops), len(new_ids))
+    text = tokenizer.decode(new_ids[:end], skip_special_tokens=True)
+    if tokenizer.chat_format == "chatglm3":
+        metadata, newline, content = text.partition("\n")
+        # The content is encoded apart from its metadata line, for which sentencepiece puts a space in front of it.
+        text = metadata + newline + content.removeprefix(" ")
+    return text.strip()
+
+
+@contextmanager
+def _ready_to_generate(model: ChatGLMForConditionalGeneration) -> Iterator[None]:
+    """Evaluation mode without the base's own generation settings; everything is put back afterwards."""
+    settings, selection = model.generation_config, model.selected_prefix
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    # `generate` fills what its argument leaves open from these.
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = settings
+        model.set_prefix(selection)
+        for module in training:
+            module.training = True
+
+
+def _check_arguments(
+    examples: Sequence[Mapping[str, Any]], batch_size: int, max_new_tokens: int, num_beams: int
+) -> None:
+    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens), ("num_beams", num_beams)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    empty = [index for index, example in enumerate(examples) if not len(example["input_ids"])]
+    if empty:
+        raise ValueError(f"The prompt of example {empty[0]} (counted from 0) has no tokens.")

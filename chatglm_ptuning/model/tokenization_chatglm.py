@@ -1,0 +1,458 @@
+"""The tokenizer of ChatGLM2 and ChatGLM3 for transformers: sentencepiece text, special tokens by id only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
+from transformers.tokenization_utils_base import TruncationStrategy
+from transformers.utils import PaddingStrategy, logging
+
+from chatglm_ptuning.model.chat_templates import CHAT_FORMATS, CHAT_TEMPLATES, RenderGuard, recognise_chat_format
+from chatglm_ptuning.model.vocabulary import ROLE_TOKENS, SPECIAL_TOKENS, SentencePieceVocabulary
+
+logger = logging.get_logger(__name__)
+
+# Written by the official folders and by earlier versions of transformers; nothing here depends on them.
+_UNUSED_SETTINGS = ("auto_map", "do_lower_case", "remove_space", "encode_special_tokens", "added_tokens_decoder",
+                    "additional_special_tokens", "extra_special_tokens", "is_local", "local_files_only",
+                    "tokenizer_file", "model_specific_special_tokens")  # fmt: skip
+
+
+class ChatGLMTokenizer(PreTrainedTokenizer):
+    """Tokenizer of ChatGLM2-6B, ChatGLM3-6B, CodeGeeX2-6B and chatglm-nano, with the official ids.
+
+    Every sequence starts with `[gMASK] sop`, a pair ends in `</s>`; padding is `<unk>` on the left, with position ids
+    0 on it and 0, 1, 2, ... on the tokens. A special token comes from its id or from a chat template, never from text:
+    "<|user|>" is text of eight characters. One thing of a text is lost, as with the official tokenizer: sentencepiece
+    writes spaces as U+2581, so that a U+2581 in the text is read back as a space.
+
+    Args:
+        vocab_file: the `tokenizer.model`.
+        chat_format: "chatglm2" or "chatglm3"; taken from the files beside `vocab_file` where not given: the
+            `chat_format` or the chat template of tokenizer_config.json, or the model's name there and in config.json.
+        chat_template: a jinja template to use instead of the format's own.
+        kwargs: settings of transformers' tokenizers (`padding_side`, `model_max_length`, ...).
+
+    Raises:
+        ValueError: if the vocabulary is missing, damaged or of another family, or the chat format is none of the two.
+    """
+
+    vocab_files_names: ClassVar[dict[str, str]] = {"vocab_file": "tokenizer.model"}
+    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask", "position_ids"]
+    padding_side = "left"
+
+    def __init__(
+        self,
+        vocab_file: str | None,
+        chat_format: str | None = None,
+        chat_template: str | dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        origin = str(kwargs.get("name_or_path", ""))
+        self.vocabulary = SentencePieceVocabulary(vocab_file or Path(origin, self.vocab_files_names["vocab_file"]))
+        for name in _UNUSED_SETTINGS:
+            kwargs.pop(name, None)
+        beside = _FolderSettings(self.vocabulary.path.parent)
+        chat_format = chat_format or beside.chat_format
+        if chat_format is None:
+            names = [*beside.names, origin, self.vocabulary.path.parent.name]
+            chat_format = _find_chat_format(chat_template or beside.config_template, names)
+        self._chat_format = _checked_chat_format(chat_format)
+        # A template of the folder stays if it was saved together with this format. An official folder's has told its
+        # format and gives way to ours, which also says where the text is cut into pieces. One by the caller stays.
+        if beside.has_template(chat_template) and beside.chat_format != chat_format:
+            chat_template = None
+        super().__init__(
+            chat_format=chat_format,
+            chat_template=chat_template or CHAT_TEMPLATES[chat_format],
+            extra_special_tokens=list(SPECIAL_TOKENS),
+            **self._named_tokens(kwargs),
+            **kwargs,
+        )
+
+    def _named_tokens(self, kwargs: dict[str, Any]) -> dict[str, str | AddedToken]:
+        processor = self.vocabulary.processor
+        unknown = processor.id_to_piece(processor.unk_id())
+        tokens = {
+            "bos_token": processor.id_to_piece(processor.bos_id()),
+            "eos_token": processor.id_to_piece(processor.eos_id()),
+            "unk_token": unknown,
+            "pad_token": unknown,
+        }
+        for name, token in tokens.items():
+            given = kwargs.pop(name, None)
+            if given is not None and str(given) in self.vocabulary:
+                tokens[name] = given
+            elif given is not None:
+                logger.warning(f"{name} {str(given)!r} is not in {self.vocabulary.path}; {token!r} is used.")
+        return tokens
+
+    # Chat format
+
+    @property
+    def chat_format(self) -> str:
+        """`chatglm2` (numbered rounds in one text) or `chatglm3` (role tokens); setting it sets the chat template."""
+        return self._chat_format
+
+    @chat_format.setter
+    def chat_format(self, chat_format: str) -> None:
+        self._chat_format = _checked_chat_format(chat_format)
+        self.chat_template = CHAT_TEMPLATES[chat_format]
+
+    # Vocabulary
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special tokens included, as in the official tokenizer."""
+        return len(self.vocabulary)
+
+    def __len__(self) -> int:
+        return len(self.vocabulary)
+
+    def get_vocab(self) -> dict[str, int]:
+        """Tokens to ids; a piece spelled like a special token gives way to it."""
+        return {self.vocabulary.token(index): index for index in range(len(self.vocabulary))}
+
+    def get_command(self, token: str) -> int:
+        """The id of a special token, or of `<bos>`, `<eos>`, `<unk>` or `<pad>`; the official name for it.
+
+        Raises:
+            ValueError: if there is no such token.
+        """
+        named = {"<bos>": self.bos_token_id, "<eos>": self.eos_token_id, "<unk>": self.unk_token_id,
+                 "<pad>": self.pad_token_id}  # fmt: skip
+        ids = {**named, **self.vocabulary.special_ids}
+        if token not in ids:
+            raise ValueError(f"{token!r} is no special token of ChatGLM; there are {', '.join(ids)}.")
+        return ids[token]
+
+    def _add_tokens(self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False) -> int:
+        # transformers would look for added tokens in all text, and so turn a user's text into special tokens.
+        unknown = [str(token) for token in new_tokens if str(token) not in self.vocabulary]
+        if unknown:
+            raise ValueError(
+                f"Cannot add {', '.join(map(repr, unknown))}: the vocabulary of ChatGLM is fixed by "
+                f"{self.vocabulary.path}. Spell new markers as ordinary text."
+            )
+        return 0
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.vocabulary.id(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self.vocabulary.token(index)
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+        """Writes `tokenizer.model` into a folder.
+
+        Returns:
+            the path written.
+        """
+        name = self.vocab_files_names["vocab_file"]
+        target = Path(save_directory, f"{filename_prefix}-{name}" if filename_prefix else name)
+        content = self.vocabulary.processor.serialized_model_proto()
+        if not target.is_file() or target.read_bytes() != content:
+            target.write_bytes(content)
+        return (str(target),)
+
+    # Text to ids
+
+    def tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        """The sentencepiece pieces of a text. To get ids, call the tokenizer: a piece may be spelled like a special
+        token, which is what `convert_tokens_to_ids` then takes it for.
+        """
+        return self.vocabulary.split(text)
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """`[gMASK] sop A`, or `[gMASK] sop A B </s>` for a pair."""
+        ids = [self.get_command("[gMASK]"), self.get_command("sop"), *token_ids_0]
+        return ids if token_ids_1 is None else [*ids, *token_ids_1, self.eos_token_id]
+
+    def get_special_tokens_mask(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
+    ) -> list[int]:
+        """1 for a special token and 0 for any other, for the sequence that `build_inputs_with_special_tokens` gives."""
+        if already_has_special_tokens:
+            return super().get_special_tokens_mask(token_ids_0, token_ids_1, already_has_special_tokens=True)
+        mask = [1, 1] + [0] * len(token_ids_0)
+        return mask if token_ids_1 is None else [*mask, *[0] * len(token_ids_1), 1]
+
+    def _encode_plus(
+        self,
+        text: Any,
+        text_pair: Any = None,
+        padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
+        truncation_strategy: TruncationStrategy = TruncationStrategy.DO_NOT_TRUNCATE,
+        is_split_into_words: bool = False,
+        return_offsets_mapping: bool = False,
+        **kwargs: Any,
+    ) -> BatchEncoding:
+        # transformers' own version goes from text to token strings to ids, on which a piece that is spelled like a
+        # special token becomes one. This one goes from text to ids.
+        if return_offsets_mapping:
+            raise NotImplementedError("ChatGLMTokenizer gives no offsets into the text (return_offsets_mapping).")
+        kwargs["truncation"] = truncation_strategy.value
+        if not _is_batch(text, is_split_into_words):
+            first = self._to_ids(text, is_split_into_words)
+            second = None if text_pair is None else self._to_ids(text_pair, is_split_into_words)
+            return self.prepare_for_model(
+                first, second, padding=padding_strategy.value, prepend_batch_axis=True, **kwargs
+            )
+        if text_pair is not None:
+            if not isinstance(text_pair, (list, tuple)) or len(text_pair) != len(text):
+                raise ValueError(f"text is a batch of {len(text)}, so text_pair must be one, too.")
+            text = list(zip(text, text_pair, strict=True))
+        # Padding waits until all rows are known.
+        names = ("pad_to_multiple_of", "padding_side", "return_attention_mask", "return_tensors")
+        for_batch = {name: kwargs.pop(name, None) for name in names}
+        columns: dict[str, list] = {}
+        for row in text:
+            first, second = row if _is_pair(row, is_split_into_words) else (row, None)
+            encoded = self.prepare_for_model(
+                self._to_ids(first, is_split_into_words),
+                None if second is None else self._to_ids(second, is_split_into_words),
+                return_attention_mask=False,
+                **kwargs,
+            )
+            for name, value in encoded.items():
+                columns.setdefault(name, []).append(value)
+        if for_batch["return_tensors"]:
+            # Rows of different lengths, which no tensor holds.
+            columns.pop("overflowing_tokens", None)
+            columns.pop("num_truncated_tokens", None)
+        max_length = kwargs.get("max_length")
+        return self.pad(columns, padding=padding_strategy.value, max_length=max_length, **for_batch)
+
+    def _to_ids(self, text: Any, is_split_into_words: bool) -> list[int]:
+        if isinstance(text, str):
+            return self.vocabulary.encode(text)
+        if isinstance(text, (list, tuple)) and all(isinstance(item, int) for item in text):
+            return list(text)
+        if is_split_into_words and isinstance(text, (list, tuple)) and all(isinstance(item, str) for item in text):
+            return [index for word in text for index in self.vocabulary.encode(word)]
+        raise ValueError(f"A text is a string, a list of ids, or, split into words, a list of strings; got {text!r}.")
+
+    def _pad(self, encoded_inputs: Any, *args: Any, padding_side: str | None = None, **kwargs: Any) -> Any:
+        ids = encoded_inputs["input_ids"]
+        before = len(ids)
+        positions = encoded_inputs.get("position_ids")
+        if positions is None:
+            positions = _positions(encoded_inputs.get("attention_mask") or [1] * before)
+        encoded_inputs = super()._pad(encoded_inputs, *args, padding_side=padding_side, **kwargs)
+        if "position_ids" in self.model_input_names:
+            padding = [0] * (len(encoded_inputs["input_ids"]) - before)
+            on_left = (padding_side or self.padding_side) == "left"
+            encoded_inputs["position_ids"] = padding + positions if on_left else positions + padding
+        return encoded_inputs
+
+    # Ids to text
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """The text of pieces and special tokens."""
+        return self.vocabulary.join(tokens)
+
+    def _decode(
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **kwargs: Any,
+    ) -> str:
+        ids = [token_ids] if isinstance(token_ids, int) else token_ids
+        if skip_special_tokens:
+            skipped = set(self.all_special_ids)
+            ids = [index for index in ids if index not in skipped]
+        text = self.vocabulary.decode(ids)
+        return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
+
+    # Chats
+
+    def build_prompt(self, query: str, history: Sequence[tuple[str, str]] | None = None) -> str:
+        """The text of a chat in ChatGLM2's form, up to and including the last `答：`.
+
+        Args:
+            query: what is asked now.
+            history: earlier rounds, each a pair of question and answer.
+
+        Raises:
+            ValueError: if a round is not a pair of strings.
+        """
+        rounds = []
+        for number, turn in enumerate(history or (), start=1):
+            if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+                raise ValueError(f"Round {number} of the history must be a pair of question and answer, got {turn!r}.")
+            rounds.append(f"[Round {number}]\n\n问：{turn[0]}\n\n答：{turn[1]}\n\n")
+        return "".join(rounds) + f"[Round {len(rounds) + 1}]\n\n问：{query}\n\n答："
+
+    def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
+        """The ids of a message in ChatGLM3's form: `<|role|>`, then metadata and newline, then the content.
+
+        Raises:
+            ValueError: if the role is none of system, user, assistant and observation.
+        """
+        token = f"<|{role}|>"
+        if token not in ROLE_TOKENS:
+            raise ValueError(
+                f"ChatGLM3 has no role {role!r}; there are {', '.join(name[2:-2] for name in ROLE_TOKENS)}."
+            )
+        return [self.get_command(token), *self.vocabulary.encode(f"{metadata}\n"), *self.vocabulary.encode(message)]
+
+    def build_chat_input(
+        self, query: str, history: Sequence[Mapping[str, Any]] | None = None, role: str = "user"
+    ) -> BatchEncoding:
+        """A chat in ChatGLM3's form, ready to be continued after `<|assistant|>`.
+
+        Args:
+            query: the newest message.
+            history: earlier messages with `role`, `content` and, where they have them, `metadata` and (system) `tools`.
+            role: of the newest message; "observation" for a tool's output.
+
+        Returns:
+            `input_ids`, `attention_mask` and `position_ids`, each a tensor `[1, seq_len]`.
+        """
+        ids: list[int] = []
+        for message in [*(history or ()), {"role": role, "content": query}]:
+            content = message["content"]
+            if message["role"] == "system" and message.get("tools") is not None:
+                content += "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)
+            ids += self.build_single_message(message["role"], message.get("metadata") or "", content)
+        return self([[*ids, self.get_command("<|assistant|>")]], return_tensors="pt")
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Mapping[str, str]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        tokenize: bool = True,
+        padding: bool | str | PaddingStrategy = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        return_dict: bool = True,
+        return_assistant_tokens_mask: bool = False,
+        sanitize_control_tokens: bool = True,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Renders one chat or a batch of them, to ids (the ones of `build_chat_input` or of `build_prompt`) or to text.
+
+        Arguments and results are those of transformers, with two differences. Special tokens that messages and tools
+        spell are always ordinary text in the ids, whatever `sanitize_control_tokens` says; a text (`tokenize=False`)
+        cannot tell them apart, so ids should be asked for here and not made from that text. And there is no
+        `return_assistant_tokens_mask`.
+
+        Raises:
+            ValueError: on `return_assistant_tokens_mask`, and on arguments that contradict each other.
+            TypeError: on messages or tools that are not of JSON's types.
+            jinja2.TemplateError: on a role that the format does not have, or a message without text.
+        """
+        if return_assistant_tokens_mask:
+            raise ValueError("ChatGLMTokenizer has no mask of the assistant's tokens (return_assistant_tokens_mask).")
+        options = {
+            "chat_template": chat_template,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "tokenize": False,
+        }
+        if not tokenize:
+            return super().apply_chat_template(conversation, tools=tools, documents=documents, **options, **kwargs)
+        guard = RenderGuard()
+        rendered = super().apply_chat_template(
+            guard.protect(conversation),
+            tools=guard.protect(tools),
+            documents=guard.protect(documents),
+            segment_cut=guard.segment_cut,
+            **options,
+            **guard.protect(kwargs),
+        )
+        rows = [
+            [
+                index
+                for part, is_special in guard.parts(text)
+                for index in ([self.vocabulary.id(part)] if is_special else self.vocabulary.encode(part))
+            ]
+            for text in ([rendered] if isinstance(rendered, str) else rendered)
+        ]
+        encoded = self(
+            rows[0] if isinstance(rendered, str) else rows,
+            add_special_tokens=False,
+            padding=padding,
+            truncation=truncation,
+            max_length=max_length,
+            return_tensors=return_tensors,
+            **(tokenizer_kwargs or {}),
+        )
+        return encoded if return_dict else encoded["input_ids"]
+
+
+class _FolderSettings:
+    """What the files beside a vocabulary say about its base; a file that is missing or unreadable says nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        config = self._read(folder / "tokenizer_config.json")
+        self.chat_format: str | None = config.get("chat_format")
+        self.config_template = config.get("chat_template")
+        named = (config.get("name_or_path"), self._read(folder / "config.json").get("_name_or_path"))
+        self.names = [name for name in named if isinstance(name, str)]
+        self._template_file = folder / "chat_template.jinja"
+
+    def has_template(self, template: Any) -> bool:
+        """Whether the template is the folder's own."""
+        if self._template_file.is_file() and self._template_file.read_text(encoding="utf-8") == template:
+            return True
+        return template is not None and template == self.config_template
+
+    @staticmethod
+    def _read(path: Path) -> dict[str, Any]:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+
+def _find_chat_format(chat_template: Any, names: Sequence[str]) -> str:
+    found = recognise_chat_format(chat_template, names)
+    if found is None:
+        logger.warning_once(
+            "Nothing beside tokenizer.model tells ChatGLM2 from ChatGLM3, so chats are written in ChatGLM3's form; "
+            'for ChatGLM2 give chat_format="chatglm2" to the tokenizer or in tokenizer_config.json.'
+        )
+    return found or "chatglm3"
+
+
+def _checked_chat_format(chat_format: str) -> str:
+    if chat_format not in CHAT_FORMATS:
+        raise ValueError(f"chat_format must be one of {', '.join(CHAT_FORMATS)}, got {chat_format!r}.")
+    return chat_format
+
+
+def _is_batch(text: Any, is_split_into_words: bool) -> bool:
+    if not isinstance(text, (list, tuple)):
+        return False
+    if not text:
+        return not is_split_into_words
+    return isinstance(text[0], (list, tuple) if is_split_into_words else (str, list, tuple))
+
+
+def _is_pair(row: Any, is_split_into_words: bool) -> bool:
+    # A list of two words is one row; two lists of words, or two texts, are a pair.
+    kinds = (list, tuple) if is_split_into_words else (str, list, tuple)
+    return isinstance(row, (list, tuple)) and len(row) == 2 and all(isinstance(part, kinds) for part in row)
+
+
+def _positions(attention_mask: Sequence[int]) -> list[int]:
+    positions, position = [], 0
+    for is_real in attention_mask:
+        positions.append(position if is_real else 0)
+        position += bool(is_real)
+    return positions

@@ -1,0 +1,136 @@
+"""Flags of `chatglm-ptuning train`: those of the official ptuning scripts, with their meaning, and a few more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import Seq2SeqTrainingArguments
+
+from chatglm_ptuning.model.loading import DEFAULT_MODEL
+from chatglm_ptuning.training.initialisation import PREFIX_INITS
+
+DEFAULT_PRE_SEQ_LEN = 128
+
+RETIRED_FLAGS = {
+    "use_fast_tokenizer": "the family has one tokenizer.",
+    "use_auth_token": "log in by `hf auth login` instead.",
+    "resize_position_embeddings": "rotary positions need no resizing.",
+    "forced_bos_token": "prompts always start with the model's own tokens.",
+    "lang": "it served multilingual translation models.",
+    "overwrite_cache": "nothing is cached on disk, rows are always prepared anew.",
+    "trust_remote_code": "no remote code is ever run.",
+    "pad_to_max_length": "batches are padded to their longest row; the loss is the same.",
+    "ignore_pad_token_for_loss": "padding is never learned, and a real <unk> in an answer always is.",
+    "sortish_sampler": "use --train_sampling_strategy group_by_length, which is the default.",
+    "group_by_length": "it is the default; --train_sampling_strategy random turns it off.",
+    "cache_dir": "set the environment variable HF_HOME instead.",
+    "config_name": "the configuration is read from --model_name_or_path.",
+    "tokenizer_name": "the tokenizer is read from --model_name_or_path.",
+    "model_revision": "give a local folder as --model_name_or_path.",
+}
+"""Flags of the official scripts that are accepted and have nothing left to do, with the reason."""
+
+
+@dataclass
+class ModelArguments:
+    """The base and its prefix."""
+
+    model_name_or_path: str = field(
+        default=DEFAULT_MODEL, metadata={"help": "folder of the base, or its hub name (default: the bundled nano)"}
+    )
+    ptuning_checkpoint: str | None = field(
+        default=None, metadata={"help": "prefix to go on from, or to evaluate: a folder of this kit, official or PEFT"}
+    )
+    pre_seq_len: int | None = field(
+        default=None,
+        metadata={"help": f"number of virtual tokens (default: {DEFAULT_PRE_SEQ_LEN}, or the checkpoint's)"},
+    )
+    prefix_projection: bool = field(
+        default=False, metadata={"help": "make the prefix by a two-layer MLP during training"}
+    )
+    prefix_dropout: float = field(default=0.1, metadata={"help": "dropout on the prefix in training"})
+    prefix_init: str = field(
+        default="data",
+        metadata={"help": "first values: data or text (keys and values of real tokens), small, official (N(0, 1))"},
+    )
+    init_prefix_text: str | None = field(
+        default=None, metadata={"help": "start from the keys and values of this text (implies --prefix_init text)"}
+    )
+    quantization_bit: int | None = field(default=None, metadata={"help": "8 or 4: quantise the base (bitsandbytes)"})
+    dtype: str = field(default="auto", metadata={"help": "of the base: auto, float32, bfloat16, float16"})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa, flash_attention_2 or flex_attention (default: sdpa)"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.init_prefix_text is not None:
+            self.prefix_init = "text"
+        if self.prefix_init not in PREFIX_INITS:
+            raise ValueError(f"--prefix_init must be one of {', '.join(PREFIX_INITS)}, got {self.prefix_init!r}")
+        if self.prefix_init == "text" and not self.init_prefix_text:
+            raise ValueError("--prefix_init text needs --init_prefix_text")
+        if self.pre_seq_len is not None and self.pre_seq_len < 1:
+            raise ValueError(f"--pre_seq_len must be at least 1, got {self.pre_seq_len}")
+        if self.quantization_bit not in (None, 0, 4, 8):
+            raise ValueError(f"--quantization_bit must be 4 or 8, got {self.quantization_bit}")
+
+
+@dataclass
+class DataArguments:
+    """Files, columns and lengths."""
+
+    train_file: str | None = field(default=None, metadata={"help": "JSON or JSON lines to train on"})
+    validation_file: str | None = field(default=None, metadata={"help": "rows for --do_eval"})
+    test_file: str | None = field(default=None, metadata={"help": "rows for --do_predict (default: validation_file)"})
+    prompt_column: str = field(default="prompt", metadata={"help": "column of the source text"})
+    response_column: str = field(default="response", metadata={"help": "column of the answer"})
+    history_column: str | None = field(default=None, metadata={"help": "column of earlier turns"})
+    source_prefix: str = field(default="", metadata={"help": "text in front of every source"})
+    max_source_length: int = field(default=1024, metadata={"help": "tokens of the source at most"})
+    max_target_length: int = field(default=128, metadata={"help": "tokens of the answer at most"})
+    val_max_target_length: int | None = field(
+        default=None, metadata={"help": "tokens to generate at most (default: max_target_length)"}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "train on the first so many rows"})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate on the first so many rows"})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "predict the first so many rows"})
+    preprocessing_num_workers: int = field(default=1, metadata={"help": "processes that prepare the rows"})
+    num_beams: int | None = field(default=None, metadata={"help": "beams of generation (default: greedy)"})
+    compare_base: bool = field(
+        default=False, metadata={"help": "with --do_predict: score the base without prefix too, and show answers"}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("max_source_length", "max_target_length"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"--{name} must be at least 2, got {getattr(self, name)}")
+
+
+@dataclass
+class PrefixTrainingArguments(Seq2SeqTrainingArguments):
+    """transformers' own training arguments with defaults that suit a prefix."""
+
+    output_dir: str | None = field(
+        default=None, metadata={"help": "folder of the run (default: output/<model>-<file>)"}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "start anew in a folder that holds an earlier run, deleting its checkpoints"}
+    )
+    learning_rate: float = field(default=1e-2, metadata={"help": "of the prefix; the official script has 2e-2"})
+    logging_steps: float = field(default=10, metadata={"help": "steps between two log entries"})
+    train_sampling_strategy: str = field(
+        default="group_by_length", metadata={"help": "group_by_length, random or sequential"}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "rows hold what the model takes"})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "losses that are not finite end training"})
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.accelerator.is_available, metadata={"help": "pinned memory (default: with a GPU)"}
+    )
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "see TrainingArguments"})
+
+    def __post_init__(self) -> None:
+        if self.output_dir is None:
+            self.output_dir = str(Path("output") / "prefix")
+        super().__post_init__()

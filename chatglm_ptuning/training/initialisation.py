@@ -1,0 +1,70 @@
+"""First values of a prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
+
+PREFIX_INITS = ("data", "text", "small", "official")
+_SMALL_STD = 0.02
+
+
+def init_prefix(
+    model: ChatGLMForConditionalGeneration,
+    tokenizer: ChatGLMTokenizer,
+    method: str,
+    *,
+    text: str | None = None,
+    examples: Sequence[dict[str, list[int]]] = (),
+    seed: int = 42,
+) -> None:
+    """Sets the trainable prefix to its first values.
+
+    `official` is the official code's N(0, 1) table, `small` the same with a standard deviation of 0.02. `text` and
+    `data` take the keys and values that the base computes for real tokens, so that training starts near the base's
+    own behaviour: those of a given text, repeated or cut to `pre_seq_len`, or of the training rows, each to its end,
+    as many as fit. Starting from real tokens learns fastest in our measurements (docs/measurements.md).
+
+    Args:
+        method: one of PREFIX_INITS.
+        text: for `text`.
+        examples: rows with `input_ids`, for `data`.
+        seed: of the choice of rows.
+
+    Raises:
+        ValueError: if the method is unknown, or has no text or rows to work with.
+    """
+    encoder = model.transformer.prefix_encoder
+    if method == "official":
+        return
+    if method == "small":
+        with torch.no_grad():
+            (encoder.trans[2] if encoder.prefix_projection else encoder.embedding).weight.mul_(_SMALL_STD)
+        return
+    if method == "text":
+        ids = tokenizer.encode(text or "", add_special_tokens=False)
+        if not ids:
+            raise ValueError("The text to start the prefix from has no tokens.")
+        ids = ids * -(-encoder.pre_seq_len // len(ids))
+    elif method == "data":
+        ids = _ids_of_rows(examples, encoder.pre_seq_len, seed)
+    else:
+        raise ValueError(f"Unknown prefix_init {method!r}; there are {', '.join(PREFIX_INITS)}.")
+    model.init_prefix_from_ids(torch.tensor(ids[: encoder.pre_seq_len]))
+
+
+def _ids_of_rows(examples: Sequence[dict[str, list[int]]], length: int, seed: int) -> list[int]:
+    if not examples:
+        raise ValueError("prefix_init data needs training rows.")
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    ids: list[int] = []
+    while len(ids) < length:
+        for index in order:
+            ids += examples[index]["input_ids"]
+            if len(ids) >= length:
+                break
+    return ids

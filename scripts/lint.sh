@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Checks format and lint; the hook before a commit and CI both call it.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+ensure_environment
+cd "$ROOT"
+"$PYTHON" -m ruff format --check .
+"$PYTHON" -m ruff check .

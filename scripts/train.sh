@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Trains a P-Tuning v2 prefix. With nothing set: on the bundled chatglm-nano and the bundled advertisements.
+#
+#   MODEL=/path/to/chatglm3-6b bash scripts/train.sh
+#   MODEL=/path/to/chatglm3-6b TRAIN_FILE=train.json VALIDATION_FILE=dev.json NUM_GPUS=8 bash scripts/train.sh
+#
+# Any flag of `chatglm-ptuning train` may follow, and overrides what is set here.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+ensure_environment
+
+if [ -z "${MODEL:-}" ]; then
+    MODEL="$ROOT/data/chatglm-nano"
+    NANO_DEFAULTS=1
+fi
+
+PRE_SEQ_LEN=${PRE_SEQ_LEN:-${NANO_DEFAULTS:+32}}
+PRE_SEQ_LEN=${PRE_SEQ_LEN:-128}
+LR=${LR:-1e-2}
+BATCH=${BATCH:-${NANO_DEFAULTS:+16}}
+BATCH=${BATCH:-4}
+ACCUMULATION=${ACCUMULATION:-${NANO_DEFAULTS:+1}}
+ACCUMULATION=${ACCUMULATION:-4}
+MAX_STEPS=${MAX_STEPS:-200}
+SAVE_STEPS=${SAVE_STEPS:-100}
+TRAIN_FILE=${TRAIN_FILE:-$ROOT/data/advertisement/train.json}
+VALIDATION_FILE=${VALIDATION_FILE:-$ROOT/data/advertisement/dev.json}
+PROMPT_COLUMN=${PROMPT_COLUMN:-content}
+RESPONSE_COLUMN=${RESPONSE_COLUMN:-summary}
+MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-128}
+MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-128}
+NUM_GPUS=${NUM_GPUS:-1}
+DS_CONFIG=${DS_CONFIG:-$ROOT/ds_config/zero1.json}
+OUTPUT=${OUTPUT:-$CHATGLM_PTUNING_OUTPUT/$(basename "$MODEL")-$(basename "$(dirname "$TRAIN_FILE")")-$PRE_SEQ_LEN}
+
+COLUMNS_FLAGS=(--prompt_column "$PROMPT_COLUMN" --response_column "$RESPONSE_COLUMN")
+if [ -n "${HISTORY_COLUMN:-}" ]; then
+    COLUMNS_FLAGS+=(--history_column "$HISTORY_COLUMN")
+fi
+
+LAUNCH=("$PYTHON" -m chatglm_ptuning)
+if [ "$NUM_GPUS" -gt 1 ]; then
+    LAUNCH=("$PYTHON" -m deepspeed.launcher.runner --num_gpus "$NUM_GPUS" --master_port "${MASTER_PORT:-29500}"
+        --module chatglm_ptuning)
+    set -- --deepspeed "$DS_CONFIG" "$@"
+fi
+
+exec "${LAUNCH[@]}" train \
+    --do_train --do_eval --do_predict --compare_base \
+    --model_name_or_path "$MODEL" \
+    --train_file "$TRAIN_FILE" \
+    --validation_file "$VALIDATION_FILE" \
+    "${COLUMNS_FLAGS[@]}" \
+    --output_dir "$OUTPUT" \
+    --overwrite_output_dir \
+    --max_source_length "$MAX_SOURCE_LENGTH" \
+    --max_target_length "$MAX_TARGET_LENGTH" \
+    --per_device_train_batch_size "$BATCH" \
+    --per_device_eval_batch_size "$BATCH" \
+    --gradient_accumulation_steps "$ACCUMULATION" \
+    --max_steps "$MAX_STEPS" \
+    --logging_steps 10 \
+    --save_steps "$SAVE_STEPS" \
+    --learning_rate "$LR" \
+    --pre_seq_len "$PRE_SEQ_LEN" \
+    "$@"

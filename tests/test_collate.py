@@ -1,0 +1,48 @@
+"""Padding of batches against tensors written down by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from chatglm_ptuning.data.collate import PaddingCollator
+
+EXAMPLES = [{"input_ids": [5, 0, 7], "labels": [-100, 0, 7]}, {"input_ids": [8], "labels": [8], "reference": "八"}]
+
+
+def as_lists(batch: dict[str, torch.Tensor]) -> dict[str, list[list[int]]]:
+    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+    return {name: tensor.tolist() for name, tensor in batch.items()}
+
+
+def test_pads_on_the_right_and_keeps_the_pad_id_where_it_is_real():
+    assert as_lists(PaddingCollator(0)(EXAMPLES)) == {
+        "input_ids": [[5, 0, 7], [8, 0, 0]],
+        "attention_mask": [[1, 1, 1], [1, 0, 0]],
+        "position_ids": [[0, 1, 2], [0, 0, 0]],
+        "labels": [[-100, 0, 7], [8, -100, -100]],
+    }
+
+
+def test_pads_on_the_left():
+    examples = [{"input_ids": example["input_ids"]} for example in EXAMPLES] + [{"input_ids": [3, 4]}]
+    assert as_lists(PaddingCollator(9, "left")(examples)) == {
+        "input_ids": [[5, 0, 7], [9, 9, 8], [9, 3, 4]],
+        "attention_mask": [[1, 1, 1], [0, 0, 1], [0, 1, 1]],
+        "position_ids": [[0, 1, 2], [0, 0, 0], [0, 0, 1]],
+    }
+
+
+def test_rounds_the_length_up():
+    batch = PaddingCollator(0, pad_to_multiple_of=4)(EXAMPLES)
+    assert {tuple(tensor.shape) for tensor in batch.values()} == {(2, 4)}
+    assert PaddingCollator(0, pad_to_multiple_of=3)(EXAMPLES)["input_ids"].shape == (2, 3)
+
+
+def test_refuses_what_does_not_fit_together():
+    with pytest.raises(ValueError, match="example 1 of the batch has 1 ids and 0 labels"):
+        PaddingCollator(0)([EXAMPLES[0], {"input_ids": [8]}])
+    with pytest.raises(ValueError, match="example 0 of the batch has 2 ids and 1 labels"):
+        PaddingCollator(0)([{"input_ids": [1, 2], "labels": [1]}])
+    with pytest.raises(ValueError, match="padding_side='both' must be 'left' or 'right'"):
+        PaddingCollator(0, "both")

@@ -1,0 +1,241 @@
+"""Reading data files and understanding rows: what is read, and what is said about each kind of fault."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+
+from chatglm_ptuning.data.conversation import Columns, Conversation, Message, to_conversation
+from chatglm_ptuning.data.files import Row, read_rows
+
+
+def written(folder: Path, content: str | bytes, name: str = "rows.json") -> Path:
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def fault(path: Path) -> str:
+    with pytest.raises(ValueError) as caught:
+        read_rows(path)
+    return str(caught.value)
+
+
+LINES = '{"a": "一"}\n\n  {"a": "二"}\r\n{"a": "三\u2028"}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(LINES.encode(), id="lines"),
+        pytest.param(LINES.encode("utf-8-sig"), id="byte order mark"),
+        pytest.param(gzip.compress(LINES.encode()), id="gzip"),
+        pytest.param('[{"a": "一"},\n\n {"a": "二"}, \n{"a":\n "三\u2028"}]\n'.encode(), id="array"),
+    ],
+)
+def test_reads_objects_with_their_lines(tmp_path, content):
+    path = written(tmp_path, content)
+    rows = read_rows(path)
+    assert rows == [{"a": "一"}, {"a": "二"}, {"a": "三\u2028"}]
+    assert [row.where for row in rows] == [f"{path}:1", f"{path}:3", f"{path}:4"]
+
+
+def test_a_row_survives_pickling():
+    row = pickle.loads(pickle.dumps(Row({"a": 1}, "f.json", 7)))
+    assert (row, row.where) == ({"a": 1}, "f.json:7")
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "reason", "shown"),
+    [
+        ('{"a": 1}\n{"a": 2\n{"a": 3}', 2, "not valid JSON: Expecting ',' delimiter (column 8)", '{"a": 2'),
+        ('{"a": 1}\n\n{"a": 1} {"a": 2}', 3, "not valid JSON: Extra data (column 10)", '{"a": 1} {"a": 2}'),
+        ('{"a": 1}\n["b"]', 2, "expected an object, found an array", '["b"]'),
+        ('{"a": 1}\nnull', 2, "expected an object, found null", "null"),
+        ('{"a": NaN}', 1, "not valid JSON: NaN is not a JSON value, write null or a number", '{"a": NaN}'),
+        ('{"a": ' + "[" * 100_000, 1, "nested too deeply", '{"a": [[['),
+        ('[{"a": 1},\n{"a": 2}\n{"a": 3}]', 3, "expected ',' or ']' behind an element, found '{'", '{"a": 3}]'),
+        ('[{"a": 1},\n{"a": 2}\n', 3, "expected ',' or ']' behind an element, the file ends", ""),
+        ('[{"a": 1},\n{"a" 2}]', 2, "not valid JSON: Expecting ':' delimiter (column 6)", '{"a" 2}]'),
+        ('[{"a": 1},\n "b"]', 2, "expected an object, found a string", '"b"]'),
+        ('[{"a": 1},\n]', 2, "not valid JSON: Expecting value (column 1)", "]"),
+        ('[{"a": 1}]\n{"a": 2}', 2, "there is more text behind the end of the array", '{"a": 2}'),
+    ],
+)
+def test_names_file_line_and_reason_of_a_malformed_line(tmp_path, content, line, reason, shown):
+    path = written(tmp_path, content)
+    message = fault(path)
+    assert message.startswith(f"{path}:{line}: {reason}. The line starts: {shown}")
+    assert "one JSON object per line" in message
+
+
+def test_a_long_malformed_line_is_shown_by_its_start(tmp_path):
+    message = fault(written(tmp_path, '{"a": "' + "长" * 1000))
+    assert "长" * 53 + "...\n" in message and "长" * 54 not in message
+
+
+@pytest.mark.parametrize("content", ["", " \n\n", b"\xef\xbb\xbf", gzip.compress(b"")])
+def test_an_empty_file(tmp_path, content):
+    path = written(tmp_path, content)
+    assert fault(path).startswith(f"{path} is empty.")
+
+
+def test_an_empty_array(tmp_path):
+    assert "holds an empty array" in fault(written(tmp_path, "[ ]"))
+
+
+def test_a_missing_file_names_near_ones(tmp_path):
+    written(tmp_path, "{}", "train.json")
+    assert "did you mean train.json?" in fault(tmp_path / "trian.json")
+    assert "nor does its folder" in fault(tmp_path / "none" / "train.json")
+
+
+def test_a_folder_names_its_files(tmp_path):
+    written(tmp_path, "{}", "train.json.gz")
+    assert "is a folder, not a data file; name one file in it (train.json.gz)" in fault(tmp_path)
+
+
+def test_other_encodings(tmp_path):
+    gbk = written(tmp_path, b'{"a": 1}\n' + '{"a": "你好"}'.encode("gbk"))
+    assert fault(gbk).startswith(f"{gbk}:2: not UTF-8 text (byte 0xc4). If it is GBK")
+    assert "iconv -f UTF-16" in fault(written(tmp_path, '{"a": "你好"}'.encode("utf-16")))
+    assert "iconv -f UTF-16" in fault(written(tmp_path, '{"a": "你好"}'.encode("utf-16-le")))
+
+
+def test_a_cut_off_gzip_file(tmp_path):
+    assert "is a gzip file that is damaged or cut off" in fault(written(tmp_path, gzip.compress(LINES.encode())[:-12]))
+
+
+def row(**values: object) -> Row:
+    return Row(values, "rows.json", 5)
+
+
+def refusal(values: Row, columns: Columns) -> str:
+    with pytest.raises(ValueError) as caught:
+        to_conversation(values, columns)
+    message = str(caught.value)
+    assert message.startswith("rows.json:5: ")
+    return message.removeprefix("rows.json:5: ")
+
+
+def test_prompt_columns_learn_the_response_alone():
+    columns = Columns("content", "summary", "rounds")
+    found = to_conversation(row(content="问二", summary=3.5, rounds=[["问一", "答一"]]), columns, "译：")
+    assert found == Conversation(
+        [
+            Message("user", "问一"),
+            Message("assistant", "答一"),
+            Message("user", "问二"),
+            Message("assistant", "3.5", loss=True),
+        ],
+        "译：",
+    )
+
+
+@pytest.mark.parametrize("rounds", [{}, {"rounds": None}, {"rounds": []}])
+def test_no_history(rounds):
+    found = to_conversation(row(prompt="问", response=True, **rounds), Columns(history="rounds"))
+    assert found.messages == [Message("user", "问"), Message("assistant", "true", loss=True)]
+
+
+def test_conversations_learn_every_answer_unless_told_otherwise():
+    turns = [
+        {"role": "system", "content": "系统", "loss": True},
+        {"role": "user", "content": "问一", "loss": True},
+        {"role": "assistant", "content": "答一", "loss": False},
+        {"role": "user", "content": "问二"},
+        {"role": "assistant", "content": "调用", "metadata": "get_weather"},
+        {"role": "observation", "content": "晴"},
+        {"role": "assistant", "content": " "},
+    ]
+    assert to_conversation(row(conversations=turns), Columns()).messages == [
+        Message("system", "系统"),
+        Message("user", "问一"),
+        Message("assistant", "答一"),
+        Message("user", "问二"),
+        Message("assistant", "调用", "get_weather", loss=True),
+        Message("observation", "晴"),
+        Message("assistant", " "),
+    ]
+
+
+def test_official_tool_calls():
+    call = {
+        "role": "tool",
+        "name": "get_weather",
+        "parameters": {"city": "北京", "days": 2},
+        "observation": {"t": "晴"},
+    }
+    turns = [{"role": "user", "content": "问"}, call, {**call, "loss": False, "observation": "雨"}]
+    tools = [{"name": "get_weather"}]
+    system, _, first, seen, second, _ = to_conversation(row(tools=tools, conversations=turns), Columns()).messages
+    assert system.role == "system" and json.loads(system.content.partition(":\n")[2]) == tools
+    text = "```python\ntool_call(city='北京', days=2)\n```"
+    assert first == Message("assistant", text, "get_weather", loss=True)
+    assert seen == Message("observation", '{"t": "晴"}')
+    assert second == Message("assistant", text, "get_weather", loss=False)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (row(content="问", response="答"), "there is no column 'prompt' (the row has 'content', 'response'); name the "
+         "right one with --prompt_column."),
+        (row(prompt="问", summary="答"), "there is no column 'response' (the row has 'prompt', 'summary'); name the "
+         "right one with --response_column."),
+        (row(prompt=["问"], response="答"), "the column 'prompt' holds an array, not text: [\"问\"]"),
+        (row(prompt="问", response={"a": 1}), "the column 'response' holds an object, not text: {\"a\": 1}"),
+        (row(prompt="问\ud83d", response="答"), r"the column 'prompt' holds half of a surrogate pair ('\ud83d') at "
+         "character 2."),
+        (row(prompt="问", response="答", history="[]"), "the column 'history' must be a list of [question, answer] "
+         "pairs, not str; name the right one with --history_column."),
+        (row(prompt="问", response="答", history=[["a", "b"], ["c"]]), "the column 'history' must be a list of "
+         '[question, answer] pairs; its round 2 is ["c"]'),
+        (row(conversations="问"), "'conversations' must be a list of messages, not str."),
+        (row(conversations=["问"]), "message 1 of 'conversations' is not an object like"),
+        (row(conversations=[{"from": "human", "value": "问"}]), "message 1 of 'conversations' has no 'role' (it has "
+         "'from', 'value'); a message needs 'role' and 'content'."),
+        (row(conversations=[{"role": "human", "content": "问"}]), "message 1 of 'conversations' has the unknown role "
+         "'human'; the roles are system, user, assistant, observation and tool."),
+        (row(conversations=[{"role": "assistant", "content": "答", "loss": "no"}]), "message 1 of 'conversations': "
+         "'loss' must be true or false, not 'no'."),
+        (row(conversations=[{"role": "tool", "name": "f"}]), "message 1 of 'conversations' is a tool call, which needs "
+         "'name' (text) and 'parameters' (an object)."),
+        (row(conversations=[{"role": "assistant", "content": "", "metadata": "a\nb"}]), "the metadata of message 1 of "
+         "'conversations' has a line break in it"),
+    ],
+)  # fmt: skip
+def test_names_what_is_wrong_in_a_row(values, message):
+    assert refusal(values, Columns(history="history")).startswith(message)
+
+
+def test_only_answers_can_be_learned():
+    with pytest.raises(ValueError, match=re.escape("a message of the role 'user' cannot be learned")):
+        Message("user", "问", loss=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "missing"),
+    [
+        (row(prompt="问", response="答"), None),
+        (row(prompt=0, response=0), None),
+        (row(prompt=" ", response=None), "empty"),
+        (row(prompt="问", response=""), "one_sided"),
+        (row(prompt="", response="答"), "one_sided"),
+        (row(prompt="", response="答", history=[["问", "答"]]), "one_sided"),
+        (row(prompt="问", response="", history=[["问", "答"]]), "one_sided"),
+        (row(conversations=[]), "empty"),
+        (row(conversations=[{"role": "user", "content": "问"}]), "one_sided"),
+        (row(conversations=[{"role": "assistant", "content": "答"}]), "one_sided"),
+        (row(conversations=[{"role": "user", "content": "问"}, {"role": "assistant", "content": ""}]), "one_sided"),
+        (row(conversations=[{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]), "empty"),
+        (row(conversations=[{"role": "system", "content": "介绍"}, {"role": "assistant", "content": "答"}]), None),
+    ],
+)
+def test_recognises_rows_without_both_sides(values, missing):
+    assert to_conversation(values, Columns(history="history")).missing_side() == missing

@@ -1,0 +1,189 @@
+"""Batched generation with a tiny base that has learned a few answers by heart."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_base import ANSWERS, make_base, make_prefix
+
+from chatglm_ptuning.data.conversation import Columns
+from chatglm_ptuning.data.preprocess import Preprocessor
+from chatglm_ptuning.evaluation.generate import answer_text, generate_answers
+from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
+
+ROWS = [{"content": prompt, "summary": answer} for prompt, answer in ANSWERS.items()]
+
+
+@pytest.fixture(scope="module", params=["chatglm3", "chatglm2"])
+def folder(request, tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return ChatGLMTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def model(folder):
+    return ChatGLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def examples(tokenizer):
+    return Preprocessor(tokenizer, Columns("content", "summary"), 64, 32).for_generation(ROWS)[0]
+
+
+def answers_of(model, tokenizer, examples, **changes):
+    settings = {"batch_size": 3, "max_new_tokens": 24, "progress": False} | changes
+    return generate_answers(model, tokenizer, examples, **settings)
+
+
+def load(model, folder, name, text):
+    model.load_prefix(make_prefix(folder, folder / f"prefix-{name}", text), name)
+
+
+def test_answers_come_whole_and_in_order(model, tokenizer, examples):
+    lengths = [len(example["input_ids"]) for example in examples]
+    assert lengths != sorted(lengths) and lengths != sorted(lengths, reverse=True)
+    assert answers_of(model, tokenizer, examples) == list(ANSWERS.values())
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("prefix", [None, "a"])
+def test_a_batch_gives_what_single_rows_give(model, tokenizer, examples, folder, prefix, num_beams):
+    load(model, folder, "a", "你好吗？我想去公园散步。")
+    model.set_prefix(prefix)
+    single = [answers_of(model, tokenizer, [example], num_beams=num_beams)[0] for example in examples]
+    assert answers_of(model, tokenizer, examples, batch_size=4, num_beams=num_beams) == single
+    assert answers_of(model, tokenizer, examples, batch_size=100, num_beams=num_beams) == single
+    assert model.selected_prefix == prefix
+
+
+def test_an_unknown_token_of_a_prompt_is_no_padding(model, tokenizer, examples, monkeypatch):
+    """Both have the id 0, and `generate` guesses a mask from the ids unless it is given one."""
+    start, rest = examples[0]["input_ids"][:3], examples[0]["input_ids"][3:]
+    unknown = {"input_ids": [*start, tokenizer.unk_token_id, *rest]}
+    given, generate = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda **inputs: given.append(inputs) or generate(**inputs))
+    answers_of(model, tokenizer, [unknown, examples[2]])
+    missing = len(unknown["input_ids"]) - len(examples[2]["input_ids"])
+    assert missing > 0
+    assert given[0]["attention_mask"].tolist() == [
+        [1] * len(unknown["input_ids"]),
+        [0] * missing + [1] * len(examples[2]["input_ids"]),
+    ]
+
+
+def test_one_prefix_per_example_follows_the_order_of_the_examples(model, tokenizer, examples, folder):
+    load(model, folder, "a", "你好吗？我想去公园散步。")
+    load(model, folder, "b", "甲乙丙丁")
+    names = [("a", "b", None)[index % 3] for index in range(len(examples))]
+    expected = []
+    for name, example in zip(names, examples, strict=True):
+        model.set_prefix(name)
+        expected += answers_of(model, tokenizer, [example])
+    # Otherwise a mix-up would not show.
+    for name in ("a", "b", None):
+        model.set_prefix(name)
+        assert answers_of(model, tokenizer, examples) != expected
+    model.set_prefix(names)
+    assert answers_of(model, tokenizer, examples, batch_size=2) == expected
+    assert model.selected_prefix == tuple(names)
+    with pytest.raises(ValueError, match="each of 6 rows; there are 1 examples"):
+        answers_of(model, tokenizer, examples[:1])
+
+
+def test_the_bases_own_generation_settings_have_no_part_in_it(model, tokenizer, examples):
+    model.generation_config.update(
+        do_sample=True, temperature=5.0, top_p=0.9, top_k=50, max_length=12, repetition_penalty=3.0, min_new_tokens=20
+    )
+    before = model.generation_config
+    assert answers_of(model, tokenizer, examples) == list(ANSWERS.values())
+    assert model.generation_config is before and before.max_length == 12
+
+
+def test_the_answer_has_at_most_max_new_tokens_whatever_the_prompt(model, tokenizer, examples):
+    short = answers_of(model, tokenizer, examples, max_new_tokens=5)
+    for text, whole in zip(short, ANSWERS.values(), strict=True):
+        assert whole.startswith(text) and len(text) <= 5
+    assert any(text != whole for text, whole in zip(short, ANSWERS.values(), strict=True))
+
+
+def test_mode_gradients_and_random_state_are_as_before(model, tokenizer, examples):
+    model.train()
+    model.transformer.embedding.eval()
+    state = torch.get_rng_state()
+    first = answers_of(model, tokenizer, examples)
+    assert model.training and model.transformer.encoder.training and not model.transformer.embedding.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.is_grad_enabled() and first == list(ANSWERS.values())
+
+
+def test_everything_is_put_back_after_a_failure(model, tokenizer, examples, monkeypatch):
+    model.train()
+    settings = model.generation_config
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model, "generate", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        answers_of(model, tokenizer, examples)
+    assert model.training and model.generation_config is settings
+
+
+def test_sampling_is_reproducible_by_seed_and_not_greedy(model, tokenizer, examples):
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drawn.append(answers_of(model, tokenizer, examples, do_sample=True, temperature=8.0, top_p=0.95))
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_an_untrained_prefix_is_refused(folder, tokenizer, examples):
+    model = ChatGLMForConditionalGeneration.from_pretrained(folder, pre_seq_len=4, dtype=torch.float32)
+    with pytest.raises(ValueError, match="untrained"):
+        answers_of(model, tokenizer, examples)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"num_beams": 0}, "num_beams"),
+        ({"top_p": 0.7}, "do_sample=True"),
+    ],
+)
+def test_wrong_settings_are_refused(model, tokenizer, examples, changes, message):
+    with pytest.raises(ValueError, match=message):
+        answers_of(model, tokenizer, examples, **changes)
+
+
+def test_an_empty_prompt_is_refused_and_no_examples_are_no_answers(model, tokenizer, examples):
+    with pytest.raises(ValueError, match="example 1 "):
+        answers_of(model, tokenizer, [examples[0], {"input_ids": []}])
+    assert answers_of(model, tokenizer, []) == []
+
+
+@pytest.mark.parametrize(
+    ("metadata", "content"), [("", "你好吗？"), ("", "一\n\n二"), ("", " 你好 "), ("getTemp", "tool_call(a='b')")]
+)
+def test_answer_text_reads_what_the_chat_format_writes(tokenizer, metadata, content):
+    """What `for_generation` gives as reference, when the model answers exactly as the row does."""
+    if tokenizer.chat_format == "chatglm2" and metadata:
+        pytest.skip("ChatGLM2's format has no tools")
+    turns = [{"role": "user", "content": "请问"}, {"role": "assistant", "metadata": metadata, "content": content}]
+    rows = [{"conversations": turns}]
+    preprocessor = Preprocessor(tokenizer, Columns(), 64, 64)
+    prompt = preprocessor.for_generation(rows)[0][0]
+    learned = preprocessor.for_training(rows)[0][0]["input_ids"]
+    said = learned[len(prompt["input_ids"]) :]
+    assert said[-1] == tokenizer.eos_token_id
+    stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|user|>")]
+    padding = [tokenizer.pad_token_id] * 3
+    assert answer_text(tokenizer, said + padding, stops) == prompt["reference"].strip()
+    assert answer_text(tokenizer, [*said[:-1], stops[1], *said], stops) == prompt["reference"].strip()
+    assert answer_text(tokenizer, said[:-1], stops) == prompt["reference"].strip()

@@ -1,0 +1,190 @@
+"""The training command as a user runs it, on a base that learns in seconds."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny_base
+import torch
+from safetensors.torch import load_file
+
+from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm_ptuning.training.run import main
+from chatglm_ptuning.training.trainer import last_checkpoint
+
+ROWS = [
+    {"content": prompt, "summary": answer}
+    for prompt, answer in [
+        ("今天天气好吗", "今天有雨"),
+        ("你是谁", "甲乙丙丁"),
+        ("请问去公园吗", "我想散步"),
+        ("天气", "很好"),
+    ]
+    * 3
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_base.make_base(tmp_path_factory.mktemp("base"), steps=120)
+
+
+@pytest.fixture(scope="module")
+def train_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "train.json"
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\n", "utf-8")
+    return path
+
+
+def flags(base, train_file, output, *more, steps=8):
+    return [
+        "--do_train", "--model_name_or_path", str(base), "--train_file", str(train_file),
+        "--prompt_column", "content", "--response_column", "summary", "--output_dir", str(output),
+        "--max_source_length", "40", "--max_target_length", "20", "--pre_seq_len", "6", "--max_steps", str(steps),
+        "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--logging_steps", "1",
+        "--disable_tqdm", "true", *map(str, more),
+    ]  # fmt: skip
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def losses(run: Path) -> list[float]:
+    history = json.loads((run / "trainer_state.json").read_text("utf-8"))["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def test_a_run_trains_the_prefix_alone_and_leaves_its_report(base, train_file, tmp_path, capsys):
+    before = digest(base)
+    more = ["--do_eval", "--do_predict", "--compare_base", "--predict_with_generate", "--validation_file", train_file]
+    more += ["--learning_rate", "1e-1", "--save_steps", "40"]
+    main(flags(base, train_file, tmp_path / "run", *more, steps=80))
+    run = tmp_path / "run"
+    assert digest(base) == before
+    tensors = load_file(run / "prefix_model.safetensors")
+    assert {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()} == {
+        "transformer.prefix_encoder.embedding.weight": ((6, 2 * 2 * 2 * 16), torch.float32)
+    }
+    assert {path.name for path in run.iterdir()} >= {
+        "checkpoint-40", "checkpoint-80", "loss.png", "trainer_state.json", "all_results.json",
+        "generated_predictions.txt", "prefix_config.json", "training_arguments.json",
+    }  # fmt: skip
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((run / "all_results.json").read_text("utf-8"))
+    assert results["predict_exact_match"] > results["base_exact_match"]
+    assert results["eval_rouge-1"] == results["predict_rouge-1"]
+    answers = [json.loads(line) for line in (run / "generated_predictions.txt").read_text("utf-8").splitlines()]
+    assert [answer["labels"] for answer in answers] == [row["summary"] for row in ROWS]
+    shown = capsys.readouterr().out
+    assert "12 rows, 12 used" in shown and "sample 3" in shown and "with prefix" in shown
+    metadata = json.loads((run / "prefix_config.json").read_text("utf-8"))
+    assert (metadata["pre_seq_len"], metadata["chat_format"], metadata["trained"]) == (6, "chatglm3", True)
+    model = ChatGLMForConditionalGeneration.from_pretrained(base)
+    for folder in (run, run / "checkpoint-80"):
+        model.load_prefix(folder, name=folder.name)
+    assert model.prefix_names == ["run", "checkpoint-80"]
+
+
+def test_a_killed_run_goes_on_to_the_same_losses_and_weights(base, train_file, tmp_path):
+    more = ["--save_steps", "3", "--save_total_limit", "2", "--prefix_projection", "true"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    main(flags(base, train_file, whole, *more, steps=14))
+    command = [sys.executable, "-m", "chatglm_ptuning", "train", *flags(base, train_file, killed, *more, steps=14)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 240
+    while last_checkpoint(killed) is None and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()[1].decode()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "prefix_config.json").exists()
+    main(flags(base, train_file, killed, *more, steps=14))
+    assert losses(killed) == losses(whole)
+    for name, value in load_file(whole / "prefix_model.safetensors").items():
+        torch.testing.assert_close(load_file(killed / "prefix_model.safetensors")[name], value, rtol=0, atol=0)
+
+
+def test_a_run_goes_on_by_itself_or_starts_anew_when_told(base, train_file, tmp_path, capsys):
+    run = tmp_path / "run"
+    main(flags(base, train_file, run, "--save_steps", "2", steps=4))
+    main(flags(base, train_file, run, "--save_steps", "2", steps=6))
+    assert len(losses(run)) == 6 and last_checkpoint(run).name == "checkpoint-6"
+    main(flags(base, train_file, run, "--save_steps", "2", "--overwrite_output_dir", steps=2))
+    assert len(losses(run)) == 2 and [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-2"]
+    with pytest.raises(SystemExit):
+        main(flags(base, train_file, tmp_path / "new", "--resume_from_checkpoint", "true"))
+    assert "holds no whole checkpoint" in capsys.readouterr().err
+
+
+def test_losses_that_are_not_finite_stop_the_run_with_advice(base, train_file, tmp_path, capsys):
+    run = tmp_path / "run"
+    with pytest.raises(SystemExit) as error:
+        main(
+            flags(
+                base, train_file, run, "--learning_rate", "1e38", "--max_grad_norm", "0", "--save_steps", "1", steps=20
+            )
+        )
+    assert error.value.code == 1
+    message = capsys.readouterr().err
+    assert "training has stopped" in message and "--learning_rate (it is 1e+38" in message
+    assert f"The last good checkpoint is {last_checkpoint(run)}" in message
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(base, train_file, tmp_path):
+    run = tmp_path / "run"
+    main(flags(base, train_file, run, "--save_steps", "2", steps=2))
+    kept = digest(run / "checkpoint-2")
+    limited = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"  # as a full disk: larger files cannot be written
+        "from chatglm_ptuning.training.run import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    command = [sys.executable, "-c", limited, *flags(base, train_file, run, "--save_steps", "2", steps=6)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+    assert done.returncode == 1, done.stderr
+    assert "error:" in done.stderr
+    assert digest(run / "checkpoint-2") == kept
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not (run / ".saving").exists()
+
+
+def test_a_checkpoints_size_is_read_and_a_wrong_wish_is_refused(base, train_file, tmp_path, capsys):
+    main(flags(base, train_file, tmp_path / "first", steps=2))
+    predict = [
+        "--do_predict", "--model_name_or_path", str(base), "--test_file", str(train_file), "--prompt_column", "content",
+        "--response_column", "summary", "--max_target_length", "8", "--output_dir", str(tmp_path / "predicted"),
+        "--max_predict_samples", "2",
+    ]  # fmt: skip
+    main([*predict, "--ptuning_checkpoint", str(tmp_path / "first")])
+    assert (tmp_path / "predicted" / "generated_predictions.txt").read_text("utf-8").count("\n") == 2
+    for more, message in [
+        (["--ptuning_checkpoint", str(tmp_path / "first"), "--pre_seq_len", "9"], "has 6 virtual tokens"),
+        (["--pre_seq_len", "9"], "an untrained prefix is random"),
+        (["--ptuning_checkpoint", str(tmp_path / "nowhere")], "nowhere"),
+    ]:
+        with pytest.raises(SystemExit) as error:
+            main([*predict, *more])
+        assert error.value.code == 1
+        assert message in capsys.readouterr().err
+
+
+def test_faults_of_the_data_end_the_run_before_the_base_is_loaded(base, tmp_path, capsys):
+    broken = tmp_path / "broken.json"
+    broken.write_text('{"content": "问", "summary": "答"}\n{"content": \n', "utf-8")
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text('{"question": "问", "summary": "答"}\n', "utf-8")
+    for path, message in [(broken, f"{broken}:2"), (wrong, "content"), (tmp_path / "none.json", "none.json")]:
+        with pytest.raises(SystemExit) as error:
+            main(flags(base, path, tmp_path / "run"))
+        assert error.value.code == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "prefix_config.json").exists()
