@@ -41,7 +41,7 @@ fi
 LAUNCH=("$PYTHON" -m chatglm_ptuning)
 if [ "$NUM_GPUS" -gt 1 ]; then
     LAUNCH=("$PYTHON" -m deepspeed.launcher.runner --num_gpus "$NUM_GPUS" --master_port "${MASTER_PORT:-29500}"
-        --module chatglm_ptuning)
+        --no_local_rank --module chatglm_ptuning)
     set -- --deepspeed "$DS_CONFIG" "$@"
 fi
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from tiny_tokenizer import spell, spell_marked, train
 
-from chatglm_ptuning.data.chat_format import render, split_for_training, stop_ids
+from chatglm_ptuning.data.chat_format import render, split_for_training
 from chatglm_ptuning.data.conversation import Conversation, Message
+from chatglm_ptuning.model.chat_turn import stop_ids
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm_ptuning.training.checkpoints import last_checkpoint
 from chatglm_ptuning.training.run import main
-from chatglm_ptuning.training.trainer import last_checkpoint
 
 ROWS = [
     {"content": prompt, "summary": answer}
@@ -93,7 +93,7 @@ def test_a_run_trains_the_prefix_alone_and_leaves_its_report(base, train_file, t
 
 
 def test_a_killed_run_goes_on_to_the_same_losses_and_weights(base, train_file, tmp_path):
-    more = ["--save_steps", "3", "--save_total_limit", "2", "--prefix_projection", "true"]
+    more = ["--save_steps", "3", "--save_total_limit", "2", "--prefix_projection", "true", "--logging_steps", "2"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     main(flags(base, train_file, whole, *more, steps=14))
     command = [sys.executable, "-m", "chatglm_ptuning", "train", *flags(base, train_file, killed, *more, steps=14)]

@@ -85,15 +85,6 @@ def split_for_training(conversation: Conversation, tokenizer: ChatGLMTokenizer) 
     return parts
 
 
-def stop_ids(tokenizer: ChatGLMTokenizer) -> list[int]:
-    """Ids at which generation of an answer stops: the end token, in `chatglm3` also `<|user|>` and `<|observation|>`.
-
-    A role token takes the place of the end token inside a conversation, so a trained model stops with either.
-    """
-    roles = ("<|user|>", "<|observation|>") if tokenizer.chat_format == "chatglm3" else ()
-    return [tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(role) for role in roles)]
-
-
 def _start(tokenizer: ChatGLMTokenizer) -> list[int]:
     return [tokenizer.convert_tokens_to_ids(token) for token in ("[gMASK]", "sop")]
 

@@ -10,8 +10,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from chatglm_ptuning.data.chat_format import stop_ids
 from chatglm_ptuning.data.collate import PaddingCollator
+from chatglm_ptuning.model.chat_turn import stop_ids
 
 if TYPE_CHECKING:
     from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGenerati
 from chatglm_ptuning.prefix.bank import PrefixSelection
 from chatglm_ptuning.prefix.checkpoint import kit_version
 from chatglm_ptuning.prefix.files import write_atomically
-from chatglm_ptuning.prefix.latest import find_latest_prefix
+from chatglm_ptuning.prefix.latest import find_latest_prefix, runs_folder
 
 DEFAULT_TEST_FILE = str(Path(DEFAULT_MODEL).parent / "advertisement" / "dev.json")
 """What is scored when no file is named: bundled with the sources, columns `content` and `summary`."""
@@ -102,7 +101,7 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
     )
     examples, report = preprocessor.for_generation(rows)
     print(f"{args.test_file}\n{report.summary()}")
-    output = Path(args.output_dir) if args.output_dir else _runs_folders()[0] / "evaluation" / _short_name(prefix)
+    output = Path(args.output_dir) if args.output_dir else runs_folder() / "evaluation" / _short_name(prefix)
     output.mkdir(parents=True, exist_ok=True)
     model = load_model(args.model_name_or_path, quantization_bit=args.quantization_bit)
     selected = None if prefix is None else _load_prefix(model, prefix, chosen=args.ptuning_checkpoint is not None)
@@ -157,12 +156,6 @@ def main(argv: Sequence[str]) -> None:
         fail(str(error))
 
 
-def _runs_folders() -> list[Path]:
-    """Where training runs may be: the folder that the scripts name; by hand, `output` here or beside the sources."""
-    named = os.environ.get("CHATGLM_PTUNING_OUTPUT")
-    return [Path(named)] if named else [Path("output"), Path(DEFAULT_MODEL).parents[1] / "output"]
-
-
 def _choose_prefix(named: str | None) -> Path | None:
     """The prefix to score, None for the plain base; says which it is."""
     if named is not None and named.lower() == PLAIN_BASE:
@@ -171,10 +164,9 @@ def _choose_prefix(named: str | None) -> Path | None:
     if named is not None:
         print(f"Scoring the prefix in {named}.")
         return Path(named)
-    roots = _runs_folders()
-    newest = next((found for root in roots if (found := find_latest_prefix(root)) is not None), None)
+    newest = find_latest_prefix(runs_folder())
     if newest is None:
-        print(f"Scoring the plain base: there is no trained prefix in {roots[0]} (see --ptuning_checkpoint).")
+        print(f"Scoring the plain base: there is no trained prefix in {runs_folder()} (see --ptuning_checkpoint).")
     else:
         print(f"Scoring the prefix that was trained last, in {newest} (see --ptuning_checkpoint).")
     return newest

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, create_causal_mask
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    causal_mask_function,
+    create_causal_mask,
+    find_packed_sequence_indices,
+)
 
 if TYPE_CHECKING:
     from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
@@ -24,15 +30,16 @@ def positions_from_mask(
     """
     seq_len = inputs_embeds.shape[1]
     cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+    slots = torch.arange(seq_len, device=inputs_embeds.device) + cached
     if attention_mask is None or attention_mask.ndim != 2:
-        return torch.arange(seq_len, device=inputs_embeds.device)[None] + cached
+        return slots[None]
     if not isinstance(cached, torch.Tensor) and attention_mask.shape[1] < cached + seq_len:
         raise ValueError(
             f"attention_mask has {attention_mask.shape[1]} columns; it must cover the {cached} cached tokens and the "
             f"{seq_len} new ones."
         )
-    positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    return positions[:, -seq_len:].to(inputs_embeds.device)
+    positions = (attention_mask.to(inputs_embeds.device).long().cumsum(-1) - 1).clamp(min=0)
+    return positions[:, slots]
 
 
 def causal_mask_with_prefix(
@@ -52,6 +59,11 @@ def causal_mask_with_prefix(
         inputs_embeds: `[batch, seq_len, ...]`, read for its sizes, dtype and device only.
         attention_mask: `[batch, cached + seq_len]` over the tokens; or 4-D, ready made, over tokens or over prefix
             and tokens.
+        position_ids: `[batch or 1, seq_len]`. Without a mask and a cache, positions that start anew mark rows packed
+            from several sequences: each sees the prefix and itself.
+
+    Raises:
+        ValueError: if the attention implementation cannot serve a prefix.
     """
     if prefix is None:
         return create_causal_mask(
@@ -69,9 +81,21 @@ def causal_mask_with_prefix(
         cached, token_slots = 0, seq_len
     if attention_mask is not None and attention_mask.ndim == 4:
         return _widen_ready_mask(attention_mask, token_slots, prefix)
-    make_mask = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.get(config._attn_implementation)
+    implementation = config._attn_implementation
+    if implementation.startswith("paged"):
+        raise ValueError(f"A prefix needs a cache of its own tokens: attention {implementation!r} cannot serve it.")
+    make_mask = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.get(implementation)
     if make_mask is None:  # a custom attention implementation that takes no mask
         return None
+    mask_function = causal_mask_function
+    if attention_mask is None and past_key_values is None and position_ids is not None:
+        packed = find_packed_sequence_indices(position_ids.expand(batch, -1))
+        if packed is not None and "flash" in implementation:
+            raise ValueError(
+                f"Rows packed from several sequences with a prefix are not supported by {implementation!r}."
+            )
+        if packed is not None:
+            mask_function = _packed_mask_function(packed, prefix.length)
     padding = None
     if attention_mask is not None or prefix.mask is not None:
         if attention_mask is None:
@@ -85,7 +109,7 @@ def causal_mask_with_prefix(
         kv_length=prefix.length + token_slots,
         q_offset=prefix.length + cached,
         kv_offset=0,
-        mask_function=causal_mask_function,
+        mask_function=mask_function,
         attention_mask=padding,
         allow_is_causal_skip=not (getattr(past_key_values, "is_compileable", False) and seq_len == 1),
         dtype=inputs_embeds.dtype,
@@ -93,6 +117,16 @@ def causal_mask_with_prefix(
         use_vmap=False,
         device=inputs_embeds.device,
     )
+
+
+def _packed_mask_function(sequence_of: torch.Tensor, prefix_length: int) -> Callable[..., torch.Tensor]:
+    """For masks over prefix and tokens; `sequence_of` `[batch, seq_len]` numbers the sequence of each token."""
+
+    def sees(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        own = sequence_of[batch, query - prefix_length] == sequence_of[batch, (key - prefix_length).clamp(min=0)]
+        return (key < prefix_length) | (own & (key <= query))
+
+    return sees
 
 
 def _widen_ready_mask(

@@ -1,1 +1,224 @@
-class ChatMixin: pass
+"""`chat` and `stream_chat` with the arguments and results of the official ChatGLM2 and ChatGLM3 code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.utils import logging
+
+from chatglm_ptuning.model.chat_turn import Answer, ChatTurn
+
+if TYPE_CHECKING:
+    from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
+
+logger = logging.get_logger(__name__)
+
+
+class InvalidScoreLogitsProcessor(LogitsProcessor):
+    """Ends an answer whose scores broke (NaN, +inf or nothing but -inf), instead of failing or sampling from them.
+
+    Args:
+        stop_id: the token that a broken row must choose.
+    """
+
+    def __init__(self, stop_id: int) -> None:
+        self.stop_id = stop_id
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Scores `[batch, vocab]` with the broken rows replaced."""
+        broken = (scores.isnan() | scores.isposinf()).any(dim=-1) | scores.isneginf().all(dim=-1)
+        if not broken.any():
+            return scores
+        logger.warning_once("The model's scores are NaN or infinite: the answer ends here. Try bfloat16 or float32.")
+        scores = scores.masked_fill(broken[:, None], -torch.inf)
+        scores[broken, self.stop_id] = 0.0
+        return scores
+
+
+class ChatMixin:
+    """Chatting with a language model; the prefix is the selected one."""
+
+    @torch.no_grad()
+    def chat(
+        self,
+        tokenizer: ChatGLMTokenizer,
+        query: str,
+        history: Sequence[Mapping[str, Any] | Sequence[str]] | None = None,
+        role: str = "user",
+        max_length: int = 8192,
+        num_beams: int = 1,
+        do_sample: bool = True,
+        top_p: float = 0.8,
+        temperature: float = 0.8,
+        logits_processor: LogitsProcessorList | None = None,
+        **kwargs: Any,
+    ) -> tuple[str | dict[str, Any], list]:
+        """Answers a query (official file: modeling_chatglm.py of ChatGLM3-6B).
+
+        Args:
+            history: of the turns before, as this method returned it; not changed. In the chatglm3 format messages with
+                `role` and `content` (pairs are taken too), in the chatglm2 format (query, response) pairs.
+            role: who says the query; "observation" for a tool's result (chatglm3 format).
+            max_length: most tokens of conversation and answer together; `seq_length` of the base is a limit anyway.
+            kwargs: more settings of `generate`; `max_new_tokens` replaces `max_length`.
+
+        Returns:
+            The response and the history with this turn. The response is a text, or for a tool call a dictionary with
+            `name` and `parameters` if the history's system message has `tools`, else with `name` and `content`.
+
+        Raises:
+            ValueError: if the history has another form, the conversation leaves no room for an answer, or the selected
+                prefix is untrained.
+        """
+        turn = ChatTurn(tokenizer, query, history, role)
+        ids = turn.input_ids()
+        settings = self._chat_settings(turn, ids, max_length, do_sample, top_p, temperature, logits_processor, kwargs)
+        output = self.generate(**settings, num_beams=num_beams)
+        answer = turn.read(output[0, len(ids) :].tolist())
+        return answer.response, answer.history
+
+    @torch.no_grad()
+    def stream_chat(
+        self,
+        tokenizer: ChatGLMTokenizer,
+        query: str,
+        history: Sequence[Mapping[str, Any] | Sequence[str]] | None = None,
+        role: str = "user",
+        past_key_values: Cache | None = None,
+        max_length: int = 8192,
+        do_sample: bool = True,
+        top_p: float = 0.8,
+        temperature: float = 0.8,
+        logits_processor: LogitsProcessorList | None = None,
+        return_past_key_values: bool = False,
+        **kwargs: Any,
+    ) -> Iterator[tuple]:
+        """Answers a query, yielding the response so far each time it has grown; the last one is the whole.
+
+        Arguments as in `chat`. The answer is computed between one `next` and the following one, in the caller's
+        thread: closing the generator ends it, and its errors are raised there.
+
+        Args:
+            past_key_values: the cache that an earlier call gave. It saves computing the tokens at the beginning that
+                are the same in this conversation, and never changes the answer; `history` is needed all the same.
+            return_past_key_values: whether to yield the cache too. It holds this turn as far as it has been computed,
+                is the same object each time, and belongs to the selected prefix.
+
+        Yields:
+            (response, history), or (response, history, past_key_values).
+
+        Raises:
+            ValueError: as in `chat`, and if `past_key_values` was filled under another prefix.
+        """
+        turn = ChatTurn(tokenizer, query, history, role)
+        ids = turn.input_ids()
+        settings = self._chat_settings(turn, ids, max_length, do_sample, top_p, temperature, logits_processor, kwargs)
+        settings |= {"past_key_values": self._reusable_part(past_key_values, ids), "use_cache": True}
+        generated: list[int] = []
+        answer = shown = None
+        cache = past_key_values
+
+        def result(answer: Answer) -> tuple:
+            return (answer.response, answer.history, cache) if return_past_key_values else answer[:2]
+
+        for token, cache in self.generate(**settings, custom_generate=type(self)._generate_steps):  # noqa: B007
+            generated.append(token)
+            answer = turn.read(generated)
+            if not answer.unfinished and (shown is None or answer.history != shown.history):
+                shown = answer
+                yield result(answer)
+        if answer is not None and (shown is None or answer.history != shown.history):
+            yield result(answer)
+
+    def _chat_settings(
+        self,
+        turn: ChatTurn,
+        ids: list[int],
+        max_length: int,
+        do_sample: bool,
+        top_p: float,
+        temperature: float,
+        logits_processor: LogitsProcessorList | None,
+        kwargs: dict[str, Any],
+    ) -> dict[str, Any]:
+        input_ids = torch.tensor([ids], device=self.device)
+        settings = {
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+            "do_sample": do_sample,
+            "eos_token_id": turn.stop_ids,
+            "pad_token_id": turn.tokenizer.pad_token_id,
+            "logits_processor": LogitsProcessorList(
+                [*(logits_processor or []), InvalidScoreLogitsProcessor(turn.stop_ids[0])]
+            ),
+        }
+        if do_sample:
+            settings |= {"top_p": top_p, "temperature": temperature}
+        if kwargs.get("max_new_tokens") is None:
+            limit = min(max_length, self.config.seq_length)
+            if len(ids) >= limit:
+                raise ValueError(
+                    f"The conversation has {len(ids)} tokens, which leaves no room for an answer: max_length is "
+                    f"{max_length}, the base's seq_length {self.config.seq_length}. Drop the oldest turns."
+                )
+            settings["max_length"] = limit
+        return settings | kwargs
+
+    def _reusable_part(self, cache: Cache | None, ids: list[int]) -> Cache | None:
+        """The cache, cut to the tokens with which `ids` begin; None where nothing can be kept.
+
+        Raises:
+            ValueError: if it was filled under another prefix.
+        """
+        length = 0 if cache is None else int(cache.get_seq_length())
+        if length == 0:
+            return cache
+        self.base_model.prefixes.claim_cache(cache)
+        cached_ids: list[int] = getattr(cache, "cached_ids", [])[:length]
+        # The last token is computed in any case: its logits are needed.
+        common = next(
+            (place for place, pair in enumerate(zip(cached_ids, ids, strict=False)) if pair[0] != pair[1]),
+            min(len(cached_ids), len(ids) - 1),
+        )
+        if common == 0 or not isinstance(cache, DynamicCache):
+            return None
+        cache.crop(common - length)
+        cache.cached_ids = cached_ids[:common]
+        return cache
+
+    def _generate_steps(
+        self,
+        input_ids: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Iterator[tuple[int, Cache]]:
+        """The decoding loop that `generate` runs, after preparing its arguments, for one row: yields token by token.
+
+        The cache notes its tokens in `cached_ids`; during a forward pass none, so that one that was broken off leaves
+        nothing to reuse.
+        """
+        cache = model_kwargs["past_key_values"]
+        cached_ids: list[int] = cache.cached_ids if int(cache.get_seq_length()) else []
+        while True:
+            new_ids = input_ids[0, len(cached_ids) :].tolist()
+            inputs = self.prepare_inputs_for_generation(input_ids, next_sequence_length=len(new_ids), **model_kwargs)
+            cache.cached_ids = []
+            outputs = self(**inputs, return_dict=True)
+            cached_ids.extend(new_ids)
+            cache.cached_ids = cached_ids
+            model_kwargs = self._update_model_kwargs_for_generation(outputs, model_kwargs)
+            scores = logits_processor(input_ids, outputs.logits[:, -1].float())
+            if generation_config.do_sample:
+                token = torch.multinomial(scores.softmax(dim=-1), num_samples=1)
+            else:
+                token = scores.argmax(dim=-1, keepdim=True)
+            input_ids = torch.cat((input_ids, token), dim=1)
+            yield int(token), cache
+            if stopping_criteria(input_ids, None).all():
+                return

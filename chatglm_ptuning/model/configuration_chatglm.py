@@ -39,7 +39,7 @@ class ChatGLMConfig(PreTrainedConfig):
     }
 
     num_layers: int = 28
-    padded_vocab_size: int = 65024
+    padded_vocab_size: int | None = None  # from `vocab_size`, else 65024
     hidden_size: int = 4096
     ffn_hidden_size: int = 13696
     kv_channels: int = 128
@@ -80,10 +80,19 @@ class ChatGLMConfig(PreTrainedConfig):
                 f"This is a configuration of the first ChatGLM-6B (it has {', '.join(first_generation)}), whose "
                 "architecture differs from ChatGLM2, ChatGLM3 and GLM-4. Use chatglm2-6b, chatglm3-6b or glm-4-9b."
             )
-        # The official files repeat the vocabulary's size under this name, in some of them without the padding.
-        kwargs.pop("vocab_size", None)
+        # The official files give both, `vocab_size` in some of them without the padding that the weights have.
+        vocab_size = kwargs.pop("vocab_size", None)
+        if self.padded_vocab_size is None:
+            self.padded_vocab_size = 65024 if vocab_size is None else vocab_size
+        key_value_heads = kwargs.pop("num_key_value_heads", None)
         super().__post_init__(**kwargs)
         self.validate_sizes()
+        if key_value_heads not in (None, self.num_key_value_heads):
+            raise ValueError(
+                f"num_key_value_heads ({key_value_heads}) contradicts multi_query_attention="
+                f"{self.multi_query_attention}, multi_query_group_num={self.multi_query_group_num}, "
+                f"num_attention_heads={self.num_attention_heads}."
+            )
 
     @property
     def num_key_value_heads(self) -> int:
@@ -117,8 +126,16 @@ class ChatGLMConfig(PreTrainedConfig):
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"multi_query_group_num ({self.multi_query_group_num})."
             )
-        if not isinstance(self.rope_ratio, (int, float)) or self.rope_ratio <= 0:
-            raise ValueError(f"rope_ratio must be a positive number, got {self.rope_ratio!r}.")
+        for name in ("rope_ratio", "layernorm_epsilon"):
+            value = getattr(self, name)
+            if not _is_number(value) or value <= 0:
+                raise ValueError(f"{name} must be a positive number, got {value!r}.")
+        for name in ("hidden_dropout", "attention_dropout", "prefix_dropout", "classifier_dropout"):
+            value = getattr(self, name)
+            if value is None and name == "classifier_dropout":
+                continue
+            if not _is_number(value) or not 0 <= value < 1:
+                raise ValueError(f"{name} must be from 0 up to but not including 1, got {value!r}.")
         self._validate_prefix()
 
     def _validate_prefix(self) -> None:
@@ -128,8 +145,6 @@ class ChatGLMConfig(PreTrainedConfig):
             raise ValueError(f"prefix_projection must be true or false, got {self.prefix_projection!r}.")
         if self.prefix_projection and not self.pre_seq_len:
             raise ValueError(f"prefix_projection=True needs pre_seq_len of at least 1, got {self.pre_seq_len!r}.")
-        if not isinstance(self.prefix_dropout, (int, float)) or not 0 <= self.prefix_dropout < 1:
-            raise ValueError(f"prefix_dropout must be from 0 up to but not including 1, got {self.prefix_dropout!r}.")
         if self.pre_seq_len and self.multi_query_group_num != self.num_key_value_heads:
             raise ValueError(
                 f"With multi_query_attention=False a prefix needs multi_query_group_num ({self.multi_query_group_num}) "
@@ -139,3 +154,7 @@ class ChatGLMConfig(PreTrainedConfig):
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

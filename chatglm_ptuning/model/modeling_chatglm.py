@@ -7,7 +7,9 @@ the cache, the attention mask and the positions that callers and `generate` see 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -25,9 +27,13 @@ from transformers.utils.output_capturing import capture_outputs
 from chatglm_ptuning.model.attention_mask import causal_mask_with_prefix, positions_from_mask
 from chatglm_ptuning.model.chat_mixin import ChatMixin
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
+from chatglm_ptuning.model.losses import next_token_loss
 from chatglm_ptuning.model.prefix_encoder import PrefixEncoder
 from chatglm_ptuning.model.prefix_mixin import PrefixMixin
+from chatglm_ptuning.model.prefix_switch import TRAINABLE_PREFIX, PrefixSwitch
 from chatglm_ptuning.model.rotary import RotaryEmbedding, apply_rotary_pos_emb
+from chatglm_ptuning.model.weight_files import describe_damage, describe_missing
+from chatglm_ptuning.prefix.bank import ActivePrefix
 
 
 def eager_attention_forward(
@@ -44,7 +50,9 @@ def eager_attention_forward(
     key = repeat_kv(key, module.num_key_value_groups)
     value = repeat_kv(value, module.num_key_value_groups)
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
         scores = scores + attention_mask
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
@@ -87,6 +95,16 @@ class SelfAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Hidden states `[batch, seq_len, hidden_size]` -> the same shape, and the weights if the attention gives them.
+
+        Args:
+            hidden_states: after the norm.
+            prefix_key: `[batch, groups, pre_seq_len, kv_channels]`, likewise `prefix_value`; None for no prefix.
+            position_embeddings: cosines and sines of the tokens' positions.
+            attention_mask: over prefix, cached tokens and new ones, in the form that the attention takes.
+            past_key_values: takes up the tokens' keys and values, never the prefix's.
+            kwargs: for the attention function.
+        """
         query, key, value = self._split(self.query_key_value(hidden_states))
         query = apply_rotary_pos_emb(query, *position_embeddings)
         key = apply_rotary_pos_emb(key, *position_embeddings)
@@ -119,6 +137,7 @@ class MLP(nn.Module):
         self.dense_4h_to_h = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Hidden states `[..., hidden_size]` -> the same shape."""
         gate, up = self.dense_h_to_4h(hidden_states).chunk(2, dim=-1)
         return self.dense_4h_to_h(nn.functional.silu(gate) * up)
 
@@ -148,13 +167,16 @@ class GLMBlock(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         prefix_key: torch.Tensor | None,
         prefix_value: torch.Tensor | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
         **kwargs: Any,
     ) -> torch.Tensor:
+        """Hidden states `[batch, seq_len, hidden_size]` -> the same shape; the rest as for SelfAttention."""
         # The prefix comes in as positional tensors: reentrant checkpointing tracks gradients of nothing else.
-        normed = self.input_layernorm(hidden_states)
-        attended, _ = self.self_attention(normed, prefix_key, prefix_value, **kwargs)
+        dtype = position_embeddings[0].dtype  # of the layers; the residual may be in float32
+        normed = self.input_layernorm(hidden_states).to(dtype)
+        attended, _ = self.self_attention(normed, prefix_key, prefix_value, position_embeddings, **kwargs)
         hidden_states = self._add(hidden_states, normed, attended)
-        normed = self.post_attention_layernorm(hidden_states)
+        normed = self.post_attention_layernorm(hidden_states).to(dtype)
         return self._add(hidden_states, normed, self.mlp(normed))
 
 
@@ -166,6 +188,7 @@ class Embedding(nn.Module):
         self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Ids `[batch, seq_len]` -> embeddings `[batch, seq_len, hidden_size]`."""
         return self.word_embeddings(input_ids)
 
 
@@ -178,6 +201,13 @@ class GLMTransformer(nn.Module):
         self.final_layernorm = _norm(config) if config.post_layer_norm else nn.Identity()
 
     def forward(self, hidden_states: torch.Tensor, prefix: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
+        """Hidden states `[batch, seq_len, hidden_size]` -> the same shape.
+
+        Args:
+            hidden_states: the embeddings.
+            prefix: `[num_layers * 2, batch, groups, pre_seq_len, kv_channels]`; None for no prefix.
+            kwargs: for every layer.
+        """
         for layer_idx, layer in enumerate(self.layers):
             key, value = (None, None) if prefix is None else (prefix[2 * layer_idx], prefix[2 * layer_idx + 1])
             hidden_states = layer(hidden_states, key, value, **kwargs)
@@ -191,25 +221,74 @@ class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
     config_class = ChatGLMConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["GLMBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules: ClassVar[list[str]] = ["GLMBlock"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": GLMBlock, "attentions": SelfAttention}
-    _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq"]
-    _keys_to_ignore_on_load_missing = [r"prefix_encoder\."]
-    _keep_in_fp32_modules_strict = ["prefix_encoder"]
+    _can_record_outputs: ClassVar[dict[str, type]] = {"hidden_states": GLMBlock, "attentions": SelfAttention}
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"rotary_pos_emb\.inv_freq"]
+    _keys_to_ignore_on_load_missing: ClassVar[list[str]] = [r"prefix_encoder\."]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["prefix_encoder"]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PathLike[str] | None,
+        *args: Any,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers; with a trainable prefix (`pre_seq_len`) everything but it, and a head, is frozen.
+
+        Raises:
+            ValueError: naming the file that is damaged or holds more than tensors, or the parameters of the base that
+                are missing: a base is never filled up with random numbers.
+        """
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except Exception as error:
+            path = pretrained_model_name_or_path
+            damage = None if path is None else describe_damage(Path(path))
+            if damage is None:
+                raise
+            raise ValueError(damage) from error
+        inside = "" if model.base_model is model else cls.base_model_prefix + "."
+        missing = [name for name in info["missing_keys"] if name.startswith(inside) and "prefix_encoder." not in name]
+        if missing:
+            raise ValueError(describe_missing(str(pretrained_model_name_or_path), missing))
+        model.freeze_base()
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(
+        self, save_directory: str | PathLike[str], *args: Any, state_dict: dict | None = None, **kwargs: Any
+    ) -> None:
+        """As in transformers: the base, and a trainable prefix under its official names; loaded prefixes are not saved.
+
+        A prefix that nobody has trained yet is left out, so that loading gives an untrained one again.
+        """
+        encoder = getattr(self.base_model, "prefix_encoder", None)
+        if encoder is not None and encoder.is_untrained:
+            tensors = self.state_dict() if state_dict is None else state_dict
+            state_dict = {name: tensor for name, tensor in tensors.items() if "prefix_encoder." not in name}
+        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # For classes outside transformers this skips modules without parameters of their own, such as PrefixEncoder,
+        # lest their initialisation overwrites loaded weights; ours never does.
+        super()._initialize_weights(module)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, RotaryEmbedding):
             init.copy_(module.inv_freq, module.frequencies())
         elif isinstance(module, PrefixEncoder):
-            if getattr(module.embedding.weight, "_is_hf_initialized", False):
-                return
+            if all(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()):
+                return  # loaded with the base
             # The official initialisation: torch's defaults, so N(0, 1) for the table.
             init.normal_(module.embedding.weight)
             if module.prefix_projection:
@@ -223,17 +302,7 @@ class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
-    """The transformer; with `config.pre_seq_len` also a trainable `prefix_encoder`, and everything else frozen.
-
-    Args of `forward`:
-        input_ids: `[batch, seq_len]`, or instead `inputs_embeds` `[batch, seq_len, hidden_size]`.
-        attention_mask: `[batch, cached + seq_len]`, 1 on real tokens; it covers the tokens, never the prefix.
-        position_ids: `[batch, seq_len]`; by default 0, 1, 2, ... on the real tokens, whether padded left or right.
-        past_key_values: a cache of the tokens before. It belongs to the prefix it was filled with.
-
-    Returns:
-        `last_hidden_state` `[batch, seq_len, hidden_size]`, after the final norm.
-    """
+    """The transformer; with `config.pre_seq_len` also a trainable `prefix_encoder`, and everything else frozen."""
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__(config)
@@ -243,16 +312,25 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.encoder = GLMTransformer(config)
         self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=config.add_bias_linear)
         if config.pre_seq_len:
-            self.requires_grad_(False)
             self.prefix_encoder = PrefixEncoder(config)
-        self._set_up_prefixes()
+        self.gradient_checkpointing = False  # read by merge_with_config_defaults: no cache while it is on
+        self.prefixes = PrefixSwitch(TRAINABLE_PREFIX if config.pre_seq_len else None)
+        self.freeze_base()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
+        """The word embeddings."""
         return self.embedding.word_embeddings
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replaces the word embeddings."""
         self.embedding.word_embeddings = value
+
+    def active_prefix(self, states: torch.Tensor) -> ActivePrefix | None:
+        """The prefix in use for `states` `[batch, ...]`, in their dtype, on their device; None for the plain base."""
+        rate = self.config.prefix_dropout if self.training else 0.0
+        encoder = getattr(self, "prefix_encoder", None)
+        return self.prefixes.active(encoder, states.shape[0], states.device, states.dtype, rate)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -266,15 +344,28 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
+        """Hidden states `[batch, seq_len, hidden_size]` after the final norm, with the prefix that is selected.
+
+        Args:
+            input_ids: `[batch, seq_len]`, or instead `inputs_embeds` `[batch, seq_len, hidden_size]`.
+            attention_mask: `[batch, cached + seq_len]`, 1 on real tokens; it covers the tokens, never the prefix.
+            position_ids: `[batch, seq_len]`; by default 0, 1, 2, ... on the real tokens, whether padded left or right.
+            past_key_values: a cache of the tokens before. It belongs to the prefix it was filled with.
+            use_cache: whether to return a cache; by default as in the configuration.
+            kwargs: `output_hidden_states`, `output_attentions` and arguments for the attention function.
+
+        Raises:
+            ValueError: if the mask does not cover the tokens, or the cache was filled under another prefix.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.embedding(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        prefix = self.active_prefix(inputs_embeds.shape[0], inputs_embeds.device, inputs_embeds.dtype)
+        prefix = self.active_prefix(inputs_embeds)
         if past_key_values is not None:
-            self.check_cache_owner(past_key_values)
+            self.prefixes.claim_cache(past_key_values)
         if position_ids is None:
             position_ids = positions_from_mask(attention_mask, inputs_embeds, past_key_values)
         mask = causal_mask_with_prefix(
@@ -289,6 +380,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
+        hidden_states = hidden_states.to(inputs_embeds.dtype)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
 
@@ -301,9 +393,11 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
+        """The output layer."""
         return self.transformer.output_layer
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Replaces the output layer."""
         self.transformer.output_layer = new_embeddings
 
     @can_return_tuple
@@ -317,6 +411,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As `ChatGLMModel.forward`, with logits `[batch, seq_len, padded_vocab_size]`.
@@ -325,6 +420,8 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             labels: `[batch, seq_len]`, not shifted, -100 where there is nothing to learn. The loss is computed in
                 float32 and is the mean over all supervised tokens of the batch.
             logits_to_keep: compute the logits of the last so many positions alone (0: all), or of the given ones.
+            num_items_in_batch: what the loss is divided by instead of the number of supervised tokens here; the
+                Trainer passes the number in all of a step's batches.
         """
         outputs = self.transformer(
             input_ids=input_ids,
@@ -339,9 +436,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         logits = self.transformer.output_layer(hidden_states)
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.padded_vocab_size, **kwargs
-            )
+            loss = next_token_loss(logits, labels, num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -349,6 +444,16 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, with the selected prefix.
+
+        Raises:
+            ValueError: if the selected prefix is untrained.
+        """
+        self.check_prefix_is_trained()
+        with self.transformer.prefixes.repeating_rows():
+            return super().generate(*args, **kwargs)
 
     def create_masks_for_generate(
         self,
@@ -360,5 +465,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         **kwargs: Any,
     ) -> Callable | torch.Tensor | None:
         """Called by `generate` to prepare the mask outside a compiled forward pass."""
-        prefix = self.transformer.active_prefix(inputs_embeds.shape[0], inputs_embeds.device, inputs_embeds.dtype)
+        if config._attn_implementation == "flex_attention":
+            return attention_mask  # `generate` takes tensors only; the forward pass makes the BlockMask
+        prefix = self.transformer.active_prefix(inputs_embeds)
         return causal_mask_with_prefix(config, inputs_embeds, attention_mask, past_key_values, position_ids, prefix)

@@ -6,9 +6,12 @@ import torch
 from torch import nn
 
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
+from chatglm_ptuning.model.float32_module import Float32Module
+
+_NUMBERS_PER_PARAMETER = 64
 
 
-class PrefixEncoder(nn.Module):
+class PrefixEncoder(Float32Module):
     """Makes the keys and values of `pre_seq_len` virtual tokens for every layer.
 
     Without projection it is a table `embedding` `[pre_seq_len, kv_size]`, where
@@ -16,7 +19,7 @@ class PrefixEncoder(nn.Module):
     `Linear(kv_size, hidden_size) -> tanh -> Linear(hidden_size, kv_size)` (`trans.0`, `trans.2`). Parameter names,
     shapes and results are those of the official ChatGLM2-6B code (`modeling_chatglm.py`, class PrefixEncoder).
 
-    The parameters stay in float32 whatever the type of the base is.
+    The parameters stay in float32 whatever the type of the base is, also through `model.half()` and `model.to(dtype)`.
 
     Raises:
         ValueError: if `config.pre_seq_len` is None or 0.
@@ -28,7 +31,7 @@ class PrefixEncoder(nn.Module):
             raise ValueError(f"PrefixEncoder needs pre_seq_len of at least 1, got {config.pre_seq_len!r}.")
         self.pre_seq_len = config.pre_seq_len
         self.prefix_projection = config.prefix_projection
-        self._untrained_sum: float | None = None
+        self._untrained: torch.Tensor | None = None
         self.kv_shape = (config.num_layers * 2, config.multi_query_group_num, config.kv_channels)
         kv_size = config.prefix_kv_size
         self.embedding = nn.Embedding(self.pre_seq_len, kv_size, dtype=torch.float32)
@@ -41,18 +44,27 @@ class PrefixEncoder(nn.Module):
 
     def mark_untrained(self) -> None:
         """Remembers the present values as those of a prefix that nobody has trained or set yet."""
-        self._untrained_sum = self._sum()
+        self._untrained = self._sample()
 
     @property
     def is_untrained(self) -> bool:
         """Whether the parameters still are the random numbers that they were created with."""
-        return self._untrained_sum is not None and self._untrained_sum == self._sum()
+        if self._untrained is None:
+            return False
+        now = self._sample()
+        return now is not None and torch.equal(now, self._untrained)
 
     @torch.no_grad()
-    def _sum(self) -> float | None:
-        weight = self.embedding.weight
-        # Nothing can be said of a meta tensor, or of one that DeepSpeed has partitioned away.
-        return None if weight.is_meta or weight.numel() == 0 else weight.double().sum().item()
+    def _sample(self) -> torch.Tensor | None:
+        """Some numbers of every parameter; any training step, copy or load changes them."""
+        numbers = []
+        for parameter in self.parameters():
+            # Nothing can be said of a meta tensor, or of one that DeepSpeed has partitioned away.
+            if parameter.is_meta or parameter.numel() == 0:
+                return None
+            step = max(1, parameter.numel() // _NUMBERS_PER_PARAMETER)
+            numbers.append(parameter.detach().reshape(-1)[::step].float().cpu())
+        return torch.cat(numbers)
 
     def forward(self, prefix: torch.Tensor | None = None) -> torch.Tensor:
         """Returns the prefix in float32, `[pre_seq_len, kv_size]`.
@@ -62,9 +74,12 @@ class PrefixEncoder(nn.Module):
         Args:
             prefix: indices of virtual tokens, int64 `[...]`, for a result of `[..., kv_size]` as in the official code.
         """
-        with torch.autocast(self.embedding.weight.device.type, enabled=False):
-            flat = self.embedding.weight if prefix is None else self.embedding(prefix)
-            return self.trans(flat) if self.prefix_projection else flat
+        if prefix is None:
+            prefix = torch.arange(self.pre_seq_len, device=self.embedding.weight.device)
+        with torch.autocast(prefix.device.type, enabled=False):
+            # Through the modules, not their weights: ZeRO-3 gathers a weight when its module is called.
+            table = self.embedding(prefix)
+            return self.trans(table) if self.prefix_projection else table
 
     def key_values(self) -> torch.Tensor:
         """The prefix as `[pre_seq_len, num_layers * 2, groups, kv_channels]`, float32.

@@ -8,64 +8,82 @@ from os import PathLike
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 from chatglm_ptuning.model.prefix_encoder import PrefixEncoder
+from chatglm_ptuning.model.prefix_switch import TRAINABLE_PREFIX, PrefixSwitch
 from chatglm_ptuning.model.rotary import rotate_prefix_keys
-from chatglm_ptuning.prefix.bank import ActivePrefix, PrefixBank, PrefixSelection, repeat_rows
+from chatglm_ptuning.prefix.bank import PrefixSelection
 from chatglm_ptuning.prefix.checkpoint import PrefixCheckpoint, PrefixMetadata, read_prefix, write_prefix
 from chatglm_ptuning.prefix.fingerprint import difference, fingerprint_of
 
 logger = logging.get_logger(__name__)
 
-TRAINABLE_PREFIX = "default"
-"""The name under which the trainable prefix of a model with `pre_seq_len` is selected."""
-
 
 class PrefixMixin:
-    """Prefix methods of a ChatGLM model and of the models around it; the state lives in the ChatGLMModel inside."""
+    """Prefix methods of a ChatGLM model and of the models around it.
 
-    def _set_up_prefixes(self) -> None:
-        """Called once by the ChatGLMModel, after its prefix encoder, if any, has been made."""
-        self._bank = PrefixBank()
-        self._selection: PrefixSelection = TRAINABLE_PREFIX if hasattr(self, "prefix_encoder") else None
-        self._selection_count = 0
+    The state lives in the ChatGLMModel inside: the trainable prefix in its `prefix_encoder`, the loaded ones and the
+    choice among them in its `prefixes`. A model with a head keeps one head for each prefix that came with one.
+    """
 
     @property
     def _trainable(self) -> PrefixEncoder | None:
         return getattr(self.base_model, "prefix_encoder", None)
 
     @property
+    def _switch(self) -> PrefixSwitch:
+        return self.base_model.prefixes
+
+    def _is_trainable(self, name: PrefixSelection) -> bool:
+        return name == TRAINABLE_PREFIX and self._trainable is not None
+
+    def freeze_base(self) -> None:
+        """Leaves the prefix encoder and the head trainable, and nothing else; does nothing without a prefix encoder."""
+        if self._trainable is not None:
+            self.base_model.requires_grad_(False)
+            self._trainable.requires_grad_(True)
+
+    @property
     def prefix_names(self) -> list[str]:
         """Names that `set_prefix` takes: the trainable prefix (as "default"), then the loaded ones."""
         trainable = [] if self._trainable is None else [TRAINABLE_PREFIX]
-        return trainable + self.base_model._bank.names
+        return trainable + self._switch.bank.names
 
     @property
     def selected_prefix(self) -> PrefixSelection:
         """What `set_prefix` chose last: a name, None, or a tuple with one of these per batch row."""
-        return self.base_model._selection
+        return self._switch.selection
 
     def set_prefix(self, name: str | Sequence[str | None] | None) -> None:
-        """Chooses the prefix of the following calls.
+        """Chooses the prefix of the following calls, and the head that was loaded with it.
 
         Args:
-            name: a loaded prefix; None for the plain base; or a list with a name or None for every batch row (beams
-                of a row share its prefix). In a list, the trainable prefix takes part without gradients.
+            name: a loaded prefix; None for the plain base; or a list with a name or None for every batch row. In
+                `generate` the beams and the returned sequences of a row share its prefix.
 
         Raises:
             KeyError: if a prefix of that name is not loaded; the message lists those that are.
-            ValueError: if the list is empty.
+            ValueError: if the list is empty, or names several prefixes in a model with a head.
         """
-        base = self.base_model
-        names = [name] if name is None or isinstance(name, str) else list(name)
+        single = name is None or isinstance(name, str)
+        names = [name] if single else list(name)
         if not names:
             raise ValueError("set_prefix needs a name, None, or a list with at least one entry.")
         for entry in names:
-            if entry is not None and entry not in self.prefix_names:
-                raise KeyError(f"No prefix named {entry!r} is loaded; loaded: {', '.join(self.prefix_names) or 'none'}.")
-        base._selection = name if name is None or isinstance(name, str) else tuple(names)
+            if entry is not None:
+                self._check_loaded(entry)
+        different = sorted({entry for entry in names if entry is not None})
+        if len(different) > 1 and self._heads():
+            raise ValueError(
+                f"{type(self).__name__} has one head, so one prefix at a time: got {', '.join(different)}."
+            )
+        heads = self._heads()
+        if heads and self._is_trainable(self.selected_prefix):
+            self._switch.heads[TRAINABLE_PREFIX] = {key: value.detach().clone() for key, value in heads.items()}
+        self._switch.selection = name if single else tuple(names)
+        for entry in different:
+            self._set_heads(self._switch.heads.get(entry, {}))
 
     def load_prefix(self, path: str | PathLike[str], name: str = TRAINABLE_PREFIX) -> None:
         """Loads a prefix and activates it; sizes and projection come from the checkpoint.
@@ -80,21 +98,24 @@ class PrefixMixin:
 
         Raises:
             FileNotFoundError: if there is no prefix at `path`.
-            ValueError: if the file is damaged, does not fit the base's sizes, or was trained on another base; the
-                message names the file, and both sides.
+            ValueError: if the file is damaged, does not fit the base's sizes, was trained on another base, or lacks
+                this model's head; the message names the file, and both sides. The model is as it was before.
         """
-        base = self.base_model
-        checkpoint = read_prefix(path, base.config)
-        checkpoint.check_sizes(base.config)
+        config = self.base_model.config
+        checkpoint = read_prefix(path, config)
+        checkpoint.check_sizes(config)
         self._check_base(checkpoint)
+        self._check_heads(checkpoint)
         encoder = self._encoder_from(checkpoint)
-        if name == TRAINABLE_PREFIX and self._trainable is not None:
+        if self._is_trainable(name):
             self._replace_trainable(encoder, checkpoint)
         else:
-            base._bank.add(name, encoder.key_values())
+            self._switch.bank.add(name, encoder.key_values(), checkpoint.metadata.trained)
+        self._switch.mark_changed(name)
         self.set_prefix(name)
-        base._selection_count += 1
-        self._load_heads(checkpoint)
+        heads = {key: checkpoint.heads[key] for key in self._heads()}
+        self._set_heads(heads)
+        self._switch.heads[name] = heads
 
     def unload_prefix(self, name: str) -> None:
         """Forgets a loaded prefix; if it was in use, the plain base is.
@@ -103,17 +124,19 @@ class PrefixMixin:
             KeyError: if no such prefix is loaded.
             ValueError: for the trainable prefix, which is a part of the model.
         """
-        base = self.base_model
-        if name == TRAINABLE_PREFIX and self._trainable is not None:
-            raise ValueError("The trainable prefix is a part of the model and cannot be unloaded; use set_prefix(None).")
-        if name not in base._bank:
-            raise KeyError(f"No prefix named {name!r} is loaded; loaded: {', '.join(self.prefix_names) or 'none'}.")
-        base._bank.remove(name)
-        if name == base._selection or (isinstance(base._selection, tuple) and name in base._selection):
+        if self._is_trainable(name):
+            raise ValueError(
+                "The trainable prefix is a part of the model and cannot be unloaded; use set_prefix(None)."
+            )
+        self._check_loaded(name)
+        if name in self._switch.selected_names:
             self.set_prefix(None)
+        self._switch.bank.remove(name)
+        self._switch.heads.pop(name, None)
 
     def save_prefix(self, path: str | PathLike[str], **details: Any) -> None:
-        """Writes the selected prefix as `prefix_config.json` and `prefix_model.safetensors`.
+        """Writes the selected prefix, with the head trained beside it, as `prefix_config.json` and
+        `prefix_model.safetensors`.
 
         A loaded prefix is written folded, the trainable one with its projection.
 
@@ -122,17 +145,22 @@ class PrefixMixin:
             **details: what to record beside it: `chat_format`, `task`, `training`.
 
         Raises:
-            ValueError: if no prefix is selected, or one per row.
+            ValueError: if no prefix is selected, or one per row, or if DeepSpeed has partitioned it away.
             OSError: if it cannot be written; an older prefix in the folder is intact then.
         """
-        base = self.base_model
-        name = base._selection
+        base, name = self.base_model, self.selected_prefix
         if not isinstance(name, str):
             raise ValueError(f"save_prefix writes one prefix; select it by set_prefix first (selected: {name}).")
-        if name == TRAINABLE_PREFIX and self._trainable is not None:
-            parameters = self._trainable.state_dict()
+        if self._is_trainable(name):
+            parameters, trained = self._trainable.state_dict(), not self._trainable.is_untrained
         else:
-            parameters = {"embedding.weight": base._bank[name].flatten(1)}
+            bank = self._switch.bank
+            parameters, trained = {"embedding.weight": bank[name].flatten(1)}, not bank.is_untrained(name)
+        if any(value.numel() == 0 for value in parameters.values()):
+            raise ValueError(
+                "The prefix is partitioned among processes (ZeRO-3): call save_prefix within "
+                "deepspeed.zero.GatheredParameters(model.parameters()), on every process."
+            )
         config = base.config
         metadata = PrefixMetadata(
             pre_seq_len=parameters["embedding.weight"].shape[0],
@@ -142,6 +170,7 @@ class PrefixMixin:
             kv_channels=config.kv_channels,
             base_model_name=config.name_or_path or None,
             base_fingerprint=fingerprint_of(config, dict(base.named_parameters())),
+            trained=trained,
             **details,
         )
         write_prefix(path, metadata, parameters, self._heads())
@@ -175,62 +204,29 @@ class PrefixMixin:
         key_values = torch.stack(per_layer).permute(2, 0, 1, 3)
         # The tokens stood at 0, 1, ...; the ones to come start at 0 again.
         encoder.set_key_values(rotate_prefix_keys(key_values, -encoder.pre_seq_len, base.config))
-        base._selection_count += 1
-
-    def active_prefix(self, batch: int, device: torch.device, dtype: torch.dtype) -> ActivePrefix | None:
-        """The selected prefix for a batch of so many rows, in the activations' dtype; None for the plain base."""
-        base = self.base_model
-        selection = base._selection
-        if selection is None:
-            return None
-        if isinstance(selection, tuple):
-            return self._rows(repeat_rows(selection, batch), device, dtype)
-        if selection == TRAINABLE_PREFIX and self._trainable is not None:
-            key_values = self._trainable.key_values().to(device, dtype)
-            key_values = key_values.permute(1, 2, 0, 3).unsqueeze(1).expand(-1, batch, -1, -1, -1)
-            # Expanded first: every row draws its own dropout, as in the official code.
-            dropped = torch.nn.functional.dropout(key_values, base.config.prefix_dropout, base.training)
-            return ActivePrefix(dropped)
-        return ActivePrefix(base._bank.one(selection, device, dtype).expand(-1, batch, -1, -1, -1))
-
-    def _rows(self, names: Sequence[str | None], device: torch.device, dtype: torch.dtype) -> ActivePrefix | None:
-        bank = self.base_model._bank
-        if TRAINABLE_PREFIX in names and self._trainable is not None:
-            bank = copy(bank)
-            bank.add(TRAINABLE_PREFIX, self._trainable.key_values())
-        return bank.rows(names, device, dtype)
-
-    def check_cache_owner(self, cache: Cache) -> None:
-        """Marks an empty cache as filled under the selected prefix; refuses one filled under another.
-
-        Raises:
-            ValueError: if the cached tokens have seen another prefix.
-        """
-        if torch.compiler.is_compiling():
-            return
-        base = self.base_model
-        owner = (base._selection, base._selection_count if base._selection is not None else 0)
-        if int(cache.get_seq_length()) == 0:
-            cache.prefix_owner = owner
-        elif getattr(cache, "prefix_owner", owner) != owner:
-            raise ValueError(
-                f"This cache was filled under prefix {cache.prefix_owner[0]!r}, the selected one is "
-                f"{base._selection!r}: cached keys and values belong to one prefix. Start with an empty cache."
-            )
+        self._switch.mark_changed(TRAINABLE_PREFIX)
 
     def check_prefix_is_trained(self) -> None:
-        """Refuses inference with a trainable prefix that still has its random first values.
+        """Refuses inference with a prefix that still has its random first values.
 
         Raises:
             ValueError: in that case.
         """
-        selection = self.selected_prefix
-        selected = selection if isinstance(selection, tuple) else (selection,)
-        if TRAINABLE_PREFIX in selected and self._trainable is not None and self._trainable.is_untrained:
-            raise ValueError(
-                f"The prefix of pre_seq_len={self._trainable.pre_seq_len} is untrained: its values are random. Load a "
-                "trained one by load_prefix(path), or use the plain base by set_prefix(None)."
-            )
+        for name in self._switch.selected_names:
+            if self._is_trainable(name) and self._trainable.is_untrained:
+                raise ValueError(
+                    f"The prefix of pre_seq_len={self._trainable.pre_seq_len} is untrained: its values are random. "
+                    "Load a trained one by load_prefix(path), or use the plain base by set_prefix(None)."
+                )
+            if not self._is_trainable(name) and self._switch.bank.is_untrained(name):
+                raise ValueError(
+                    f"The prefix {name!r} was saved untrained: its values are random. Load a trained one by "
+                    "load_prefix(path), or use the plain base by set_prefix(None)."
+                )
+
+    def _check_loaded(self, name: str) -> None:
+        if name not in self.prefix_names:
+            raise KeyError(f"No prefix named {name!r} is loaded; loaded: {', '.join(self.prefix_names) or 'none'}.")
 
     def _check_base(self, checkpoint: PrefixCheckpoint) -> None:
         recorded = checkpoint.metadata.base_fingerprint
@@ -243,8 +239,9 @@ class PrefixMixin:
         what = difference(recorded, fingerprint_of(base.config, dict(base.named_parameters())))
         if what is not None:
             raise ValueError(
-                f"{checkpoint.source} was trained on another base: on {checkpoint.metadata.base_model_name}, and this "
-                f"one is {base.config.name_or_path or 'unnamed'} ({what})."
+                f"{checkpoint.source} was trained on another base: on "
+                f"{checkpoint.metadata.base_model_name or 'an unnamed one'}, and this one is "
+                f"{base.config.name_or_path or 'unnamed'} ({what})."
             )
 
     def _encoder_from(self, checkpoint: PrefixCheckpoint) -> PrefixEncoder:
@@ -263,25 +260,52 @@ class PrefixMixin:
         return encoder
 
     def _replace_trainable(self, encoder: PrefixEncoder, checkpoint: PrefixCheckpoint) -> None:
-        base = self.base_model
-        before = base.prefix_encoder
+        base, before = self.base_model, self._trainable
         if (before.pre_seq_len, before.prefix_projection) == (encoder.pre_seq_len, encoder.prefix_projection):
             before.load_state_dict(encoder.state_dict())
-            return
-        logger.warning(
-            f"The trainable prefix takes its size from {checkpoint.source}: pre_seq_len {encoder.pre_seq_len}, "
-            f"prefix_projection {encoder.prefix_projection} (was {before.pre_seq_len}, {before.prefix_projection})."
-        )
-        base.config.pre_seq_len = encoder.pre_seq_len
-        base.config.prefix_projection = encoder.prefix_projection
-        base.prefix_encoder = encoder.to(before.embedding.weight.device)
+        else:
+            logger.warning(
+                f"The trainable prefix takes its size from {checkpoint.source}: pre_seq_len {encoder.pre_seq_len}, "
+                f"prefix_projection {encoder.prefix_projection} (was {before.pre_seq_len}, "
+                f"{before.prefix_projection}). An optimizer made before holds the old parameters."
+            )
+            base.config.pre_seq_len = encoder.pre_seq_len
+            base.config.prefix_projection = encoder.prefix_projection
+            base.prefix_encoder = encoder.to(before.embedding.weight.device).train(before.training)
+        if not checkpoint.metadata.trained:
+            self._trainable.mark_untrained()
 
-    def _heads(self) -> dict[str, torch.Tensor]:
-        """Parameters trained beside the prefix, by their full names."""
-        return {name: value for name, value in self.named_parameters() if not name.startswith("transformer.")} if (
-            self is not self.base_model
-        ) else {}
+    def _heads(self) -> dict[str, torch.nn.Parameter]:
+        """Parameters outside the ChatGLMModel, which are trained beside the prefix, by their full names."""
+        if self is self.base_model:
+            return {}
+        inside = self.base_model_prefix + "."
+        return {name: value for name, value in self.named_parameters() if not name.startswith(inside)}
 
-    def _load_heads(self, checkpoint: PrefixCheckpoint) -> None:
-        if checkpoint.heads and self is not self.base_model:
-            self.load_state_dict(checkpoint.heads, strict=False)
+    @torch.no_grad()
+    def _set_heads(self, heads: dict[str, torch.Tensor]) -> None:
+        ours = self._heads()
+        for name, value in heads.items():
+            ours[name].copy_(value)
+
+    def _check_heads(self, checkpoint: PrefixCheckpoint) -> None:
+        ours = self._heads()
+        missing = [name for name in ours if name not in checkpoint.heads]
+        if missing:
+            raise ValueError(
+                f"{checkpoint.source} has no {', '.join(missing)}: it was not trained with the head of "
+                f"{type(self).__name__}. To start from its prefix alone, call load_prefix on model."
+                f"{self.base_model_prefix}."
+            )
+        for name, value in ours.items():
+            theirs = checkpoint.heads[name]
+            if theirs.shape != value.shape:
+                raise ValueError(
+                    f"{checkpoint.source} has {name} of size {tuple(theirs.shape)}, {type(self).__name__} here has "
+                    f"{tuple(value.shape)}: the number of labels differs."
+                )
+        unused = [name for name in checkpoint.heads if name not in ours]
+        if unused:
+            logger.warning(
+                f"{checkpoint.source} also has {', '.join(unused)}, which {type(self).__name__} does not use."
+            )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
+from chatglm_ptuning.model.float32_module import Float32Module
 
 
-class RotaryEmbedding(nn.Module):
-    """Cosines and sines for the rotated half of each head, base `10000 * rope_ratio`."""
+class RotaryEmbedding(Float32Module):
+    """Cosines and sines for the rotated half of each head, base `10000 * rope_ratio`, computed in float32."""
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class RotaryEmbedding(nn.Module):
     @torch.no_grad()
     def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """`position_ids` `[batch, seq_len]` -> cosines and sines `[batch, 1, seq_len, kv_channels // 4]`."""
-        angles = position_ids[:, None, :, None].float() * self.inv_freq.float()
+        angles = position_ids[:, None, :, None].float() * self.inv_freq
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

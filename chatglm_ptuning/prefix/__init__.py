@@ -1,0 +1,1 @@
+"""Prefix checkpoints, and the prefixes loaded beside one base."""

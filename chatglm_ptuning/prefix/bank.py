@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 
 PrefixSelection = str | None | tuple[str | None, ...]
 """A prefix's name for all rows, None for the plain base, or one of these per batch row."""
@@ -35,17 +36,6 @@ class ActivePrefix:
         return self.mask.to(device)
 
 
-def repeat_rows(selection: Sequence[str | None], batch: int) -> list[str | None]:
-    """One entry per row of the batch; beams of one row follow one another, as in `generate`.
-
-    Raises:
-        ValueError: if the batch is no multiple of the number of entries.
-    """
-    if batch % len(selection):
-        raise ValueError(f"set_prefix named a prefix for each of {len(selection)} rows, but the batch has {batch}.")
-    return [name for name in selection for _ in range(batch // len(selection))]
-
-
 class PrefixBank:
     """Folded prefixes by name: keys and values alone, float32, `[length, num_layers * 2, groups, kv_channels]`.
 
@@ -54,7 +44,8 @@ class PrefixBank:
 
     def __init__(self) -> None:
         self._prefixes: dict[str, torch.Tensor] = {}
-        self._copies: dict[tuple, torch.Tensor] = {}
+        self._untrained: set[str] = set()
+        self._copies: dict[tuple[str, torch.device, torch.dtype], torch.Tensor] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._prefixes
@@ -67,38 +58,49 @@ class PrefixBank:
         """Names in the order of loading."""
         return list(self._prefixes)
 
-    def add(self, name: str, key_values: torch.Tensor) -> None:
-        """Adds or replaces a prefix."""
+    def add(self, name: str, key_values: torch.Tensor, trained: bool = True) -> None:
+        """Adds or replaces a prefix.
+
+        Args:
+            trained: False for one that was saved with its random first values.
+        """
+        self.remove(name)
         self._prefixes[name] = key_values.detach().to(torch.float32).cpu()
-        self._forget_copies(name)
+        if not trained:
+            self._untrained.add(name)
 
     def remove(self, name: str) -> None:
-        """Removes a prefix and frees its copies."""
-        del self._prefixes[name]
-        self._forget_copies(name)
+        """Removes a prefix, if it is there, and frees its copies."""
+        self._prefixes.pop(name, None)
+        self._untrained.discard(name)
+        self._copies = {key: copy for key, copy in self._copies.items() if key[0] != name}
 
-    def _forget_copies(self, name: str) -> None:
-        self._copies = {key: copy for key, copy in self._copies.items() if name not in key[0]}
+    def is_untrained(self, name: str) -> bool:
+        """Whether the prefix was saved with its random first values."""
+        return name in self._untrained
 
-    def one(self, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """The prefix for all rows, `[num_layers * 2, 1, groups, length, kv_channels]`."""
-        key = ((name,), device, dtype)
+    def get(self, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """The prefix for use in attention, `[num_layers * 2, groups, length, kv_channels]`."""
+        key = (name, device, dtype)
         if key not in self._copies:
-            self._copies[key] = self._prefixes[name].to(device, dtype).permute(1, 2, 0, 3).unsqueeze(1).contiguous()
+            self._copies[key] = self._prefixes[name].to(device, dtype).permute(1, 2, 0, 3).contiguous()
         return self._copies[key]
 
-    def rows(self, names: Sequence[str | None], device: torch.device, dtype: torch.dtype) -> ActivePrefix | None:
-        """One prefix per row, shorter ones padded in front; None if no row has one."""
-        used = sorted({name for name in names if name is not None})
-        if not used:
-            return None
-        length = max(self._prefixes[name].shape[0] for name in used)
-        stack = torch.stack([self._padded(name, length, device, dtype) for name in used], dim=1)
-        index = torch.tensor([used.index(name) if name is not None else 0 for name in names], device=device)
-        lengths = [self._prefixes[name].shape[0] if name is not None else 0 for name in names]
-        mask = torch.arange(length, device=device) >= length - torch.tensor(lengths, device=device)[:, None]
-        return ActivePrefix(stack.index_select(1, index), None if bool(mask.all()) else mask)
 
-    def _padded(self, name: str, length: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        one = self.one(name, device, dtype)[:, 0]
-        return torch.nn.functional.pad(one, (0, 0, length - one.shape[2], 0))
+def stack_rows(names: Sequence[str | None], prefixes: Mapping[str, torch.Tensor]) -> ActivePrefix | None:
+    """One prefix per batch row, shorter ones padded in front; None if no row has one.
+
+    Args:
+        names: for each row a key of `prefixes`, or None.
+        prefixes: each `[num_layers * 2, groups, length, kv_channels]`.
+    """
+    used = list(prefixes)
+    if not used:
+        return None
+    device = prefixes[used[0]].device
+    length = max(prefix.shape[2] for prefix in prefixes.values())
+    stack = torch.stack([pad(prefix, (0, 0, length - prefix.shape[2], 0)) for prefix in prefixes.values()], dim=1)
+    index = torch.tensor([used.index(name) if name is not None else 0 for name in names], device=device)
+    lengths = [prefixes[name].shape[2] if name is not None else 0 for name in names]
+    mask = torch.arange(length, device=device) >= length - torch.tensor(lengths, device=device)[:, None]
+    return ActivePrefix(stack.index_select(1, index), mask if min(lengths) < length else None)

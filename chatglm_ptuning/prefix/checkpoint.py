@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -13,17 +12,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from chatglm_ptuning.prefix.files import write_atomically
+from chatglm_ptuning.prefix.files import read_tensors, write_atomically
+from chatglm_ptuning.prefix.fingerprint import FINGERPRINT_FIELDS
 
 if TYPE_CHECKING:
     from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 
 METADATA_FILE = "prefix_config.json"
 WEIGHTS_FILE = "prefix_model.safetensors"
-OFFICIAL_FILE = "pytorch_model.bin"
+OFFICIAL_FILES = (
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+)
+"""The official trainer writes the first; one that saved the whole model may have left any of them."""
 PEFT_METADATA_FILE = "adapter_config.json"
 PREFIX_KEY = "transformer.prefix_encoder."
 """In front of every parameter of the prefix encoder, in this kit's files as in the official ones."""
@@ -33,7 +38,15 @@ _CHECKPOINT_FOLDER = re.compile(r"checkpoint-(\d+)")
 
 @dataclass(frozen=True)
 class PrefixMetadata:
-    """What `prefix_config.json` says of a prefix."""
+    """What `prefix_config.json` says of a prefix.
+
+    Attributes:
+        base_fingerprint: see `fingerprint_of`; None if the base is not known (the official and PEFT's forms).
+        chat_format: the tokenizer's, of the training data.
+        task: what it was trained for, in the user's words.
+        training: a summary of the training run.
+        trained: False if it was saved with its random first values.
+    """
 
     pre_seq_len: int
     prefix_projection: bool
@@ -45,6 +58,7 @@ class PrefixMetadata:
     chat_format: str | None = None
     task: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
+    trained: bool = True
     kit_version: str | None = None
 
     @property
@@ -84,6 +98,12 @@ class PrefixCheckpoint:
                 f"{self.source} does not fit this base: the prefix is for (num_layers, multi_query_group_num, "
                 f"kv_channels) = {theirs}, the base has {ours}."
             )
+        if config.multi_query_group_num != config.num_key_value_heads:
+            raise ValueError(
+                f"{self.source} does not fit this base: with multi_query_attention=False a prefix needs "
+                f"multi_query_group_num ({config.multi_query_group_num}) equal to num_attention_heads "
+                f"({config.num_attention_heads})."
+            )
 
 
 def read_prefix(path: str | PathLike[str], config: ChatGLMConfig) -> PrefixCheckpoint:
@@ -103,23 +123,33 @@ def read_prefix(path: str | PathLike[str], config: ChatGLMConfig) -> PrefixCheck
     if not path.exists():
         raise FileNotFoundError(f"No prefix at {path}: there is no such file or folder.")
     if path.is_file():
-        return _read_kit(path.parent) if path.name in (METADATA_FILE, WEIGHTS_FILE) else _read_official(path, config)
+        if path.name in (METADATA_FILE, WEIGHTS_FILE):
+            return _read_kit(path.parent)
+        if path.name == PEFT_METADATA_FILE:
+            return _read_peft(path.parent, config)
+        return _read_official(path, config)
     if (path / METADATA_FILE).exists() or (path / WEIGHTS_FILE).exists():
         return _read_kit(path)
     if (path / PEFT_METADATA_FILE).exists():
         return _read_peft(path, config)
-    if (path / OFFICIAL_FILE).exists():
-        return _read_official(path / OFFICIAL_FILE, config)
+    for name in OFFICIAL_FILES:
+        if (path / name).exists():
+            return _read_official(path / name, config)
     checkpoints = sorted(
-        (child for child in path.iterdir() if _CHECKPOINT_FOLDER.fullmatch(child.name)),
-        key=lambda child: int(child.name.split("-")[1]),
+        (int(match[1]), child)
+        for child in path.iterdir()
+        if (match := _CHECKPOINT_FOLDER.fullmatch(child.name)) and _holds_prefix(child)
     )
     if checkpoints:
-        return read_prefix(checkpoints[-1], config)
+        return read_prefix(checkpoints[-1][1], config)
     raise FileNotFoundError(
-        f"No prefix in {path}: expected {METADATA_FILE} with {WEIGHTS_FILE} (this kit), {OFFICIAL_FILE} (official) or "
-        f"{PEFT_METADATA_FILE} (PEFT)."
+        f"No prefix in {path}: expected {METADATA_FILE} with {WEIGHTS_FILE} (this kit), {OFFICIAL_FILES[0]} (official) "
+        f"or {PEFT_METADATA_FILE} (PEFT)."
     )
+
+
+def _holds_prefix(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (METADATA_FILE, PEFT_METADATA_FILE, *OFFICIAL_FILES))
 
 
 def write_prefix(
@@ -156,15 +186,10 @@ def _read_kit(folder: Path) -> PrefixCheckpoint:
     for name in (METADATA_FILE, WEIGHTS_FILE):
         if not (folder / name).exists():
             raise FileNotFoundError(f"The prefix in {folder} is incomplete: {name} is missing.")
-    fields = _read_json(folder / METADATA_FILE)
-    known = PrefixMetadata.__dataclass_fields__
-    try:
-        metadata = PrefixMetadata(**{key: value for key, value in fields.items() if key in known})
-    except TypeError as error:
-        raise ValueError(f"{folder / METADATA_FILE} is not a prefix's description: {error}.") from error
+    metadata = _read_metadata(folder / METADATA_FILE)
     source = folder / WEIGHTS_FILE
-    tensors = _load_safetensors(source)
-    parameters = {key.removeprefix(PREFIX_KEY): value for key, value in tensors.items() if key.startswith(PREFIX_KEY)}
+    tensors = read_tensors(source)
+    parameters = _prefix_parameters(tensors, source)
     heads = {key: value for key, value in tensors.items() if not key.startswith(PREFIX_KEY)}
     expected = (metadata.pre_seq_len, metadata.kv_size)
     found = tuple(_embedding(parameters, source).shape)
@@ -178,12 +203,37 @@ def _read_kit(folder: Path) -> PrefixCheckpoint:
     return PrefixCheckpoint(source, metadata, parameters, heads)
 
 
+def _read_metadata(source: Path) -> PrefixMetadata:
+    fields = _read_json(source)
+    known = PrefixMetadata.__dataclass_fields__
+    try:
+        metadata = PrefixMetadata(**{key: value for key, value in fields.items() if key in known})
+    except TypeError as error:
+        raise ValueError(f"{source} is not a prefix's description: {error}.") from error
+    for name in ("pre_seq_len", "num_layers", "multi_query_group_num", "kv_channels"):
+        value = getattr(metadata, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{source}: {name} must be a positive integer, got {value!r}.")
+    fingerprint = metadata.base_fingerprint
+    if fingerprint is not None and not (isinstance(fingerprint, dict) and fingerprint.keys() >= FINGERPRINT_FIELDS):
+        raise ValueError(f"{source}: base_fingerprint must be null or hold {', '.join(sorted(FINGERPRINT_FIELDS))}.")
+    return metadata
+
+
 def _read_official(source: Path, config: ChatGLMConfig) -> PrefixCheckpoint:
-    tensors = _load_safetensors(source) if source.suffix == ".safetensors" else _load_pickle(source)
-    parameters = {key.removeprefix(PREFIX_KEY): value for key, value in tensors.items() if key.startswith(PREFIX_KEY)}
-    if not parameters:
+    tensors = _read_shards(source) if source.suffix == ".json" else read_tensors(source, _is_prefix_key)
+    if not tensors:
         raise ValueError(f"{source} holds no parameter that starts with {PREFIX_KEY}; it is not a P-Tuning v2 prefix.")
+    parameters = _prefix_parameters(tensors, source)
     return PrefixCheckpoint(source, _infer_metadata(parameters, source, config), parameters)
+
+
+def _read_shards(index: Path) -> dict[str, torch.Tensor]:
+    shard_of = _read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict):
+        raise ValueError(f"{index} has no weight_map.")
+    shards = sorted({shard for key, shard in shard_of.items() if _is_prefix_key(key)})
+    return {key: value for shard in shards for key, value in read_tensors(index.parent / shard, _is_prefix_key).items()}
 
 
 def _read_peft(folder: Path, config: ChatGLMConfig) -> PrefixCheckpoint:
@@ -197,11 +247,12 @@ def _read_peft(folder: Path, config: ChatGLMConfig) -> PrefixCheckpoint:
     source = safe if safe.exists() else pickled
     if not source.exists():
         raise FileNotFoundError(f"The PEFT adapter in {folder} is incomplete: {safe.name} is missing.")
-    tensors = _load_safetensors(source) if source is safe else _load_pickle(source)
-    if "prompt_embeddings" not in tensors:
+    tensors = read_tensors(source, lambda name: name == "prompt_embeddings")
+    if not tensors:
         raise ValueError(f"{source} has no prompt_embeddings; it is not a saved prefix-tuning adapter.")
     # PEFT saves the result of its projection, not the projection itself.
     parameters = {"embedding.weight": tensors["prompt_embeddings"]}
+    _check_finite(parameters, source)
     metadata = _infer_metadata(parameters, source, config, adapter.get("base_model_name_or_path"))
     return PrefixCheckpoint(source, metadata, parameters, positions_follow_prefix=True)
 
@@ -247,20 +298,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file: {error}.") from error
+def _is_prefix_key(name: str) -> bool:
+    return name.startswith(PREFIX_KEY)
 
 
-def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged, or holds more than tensors and is not opened for safety: {str(error).splitlines()[0]}"
-        ) from error
-    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise ValueError(f"{path} does not hold a dictionary of tensors.")
-    return dict(content)
+def _prefix_parameters(tensors: Mapping[str, torch.Tensor], source: Path) -> dict[str, torch.Tensor]:
+    parameters = {key.removeprefix(PREFIX_KEY): value for key, value in tensors.items() if _is_prefix_key(key)}
+    _check_finite(parameters, source)
+    return parameters
+
+
+def _check_finite(parameters: Mapping[str, torch.Tensor], source: Path) -> None:
+    for name, value in parameters.items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{source}: {name} holds numbers that are not finite; its training has diverged.")

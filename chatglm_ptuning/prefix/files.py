@@ -1,24 +1,63 @@
-"""Writing files so that a killed process or a full disk leaves the old ones whole."""
+"""Files of tensors: written so that a crash leaves the old ones whole, read without running what is in them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
 
 
 @contextmanager
 def write_atomically(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside `path` to write to; renames it to `path` if the block ends well.
 
-    The temporary file is flushed to disk first, and removed if the block fails.
+    The temporary file is flushed to disk first, and removed if the block fails. The file may be read by whom any other
+    new file may be read; safetensors alone would close it to all but its owner.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
+    """Reads the wanted tensors of a `.safetensors` file or of a file written by `torch.save`, onto the CPU.
+
+    Nothing in the file is executed, and of a large file only what is wanted comes into memory.
+
+    Raises:
+        OSError: if the file is not there or cannot be opened.
+        ValueError: naming the file, if it is damaged, or if it holds anything but tensors by their names.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or not a safetensors file: {error}.") from error
+    with path.open("rb"):
+        pass  # whatever keeps the file from being opened is no damage
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
+    except Exception as error:  # the unpickler, given damaged bytes, raises whatever they lead it to
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{path} is damaged, or holds more than tensors and is not opened for safety: {reason}"
+        ) from error
+    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise ValueError(f"{path} does not hold a dictionary of tensors.")
+    return {name: tensor.clone() for name, tensor in content.items() if wanted(name)}

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 _SHAPE_FIELDS = ("num_layers", "padded_vocab_size", "hidden_size", "ffn_hidden_size", "kv_channels",
                  "num_attention_heads", "multi_query_attention", "multi_query_group_num", "rope_ratio")  # fmt: skip
 _NUMBERS_PER_TENSOR = 16
+FINGERPRINT_FIELDS = frozenset({"shape", "sample_sha256", "sample"})
+"""What a fingerprint holds."""
 
 
 def fingerprint_of(config: ChatGLMConfig, parameters: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from transformers import Seq2SeqTrainingArguments
 
 from chatglm_ptuning.model.loading import DEFAULT_MODEL
+from chatglm_ptuning.prefix.latest import runs_folder
 from chatglm_ptuning.training.initialisation import PREFIX_INITS
 
 DEFAULT_PRE_SEQ_LEN = 128
@@ -112,9 +112,7 @@ class DataArguments:
 class PrefixTrainingArguments(Seq2SeqTrainingArguments):
     """transformers' own training arguments with defaults that suit a prefix."""
 
-    output_dir: str | None = field(
-        default=None, metadata={"help": "folder of the run (default: output/<model>-<file>)"}
-    )
+    output_dir: str | None = field(default=None, metadata={"help": "folder of the run (default: output/prefix)"})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "start anew in a folder that holds an earlier run, deleting its checkpoints"}
     )
@@ -132,5 +130,5 @@ class PrefixTrainingArguments(Seq2SeqTrainingArguments):
 
     def __post_init__(self) -> None:
         if self.output_dir is None:
-            self.output_dir = str(Path("output") / "prefix")
+            self.output_dir = str(runs_folder() / "prefix")
         super().__post_init__()

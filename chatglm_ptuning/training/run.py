@@ -33,10 +33,11 @@ from chatglm_ptuning.training.arguments import (
     ModelArguments,
     PrefixTrainingArguments,
 )
-from chatglm_ptuning.training.guards import TrainingDiverged
+from chatglm_ptuning.training.callbacks import TrainingDiverged
+from chatglm_ptuning.training.checkpoints import is_whole, last_checkpoint
 from chatglm_ptuning.training.initialisation import init_prefix
 from chatglm_ptuning.training.report import draw_loss_curve, print_samples
-from chatglm_ptuning.training.trainer import PrefixTrainer, last_checkpoint
+from chatglm_ptuning.training.trainer import PrefixTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -231,7 +232,7 @@ def prepare_output(args: PrefixTrainingArguments) -> Path | None:
             if newest is None:
                 raise ValueError(f"--resume_from_checkpoint: {output} holds no whole checkpoint.")
             return newest
-        if last_checkpoint(Path(wanted).parent) is None or not (Path(wanted) / "trainer_state.json").exists():
+        if not is_whole(wanted):
             raise ValueError(f"--resume_from_checkpoint: {wanted} is not a whole checkpoint of a run.")
         return Path(wanted)
     if not args.do_train or newest is None:

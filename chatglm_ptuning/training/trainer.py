@@ -14,25 +14,12 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from chatglm_ptuning.prefix.checkpoint import METADATA_FILE, WEIGHTS_FILE
 from chatglm_ptuning.prefix.files import write_atomically
-from chatglm_ptuning.training.guards import FiniteGuard, TrainingDiverged, divergence_message
+from chatglm_ptuning.training.callbacks import FiniteGuard, LogAtCheckpoints, TrainingDiverged
 from chatglm_ptuning.training.sampler import LengthGroupedEpochSampler
 
 STAGING_FOLDER = ".saving"
 ARGUMENTS_FILE = "training_arguments.json"
-
-
-def last_checkpoint(run_folder: str | Path) -> Path | None:
-    """The newest whole `checkpoint-N` of a run; None if there is none."""
-    found = {}
-    for folder in Path(run_folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = folder.name.rpartition("-")[2]
-        if step.isdigit() and all(
-            (folder / name).exists() for name in (TRAINER_STATE_NAME, METADATA_FILE, WEIGHTS_FILE)
-        ):
-            found[int(step)] = folder
-    return found[max(found)] if found else None
 
 
 class PrefixTrainer(Trainer):
@@ -56,6 +43,7 @@ class PrefixTrainer(Trainer):
         self.generation_metrics = generation_metrics
         self._staging: Path | None = None
         self.add_callback(FiniteGuard())
+        self.add_callback(LogAtCheckpoints())
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -68,15 +56,7 @@ class PrefixTrainer(Trainer):
         """One forward and backward pass; raises TrainingDiverged if the loss is not finite."""
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
-            checkpoint = last_checkpoint(self.args.output_dir)
-            raise TrainingDiverged(
-                divergence_message(
-                    f"The loss became {loss.item()}",
-                    self.state.global_step + 1,
-                    self.args,
-                    checkpoint and str(checkpoint),
-                )
-            )
+            raise TrainingDiverged(f"The loss became {loss.item()}", self.state.global_step + 1, self.args)
         return loss
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:

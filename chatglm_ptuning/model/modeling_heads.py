@@ -1,0 +1,213 @@
+"""ChatGLM with a linear head: classification of sequences and tokens, and spans that answer a question.
+
+With `pre_seq_len` the base is frozen, and the head is trained beside the prefix. Both stay in float32, and
+`save_prefix` and `load_prefix` keep them together.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.utils import can_return_tuple
+
+from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
+from chatglm_ptuning.model.float32_module import Float32Module
+from chatglm_ptuning.model.losses import IGNORED_LABEL, cross_entropy
+from chatglm_ptuning.model.modeling_chatglm import ChatGLMModel, ChatGLMPreTrainedModel
+
+
+class Head(Float32Module, nn.Linear):
+    """A linear layer with bias, in float32 and outside autocast."""
+
+    def __init__(self, config: ChatGLMConfig, outputs: int) -> None:
+        super().__init__(config.hidden_size, outputs, dtype=torch.float32)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Hidden states `[..., hidden_size]` of any floating type -> float32 `[..., outputs]`."""
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return super().forward(hidden_states.to(self.weight.dtype))
+
+
+class _ChatGLMWithHead(ChatGLMPreTrainedModel):
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["prefix_encoder", "classifier_head", "qa_outputs"]
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.transformer = ChatGLMModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
+
+
+class ChatGLMForSequenceClassification(_ChatGLMWithHead):
+    """Classifies whole sequences by the state of their last real token, after the final norm.
+
+    `config.num_labels` and `config.problem_type` set the task as in transformers; without the latter, one label means
+    regression, integer labels a single class, and floating-point labels several classes at once. The head has the
+    official name, `classifier_head`.
+    """
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__(config)
+        self.classifier_head = Head(config, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """As `ChatGLMModel.forward`, with logits `[batch, num_labels]`, float32.
+
+        Args:
+            attention_mask: `[batch, seq_len]`, padded on either side. Without it, the pads are taken to be the
+                `pad_token_id`s at the end of a row.
+            labels: `[batch]` classes or numbers, or `[batch, num_labels]` for several classes or numbers at once.
+            num_items_in_batch: what the loss is divided by instead of the number of labels here.
+
+        Raises:
+            ValueError: if a row has no real token.
+        """
+        outputs = self.transformer(
+            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
+        hidden_states = outputs.last_hidden_state
+        last = self._last_real_position(input_ids, attention_mask, hidden_states)
+        pooled = hidden_states[torch.arange(hidden_states.shape[0], device=last.device), last]
+        logits = self.classifier_head(self.dropout(pooled))
+        loss = None if labels is None else self._loss(logits, labels.to(logits.device), num_items_in_batch)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _last_real_position(
+        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        batch, seq_len = hidden_states.shape[:2]
+        if attention_mask is not None and attention_mask.ndim == 2:
+            real = attention_mask[:, -seq_len:].bool()
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            real = input_ids != self.config.pad_token_id
+        else:
+            real = torch.ones(batch, seq_len, dtype=torch.bool)
+        real = real.to(hidden_states.device)
+        empty = (~real).all(-1).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(f"Rows {empty} of the batch have no real token to classify.")
+        return (torch.arange(seq_len, device=real.device) * real).argmax(-1)
+
+    def _loss(
+        self, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        problem = self.config.problem_type
+        if problem is None and self.num_labels == 1:
+            problem = "regression"
+        elif problem is None:
+            problem = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+        if problem == "single_label_classification":
+            return cross_entropy(logits, labels.reshape(-1), num_items_in_batch)
+        labels = labels.reshape(logits.shape).to(logits.dtype)
+        if problem == "regression":
+            losses = functional.mse_loss(logits, labels, reduction="none")
+        else:
+            losses = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        return losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch
+
+
+class ChatGLMForTokenClassification(_ChatGLMWithHead):
+    """Labels every token, for instance with its part of a named entity."""
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__(config)
+        self.classifier_head = Head(config, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> TokenClassifierOutput:
+        """As `ChatGLMModel.forward`, with logits `[batch, seq_len, num_labels]`, float32.
+
+        Args:
+            labels: `[batch, seq_len]`, -100 on tokens that have none.
+            num_items_in_batch: what the loss is divided by instead of the number of labelled tokens here.
+        """
+        outputs = self.transformer(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        logits = self.classifier_head(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            loss = cross_entropy(logits, labels, num_items_in_batch)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class ChatGLMForQuestionAnswering(_ChatGLMWithHead):
+    """Finds where in its input an answer starts and ends."""
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__(config)
+        self.qa_outputs = Head(config, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> QuestionAnsweringModelOutput:
+        """As `ChatGLMModel.forward`, with `start_logits` and `end_logits` `[batch, seq_len]`, float32.
+
+        Args:
+            start_positions: `[batch]`; a position outside the row (a window without the answer) is not learned.
+            end_positions: likewise, of the answer's last token.
+            num_items_in_batch: what each loss is divided by instead of the number of positions here.
+        """
+        outputs: BaseModelOutputWithPast = self.transformer(
+            input_ids=input_ids, attention_mask=attention_mask, **kwargs
+        )
+        start_logits, end_logits = self.qa_outputs(self.dropout(outputs.last_hidden_state)).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            start_loss = cross_entropy(start_logits, _inside(start_positions, start_logits), num_items_in_batch)
+            end_loss = cross_entropy(end_logits, _inside(end_positions, end_logits), num_items_in_batch)
+            loss = (start_loss + end_loss) / 2
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def _inside(positions: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """The positions `[batch]`, -100 where they lie outside the row."""
+    positions = positions.reshape(-1).to(logits.device)
+    return positions.masked_fill((positions < 0) | (positions >= logits.shape[1]), IGNORED_LABEL)

@@ -1,0 +1,264 @@
+"""`chatglm-ptuning chat`: a conversation in the terminal, answers appearing as they are generated."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from chatglm_ptuning.command_line import fail, parse_arguments
+from chatglm_ptuning.model.loading import DEFAULT_MODEL, load_model, load_tokenizer
+from chatglm_ptuning.prefix.latest import find_latest_prefix, runs_folder
+from chatglm_ptuning.serving.session import ChatSession
+
+with contextlib.suppress(ImportError):
+    # Gives input() line editing and a history, by characters and not by bytes; Windows does without.
+    import readline  # noqa: F401
+
+# What a model writes must not steer the terminal: all control characters but tab and line feed.
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+PLAIN_BASE = "none"
+"""What `/prefix` calls answering without a prefix."""
+
+_HELP = """\
+/prefix              list the loaded prefixes
+/prefix NAME         answer with this prefix from now on; /prefix none: with the plain base
+/load PATH [NAME]    load a prefix from a folder and use it
+/clear               forget the conversation
+/help                this list
+/exit                leave (Ctrl-D does too)
+Ctrl-C stops the present answer. A message that begins with a slash needs a space before it."""
+
+
+@dataclass
+class ChatArguments:
+    """Flags of `chatglm-ptuning chat`."""
+
+    model_name_or_path: str = field(default=DEFAULT_MODEL, metadata={"help": "Folder of the base (official layout)."})
+    ptuning_checkpoint: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Prefixes to load, each PATH or NAME=PATH; the first one answers. The flag may be repeated. "
+            "By default the prefix trained last.",
+            "action": "extend",
+        },
+    )
+    runs_folder: str = field(
+        default_factory=lambda: str(runs_folder()),
+        metadata={"help": "Where the prefix trained last is looked for; by default $CHATGLM_PTUNING_OUTPUT or output."},
+    )
+    quantization_bit: int | None = field(default=None, metadata={"help": "Load the base in 8 or 4 bits."})
+    temperature: float = field(default=0.8, metadata={"help": "Lower is more predictable."})
+    top_p: float = field(default=0.8, metadata={"help": "Sample among the likeliest tokens of this total probability."})
+    max_new_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Most tokens of an answer; by default half of the base's seq_length, 1024 at most."},
+    )
+    greedy: bool = field(default=False, metadata={"help": "Always take the likeliest token instead of sampling."})
+
+    def __post_init__(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+            ValueError: naming the flag and its value.
+        """
+        if self.temperature <= 0:
+            raise ValueError(f"--temperature must be above 0 (use --greedy for no sampling), got {self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"--top_p must be above 0 and at most 1, got {self.top_p}.")
+
+
+class TerminalChat:
+    """Reads lines, runs commands, prints answers."""
+
+    def __init__(self, session: ChatSession, console: Console) -> None:
+        self.session = session
+        self.console = console
+        self._commands = {"/prefix": self._prefix, "/load": self._load, "/clear": self._clear, "/help": self._help}
+
+    def run(self) -> None:
+        """Talks until `/exit` or the end of the input."""
+        for line in self._lines():
+            if not line.startswith("/"):
+                self._answer(line.strip())
+                continue
+            try:
+                command, *values = shlex.split(line)
+            except ValueError as error:
+                self.say(f"Cannot read this command: {error}.", "red")
+                continue
+            if command == "/exit":
+                return
+            if command in self._commands:
+                self._commands[command](*values)
+            else:
+                self.say(f"There is no command {command}; /help lists them.", "red")
+
+    def say(self, message: str, style: str | None = "dim") -> None:
+        """Prints a message of the program, not of the model."""
+        self.console.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    def load(self, path: str, name: str) -> None:
+        """Loads a prefix and answers with it.
+
+        Raises:
+            FileNotFoundError: if there is none at the path.
+            ValueError: if it is damaged or of another base, or the name is taken for the plain base.
+        """
+        if name == PLAIN_BASE:
+            raise ValueError(f"{PLAIN_BASE!r} stands for the plain base; give the prefix another name.")
+        self.session.model.load_prefix(path, name)
+        self.session.switch_prefix(name)
+
+    def _lines(self) -> Iterator[str]:
+        """Lines of the input that are not empty; Ctrl-C drops the one being typed."""
+        # The escapes are marked as invisible, or readline would count them into the width of the line.
+        prompt = "\001\033[1;32m\002> \001\033[0m\002" if sys.stdin.isatty() and sys.stdout.isatty() else ""
+        while True:
+            try:
+                line = input(prompt)
+            except EOFError:
+                self.console.print()
+                return
+            except KeyboardInterrupt:
+                self.console.print()
+                self.say("Leave with /exit or Ctrl-D.")
+                continue
+            if line.strip():
+                yield line
+
+    def _answer(self, query: str) -> None:
+        pieces = self.session.stream(query)
+        try:
+            with contextlib.closing(pieces):
+                for piece in pieces:
+                    self.console.out(_CONTROL_CHARACTERS.sub("", piece), end="", highlight=False)
+            self.console.print()
+        except KeyboardInterrupt:
+            self.console.print()
+            self.say("(stopped)")
+        except (ValueError, RuntimeError) as error:
+            self.console.print()
+            self.say(f"No answer: {error}", "red")
+
+    def _prefix(self, *values: str) -> None:
+        if len(values) > 1:
+            self.say("Usage: /prefix [NAME]", "red")
+        elif not values:
+            for name in [*self.session.model.prefix_names, PLAIN_BASE]:
+                mark = "*" if name == (self.session.prefix or PLAIN_BASE) else " "
+                self.say(f"{mark} {name}", None)
+        else:
+            try:
+                self.session.switch_prefix(None if values[0] == PLAIN_BASE else values[0])
+            except KeyError as error:
+                self.say(f"{error.args[0]} /load PATH loads one.", "red")
+            else:
+                self._tell_prefix()
+
+    def _load(self, *values: str) -> None:
+        if len(values) not in (1, 2):
+            self.say("Usage: /load PATH [NAME]", "red")
+            return
+        try:
+            self.load(values[0], values[1] if len(values) == 2 else default_name(values[0]))
+        except (OSError, ValueError) as error:
+            self.say(f"Not loaded: {error}", "red")
+        else:
+            self._tell_prefix()
+
+    def _tell_prefix(self) -> None:
+        self.say("Answering with the plain base." if self.session.prefix is None else f"Prefix: {self.session.prefix}")
+
+    def _clear(self, *_: str) -> None:
+        self.session.clear()
+        self.say("The conversation is forgotten.")
+
+    def _help(self, *_: str) -> None:
+        self.say(_HELP, None)
+
+
+def default_name(path: str) -> str:
+    """The name of a prefix whose path was given without one: its folder, of a checkpoint also the run's."""
+    folder = Path(path).resolve()
+    folder = folder.parent if folder.is_file() else folder
+    return f"{folder.parent.name}/{folder.name}" if folder.name.startswith("checkpoint-") else folder.name
+
+
+def name_and_path(value: str) -> tuple[str, str]:
+    """Splits a value of `--ptuning_checkpoint`, NAME=PATH or PATH; an existing path is never split."""
+    name, separator, path = value.partition("=")
+    if separator and name and not Path(value).exists():
+        return name, path
+    return default_name(value), value
+
+
+def _load_first_prefixes(chat: TerminalChat, arguments: ChatArguments) -> None:
+    """Loads the prefixes named by the flags, or else the one that was trained last."""
+    if arguments.ptuning_checkpoint:
+        named = [name_and_path(value) for value in arguments.ptuning_checkpoint]
+        twice = {name for name, _ in named if [other for other, _ in named].count(name) > 1}
+        if twice:
+            raise ValueError(f"Two prefixes are called {twice.pop()!r}; name them with NAME=PATH.")
+        for name, path in named:
+            chat.load(path, name)
+        chat.session.switch_prefix(named[0][0])
+        chat.say(f"Prefix: {chat.session.prefix} (loaded: {', '.join(chat.session.model.prefix_names)})")
+        return
+    latest = find_latest_prefix(arguments.runs_folder)
+    if latest is None:
+        chat.say(
+            f"No trained prefix under {arguments.runs_folder}: answering with the plain base. `bash scripts/train.sh` "
+            "trains one; `--ptuning_checkpoint PATH` or /load PATH loads one from elsewhere.",
+            "yellow",
+        )
+        return
+    try:
+        chat.load(str(latest), default_name(str(latest)))
+    except (OSError, ValueError) as error:
+        chat.session.switch_prefix(None)
+        chat.say(f"The prefix trained last, {latest}, is not used: {error} Answering with the plain base.", "yellow")
+    else:
+        chat.say(f"Prefix: {chat.session.prefix}, trained last ({latest})")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs `chatglm-ptuning chat`.
+
+    Raises:
+        SystemExit: with code 2 on wrong flags, 1 if the base or a named prefix cannot be loaded.
+    """
+    (arguments,) = parse_arguments(
+        "chatglm-ptuning chat", "Chat with a ChatGLM base and its prefixes in the terminal.", [ChatArguments], argv
+    )
+    for stream in (sys.stdin, sys.stdout):
+        # A byte that the terminal's encoding lacks must not end the conversation.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    console = Console()
+    try:
+        tokenizer = load_tokenizer(arguments.model_name_or_path)
+        model = load_model(arguments.model_name_or_path, quantization_bit=arguments.quantization_bit)
+        session = ChatSession(
+            model,
+            tokenizer,
+            max_new_tokens=arguments.max_new_tokens,
+            do_sample=not arguments.greedy,
+            top_p=arguments.top_p,
+            temperature=arguments.temperature,
+        )
+        chat = TerminalChat(session, console)
+        chat.say(f"Base: {arguments.model_name_or_path} on {model.device}")
+        _load_first_prefixes(chat, arguments)
+    except (OSError, ValueError, ImportError) as error:
+        fail(str(error))
+    chat.say("/help lists the commands, /exit leaves.")
+    chat.run()

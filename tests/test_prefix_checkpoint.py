@@ -1,0 +1,513 @@
+"""Prefix checkpoints: every form that `load_prefix` reads, what `save_prefix` writes, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GlmConfig, GlmForCausalLM
+
+from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMModel
+from chatglm_ptuning.prefix.checkpoint import METADATA_FILE, PREFIX_KEY, WEIGHTS_FILE, read_prefix
+
+EMBEDDING = PREFIX_KEY + "embedding.weight"
+ALIKE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+class Bomb:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def state_of(model) -> tuple:
+    """What a refused load must leave as it was."""
+    parameters = {name: value.detach().clone() for name, value in model.named_parameters()}
+    return model.prefix_names, model.selected_prefix, model.config.pre_seq_len, parameters
+
+
+def same_state(before: tuple, after: tuple) -> bool:
+    same = all(torch.equal(value, after[3][name]) for name, value in before[3].items())
+    return before[:3] == after[:3] and same
+
+
+def edit_metadata(folder: Path, **changes) -> None:
+    path = folder / METADATA_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.fixture
+def copied(prefix_folders, tmp_path):
+    """Copies the prefix "a", so that a test can damage it."""
+    return Path(shutil.copytree(prefix_folders["a"], tmp_path / "copied"))
+
+
+# What is written
+
+
+def test_what_a_checkpoint_records(prefix_folders, tiny_base):
+    folder = prefix_folders["projected"]
+    assert {path.name for path in folder.iterdir()} == {METADATA_FILE, WEIGHTS_FILE}
+    recorded = json.loads((folder / METADATA_FILE).read_text())
+    assert (recorded["pre_seq_len"], recorded["prefix_projection"]) == (4, True)
+    assert (recorded["num_layers"], recorded["multi_query_group_num"], recorded["kv_channels"]) == (2, 2, 8)
+    assert recorded["base_model_name"] == str(tiny_base)
+    assert recorded["base_fingerprint"]["shape"]["hidden_size"] == 32
+    assert len(recorded["base_fingerprint"]["sample_sha256"]) == 64
+    assert recorded["task"] == "task projected" and recorded["trained"] is True
+    names = ["embedding.weight", "trans.0.bias", "trans.0.weight", "trans.2.bias", "trans.2.weight"]
+    assert sorted(load_file(folder / WEIGHTS_FILE)) == [PREFIX_KEY + name for name in names]
+
+
+def test_details_are_recorded(trained, tmp_path):
+    trained().save_prefix(tmp_path / "p", chat_format="chatglm3", task="广告", training={"steps": 3, "loss": 1.5})
+    metadata = read_prefix(tmp_path / "p", trained().config).metadata
+    assert (metadata.chat_format, metadata.task, metadata.training) == ("chatglm3", "广告", {"steps": 3, "loss": 1.5})
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_round_trip(trained, load, tmp_path, ids, projection):
+    model = trained(pre_seq_len=4, prefix_projection=projection)
+    model.save_prefix(tmp_path / "p")
+    expected = model(ids).logits
+    plain = load()
+    plain.load_prefix(tmp_path / "p")
+    assert plain.selected_prefix == "default" and plain.prefix_names == ["default"]
+    torch.testing.assert_close(plain(ids).logits, expected)
+    plain.save_prefix(tmp_path / "folded")  # keys and values only
+    assert sorted(load_file(tmp_path / "folded" / WEIGHTS_FILE)) == [EMBEDDING]
+    again = load()
+    again.load_prefix(tmp_path / "folded")
+    torch.testing.assert_close(again(ids).logits, expected)
+
+
+def test_saving_is_atomic(trained, prefix_folders, copied, monkeypatch):
+    before = {path.name: path.read_bytes() for path in copied.iterdir()}
+
+    def full_disk(tensors, path, **kwargs):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("chatglm_ptuning.prefix.checkpoint.save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        trained().save_prefix(copied)
+    assert {path.name: path.read_bytes() for path in copied.iterdir()} == before
+
+
+@pytest.mark.parametrize("selection", [None, ["default", None]])
+def test_only_one_prefix_is_saved(trained, tmp_path, selection):
+    model = trained()
+    model.set_prefix(selection)
+    with pytest.raises(ValueError, match="save_prefix writes one prefix"):
+        model.save_prefix(tmp_path)
+
+
+def test_an_untrained_prefix_stays_untrained(load, tmp_path, ids):
+    model = load(pre_seq_len=4)
+    model.save_prefix(tmp_path / "p")
+    for other in (load(), load(pre_seq_len=2), load(pre_seq_len=4)):
+        other.load_prefix(tmp_path / "p")
+        torch.testing.assert_close(other(ids).logits, model(ids).logits)
+        with pytest.raises(ValueError, match="untrained"):
+            other.generate(ids)
+    other.set_prefix(None)
+    other.generate(ids, max_new_tokens=1)
+
+
+# Continuing to train
+
+
+@pytest.mark.parametrize(
+    "start", [{"pre_seq_len": 3}, {"pre_seq_len": 9}, {"pre_seq_len": 4, "prefix_projection": True}]
+)
+@pytest.mark.parametrize("name", ["a", "projected"])
+def test_a_trainable_prefix_takes_the_size_of_the_checkpoint(load, prefix_folders, ids, name, start):
+    model, plain = load(**start), load()
+    model.load_prefix(prefix_folders[name])
+    plain.load_prefix(prefix_folders[name])
+    assert model.prefix_names == ["default"]
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits)
+    encoder = model.transformer.prefix_encoder
+    assert (model.config.pre_seq_len, model.config.prefix_projection) == (
+        (4, True) if name == "projected" else (3, False)
+    )
+    assert (encoder.pre_seq_len, encoder.prefix_projection) == (
+        model.config.pre_seq_len,
+        model.config.prefix_projection,
+    )
+    trainable = {key for key, value in model.named_parameters() if value.requires_grad}
+    assert trainable == {PREFIX_KEY + key for key in encoder.state_dict()}
+    model(ids, labels=ids).loss.backward()
+    assert all(value.grad is not None for value in encoder.parameters())
+    model.generate(ids, max_new_tokens=1)
+
+
+def test_under_another_name_the_trainable_prefix_stays(trained, prefix_folders, ids):
+    model = trained()
+    before = model(ids).logits
+    model.load_prefix(prefix_folders["a"], "a")
+    assert model.prefix_names == ["default", "a"] and model.selected_prefix == "a"
+    model.set_prefix("default")
+    torch.testing.assert_close(model(ids).logits, before)
+
+
+# Forms and places
+
+
+def official(folder: Path, prefix: Path, form: str, base: dict | None = None) -> Path:
+    """The prefix as the official trainer leaves it, alone or inside the whole model."""
+    folder.mkdir()
+    tensors = load_file(prefix / WEIGHTS_FILE) | (base or {})
+    if form == "bin":
+        torch.save(tensors, folder / "pytorch_model.bin")
+    elif form == "safetensors":
+        save_file(tensors, folder / "model.safetensors")
+    else:
+        suffix, save, stem = (
+            ("bin", torch.save, "pytorch_model") if "bin" in form else ("safetensors", save_file, "model")
+        )
+        names = sorted(tensors)
+        weight_map = {}
+        for number, shard in enumerate((names[:5], names[5:]), 1):
+            file = f"{stem}-{number:05}-of-00002.{suffix}"
+            save({name: tensors[name] for name in shard}, folder / file)
+            weight_map |= dict.fromkeys(shard, file)
+        (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "chatglm", "pre_seq_len": 999}))
+    return folder
+
+
+@pytest.mark.parametrize("form", ["bin", "safetensors", "sharded bin", "sharded safetensors"])
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("name", ["b", "projected"])
+def test_official_forms(load, prefix_folders, tmp_path, ids, form, whole, name):
+    model, reference = load(), load()
+    base = (
+        {key: torch.zeros_like(value) for key, value in model.state_dict().items()}
+        if whole or "sharded" in form
+        else {}
+    )
+    folder = official(tmp_path / "p", prefix_folders[name], form, base)
+    reference.load_prefix(prefix_folders[name])
+    expected = reference(ids).logits
+    model.load_prefix(folder)
+    torch.testing.assert_close(model(ids).logits, expected)
+    if form == "bin":
+        model.unload_prefix("default")
+        model.load_prefix(folder / "pytorch_model.bin")
+        torch.testing.assert_close(model(ids).logits, expected)
+
+
+def test_official_parameters_in_16_bits_become_float32(load, prefix_folders, tmp_path):
+    tensors = {key: value.half() for key, value in load_file(prefix_folders["a"] / WEIGHTS_FILE).items()}
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    model = load(pre_seq_len=7)
+    model.load_prefix(tmp_path)
+    weight = model.transformer.prefix_encoder.embedding.weight
+    assert weight.dtype == torch.float32 and torch.equal(weight, tensors[EMBEDDING].float())
+
+
+def test_the_folder_of_a_run_and_its_checkpoints(load, prefix_folders, tmp_path, ids):
+    model, run = load(), tmp_path / "run"
+    shutil.copytree(prefix_folders["a"], run / "checkpoint-9")
+    shutil.copytree(prefix_folders["b"], run / "checkpoint-10")
+    (run / "checkpoint-11").mkdir()  # killed before anything was written
+    logits = {}
+    for key, path in (("run", run), ("9", run / "checkpoint-9"), ("10", run / "checkpoint-10")):
+        model.load_prefix(path, key)
+        logits[key] = model(ids).logits
+    assert torch.equal(logits["run"], logits["10"]) and not torch.equal(logits["run"], logits["9"])
+    shutil.copytree(prefix_folders["a"], run, dirs_exist_ok=True)  # the end of the run
+    model.load_prefix(run, "end")
+    assert torch.equal(model(ids).logits, logits["9"])
+
+
+def test_files_stand_for_their_folder(load, prefix_folders, ids):
+    model = load()
+    for file in (METADATA_FILE, WEIGHTS_FILE):
+        model.load_prefix(prefix_folders["b"] / file, file)
+        assert model(ids).logits.isfinite().all()
+
+
+def test_a_base_model_loads_too(tiny_base, load, prefix_folders, ids):
+    inner, outer = ChatGLMModel.from_pretrained(tiny_base), load()
+    inner.load_prefix(prefix_folders["a"])
+    outer.load_prefix(prefix_folders["a"])
+    torch.testing.assert_close(inner.output_layer(inner(ids).last_hidden_state), outer(ids).logits)
+
+
+# PEFT
+
+
+def as_native_glm(model: ChatGLMForConditionalGeneration) -> GlmForCausalLM:
+    """The same network as transformers' own GLM, tensor by tensor."""
+    config = model.config
+    native = GlmForCausalLM(
+        GlmConfig(
+            vocab_size=config.padded_vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.ffn_hidden_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.multi_query_group_num,
+            head_dim=config.kv_channels,
+            rms_norm_eps=config.layernorm_epsilon,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+            attention_bias=True,
+            pad_token_id=0,
+            eos_token_id=2,
+        )
+    ).eval()
+    ours, mapped = model.state_dict(), {}
+    mapped["model.embed_tokens.weight"] = ours["transformer.embedding.word_embeddings.weight"]
+    mapped["model.norm.weight"] = ours["transformer.encoder.final_layernorm.weight"]
+    mapped["lm_head.weight"] = ours["transformer.output_layer.weight"]
+    sizes = [config.num_attention_heads * 8, config.multi_query_group_num * 8, config.multi_query_group_num * 8]
+    for layer in range(config.num_layers):
+        old, new = f"transformer.encoder.layers.{layer}.", f"model.layers.{layer}."
+        for kind in ("weight", "bias"):
+            parts = ours[f"{old}self_attention.query_key_value.{kind}"].split(sizes)
+            for name, part in zip("qkv", parts, strict=True):
+                mapped[f"{new}self_attn.{name}_proj.{kind}"] = part
+        mapped[new + "self_attn.o_proj.weight"] = ours[old + "self_attention.dense.weight"]
+        mapped[new + "mlp.gate_up_proj.weight"] = ours[old + "mlp.dense_h_to_4h.weight"]
+        mapped[new + "mlp.down_proj.weight"] = ours[old + "mlp.dense_4h_to_h.weight"]
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            mapped[f"{new}{name}.weight"] = ours[f"{old}{name}.weight"]
+    native.load_state_dict(mapped)
+    return native
+
+
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("network", ["native GLM", "ours"])
+@torch.no_grad()
+def test_a_peft_adapter_gives_pefts_logits(load, tmp_path, ids, network, projection):
+    peft = pytest.importorskip("peft")
+    base = load() if network == "ours" else as_native_glm(load())
+    torch.testing.assert_close(base(ids).logits, load()(ids).logits, **ALIKE)
+    config = peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=5,
+        prefix_projection=projection,
+        encoder_hidden_size=16,
+        num_layers=2,
+        token_dim=16,
+        num_attention_heads=2,
+    )
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(base, config).eval()
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0  # on the right: transformers' GLM counts pads on the left as positions
+    expected = adapted(input_ids=ids, attention_mask=mask).logits
+    adapted.save_pretrained(tmp_path / "adapter")
+
+    model = load()
+    plain = model(ids, attention_mask=mask).logits
+    model.load_prefix(tmp_path / "adapter", "peft")
+    real = mask.bool()
+    logits = model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(logits[real], expected[real], **ALIKE)
+    assert (plain - logits)[real].abs().max() > 0.1
+    trainable = load(pre_seq_len=2)
+    trainable.load_prefix(tmp_path / "adapter")
+    torch.testing.assert_close(trainable(ids, attention_mask=mask).logits, logits)
+    model.save_prefix(tmp_path / "ours")
+    again = load()
+    again.load_prefix(tmp_path / "ours")
+    torch.testing.assert_close(again(ids, attention_mask=mask).logits, logits)
+
+
+def test_other_peft_adapters_are_refused(load, tmp_path):
+    peft = pytest.importorskip("peft")
+    lora = peft.get_peft_model(load(), peft.LoraConfig(target_modules=["query_key_value"]))
+    lora.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"adapter_config\.json is an adapter of type LORA"):
+        load().load_prefix(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "PREFIX_TUNING"}))
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors has no prompt_embeddings"):
+        load().load_prefix(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"incomplete: adapter_model\.safetensors is missing"):
+        load().load_prefix(tmp_path)
+
+
+# The base
+
+
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_base_is_recognised_in_any_precision(load, tmp_path, saved, loaded):
+    load(dtype=saved, pre_seq_len=3).save_prefix(tmp_path)
+    load(dtype=loaded).load_prefix(tmp_path)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_another_base_is_refused_by_name(tiny_config, load, trained, prefix_folders, tiny_base, tmp_path, trainable):
+    torch.manual_seed(9)
+    ChatGLMForConditionalGeneration(tiny_config()).save_pretrained(tmp_path / "other-base")
+    arguments = {"pre_seq_len": 3} if trainable else {}
+    model = ChatGLMForConditionalGeneration.from_pretrained(tmp_path / "other-base", **arguments)
+    before = state_of(model)
+    with pytest.raises(ValueError) as error:
+        model.load_prefix(prefix_folders["b"])
+    assert str(prefix_folders["b"]) in str(error.value)
+    assert str(tiny_base) in str(error.value) and str(tmp_path / "other-base") in str(error.value)
+    assert same_state(before, state_of(model))
+
+
+def test_a_base_of_other_sizes_is_refused_with_both(tiny_config, prefix_folders, tmp_path):
+    model = ChatGLMForConditionalGeneration(tiny_config(num_layers=3))
+    with pytest.raises(ValueError, match=r"= \(2, 2, 8\), the base has \(3, 2, 8\)"):
+        model.load_prefix(prefix_folders["a"])
+    folder = official(tmp_path / "p", prefix_folders["a"], "bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin .* has 64 numbers, the base needs 96 \(3 layers"):
+        model.load_prefix(folder)
+    wide = ChatGLMForConditionalGeneration(tiny_config(hidden_size=64))
+    with pytest.raises(ValueError, match="hidden_size is 64, not 32"):
+        wide.load_prefix(prefix_folders["a"])
+    heads = ChatGLMForConditionalGeneration(tiny_config(multi_query_attention=False))
+    with pytest.raises(ValueError, match=r"multi_query_group_num \(2\) equal to num_attention_heads \(4\)"):
+        heads.load_prefix(folder)
+
+
+def test_an_unknown_base_is_said(load, prefix_folders, tmp_path, caplog):
+    load().load_prefix(official(tmp_path / "p", prefix_folders["a"], "bin"))
+    assert "does not say which base it was trained on" in caplog.text
+
+
+# Damage
+
+
+def _damage(folder: Path, how: str) -> str:
+    """Damages a prefix folder; returns what the message must match."""
+    weights, metadata = folder / WEIGHTS_FILE, folder / METADATA_FILE
+    tensors = load_file(weights)
+    if how == "truncated weights":
+        weights.write_bytes(weights.read_bytes()[:-100])
+        return rf"{WEIGHTS_FILE} is damaged"
+    if how == "empty weights":
+        weights.write_bytes(b"")
+        return rf"{WEIGHTS_FILE} is damaged"
+    if how == "no weights":
+        weights.unlink()
+        return rf"incomplete: {WEIGHTS_FILE} is missing"
+    if how == "no metadata":
+        metadata.unlink()
+        return rf"incomplete: {METADATA_FILE} is missing"
+    if how == "truncated metadata":
+        metadata.write_text(metadata.read_text()[:50])
+        return rf"{METADATA_FILE} is not valid JSON"
+    if how == "metadata is a list":
+        metadata.write_text("[]")
+        return "must hold a JSON object, it holds a list"
+    if how == "metadata without sizes":
+        metadata.write_text("{}")
+        return rf"{METADATA_FILE} is not a prefix's description.*pre_seq_len"
+    if how == "sizes as text":
+        edit_metadata(folder, pre_seq_len="3")
+        return "pre_seq_len must be a positive integer, got '3'"
+    if how == "another length":
+        edit_metadata(folder, pre_seq_len=7)
+        return r"holds a prefix of size \(3, 64\), but prefix_config.json beside it says \(7, 64\)"
+    if how == "projection that is not there":
+        edit_metadata(folder, prefix_projection=True)
+        return "says prefix_projection=True"
+    if how == "half a fingerprint":
+        edit_metadata(folder, base_fingerprint={"shape": {}})
+        return "base_fingerprint must be null or hold"
+    if how == "no embedding":
+        save_file({PREFIX_KEY + "trans.0.bias": torch.zeros(3)}, weights)
+        return r"has no two-dimensional transformer\.prefix_encoder\.embedding\.weight"
+    if how == "half a projection":
+        save_file(tensors | {PREFIX_KEY + "trans.0.bias": torch.zeros(32)}, weights)
+        edit_metadata(folder, prefix_projection=True)
+        return r"is not a whole prefix: (.|\n)*trans\.2\.weight"
+    assert how == "not finite"
+    tensors[EMBEDDING][0, 0] = torch.nan
+    save_file(tensors, weights)
+    return r"embedding\.weight holds numbers that are not finite"
+
+
+DAMAGES = (
+    "truncated weights", "empty weights", "no weights", "no metadata", "truncated metadata", "metadata is a list",
+    "metadata without sizes", "sizes as text", "another length", "projection that is not there", "half a fingerprint",
+    "no embedding", "half a projection", "not finite",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_checkpoint_is_refused(load, trained, copied, how):
+    message = _damage(copied, how)
+    for model in (load(), trained()):
+        before = state_of(model)
+        with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+            model.load_prefix(copied)
+        assert str(copied) in str(error.value)
+        assert same_state(before, state_of(model))
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_pickled_code_is_not_run(load, tmp_path, new_format):
+    content = {EMBEDDING: Bomb(tmp_path / "exploded")}
+    file = tmp_path / "pytorch_model.bin"
+    torch.save(content, file, _use_new_zipfile_serialization=new_format)
+    for path in (tmp_path, file):
+        with pytest.raises(ValueError, match=r"pytorch_model\.bin .*not opened for safety"):
+            load().load_prefix(path)
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a pickle", b"\x80\x02", b"PK\x03\x04" + b"\x00" * 40])
+def test_a_file_that_is_none(load, tmp_path, content):
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is damaged"):
+        load().load_prefix(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.5, 0.9, 0.99])
+def test_a_truncated_official_file(load, prefix_folders, tmp_path, keep):
+    file = official(tmp_path / "p", prefix_folders["projected"], "bin") / "pytorch_model.bin"
+    file.write_bytes(file.read_bytes()[: int(file.stat().st_size * keep)])
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is damaged"):
+        load().load_prefix(file)
+
+
+def test_what_is_no_prefix(load, tiny_base, tmp_path):
+    model = load()
+    with pytest.raises(FileNotFoundError, match="there is no such file or folder"):
+        model.load_prefix(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=f"No prefix in {tmp_path}: expected {METADATA_FILE}"):
+        model.load_prefix(tmp_path)
+    with pytest.raises(ValueError, match=r"model\.safetensors holds no parameter that starts with"):
+        model.load_prefix(tiny_base)
+    torch.save([torch.zeros(3)], tmp_path / "list.bin")
+    with pytest.raises(ValueError, match=r"list\.bin does not hold a dictionary of tensors"):
+        model.load_prefix(tmp_path / "list.bin")
+    official_index = tmp_path / "pytorch_model.bin.index.json"
+    official_index.write_text(json.dumps({"weight_map": {EMBEDDING: "pytorch_model-00001-of-00002.bin"}}))
+    with pytest.raises(FileNotFoundError, match=r"pytorch_model-00001-of-00002\.bin"):
+        model.load_prefix(tmp_path)
+
+
+def test_an_unreadable_file_is_no_damage(load, copied):
+    if os.geteuid() == 0:
+        pytest.skip("root reads every file")
+    (copied / WEIGHTS_FILE).chmod(0)
+    with pytest.raises(OSError):
+        load().load_prefix(copied)
+
+
+def test_a_prefix_in_place_of_a_base_is_refused(load, prefix_folders, tiny_base, tmp_path):
+    folder = official(tmp_path / "p", prefix_folders["a"], "bin")
+    shutil.copy(tiny_base / "config.json", folder / "config.json")
+    with pytest.raises(ValueError, match=r"not a whole base.*load_prefix"):
+        ChatGLMForConditionalGeneration.from_pretrained(folder)
