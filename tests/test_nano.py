@@ -13,8 +13,8 @@ pytestmark = pytest.mark.skipif(not Path(DEFAULT_MODEL).exists(), reason="data/c
 
 @pytest.fixture(scope="module")
 def nano():
-    tokenizer = chatglm_ptuning.ChatGLMTokenizer.from_pretrained(DEFAULT_MODEL)
-    return chatglm_ptuning.ChatGLMForConditionalGeneration.from_pretrained(DEFAULT_MODEL, dtype=torch.float32), tokenizer
+    model = chatglm_ptuning.ChatGLMForConditionalGeneration.from_pretrained(DEFAULT_MODEL, dtype=torch.float32)
+    return model, chatglm_ptuning.ChatGLMTokenizer.from_pretrained(DEFAULT_MODEL)
 
 
 def test_it_is_a_chatglm3_in_small(nano):

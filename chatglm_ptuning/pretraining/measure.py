@@ -30,6 +30,7 @@ from chatglm_ptuning.pretraining.corpus import read_jsonl
 INSTRUCTION = "作者觉得怎么样？用一个词回答"
 WORDS = {"positive": "不错", "negative": "太差"}
 MAX_TEXT_TOKENS = 100
+_GROUPED_BATCHES = 16
 
 
 @dataclass
@@ -45,12 +46,12 @@ class Method:
 METHODS = {
     "majority class": Method(False, "nothing", 0.0, 0),
     "base, same prompt": Method(False, "nothing", 0.0, 0),
-    "prompt tuning (input only)": Method(False, "prompt", 5e-2, 800),
-    "P-Tuning v2, verbaliser": Method(False, "prefix", 1e-2, 800),
-    "linear head, no prefix": Method(True, "head", 1e-2, 800),
-    "P-Tuning v2, linear head": Method(True, "prefix", 1e-2, 800),
-    "full fine-tuning, verbaliser": Method(False, "all", 5e-4, 800),
-    "full fine-tuning, linear head": Method(True, "all", 5e-4, 800),
+    "prompt tuning (input only)": Method(False, "prompt", 5e-2, 600),
+    "P-Tuning v2, verbaliser": Method(False, "prefix", 1e-2, 600),
+    "linear head, no prefix": Method(True, "head", 1e-2, 600),
+    "P-Tuning v2, linear head": Method(True, "prefix", 1e-2, 600),
+    "full fine-tuning, verbaliser": Method(False, "all", 5e-4, 600),
+    "full fine-tuning, linear head": Method(True, "all", 5e-4, 600),
 }
 
 
@@ -84,12 +85,16 @@ class Reviews:
 
 
 def batches(rows: list[tuple[list[int], int]], size: int, steps: int, rng: random.Random) -> Iterator[list]:
-    """`steps` batches, in an order drawn anew every epoch."""
-    order: list[int] = []
+    """`steps` batches of rows of similar length, in an order drawn anew every epoch."""
+    left: list[list[tuple[list[int], int]]] = []
     for _ in range(steps):
-        if len(order) < size:
-            order = rng.sample(range(len(rows)), len(rows))
-        yield [rows[order.pop()] for _ in range(size)]
+        if not left:
+            drawn = rng.sample(rows, len(rows))
+            for place in range(0, len(drawn) - size + 1, size * _GROUPED_BATCHES):
+                group = sorted(drawn[place : place + size * _GROUPED_BATCHES], key=lambda row: len(row[0]))
+                left += [group[start : start + size] for start in range(0, len(group), size)]
+            rng.shuffle(left)
+        yield left.pop()
 
 
 class Classifier(nn.Module):
@@ -106,8 +111,7 @@ class Classifier(nn.Module):
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         labels = torch.tensor([label for _, label in rows])
         if self.head is None:
-            extra = {} if hasattr(self.model, "prompt_encoder") else {"logits_to_keep": 1}
-            return self.model(**inputs, use_cache=False, **extra).logits[:, -1, self.label_ids], labels
+            return self.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1, self.label_ids], labels
         hidden = self.model.transformer(**inputs, use_cache=False).last_hidden_state[:, -1]
         return self.head(hidden), labels
 
@@ -185,8 +189,8 @@ def measure(name: str, method: Method, reviews: Reviews, arguments: argparse.Nam
     if method.steps:
         train(classifier, method, reviews.rows["train"], seed, arguments.batch)
     return {
-        "dev": classifier.accuracy(reviews.rows["dev"][: arguments.limit]),
-        "test": classifier.accuracy(reviews.rows["test"][: arguments.limit]),
+        "dev": classifier.accuracy(reviews.rows["dev"][: arguments.dev_rows]),
+        "test": classifier.accuracy(reviews.rows["test"]),
         "parameters": parameters,
         "seconds": round(time.monotonic() - started),
     }
@@ -204,7 +208,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, help="instead of the method's own")
     parser.add_argument("--steps", type=int, help="instead of the method's own")
-    parser.add_argument("--limit", type=int, help="score the first so many rows only")
+    parser.add_argument("--dev_rows", type=int, default=1000, help="score so many rows of reviews_dev")
     arguments = parser.parse_args()
     reviews = Reviews(load_tokenizer(arguments.model), arguments.corpus)
     results = json.loads(arguments.output.read_text("utf-8")) if arguments.output.exists() else {}
