@@ -44,7 +44,7 @@ ensure_environment() {
         "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$ROOT/requirements.txt"
     fi
     if ! command -v nvidia-smi >/dev/null 2>&1; then
-        # On a CPU, handing large tensors' memory back after every step costs more than computing with them.
+        # On a CPU, handing large tensors' memory back to the system and asking for it again at every step is slow.
         export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-4294967296}"
         export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-8589934592}"
         export MALLOC_TOP_PAD_="${MALLOC_TOP_PAD_:-67108864}"

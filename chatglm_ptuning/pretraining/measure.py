@@ -46,12 +46,12 @@ class Method:
 METHODS = {
     "majority class": Method(False, "nothing", 0.0, 0),
     "base, same prompt": Method(False, "nothing", 0.0, 0),
-    "prompt tuning (input only)": Method(False, "prompt", 5e-2, 600),
-    "P-Tuning v2, verbaliser": Method(False, "prefix", 1e-2, 600),
-    "linear head, no prefix": Method(True, "head", 1e-2, 600),
-    "P-Tuning v2, linear head": Method(True, "prefix", 1e-2, 600),
-    "full fine-tuning, verbaliser": Method(False, "all", 5e-4, 600),
-    "full fine-tuning, linear head": Method(True, "all", 5e-4, 600),
+    "prompt tuning (input only)": Method(False, "prompt", 5e-2, 800),
+    "P-Tuning v2, verbaliser": Method(False, "prefix", 3e-2, 800),
+    "linear head, no prefix": Method(True, "head", 1e-2, 800),
+    "P-Tuning v2, linear head": Method(True, "prefix", 3e-2, 800),
+    "full fine-tuning, verbaliser": Method(False, "all", 5e-4, 800),
+    "full fine-tuning, linear head": Method(True, "all", 5e-4, 800),
 }
 
 
