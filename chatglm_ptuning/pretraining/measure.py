@@ -132,7 +132,7 @@ def build(method: Method, reviews: Reviews, arguments: argparse.Namespace, seed:
     torch.manual_seed(seed)
     length = arguments.pre_seq_len
     prefix = method.tunes == "prefix"
-    model = load_model(arguments.model, pre_seq_len=length if prefix else None, prefix_dropout=0.0)
+    model = load_model(arguments.model, pre_seq_len=length if prefix else None)
     hidden_size = model.config.hidden_size
     if not prefix:
         model.requires_grad_(method.tunes == "all")
