@@ -347,7 +347,9 @@ def test_other_peft_adapters_are_refused(load, tmp_path):
 @pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_base_is_recognised_in_any_precision(load, tmp_path, saved, loaded):
     load(dtype=saved, pre_seq_len=3).save_prefix(tmp_path)
-    load(dtype=loaded).load_prefix(tmp_path)
+    model = load(dtype=loaded)
+    model.load_prefix(tmp_path, name="kept")
+    assert model.selected_prefix == "kept" and model.prefix_names == ["kept"]
 
 
 @pytest.mark.parametrize("trainable", [False, True])

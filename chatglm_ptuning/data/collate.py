@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from chatglm_ptuning.data.preprocess import IGNORED_LABEL
+from chatglm_ptuning.model.losses import IGNORED_LABEL
 
 
 class PaddingCollator:

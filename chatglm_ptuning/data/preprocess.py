@@ -22,12 +22,10 @@ from chatglm_ptuning.data.conversation import (
     to_conversation,
 )
 from chatglm_ptuning.data.truncation import cut_source
+from chatglm_ptuning.model.losses import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
-
-IGNORED_LABEL = -100
-"""The label of a position that is not to be learned (torch.nn.functional.cross_entropy, `ignore_index`)."""
 
 _PERCENTILES = (50, 90, 99, 100)
 
