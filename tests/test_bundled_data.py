@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from chatglm_ptuning.data.conversation import Columns, to_conversation
+from chatglm_ptuning.data.forms import Columns, to_conversation
 from chatglm_ptuning.data.files import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]

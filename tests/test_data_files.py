@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from chatglm_ptuning.data.conversation import Columns, Conversation, Message, to_conversation
+from chatglm_ptuning.data.conversation import Conversation, Message
+from chatglm_ptuning.data.forms import Columns, to_conversation
 from chatglm_ptuning.data.files import Row, read_rows
 
 
@@ -95,11 +96,6 @@ def test_a_missing_file_names_near_ones(tmp_path):
     assert "nor does its folder" in fault(tmp_path / "none" / "train.json")
 
 
-def test_a_folder_names_its_files(tmp_path):
-    written(tmp_path, "{}", "train.json.gz")
-    assert "is a folder, not a data file; name one file in it (train.json.gz)" in fault(tmp_path)
-
-
 def test_other_encodings(tmp_path):
     gbk = written(tmp_path, b'{"a": 1}\n' + '{"a": "你好"}'.encode("gbk"))
     assert fault(gbk).startswith(f"{gbk}:2: not UTF-8 text (byte 0xc4). If it is GBK")
@@ -173,33 +169,33 @@ def test_official_tool_calls():
     }
     turns = [{"role": "user", "content": "问"}, call, {**call, "loss": False, "observation": "雨"}]
     tools = [{"name": "get_weather"}]
-    system, _, first, seen, second, _ = to_conversation(row(tools=tools, conversations=turns), Columns()).messages
-    assert system.role == "system" and json.loads(system.content.partition(":\n")[2]) == tools
-    text = "```python\ntool_call(city='北京', days=2)\n```"
-    assert first == Message("assistant", text, "get_weather", loss=True)
+    found = to_conversation(row(tools=tools, conversations=turns), Columns())
+    assert found.tools == (tools[0],)
+    _, first, seen, second, _ = found.messages
+    arguments = {"city": "北京", "days": 2}
+    assert first == Message("assistant", "", "get_weather", loss=True, arguments=arguments)
     assert seen == Message("observation", '{"t": "晴"}')
-    assert second == Message("assistant", text, "get_weather", loss=False)
+    assert second == Message("assistant", "", "get_weather", loss=False, arguments=arguments)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (row(content="问", response="答"), "there is no column 'prompt' (the row has 'content', 'response'); name the "
-         "right one with --prompt_column."),
-        (row(prompt="问", summary="答"), "there is no column 'response' (the row has 'prompt', 'summary'); name the "
-         "right one with --response_column."),
         (row(prompt=["问"], response="答"), "the column 'prompt' holds an array, not text: [\"问\"]"),
         (row(prompt="问", response={"a": 1}), "the column 'response' holds an object, not text: {\"a\": 1}"),
         (row(prompt="问\ud83d", response="答"), r"the column 'prompt' holds half of a surrogate pair ('\ud83d') at "
          "character 2."),
-        (row(prompt="问", response="答", history="[]"), "the column 'history' must be a list of [question, answer] "
+        (row(prompt="问", response="答", history="无"), "the column 'history' must be a list of [question, answer] "
          "pairs, not str; name the right one with --history_column."),
         (row(prompt="问", response="答", history=[["a", "b"], ["c"]]), "the column 'history' must be a list of "
          '[question, answer] pairs; its round 2 is ["c"]'),
         (row(conversations="问"), "'conversations' must be a list of messages, not str."),
         (row(conversations=["问"]), "message 1 of 'conversations' is not an object like"),
-        (row(conversations=[{"from": "human", "value": "问"}]), "message 1 of 'conversations' has no 'role' (it has "
-         "'from', 'value'); a message needs 'role' and 'content'."),
+        (row(conversations=[{"content": "问"}]), "message 1 of 'conversations' has no 'role' (it has 'content'); a "
+         "message needs 'role' and 'content'."),
+        (row(conversations=[{"from": "human", "text": "问"}]), "message 1 of 'conversations' has 'from', 'text'; a "
+         "message of ShareGPT's form needs 'from' and 'value'."),
+        (row(conversations=[{"from": "alien", "value": "问"}]), "message 1 of 'conversations' is from 'alien', which"),
         (row(conversations=[{"role": "human", "content": "问"}]), "message 1 of 'conversations' has the unknown role "
          "'human'; the roles are system, user, assistant, observation and tool."),
         (row(conversations=[{"role": "assistant", "content": "答", "loss": "no"}]), "message 1 of 'conversations': "

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_base import ANSWERS, make_base, make_prefix
 
-from chatglm_ptuning.data.conversation import Columns
+from chatglm_ptuning.data.forms import Columns
 from chatglm_ptuning.data.preprocess import Preprocessor
 from chatglm_ptuning.evaluation.generate import answer_text, generate_answers
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration

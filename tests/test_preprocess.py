@@ -7,7 +7,7 @@ import json
 import pytest
 from tiny_tokenizer import spell, spell_marked, train
 
-from chatglm_ptuning.data.conversation import Columns
+from chatglm_ptuning.data.forms import Columns
 from chatglm_ptuning.data.files import Row
 from chatglm_ptuning.data.preprocess import Preprocessor
 
@@ -226,7 +226,7 @@ def test_the_report_in_numbers_and_words(chatglm3):
     rows = [row(prompt="甲" * length, response="乙") for length in range(1, 101)]
     _, report = trained(chatglm3, [*rows, row(prompt="甲" * 9, response="乙" * 9), row(prompt="", response="")], 87, 6)
     assert json.loads(json.dumps(report.as_dict())) == {
-        "rows": 102, "used": 101, "examples": 101, "empty": 1, "one_sided": 0, "without_targets": 0, "too_long": 0,
+        "rows": 102, "used": 101, "examples": 101, "empty": 1, "one_sided": 0, "without_targets": 0, "too_long": 0, "bad": 0,
         "history_cut": 0, "source_cut": 20, "target_cut": 1,
         "lengths": {
             "source": {"50": 57, "90": 97, "99": 106, "100": 107},
@@ -253,7 +253,10 @@ def refusal(tokenizer, rows: list[Row], columns: Columns = HISTORY) -> str:
 
 def test_faults_name_file_line_and_flag(chatglm2):
     good = row(prompt="甲", response="乙", history=[])
-    assert refusal(chatglm2, [good, row(7, content="甲", response="乙")]) == (
+    assert refusal(chatglm2, [good, row(7, content="甲", response="乙")]).startswith(
+        "rows.json:7: no form of data has these fields: 'content', 'response'. The forms, which --data_form names:\n"
+    )
+    assert refusal(chatglm2, [good, row(7, content="甲", response="乙")], Columns("prompt", "response")) == (
         "rows.json:7: there is no column 'prompt' (the row has 'content', 'response'); name the right one with "
         "--prompt_column."
     )

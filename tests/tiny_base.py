@@ -8,7 +8,7 @@ import tiny_tokenizer
 import torch
 
 from chatglm_ptuning.data.collate import PaddingCollator
-from chatglm_ptuning.data.conversation import Columns
+from chatglm_ptuning.data.forms import Columns
 from chatglm_ptuning.data.preprocess import Preprocessor
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration

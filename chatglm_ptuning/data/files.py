@@ -1,188 +1,130 @@
-"""Reading data files: JSON arrays and JSON lines, plain or gzipped, into rows that know where they stand."""
+"""The one door to data files of every type: rows that know where they stand, streamed or all at once."""
 
 from __future__ import annotations
 
-import codecs
-import difflib
-import gzip
-import json
-import re
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+import glob
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, NoReturn
 
-_GZIP_MAGIC = b"\x1f\x8b"
-_SPACE = re.compile(r"[ \t\r\n]*")
-_SHOWN = 60  # characters of a faulty line in a message
-_EXPECTED = "A data file holds one JSON object per line, or one JSON array of objects"
+from chatglm_ptuning.data.hub import HUB_PREFIX, HubDataset
+from chatglm_ptuning.data.json_rows import EXPECTED, json_rows
+from chatglm_ptuning.data.row import BadRows, Row
+from chatglm_ptuning.data.table_rows import parquet_rows, plain_text_rows, separated_rows
+from chatglm_ptuning.data.text_input import DATA_SUFFIXES, data_files, data_suffix, listed, open_bytes
+
+__all__ = ["BadRows", "DataFile", "Row", "find_files", "iterate_rows", "read_rows"]
+
+_SPLITS = {
+    "train": "train", "training": "train", "dev": "validation", "val": "validation", "valid": "validation",
+    "validation": "validation", "eval": "validation", "test": "test", "testing": "test",
+}  # fmt: skip
+_HASHED_AT_ONCE = 1 << 20
 
 
-class Row(dict):
-    """One JSON object of a data file.
+@dataclass(frozen=True)
+class DataFile:
+    """A file, of whatever type.
 
     Attributes:
-        path: the file as it was named by the user.
-        line: the line that the object starts on, from 1.
+        path: where it is.
+        name: how messages call it.
     """
 
-    __slots__ = ("line", "path")
+    path: Path
+    name: str
 
-    def __init__(self, values: Mapping[str, Any] | Iterable[tuple[str, Any]], path: str, line: int) -> None:
-        super().__init__(values)
-        self.path = path
-        self.line = line
+    def rows(self, bad_rows: BadRows) -> Iterator[Row]:
+        """Its rows, read as they are asked for.
 
-    @property
-    def where(self) -> str:
-        """`FILE:LINE`, for messages."""
-        return f"{self.path}:{self.line}"
+        The suffix tells the type: .csv, .tsv, .parquet, .txt (one row per line, column `text`), and JSON (lines or an
+        array) for all others; each may be gzipped.
+
+        Raises:
+            ValueError: naming file and line, if the file cannot be read, and as `bad_rows.add` for a bad row.
+        """
+        suffix = data_suffix(self.path)
+        if suffix in (".csv", ".tsv"):
+            return separated_rows(self.path, self.name, bad_rows, "," if suffix == ".csv" else "\t")
+        if suffix == ".parquet":
+            return parquet_rows(self.path, self.name)
+        if suffix == ".txt":
+            return plain_text_rows(self.path, self.name, bad_rows)
+        return json_rows(self.path, self.name, bad_rows)
+
+    def fingerprint(self) -> str:
+        """A hash over the content."""
+        digest = hashlib.blake2b(digest_size=16)
+        # The type is told by the suffix, so it is part of what is read.
+        digest.update(data_suffix(self.path).encode())
+        with open_bytes(self.path) as file:
+            while data := file.read(_HASHED_AT_ONCE):
+                digest.update(data)
+        return digest.hexdigest()
+
+
+def find_files(name: str | PathLike[str]) -> list[DataFile | HubDataset]:
+    """What a name on the command line stands for: a file, the data files of a folder, of a pattern, or of the hub.
+
+    `hub:OWNER/NAME`, optionally with `?split=SPLIT&config=CONFIG&revision=REVISION`, is a dataset on the hub. Files of
+    a folder or a pattern are sorted by name.
+
+    Raises:
+        ValueError: if there is nothing of that name, or a folder holds files of several splits.
+    """
+    text = str(name)
+    if text.startswith(HUB_PREFIX):
+        return [HubDataset.parse(text)]
+    path = Path(text)
+    if path.is_dir():
+        return [DataFile(child, str(child)) for child in _files_of_folder(path)]
+    if not path.exists() and glob.has_magic(text):
+        found = sorted(match for match in glob.glob(text, recursive=True) if Path(match).is_file())
+        if not found:
+            raise ValueError(f"No file matches the pattern {text} (from {Path.cwd()}).")
+        return [DataFile(Path(match), match) for match in found]
+    return [DataFile(path, text)]
+
+
+def iterate_rows(names: Sequence[str | PathLike[str]], bad_rows: BadRows | None = None) -> Iterator[Row]:
+    """The rows of files, folders, patterns and hub datasets one after the other, as they are asked for.
+
+    Raises:
+        ValueError: as `find_files` and `DataFile.rows`.
+    """
+    bad_rows = bad_rows or BadRows()
+    for name in names:
+        for file in find_files(name):
+            yield from file.rows(bad_rows)
 
 
 def read_rows(path: str | PathLike[str]) -> list[Row]:
-    """All objects of a JSON array, or of a file of JSON lines; either may be gzipped.
-
-    Blank lines are skipped and a byte order mark is dropped. The whole file is read before anything else happens, so
-    that a fault in its last line shows at once.
+    """All rows of a file, folder, pattern or hub dataset, in memory.
 
     Raises:
-        ValueError: if the file is missing, a folder, unreadable, empty, not UTF-8, a damaged gzip file, or if anything
-            in it is not a JSON object: naming the file, the line and the start of that line.
+        ValueError: as `iterate_rows`; also if there are no rows.
     """
-    text = _read_text(Path(path))
-    start = _SPACE.match(text).end()
-    if start == len(text):
-        raise ValueError(f"{path} is empty. {_EXPECTED}.")
-    rows = list(_array_rows(text, str(path), start) if text[start] == "[" else _line_rows(text, str(path)))
+    rows = list(iterate_rows([path]))
     if not rows:
-        raise ValueError(f"{path} holds an empty array. {_EXPECTED}.")
+        raise ValueError(f"{path} is empty. {EXPECTED}.")
     return rows
 
 
-def _read_text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise ValueError(_missing(path)) from None
-    except IsADirectoryError:
-        names = sorted(child.name for child in path.iterdir() if ".json" in child.name)
+def _files_of_folder(folder: Path) -> list[Path]:
+    files = data_files(folder)
+    if not files:
+        raise ValueError(f"{folder} is a folder without data files ({', '.join(DATA_SUFFIXES)}, also gzipped).")
+    splits: dict[str, str] = {}
+    for path in files:
+        words = path.name.lower().replace("-", ".").replace("_", ".").split(".")
+        split = next((_SPLITS[word] for word in words if word in _SPLITS), None)
+        if split:
+            splits.setdefault(split, path.name)
+    if len(splits) > 1:
         raise ValueError(
-            f"{path} is a folder, not a data file; name one file in it ({_listed(names) or 'it has no JSON files'})."
-        ) from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
-    if data.startswith(_GZIP_MAGIC):
-        try:
-            data = gzip.decompress(data)
-        except (EOFError, OSError, zlib.error) as error:
-            raise ValueError(
-                f"{path} is a gzip file that is damaged or cut off ({error}); make or fetch it again."
-            ) from error
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:1000]:
-        raise ValueError(
-            f"{path} is not UTF-8 text: it is UTF-16 or a binary file. Save it as UTF-8, for example with "
-            f"`iconv -f UTF-16 -t UTF-8 {path.name} > utf8.json`."
+            f"{folder} holds files of several splits ({listed(list(splits.values()))}); name the files of one, or a "
+            f"pattern such as '{folder}/train*'."
         )
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}:{line}: not UTF-8 text (byte 0x{data[error.start]:02x}). If it is GBK or GB18030, convert it: "
-            f"`iconv -f GB18030 -t UTF-8 {path.name} > utf8.json`."
-        ) from None
-
-
-def _missing(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f"{path} does not exist, nor does its folder {path.parent.absolute()}; check the path."
-    names = [child.name for child in path.parent.iterdir() if child.is_file()]
-    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or sorted(n for n in names if ".json" in n)
-    return (
-        f"{path} does not exist in {path.parent.absolute()}; "
-        f"{f'did you mean {_listed(near)}?' if near else 'that folder has no JSON files.'}"
-    )
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-
-
-def _line_rows(text: str, path: str) -> Iterator[Row]:
-    decoder = json.JSONDecoder(parse_constant=_refuse_constant)
-    # Not str.splitlines: it also breaks at characters such as U+2028, which may stand inside a JSON string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = decoder.decode(line)
-        except (ValueError, RecursionError) as error:
-            _fail(path, number, line, _reason(error))
-        yield _row(value, path, number, line)
-
-
-def _array_rows(text: str, path: str, opening: int) -> Iterator[Row]:
-    """Decodes the elements one by one, for the sake of their line numbers."""
-    decoder = json.JSONDecoder(parse_constant=_refuse_constant)
-    counted, line = 0, 1
-
-    def line_at(position: int) -> int:
-        nonlocal counted, line
-        line += text.count("\n", counted, position)
-        counted = position
-        return line
-
-    def source(position: int) -> str:
-        return text[text.rfind("\n", 0, position) + 1 :][: 4 * _SHOWN].split("\n")[0]
-
-    position = _SPACE.match(text, opening + 1).end()
-    closed = text[position : position + 1] == "]"
-    while not closed:
-        start = position
-        try:
-            value, position = decoder.raw_decode(text, start)
-        except json.JSONDecodeError as error:
-            _fail(path, error.lineno, source(error.pos), _reason(error))
-        except (ValueError, RecursionError) as error:
-            _fail(path, line_at(start), source(start), _reason(error))
-        yield _row(value, path, line_at(start), text[start : start + 2 * _SHOWN])
-        position = _SPACE.match(text, position).end()
-        mark = text[position : position + 1]
-        if mark not in {",", "]"}:
-            found = "the file ends" if not mark else f"found {mark!r}"
-            _fail(path, line_at(position), source(position), f"expected ',' or ']' behind an element, {found}")
-        closed = mark == "]"
-        if not closed:
-            position = _SPACE.match(text, position + 1).end()
-    rest = _SPACE.match(text, position + 1).end()
-    if rest < len(text):
-        _fail(path, line_at(rest), source(rest), "there is more text behind the end of the array")
-
-
-def _row(value: Any, path: str, line: int, source: str) -> Row:
-    if not isinstance(value, dict):
-        _fail(path, line, source, f"expected an object, found {_json_type(value)}")
-    return Row(value, path, line)
-
-
-def _json_type(value: Any) -> str:
-    if value is None:
-        return "null"
-    return {list: "an array", str: "a string", bool: "a boolean"}.get(type(value), "a number")
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON value, write null or a number")
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"not valid JSON: {error.msg} (column {error.colno})"
-    return "nested too deeply" if isinstance(error, RecursionError) else f"not valid JSON: {error}"
-
-
-def _fail(path: str, line: int, source: str, reason: str) -> NoReturn:
-    source = source.strip()
-    shown = source[:_SHOWN] + ("..." if len(source) > _SHOWN else "")
-    raise ValueError(f"{path}:{line}: {reason}. The line starts: {shown}\n{_EXPECTED}; correct or delete this line.")
+    return files

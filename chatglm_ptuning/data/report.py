@@ -1,0 +1,102 @@
+"""What became of the rows of a data set when they were made into examples."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+_PERCENTILES = (50, 90, 99, 100)
+
+
+@dataclass
+class PreparationReport:
+    """What became of the rows.
+
+    Attributes:
+        rows: all rows; each is either used or counted in one of the five fields that follow `examples`.
+        used: rows with at least one example.
+        examples: more than `used` if conversations were split, one example for each answer to be learned, or long
+            texts into pieces.
+        empty: rows left out for having neither prompt nor response.
+        one_sided: rows left out for having only one of them.
+        without_targets: rows left out because nothing in them is to be learned.
+        too_long: rows left out because even without their questions they exceed the limit.
+        bad: rows left out because they could not be understood.
+        history_cut, source_cut, target_cut: examples whose oldest turns, middle of the source, or end of the answer
+            had to go. A cut answer has no end token.
+        lengths: percentiles (`50`, `90`, `99`, `100`) of the tokens of `source` and `target` before any cutting, and
+            of the `example` after it.
+    """
+
+    rows: int = 0
+    used: int = 0
+    examples: int = 0
+    empty: int = 0
+    one_sided: int = 0
+    without_targets: int = 0
+    too_long: int = 0
+    bad: int = 0
+    history_cut: int = 0
+    source_cut: int = 0
+    target_cut: int = 0
+    lengths: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return asdict(self)
+
+    def add_counts(self, other: PreparationReport) -> None:
+        """Adds the counters of another part of the data; lengths stay."""
+        for counter in fields(self):
+            if counter.name != "lengths":
+                setattr(self, counter.name, getattr(self, counter.name) + getattr(other, counter.name))
+
+    def set_lengths(self, source: Sequence[int], target: Sequence[int], example: Sequence[int]) -> None:
+        """Fills `lengths` from the numbers of tokens of every example."""
+        values = {"source": source, "target": target, "example": example}
+        self.lengths = {name: percentiles(numbers) for name, numbers in values.items()}
+
+    def summary(self) -> str:
+        """The report in a few lines for people; without the lines that have nothing to say."""
+        lines = [f"{self.rows} rows, {self.used} used, {self.examples} examples"]
+        left_out = {
+            "empty": self.empty,
+            "with only a question or only an answer": self.one_sided,
+            "with nothing to learn": self.without_targets,
+            "too long to be cut to the limit": self.too_long,
+            "that could not be understood (--skip_bad_rows)": self.bad,
+        }
+        cut = {
+            "without their oldest turns": self.history_cut,
+            "without the middle of the source (--max_source_length)": self.source_cut,
+            "without the end of the answer (--max_target_length)": self.target_cut,
+        }
+        for name, counts in (("rows left out", left_out), ("examples cut", cut)):
+            if any(counts.values()):
+                lines.append(f"{name}: " + ", ".join(f"{count} {what}" for what, count in counts.items() if count))
+        for name, values in self.lengths.items():
+            when = "after cutting" if name == "example" else "before cutting"
+            lines.append(
+                f"tokens of the {name} {when}: half have at most {values['50']}, 90 % {values['90']}, "
+                f"99 % {values['99']}, the longest has {values['100']}"
+            )
+        return "\n".join(lines)
+
+
+@dataclass
+class Lengths:
+    """Numbers of tokens, four bytes each, so that those of a huge file fit in memory."""
+
+    source: array = field(default_factory=lambda: array("i"))
+    target: array = field(default_factory=lambda: array("i"))
+    example: array = field(default_factory=lambda: array("i"))
+
+
+def percentiles(values: Sequence[int], shares: Sequence[int] = _PERCENTILES) -> dict[str, int]:
+    """The smallest value that at least so many per cent do not exceed, by share; nothing of no values."""
+    ordered = sorted(values)
+    if not ordered:
+        return {}
+    return {str(share): ordered[max(0, -(-len(ordered) * share // 100) - 1)] for share in shares}

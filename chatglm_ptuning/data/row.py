@@ -1,0 +1,63 @@
+"""One record of a data file that knows where it stands, and the count of those that could not be used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+_KEPT_MESSAGES = 20
+
+
+class Row(dict):
+    """One record of a data file.
+
+    Attributes:
+        path: the file as it was named by the user.
+        line: the line that the record starts on, from 1; the number of the row where a file has no lines (Parquet).
+    """
+
+    __slots__ = ("has_lines", "line", "path")
+
+    def __init__(
+        self, values: Mapping[str, Any] | Iterable[tuple[str, Any]], path: str, line: int, has_lines: bool = True
+    ) -> None:
+        super().__init__(values)
+        self.path = path
+        self.line = line
+        self.has_lines = has_lines
+
+    @property
+    def where(self) -> str:
+        """`FILE:LINE`, or `FILE row N`, for messages."""
+        return f"{self.path}:{self.line}" if self.has_lines else f"{self.path} row {self.line}"
+
+
+class BadRows:
+    """Counts rows that cannot be used, and gives up when there are too many.
+
+    Args:
+        limit: so many are tolerated; None for any number.
+
+    Attributes:
+        count: how many there were.
+        messages: what was wrong with the first of them.
+    """
+
+    def __init__(self, limit: int | None = 0) -> None:
+        self.limit = limit
+        self.count = 0
+        self.messages: list[str] = []
+
+    def add(self, message: str) -> None:
+        """Notes one.
+
+        Raises:
+            ValueError: with this message, if it is one more than is tolerated.
+        """
+        self.count += 1
+        if len(self.messages) < _KEPT_MESSAGES:
+            self.messages.append(message)
+        if self.limit is not None and self.count > self.limit:
+            if not self.limit:
+                raise ValueError(message)
+            raise ValueError(f"More than {self.limit} bad rows (--skip_bad_rows). The last one:\n{message}")
