@@ -30,6 +30,7 @@ def parse_arguments(
     dataclass_types: Sequence[type],
     argv: Sequence[str],
     retired: Mapping[str, str] | None = None,
+    positional: str | None = None,
 ) -> tuple[Any, ...]:
     """Parses flags into dataclasses; what is wrong with them ends the process with exit code 2.
 
@@ -40,12 +41,15 @@ def parse_arguments(
         dataclass_types: one instance of each is returned, in this order. A field's help text is in its metadata.
         argv: without the program's name.
         retired: flags that are accepted and ignored, with the reason that is printed as a warning.
+        positional: name of the one or more values without a flag; the first dataclass gets them as this attribute.
 
     Raises:
         SystemExit: on an unknown flag (the message names the nearest known one) or a bad value.
     """
     parser = _Parser(list(dataclass_types), prog=program, description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with flags; the command line overrides it")
+    if positional is not None:
+        parser.add_argument(positional, nargs="+", metavar=positional.upper().removesuffix("S"))
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
     argv = list(argv)
     config = _config_path(parser, argv)
@@ -63,6 +67,8 @@ def parse_arguments(
             results.append(dataclass_type(**{name: values[name] for name in names}))
         except (ValueError, TypeError) as error:
             parser.error(str(error))
+    if positional is not None:
+        setattr(results[0], positional, values[positional])
     return tuple(results)
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from chatglm_ptuning.data.forms import Columns, to_conversation
 from chatglm_ptuning.data.files import read_rows
+from chatglm_ptuning.data.forms import Columns, to_conversation
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import pickle
 import re
 from pathlib import Path
@@ -11,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from chatglm_ptuning.data.conversation import Conversation, Message
-from chatglm_ptuning.data.forms import Columns, to_conversation
 from chatglm_ptuning.data.files import Row, read_rows
+from chatglm_ptuning.data.forms import Columns, to_conversation
 
 
 def written(folder: Path, content: str | bytes, name: str = "rows.json") -> Path:

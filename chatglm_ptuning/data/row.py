@@ -37,14 +37,16 @@ class BadRows:
 
     Args:
         limit: so many are tolerated; None for any number.
+        whole: counts them too, for a part of a larger whole.
 
     Attributes:
         count: how many there were.
         messages: what was wrong with the first of them.
     """
 
-    def __init__(self, limit: int | None = 0) -> None:
+    def __init__(self, limit: int | None = 0, whole: BadRows | None = None) -> None:
         self.limit = limit
+        self.whole = whole
         self.count = 0
         self.messages: list[str] = []
 
@@ -57,6 +59,8 @@ class BadRows:
         self.count += 1
         if len(self.messages) < _KEPT_MESSAGES:
             self.messages.append(message)
+        if self.whole is not None:
+            self.whole.add(message)
         if self.limit is not None and self.count > self.limit:
             if not self.limit:
                 raise ValueError(message)

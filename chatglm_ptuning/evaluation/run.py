@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from chatglm_ptuning.command_line import fail, parse_arguments
-from chatglm_ptuning.data.forms import Columns
 from chatglm_ptuning.data.files import read_rows
+from chatglm_ptuning.data.forms import Columns
 from chatglm_ptuning.data.preprocess import PreparationReport, Preprocessor
 from chatglm_ptuning.evaluation.generate import generate_answers
 from chatglm_ptuning.evaluation.metrics import score

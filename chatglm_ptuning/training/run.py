@@ -15,8 +15,8 @@ from transformers.utils import logging
 
 from chatglm_ptuning.command_line import fail, parse_arguments
 from chatglm_ptuning.data.collate import PaddingCollator
-from chatglm_ptuning.data.forms import Columns
 from chatglm_ptuning.data.files import Row, read_rows
+from chatglm_ptuning.data.forms import Columns
 from chatglm_ptuning.data.preprocess import Preprocessor
 from chatglm_ptuning.evaluation.generate import generate_answers
 from chatglm_ptuning.evaluation.metrics import score

@@ -1,0 +1,215 @@
+"""`chatglm-ptuning data show|check`: looking at data before anything is trained on it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from chatglm_ptuning.command_line import fail, parse_arguments
+from chatglm_ptuning.data.check import Checker, CheckReport
+from chatglm_ptuning.data.files import BadRows, iterate_rows
+from chatglm_ptuning.data.forms import FORMS, Columns, find_form
+from chatglm_ptuning.data.histogram import draw_lengths
+from chatglm_ptuning.data.preprocess import Preprocessor
+from chatglm_ptuning.data.report import Lengths, PreparationReport, percentiles
+from chatglm_ptuning.data.show import describe, print_example, print_tokens
+from chatglm_ptuning.model.loading import DEFAULT_MODEL, load_tokenizer
+from chatglm_ptuning.prefix.files import write_atomically
+
+CHECK_FILE = "data_check.json"
+HISTOGRAM_FILE = "lengths.png"
+_HELP = """usage: chatglm-ptuning data COMMAND FILE... [flags]
+
+  show   print a row as the model sees it, what is learned in green
+  check  say what is in the files and what is wrong with it; exit code 1 if anything is
+
+Flags: chatglm-ptuning data COMMAND --help"""
+
+
+@dataclass
+class _RowArguments:
+    """How rows are read and rendered, as in training."""
+
+    files: list[str] = field(init=False)
+    data_form: str | None = field(
+        default=None, metadata={"help": f"form of the rows: {', '.join(FORMS)} (default: told by their fields)"}
+    )
+    prompt_column: str | None = field(default=None, metadata={"help": "column of the source text"})
+    response_column: str | None = field(default=None, metadata={"help": "column of the answer"})
+    history_column: str | None = field(default=None, metadata={"help": "column of earlier turns"})
+    source_prefix: str = field(default="", metadata={"help": "text in front of every source"})
+    max_source_length: int = field(default=1024, metadata={"help": "tokens of the source at most"})
+    max_target_length: int = field(default=128, metadata={"help": "tokens of the answer at most"})
+
+    def columns(self) -> Columns:
+        return Columns(self.prompt_column, self.response_column, self.history_column, self.data_form)
+
+    def preprocessor(self, model: str, workers: int = 1) -> Preprocessor:
+        return Preprocessor(
+            load_tokenizer(model),
+            self.columns(),
+            self.max_source_length,
+            self.max_target_length,
+            self.source_prefix,
+            num_workers=workers,
+        )
+
+
+@dataclass
+class ShowArguments(_RowArguments):
+    """Flags of `data show`."""
+
+    model_name_or_path: str = field(
+        default=DEFAULT_MODEL, metadata={"help": "folder of the base whose tokenizer is used (default: nano)"}
+    )
+    row: int = field(default=1, metadata={"help": "which row, from 1"})
+    rows: int = field(default=1, metadata={"help": "how many rows, from that one on"})
+    tokens: bool = field(default=False, metadata={"help": "one token per line, with its id"})
+
+    def __post_init__(self) -> None:
+        if self.row < 1 or self.rows < 1:
+            raise ValueError(f"--row and --rows count from 1, got {self.row} and {self.rows}")
+
+
+@dataclass
+class CheckArguments(_RowArguments):
+    """Flags of `data check`."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "folder of a base: count in its tokens too, and see what would be cut"}
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": f"folder for {CHECK_FILE} and, with a tokenizer, {HISTOGRAM_FILE}"}
+    )
+    preprocessing_num_workers: int = field(default=1, metadata={"help": "processes that count tokens"})
+
+
+def show(args: ShowArguments) -> None:
+    """Prints rows as the model sees them.
+
+    Raises:
+        ValueError: naming file and line, if a row cannot be understood, or there are fewer rows.
+    """
+    preprocessor = args.preprocessor(args.model_name_or_path)
+    console = Console(highlight=False, soft_wrap=True)
+    found = 0
+    for row in itertools.islice(iterate_rows(args.files), args.row - 1, args.row - 1 + args.rows):
+        found += 1
+        prepared = preprocessor.prepare_for_training(row)
+        form = find_form(row, preprocessor.columns)
+        chat_format = preprocessor.tokenizer.chat_format
+        console.print(f"{row.where}: form {form}, chat format {chat_format}", markup=False)
+        if prepared.counted:
+            console.print(describe(prepared), markup=False)
+        for number, example in enumerate(prepared.examples, start=1):
+            ids, labels = example["input_ids"], example["labels"]
+            learned = sum(label >= 0 for label in labels)
+            which = f"example {number} of {len(prepared.examples)}: " if len(prepared.examples) > 1 else ""
+            console.print(f"{which}{len(ids)} tokens, {learned} learned", markup=False)
+            (print_tokens if args.tokens else print_example)(preprocessor.tokenizer, ids, labels, console)
+    if not found:
+        count = sum(1 for _ in iterate_rows(args.files))
+        raise ValueError(f"There is no row {args.row}: {', '.join(args.files)} has {count}.")
+
+
+def check(args: CheckArguments) -> bool:
+    """Looks at all rows, prints what was found, and writes it if there is an output folder.
+
+    Returns:
+        Whether the data can be trained on: every row is understood, and something is to be learned.
+
+    Raises:
+        ValueError: if a file cannot be read to its end.
+    """
+    bad_rows = BadRows(None)
+    checker = Checker(args.columns(), bad_rows)
+    rows = checker.watch(iterate_rows(args.files, bad_rows))
+    preparation, lengths = PreparationReport(), Lengths()
+    unreadable = None
+    try:
+        if args.model_name_or_path is None:
+            for _ in rows:
+                pass
+        else:
+            preprocessor = args.preprocessor(args.model_name_or_path, args.preprocessing_num_workers)
+            for prepared in preprocessor.stream(preprocessor.prepare_for_training, rows, preparation, bad_rows):
+                lengths.source.extend(source for source, _ in prepared.lengths)
+                lengths.target.extend(target for _, target in prepared.lengths)
+                lengths.example.extend(len(example["input_ids"]) for example in prepared.examples)
+    except ValueError as error:
+        unreadable = str(error)
+    report = checker.report()
+    if unreadable is not None:
+        report.errors.append(unreadable)
+    elif not report.usable:
+        report.errors.append("There is no row that anything can be learned from.")
+    if lengths.example:
+        preparation.set_lengths(lengths.source, lengths.target, lengths.example)
+    _print_check(args, report, preparation)
+    if args.output_dir is not None:
+        _write_check(args, report, preparation, lengths)
+    return not report.errors
+
+
+def _print_check(args: CheckArguments, report: CheckReport, preparation: PreparationReport) -> None:
+    print(", ".join(args.files))
+    print(report.summary())
+    if preparation.lengths:
+        print(f"in tokens of {args.model_name_or_path}:")
+        print(preparation.summary())
+    for warning in report.warnings():
+        print(f"warning: {warning}")
+    for error in report.errors:
+        print(f"error: {error}")
+    if report.bad > len(report.errors):
+        print(f"error: and {report.bad - len(report.errors)} more rows that cannot be understood")
+    print("Not fit to train on; see the errors." if report.errors else "Fit to train on.")
+
+
+def _write_check(args: CheckArguments, report: CheckReport, preparation: PreparationReport, lengths: Lengths) -> None:
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"files": args.files, "fit": not report.errors, **report.as_dict()}
+    if lengths.example:
+        content["tokens"] = {
+            "model_name_or_path": args.model_name_or_path,
+            "max_source_length": args.max_source_length,
+            "max_target_length": args.max_target_length,
+            **preparation.as_dict(),
+            "percentiles": {
+                name: percentiles(getattr(lengths, name), (1, 5, 25, 50, 75, 90, 95, 99, 100))
+                for name in ("source", "target", "example")
+            },
+        }
+        draw_lengths(
+            lengths.source, lengths.target, args.max_source_length, args.max_target_length, folder / HISTOGRAM_FILE
+        )
+    with write_atomically(folder / CHECK_FILE) as temporary:
+        temporary.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    print(f"{CHECK_FILE} is in {folder}{f', with {HISTOGRAM_FILE}' if lengths.example else ''}.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Entry of the command; errors that users can mend end it with a message and exit code 1."""
+    command, *rest = argv or ["--help"]
+    commands: dict[str, tuple[type, Callable[..., bool | None], str]] = {
+        "show": (ShowArguments, show, "Print a row as the model sees it: green, or in ⟦ ⟧, is what is learned."),
+        "check": (CheckArguments, check, "Say what is in data files, and what is wrong with it."),
+    }
+    if command not in commands:
+        asked = command in ("-h", "--help", "help")
+        print(_HELP, file=sys.stdout if asked else sys.stderr)
+        raise SystemExit(0 if asked else 2)
+    arguments, run, description = commands[command]
+    (args,) = parse_arguments(f"chatglm-ptuning data {command}", description, (arguments,), rest, positional="files")
+    try:
+        if run(args) is False:
+            raise SystemExit(1)
+    except (ValueError, OSError, ImportError) as error:
+        fail(str(error))

@@ -1,0 +1,193 @@
+"""Examples on disk: made once, memory-mapped afterwards, and never seen half-written."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from array import array
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from chatglm_ptuning.prefix.files import write_atomically
+
+if TYPE_CHECKING:
+    import datasets
+
+    from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
+
+EXAMPLES_FILE = "examples.arrow"
+FACTS_FILE = "facts.json"
+_TOKENS_AT_ONCE = 1 << 19
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def default_cache_dir() -> Path:
+    """`~/.cache/chatglm_ptuning/data`, or where XDG_CACHE_HOME says."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "chatglm_ptuning" / "data"
+
+
+class TokenCache:
+    """A folder of entries, each made of a key that holds all that its content depends on.
+
+    An entry is a folder that is written under another name and then renamed, so that it is whole or not there. Where
+    several processes want the same entry, such as the ranks of a node, one makes it and the others wait; if that one
+    is killed, the next makes it anew.
+
+    Args:
+        folder: is created with the first entry.
+        overwrite: make every entry anew, once in the life of this object.
+    """
+
+    def __init__(self, folder: str | Path | None = None, overwrite: bool = False) -> None:
+        self.folder = Path(folder) if folder is not None else default_cache_dir()
+        self.overwrite = overwrite
+        self._made: set[str] = set()
+
+    def entry(self, key: Mapping[str, Any], make: Callable[[Path], None]) -> tuple[Path, bool]:
+        """The folder of an entry, and whether it was there already.
+
+        Args:
+            make: fills an empty folder with an EXAMPLES_FILE and a FACTS_FILE.
+
+        Raises:
+            OSError: if the cache cannot be written to, naming it.
+        """
+        name = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
+        final = self.folder / name
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder / f"{name}.lock"):
+                anew = self.overwrite and name not in self._made
+                if _is_whole(final) and not anew:
+                    return final, True
+                self._make(final, make)
+        except OSError as error:
+            raise OSError(
+                f"The cache of tokens in {self.folder} cannot be written: {error.strerror or error}. Name a folder "
+                "with room by --data_cache_dir."
+            ) from error
+        self._made.add(name)
+        return final, False
+
+    def _make(self, final: Path, make: Callable[[Path], None]) -> None:
+        # Whoever holds the lock is alone, so what others began was left by a process that was killed.
+        for left in self.folder.glob(f".{final.name}.*"):
+            shutil.rmtree(left, ignore_errors=True)
+        staged = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=self.folder))
+        try:
+            make(staged)
+            staged.chmod(self.folder.stat().st_mode)
+            if final.exists():
+                shutil.rmtree(final)
+            staged.rename(final)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        facts = read_facts(folder)
+        return (folder / EXAMPLES_FILE).stat().st_size == facts["bytes"]
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What an entry says about itself."""
+    return json.loads((folder / FACTS_FILE).read_text("utf-8"))
+
+
+def read_examples(folder: Path) -> datasets.Dataset:
+    """The examples of an entry, memory-mapped."""
+    import datasets
+
+    return datasets.Dataset.from_file(str(folder / EXAMPLES_FILE))
+
+
+class ExampleWriter:
+    """Writes examples to disk, a few of them in memory at a time.
+
+    Every example has `input_ids` and `labels` (`[seq_len]`, int32), `length` (of both), `source_length` and
+    `target_length` (before cutting), and `digest`, which tells rows of the same content.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        import pyarrow
+
+        self.folder = folder
+        self._arrow = pyarrow
+        numbers = pyarrow.int32()
+        self.schema = pyarrow.schema(
+            {"input_ids": pyarrow.list_(numbers), "labels": pyarrow.list_(numbers), "length": numbers,
+             "source_length": numbers, "target_length": numbers, "digest": pyarrow.int64()}
+        )  # fmt: skip
+        self._file = pyarrow.OSFile(str(folder / EXAMPLES_FILE), "wb")
+        self._stream = pyarrow.ipc.new_stream(self._file, self.schema)
+        self._clear()
+
+    def add(self, example: Mapping[str, Any], source_length: int, target_length: int, digest: int) -> None:
+        """Appends one example."""
+        self._ids.extend(example["input_ids"])
+        self._labels.extend(example["labels"])
+        self._ends.append(len(self._ids))
+        self._numbers.append((len(example["input_ids"]), source_length, target_length, digest))
+        if len(self._ids) >= _TOKENS_AT_ONCE:
+            self._flush()
+
+    def close(self, facts: Mapping[str, Any]) -> None:
+        """Finishes the file and writes the facts beside it, which make it whole."""
+        self._flush()
+        self._stream.close()
+        self._file.close()
+        path = self.folder / EXAMPLES_FILE
+        with path.open("rb") as written:
+            os.fsync(written.fileno())
+        with write_atomically(self.folder / FACTS_FILE) as temporary:
+            temporary.write_text(
+                json.dumps({**facts, "bytes": path.stat().st_size}, ensure_ascii=False, indent=1), "utf-8"
+            )
+
+    def _clear(self) -> None:
+        self._ids, self._labels, self._ends = array("i"), array("i"), array("i", [0])
+        self._numbers: list[tuple[int, int, int, int]] = []
+
+    def _flush(self) -> None:
+        if not self._numbers:
+            return
+        arrow = self._arrow
+        ends = arrow.array(self._ends, arrow.int32())
+        lists = [
+            arrow.ListArray.from_arrays(ends, arrow.array(ids, arrow.int32())) for ids in (self._ids, self._labels)
+        ]
+        numbers = [
+            arrow.array(column, self.schema.field(place + 2).type)
+            for place, column in enumerate(zip(*self._numbers, strict=True))
+        ]
+        self._stream.write_batch(arrow.record_batch([*lists, *numbers], schema=self.schema))
+        self._clear()
+
+
+def tokenizer_fingerprint(tokenizer: ChatGLMTokenizer) -> str:
+    """A hash over the vocabulary and the chat format."""
+    digest = hashlib.blake2b(f"{type(tokenizer).__name__} {tokenizer.chat_format}".encode(), digest_size=16)
+    with tempfile.TemporaryDirectory() as folder:
+        for path in sorted(tokenizer.save_vocabulary(folder)):
+            digest.update(Path(path).read_bytes())
+    return digest.hexdigest()
+
+
+@functools.cache
+def code_fingerprint() -> str:
+    """A hash over the code that makes examples of rows."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted([*_PACKAGE.glob("data/**/*.py"), *_PACKAGE.glob("model/*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
