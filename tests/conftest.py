@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Commands under test keep tokenised rows here and not in the home of whoever runs the tests.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="chatglm_ptuning_tests_")
 
 from collections.abc import Callable
 from pathlib import Path

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_base import ANSWERS, make_base, make_prefix
 
+from chatglm_ptuning.data.forms import Columns
 from chatglm_ptuning.evaluation.metrics import score
 from chatglm_ptuning.evaluation.run import EvaluationArguments, main
 
@@ -183,10 +184,8 @@ def test_wrong_flags_end_with_code_2(wrong):
 
 def test_defaults_are_the_bundled_data():
     args = EvaluationArguments()
-    assert Path(args.test_file) == ROOT / "data" / "advertisement" / "dev.json"
-    assert (args.prompt_column, args.response_column) == ("content", "summary")
-    named = EvaluationArguments(test_file="my.json")
-    assert (named.prompt_column, named.response_column) == ("prompt", "response")
+    assert args.test_file == [str(ROOT / "data" / "advertisement" / "dev.json")]
+    assert args.columns() == Columns()
 
 
 def test_the_script_works_from_another_folder_and_passes_arguments_on(base, prefix, test_file, tmp_path):

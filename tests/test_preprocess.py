@@ -226,8 +226,8 @@ def test_the_report_in_numbers_and_words(chatglm3):
     rows = [row(prompt="甲" * length, response="乙") for length in range(1, 101)]
     _, report = trained(chatglm3, [*rows, row(prompt="甲" * 9, response="乙" * 9), row(prompt="", response="")], 87, 6)
     assert json.loads(json.dumps(report.as_dict())) == {
-        "rows": 102, "used": 101, "examples": 101, "empty": 1, "one_sided": 0, "without_targets": 0, "too_long": 0, "bad": 0,
-        "history_cut": 0, "source_cut": 20, "target_cut": 1,
+        "rows": 102, "used": 101, "examples": 101, "empty": 1, "one_sided": 0, "without_targets": 0, "too_long": 0,
+        "bad": 0, "history_cut": 0, "source_cut": 20, "target_cut": 1,
         "lengths": {
             "source": {"50": 57, "90": 97, "99": 106, "100": 107},
             "target": {"50": 4, "90": 4, "99": 4, "100": 12},

@@ -165,8 +165,8 @@ def _print_check(args: CheckArguments, report: CheckReport, preparation: Prepara
         print(preparation.summary())
     for warning in report.warnings():
         print(f"warning: {warning}")
-    for error in report.errors:
-        print(f"error: {error}")
+    for place, error in enumerate(report.errors):
+        print(f"error: {error if place == 0 else error.splitlines()[0]}")
     if report.bad > len(report.errors):
         print(f"error: and {report.bad - len(report.errors)} more rows that cannot be understood")
     print("Not fit to train on; see the errors." if report.errors else "Fit to train on.")

@@ -81,7 +81,11 @@ def find_files(name: str | PathLike[str]) -> list[DataFile | HubDataset]:
     if path.is_dir():
         return [DataFile(child, str(child)) for child in _files_of_folder(path)]
     if not path.exists() and glob.has_magic(text):
-        found = sorted(match for match in glob.glob(text, recursive=True) if Path(match).is_file())
+        found = sorted(
+            match
+            for match in glob.iglob(text, recursive=True)  # noqa: PTH207
+            if Path(match).is_file()
+        )
         if not found:
             raise ValueError(f"No file matches the pattern {text} (from {Path.cwd()}).")
         return [DataFile(Path(match), match) for match in found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from chatglm_ptuning.command_line import fail, parse_arguments
-from chatglm_ptuning.data.files import read_rows
-from chatglm_ptuning.data.forms import Columns
-from chatglm_ptuning.data.preprocess import PreparationReport, Preprocessor
+from chatglm_ptuning.data.files import BadRows, iterate_rows
+from chatglm_ptuning.data.forms import FORMS, Columns
+from chatglm_ptuning.data.preprocess import Preprocessor
+from chatglm_ptuning.data.report import PreparationReport
 from chatglm_ptuning.evaluation.generate import generate_answers
 from chatglm_ptuning.evaluation.metrics import score
 from chatglm_ptuning.evaluation.table import print_scores
@@ -35,7 +37,7 @@ RETIRED_FLAGS = {
     "validation_file": "the rows of --test_file are scored.",
     "pre_seq_len": "the size is read from the prefix checkpoint.",
     "prefix_projection": "it is read from the prefix checkpoint.",
-    "overwrite_cache": "nothing is cached on disk, rows are always prepared anew.",
+    "overwrite_cache": "rows to be scored are always prepared anew.",
     "overwrite_output_dir": "the results of an earlier evaluation are replaced, nothing else is touched.",
 }
 """Flags of the official evaluate.sh that are accepted and have nothing left to do, with the reason."""
@@ -53,11 +55,18 @@ class EvaluationArguments:
         metadata={"help": f"the prefix, a folder of this kit, official or PEFT; '{PLAIN_BASE}' for the plain base "
                   "(default: the prefix trained last, if there is one)"},
     )  # fmt: skip
-    test_file: str | None = field(
-        default=None, metadata={"help": "JSON or JSON lines to score (default: the bundled advertisements)"}
+    test_file: list[str] | None = field(
+        default=None, metadata={"help": "data files to score (default: the bundled advertisements)"}
     )
-    prompt_column: str | None = field(default=None, metadata={"help": "column of the source text (default: prompt)"})
-    response_column: str | None = field(default=None, metadata={"help": "column of the answer (default: response)"})
+    data_form: str | None = field(
+        default=None, metadata={"help": f"form of the rows: {', '.join(FORMS)} (default: told by their fields)"}
+    )
+    prompt_column: str | None = field(
+        default=None, metadata={"help": "column of the source text (default: told by the fields)"}
+    )
+    response_column: str | None = field(
+        default=None, metadata={"help": "column of the answer (default: told by the fields)"}
+    )
     history_column: str | None = field(default=None, metadata={"help": "column of earlier turns"})
     source_prefix: str = field(default="", metadata={"help": "text in front of every source"})
     max_source_length: int = field(default=1024, metadata={"help": "tokens of the source at most"})
@@ -65,6 +74,7 @@ class EvaluationArguments:
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "rows generated together"})
     num_beams: int = field(default=1, metadata={"help": "beams of generation (1: greedy)"})
     max_predict_samples: int | None = field(default=None, metadata={"help": "score the first so many rows"})
+    skip_bad_rows: int = field(default=0, metadata={"help": "leave out so many rows that cannot be understood"})
     output_dir: str | None = field(
         default=None,
         metadata={"help": f"folder for {METRICS_FILE} and {PREDICTIONS_FILE} (default: output/evaluation/PREFIX)"},
@@ -79,10 +89,18 @@ class EvaluationArguments:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
         if self.quantization_bit not in (None, 0, 4, 8):
             raise ValueError(f"--quantization_bit must be 4 or 8, got {self.quantization_bit}")
-        columns = ("content", "summary") if self.test_file is None else ("prompt", "response")
-        self.test_file = self.test_file or DEFAULT_TEST_FILE
-        self.prompt_column = self.prompt_column or columns[0]
-        self.response_column = self.response_column or columns[1]
+        if self.skip_bad_rows < 0:
+            raise ValueError(f"--skip_bad_rows must not be negative, got {self.skip_bad_rows}")
+        self.test_file = self.test_file or [DEFAULT_TEST_FILE]
+        self.columns()
+
+    def columns(self) -> Columns:
+        """What the flags say about the rows.
+
+        Raises:
+            ValueError: if --data_form is unknown.
+        """
+        return Columns(self.prompt_column, self.response_column, self.history_column, self.data_form)
 
 
 def evaluate(args: EvaluationArguments) -> dict[str, Any]:
@@ -93,14 +111,14 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
     """
     prefix = _choose_prefix(args.ptuning_checkpoint)
     # Rows first: what is wrong with a file shows before minutes go into loading the base.
-    rows = read_rows(args.test_file)[: args.max_predict_samples]
+    bad_rows = BadRows(args.skip_bad_rows)
+    rows = list(itertools.islice(iterate_rows(args.test_file, bad_rows), args.max_predict_samples))
     tokenizer = load_tokenizer(args.model_name_or_path)
-    columns = Columns(args.prompt_column, args.response_column, args.history_column)
     preprocessor = Preprocessor(
-        tokenizer, columns, args.max_source_length, args.max_target_length, source_prefix=args.source_prefix
+        tokenizer, args.columns(), args.max_source_length, args.max_target_length, source_prefix=args.source_prefix
     )
-    examples, report = preprocessor.for_generation(rows)
-    print(f"{args.test_file}\n{report.summary()}")
+    examples, report = preprocessor.for_generation(rows, bad_rows)
+    print(f"{', '.join(args.test_file)}\n{report.summary()}")
     output = Path(args.output_dir) if args.output_dir else runs_folder() / "evaluation" / _short_name(prefix)
     output.mkdir(parents=True, exist_ok=True)
     model = load_model(args.model_name_or_path, quantization_bit=args.quantization_bit)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import Seq2SeqTrainingArguments
 
+from chatglm_ptuning.data.forms import FORMS, Columns
 from chatglm_ptuning.model.loading import DEFAULT_MODEL
 from chatglm_ptuning.prefix.latest import runs_folder
 from chatglm_ptuning.training.initialisation import PREFIX_INITS
@@ -19,7 +20,6 @@ RETIRED_FLAGS = {
     "resize_position_embeddings": "rotary positions need no resizing.",
     "forced_bos_token": "prompts always start with the model's own tokens.",
     "lang": "it served multilingual translation models.",
-    "overwrite_cache": "nothing is cached on disk, rows are always prepared anew.",
     "trust_remote_code": "no remote code is ever run.",
     "pad_to_max_length": "batches are padded to their longest row; the loss is the same.",
     "ignore_pad_token_for_loss": "padding is never learned, and a real <unk> in an answer always is.",
@@ -81,11 +81,25 @@ class ModelArguments:
 class DataArguments:
     """Files, columns and lengths."""
 
-    train_file: str | None = field(default=None, metadata={"help": "JSON or JSON lines to train on"})
-    validation_file: str | None = field(default=None, metadata={"help": "rows for --do_eval"})
-    test_file: str | None = field(default=None, metadata={"help": "rows for --do_predict (default: validation_file)"})
-    prompt_column: str = field(default="prompt", metadata={"help": "column of the source text"})
-    response_column: str = field(default="response", metadata={"help": "column of the answer"})
+    train_file: list[str] | None = field(
+        default=None, metadata={"help": "data files, folders, patterns or hub:OWNER/NAME to train on"}
+    )
+    train_weights: list[float] | None = field(
+        default=None, metadata={"help": "one number for each train_file: how often its rows are seen in an epoch"}
+    )
+    validation_file: list[str] | None = field(default=None, metadata={"help": "rows for --do_eval"})
+    test_file: list[str] | None = field(
+        default=None, metadata={"help": "rows for --do_predict (default: validation_file)"}
+    )
+    data_form: str | None = field(
+        default=None, metadata={"help": f"form of the rows: {', '.join(FORMS)} (default: told by their fields)"}
+    )
+    prompt_column: str | None = field(
+        default=None, metadata={"help": "column of the source text (default: told by the fields)"}
+    )
+    response_column: str | None = field(
+        default=None, metadata={"help": "column of the answer (default: told by the fields)"}
+    )
     history_column: str | None = field(default=None, metadata={"help": "column of earlier turns"})
     source_prefix: str = field(default="", metadata={"help": "text in front of every source"})
     max_source_length: int = field(default=1024, metadata={"help": "tokens of the source at most"})
@@ -97,6 +111,11 @@ class DataArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate on the first so many rows"})
     max_predict_samples: int | None = field(default=None, metadata={"help": "predict the first so many rows"})
     preprocessing_num_workers: int = field(default=1, metadata={"help": "processes that prepare the rows"})
+    skip_bad_rows: int = field(default=0, metadata={"help": "leave out so many rows that cannot be understood"})
+    data_cache_dir: str | None = field(
+        default=None, metadata={"help": "folder that keeps tokenised rows (default: ~/.cache/chatglm_ptuning/data)"}
+    )
+    overwrite_cache: bool = field(default=False, metadata={"help": "tokenise the rows anew"})
     num_beams: int | None = field(default=None, metadata={"help": "beams of generation (default: greedy)"})
     compare_base: bool = field(
         default=False, metadata={"help": "with --do_predict: score the base without prefix too, and show answers"}
@@ -106,6 +125,17 @@ class DataArguments:
         for name in ("max_source_length", "max_target_length"):
             if getattr(self, name) < 2:
                 raise ValueError(f"--{name} must be at least 2, got {getattr(self, name)}")
+        if self.skip_bad_rows < 0:
+            raise ValueError(f"--skip_bad_rows must not be negative, got {self.skip_bad_rows}")
+        self.columns()
+
+    def columns(self) -> Columns:
+        """What the flags say about the rows.
+
+        Raises:
+            ValueError: if --data_form is unknown.
+        """
+        return Columns(self.prompt_column, self.response_column, self.history_column, self.data_form)
 
 
 @dataclass

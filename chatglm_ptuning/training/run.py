@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import set_seed
@@ -15,9 +16,10 @@ from transformers.utils import logging
 
 from chatglm_ptuning.command_line import fail, parse_arguments
 from chatglm_ptuning.data.collate import PaddingCollator
-from chatglm_ptuning.data.files import Row, read_rows
-from chatglm_ptuning.data.forms import Columns
+from chatglm_ptuning.data.files import BadRows, Row, iterate_rows
+from chatglm_ptuning.data.prepared import prepare_training_data, shared_rows
 from chatglm_ptuning.data.preprocess import Preprocessor
+from chatglm_ptuning.data.token_cache import TokenCache
 from chatglm_ptuning.evaluation.generate import generate_answers
 from chatglm_ptuning.evaluation.metrics import score
 from chatglm_ptuning.evaluation.table import print_scores
@@ -39,6 +41,9 @@ from chatglm_ptuning.training.initialisation import init_prefix
 from chatglm_ptuning.training.report import draw_loss_curve, print_samples
 from chatglm_ptuning.training.trainer import PrefixTrainer
 
+if TYPE_CHECKING:
+    import datasets
+
 logger = logging.get_logger(__name__)
 
 _SAMPLES_SHOWN = 3
@@ -51,41 +56,57 @@ class TrainingRun:
         self.model_args, self.data_args, self.args = model_args, data_args, args
         self.output = Path(args.output_dir)
         self.tokenizer: ChatGLMTokenizer = load_tokenizer(model_args.model_name_or_path)
-        columns = Columns(data_args.prompt_column, data_args.response_column, data_args.history_column)
         self.preprocessor = Preprocessor(
             self.tokenizer,
-            columns,
+            data_args.columns(),
             data_args.max_source_length,
             data_args.max_target_length,
             source_prefix=data_args.source_prefix,
             num_workers=data_args.preprocessing_num_workers,
         )
         # Rows first: what is wrong with a file shows before minutes go into loading the base.
-        self.train_examples = self._examples(data_args.train_file, data_args.max_train_samples) if args.do_train else []
-        self.eval_examples = (
-            self._examples(data_args.validation_file, data_args.max_eval_samples) if args.do_eval else []
-        )
+        self.cache = TokenCache(data_args.data_cache_dir, data_args.overwrite_cache)
+        self.train_examples = self._examples("train_file", data_args.max_train_samples) if args.do_train else []
+        self.eval_examples = self._examples("validation_file", data_args.max_eval_samples) if args.do_eval else []
+        self._warn_of_shared_rows()
         self.test_rows = self._test_rows()
         self.model = self._load_model()
         self.metrics: dict[str, Any] = {}
 
-    def _rows(self, path: str | None, flag: str, limit: int | None) -> list[Row]:
-        if path is None:
+    def _named(self, flag: str) -> list[str]:
+        names = getattr(self.data_args, flag)
+        if not names:
             raise ValueError(f"--{flag} is needed for what the flags ask.")
-        return read_rows(path)[:limit]
+        return names
 
-    def _examples(self, path: str | None, limit: int | None) -> list[dict[str, list[int]]]:
-        flag = "train_file" if path == self.data_args.train_file else "validation_file"
-        examples, report = self.preprocessor.for_training(self._rows(path, flag, limit))
+    def _examples(self, flag: str, limit: int | None) -> datasets.Dataset:
+        names = self._named(flag)
+        data = prepare_training_data(
+            names,
+            self.preprocessor,
+            self.cache,
+            weights=self.data_args.train_weights if flag == "train_file" else None,
+            max_rows=limit,
+            skip_bad_rows=self.data_args.skip_bad_rows,
+            seed=self.args.seed,
+        )
         if self.args.should_save:
-            print(f"{path}\n{report.summary()}")
-        return examples
+            print(f"{', '.join(names)}\n{data.summary()}")
+        return data.examples
+
+    def _warn_of_shared_rows(self) -> None:
+        if not (self.train_examples and self.eval_examples):
+            return
+        count = shared_rows(self.train_examples, self.eval_examples)
+        if count and self.args.should_save:
+            print(f"warning: {count} rows of the validation data are in the training data too")
 
     def _test_rows(self) -> list[Row]:
         if not self.args.do_predict and not (self.args.do_eval and self.args.predict_with_generate):
             return []
-        path = self.data_args.test_file if self.args.do_predict else None
-        return self._rows(path or self.data_args.validation_file, "test_file", self.data_args.max_predict_samples)
+        flag = "test_file" if self.args.do_predict and self.data_args.test_file else "validation_file"
+        rows = iterate_rows(self._named(flag), BadRows(self.data_args.skip_bad_rows))
+        return list(itertools.islice(rows, self.data_args.max_predict_samples))
 
     def _load_model(self) -> ChatGLMForConditionalGeneration:
         model_args, trains = self.model_args, self.args.do_train
@@ -131,7 +152,7 @@ class TrainingRun:
         """The Trainer of this run."""
         details = {
             "chat_format": self.tokenizer.chat_format,
-            "task": self.data_args.train_file and Path(self.data_args.train_file).stem,
+            "task": self.data_args.train_file and Path(self.data_args.train_file[0]).stem,
             "training": {
                 "rows": len(self.train_examples),
                 "learning_rate": self.args.learning_rate,
@@ -169,7 +190,7 @@ class TrainingRun:
 
     def answer_and_score(self) -> tuple[list[str], dict[str, float]]:
         """Answers to the test rows under the selected prefix, and their scores."""
-        examples, _ = self.preprocessor.for_generation(self.test_rows)
+        examples, _ = self.preprocessor.for_generation(self.test_rows, BadRows(self.data_args.skip_bad_rows))
         answers = generate_answers(
             self.model,
             self.tokenizer,
@@ -182,7 +203,7 @@ class TrainingRun:
 
     def predict(self, trainer: PrefixTrainer) -> None:
         """Generates answers, writes them as the official script does, and compares with the base if asked to."""
-        examples, _ = self.preprocessor.for_generation(self.test_rows)
+        examples, _ = self.preprocessor.for_generation(self.test_rows, BadRows(self.data_args.skip_bad_rows))
         answers, scores = self.answer_and_score()
         columns, texts = {"with prefix": scores}, {"with prefix": answers}
         metrics = {f"predict_{name}": value for name, value in scores.items()}

@@ -14,6 +14,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from chatglm_ptuning.data.prepared import lengths_of
 from chatglm_ptuning.prefix.files import write_atomically
 from chatglm_ptuning.training.callbacks import FiniteGuard, LogAtCheckpoints, TrainingDiverged
 from chatglm_ptuning.training.sampler import LengthGroupedEpochSampler
@@ -49,8 +50,7 @@ class PrefixTrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        lengths = [len(row["input_ids"]) for row in dataset]
-        return LengthGroupedEpochSampler(lengths, self.args.train_batch_size, self.args.seed)
+        return LengthGroupedEpochSampler(lengths_of(dataset), self.args.train_batch_size, self.args.seed)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward pass; raises TrainingDiverged if the loss is not finite."""

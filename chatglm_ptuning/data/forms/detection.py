@@ -26,6 +26,7 @@ FORMS = {
 PAIRS = (
     ("content", "summary"), ("prompt", "response"), ("prompt", "completion"), ("question", "answer"),
     ("query", "response"), ("instruction", "response"), ("input", "output"), ("source", "target"),
+    ("text", "label"),
 )  # fmt: skip
 """Pairs of columns that need not be named."""
 
