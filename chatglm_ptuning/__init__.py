@@ -22,7 +22,7 @@ from chatglm_ptuning.model.modeling_heads import (
     ChatGLMForTokenClassification,
 )
 from chatglm_ptuning.model.prefix_encoder import PrefixEncoder
-from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
+from chatglm_ptuning.model.tokenization_chatglm import ChatGLM4Tokenizer, ChatGLMTokenizer
 
 __all__ = [
     "ChatGLMConfig",
@@ -42,4 +42,5 @@ AutoModelForCausalLM.register(ChatGLMConfig, ChatGLMForConditionalGeneration, ex
 AutoModelForSequenceClassification.register(ChatGLMConfig, ChatGLMForSequenceClassification, exist_ok=True)
 AutoModelForTokenClassification.register(ChatGLMConfig, ChatGLMForTokenClassification, exist_ok=True)
 AutoModelForQuestionAnswering.register(ChatGLMConfig, ChatGLMForQuestionAnswering, exist_ok=True)
-AutoTokenizer.register(ChatGLMConfig, ChatGLMTokenizer, exist_ok=True)
+# The second is registered by its name alone, which GLM-4's tokenizer_config.json gives.
+AutoTokenizer.register(ChatGLMConfig, ChatGLMTokenizer, slow_tokenizer_class=ChatGLM4Tokenizer, exist_ok=True)

@@ -96,8 +96,8 @@ def generate_answers(
 def answer_text(tokenizer: ChatGLMTokenizer, new_ids: Sequence[int], stops: Sequence[int]) -> str:
     """Text of the generated tokens up to the first stop token, without special tokens and white space around.
 
-    A ChatGLM3 answer starts with a line of metadata: empty, and then left out, or the name of a tool. A tool call comes
-    back as name, newline and call, in which form `Preprocessor.for_generation` gives the reference, too.
+    An answer of ChatGLM3 or GLM-4 starts with a line of metadata: empty, and then left out, or the name of a tool. A
+    tool call comes back as name, newline and call, in which form `Preprocessor.for_generation` gives the reference.
     """
     end = next((place for place, token in enumerate(new_ids) if token in stops), len(new_ids))
     text = tokenizer.decode(new_ids[:end], skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""`chat` and `stream_chat` with the arguments and results of the official ChatGLM2 and ChatGLM3 code."""
+"""`chat` and `stream_chat` with the arguments and results of the official code of ChatGLM2, ChatGLM3 and GLM-4."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
 logger = logging.get_logger(__name__)
+
+_OFFICIAL_SETTINGS = {"do_sample": True, "top_p": 0.8, "temperature": 0.8}
 
 
 class InvalidScoreLogitsProcessor(LogitsProcessor):
@@ -51,19 +53,21 @@ class ChatMixin:
         role: str = "user",
         max_length: int = 8192,
         num_beams: int = 1,
-        do_sample: bool = True,
-        top_p: float = 0.8,
-        temperature: float = 0.8,
+        do_sample: bool | None = None,
+        top_p: float | None = None,
+        temperature: float | None = None,
         logits_processor: LogitsProcessorList | None = None,
         **kwargs: Any,
     ) -> tuple[str | dict[str, Any], list]:
         """Answers a query (official file: modeling_chatglm.py of ChatGLM3-6B).
 
         Args:
-            history: of the turns before, as this method returned it; not changed. In the chatglm3 format messages with
-                `role` and `content` (pairs are taken too), in the chatglm2 format (query, response) pairs.
-            role: who says the query; "observation" for a tool's result (chatglm3 format).
+            history: of the turns before, as this method returned it; not changed. In the formats chatglm3 and glm4
+                messages with `role` and `content` (pairs are taken too), in chatglm2 and base (query, response) pairs.
+            role: who says the query; "observation" for a tool's result (chatglm3 and glm4).
             max_length: most tokens of conversation and answer together; `seq_length` of the base is a limit anyway.
+            do_sample, top_p, temperature: where not given, those of the base's generation_config.json, and where it
+                has none, True, 0.8 and 0.8 as in the official code.
             kwargs: more settings of `generate`; `max_new_tokens` replaces `max_length`.
 
         Returns:
@@ -90,9 +94,9 @@ class ChatMixin:
         role: str = "user",
         past_key_values: Cache | None = None,
         max_length: int = 8192,
-        do_sample: bool = True,
-        top_p: float = 0.8,
-        temperature: float = 0.8,
+        do_sample: bool | None = None,
+        top_p: float | None = None,
+        temperature: float | None = None,
         logits_processor: LogitsProcessorList | None = None,
         return_past_key_values: bool = False,
         **kwargs: Any,
@@ -139,13 +143,14 @@ class ChatMixin:
         turn: ChatTurn,
         ids: list[int],
         max_length: int,
-        do_sample: bool,
-        top_p: float,
-        temperature: float,
+        do_sample: bool | None,
+        top_p: float | None,
+        temperature: float | None,
         logits_processor: LogitsProcessorList | None,
         kwargs: dict[str, Any],
     ) -> dict[str, Any]:
         input_ids = torch.tensor([ids], device=self.device)
+        do_sample = self._chat_default("do_sample", do_sample)
         settings = {
             "input_ids": input_ids,
             "attention_mask": torch.ones_like(input_ids),
@@ -157,7 +162,8 @@ class ChatMixin:
             ),
         }
         if do_sample:
-            settings |= {"top_p": top_p, "temperature": temperature}
+            given = {"top_p": top_p, "temperature": temperature}
+            settings |= {name: self._chat_default(name, value) for name, value in given.items()}
         if kwargs.get("max_new_tokens") is None:
             limit = min(max_length, self.config.seq_length)
             if len(ids) >= limit:
@@ -167,6 +173,11 @@ class ChatMixin:
                 )
             settings["max_length"] = limit
         return settings | kwargs
+
+    def _chat_default(self, name: str, given: Any) -> Any:
+        """The value given, else the one of the base's generation_config.json, else the official one."""
+        values = (given, getattr(self.generation_config, name, None), _OFFICIAL_SETTINGS[name])
+        return next(value for value in values if value is not None)
 
     def _reusable_part(self, cache: Cache | None, ids: list[int]) -> Cache | None:
         """The cache, cut to the tokens with which `ids` begin; None where nothing can be kept.

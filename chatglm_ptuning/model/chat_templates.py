@@ -1,4 +1,4 @@
-"""The chat forms of ChatGLM2 and ChatGLM3 as jinja templates, and what makes rendering them to ids safe.
+"""The chat formats of the family as jinja templates, and what makes rendering them to ids safe.
 
 A rendered chat is one string, in which a user who writes `<|user|>` looks like the template itself. While a chat is
 rendered for its ids, `RenderGuard` therefore breaks up every special token that the caller's strings spell, by a
@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from transformers.utils import get_json_schema
 
-from chatglm_ptuning.model.vocabulary import ROLE_TOKENS, SPECIAL_TOKENS
+from chatglm_ptuning.model.vocabulary import Vocabulary
 
-CHAT_FORMATS = ("chatglm2", "chatglm3")
+ROLE_FORMATS = ("chatglm3", "glm4")
+"""The formats in which every message stands behind the token of its role."""
 
 # ChatGLM2 numbers the rounds and has one text for all of a chat. It knows no system message: one is put in front.
 _CHATGLM2 = r"""
@@ -82,33 +83,75 @@ _CHATGLM3 = r"""
 {%- endif -%}
 """
 
-CHAT_TEMPLATES = {"chatglm2": _CHATGLM2.strip(), "chatglm3": _CHATGLM3.strip()}
-"""Chat format to jinja template."""
+# GLM-4 encodes a message's header and its content apart, too, but its vocabulary adds no space. Tools stand in a
+# system message of their own in front of the message that has them (tokenizer_config.json of glm-4-9b-chat, whose
+# wording the base was trained on); given by argument, in front of the chat.
+_GLM4 = r"""
+{%- macro system_message(tools) -%}
+    {{- '<|system|>\n' ~ (segment_cut | default('')) ~ '你是一个名为 ChatGLM 的人工智能助手。' -}}
+    {{- '你是基于智谱AI训练的语言模型 GLM-4 模型开发的，你的任务是' -}}
+    {{- '针对用户的问题和要求提供适当的答复和支持。\n\n# 可用工具' -}}
+    {%- for tool in tools -%}
+        {%- set function = tool['function'] if tool['function'] is mapping else tool -%}
+        {%- if function['name'] is not string -%}
+            {{- raise_exception('a tool has no name: describe other tools than functions in a system message') -}}
+        {%- endif -%}
+        {{- '\n\n## ' ~ function['name'] ~ '\n\n' ~ (function | tojson(indent=4)) -}}
+        {{- '\n在调用上述函数时，请使用 Json 格式表示调用的参数。' -}}
+    {%- endfor -%}
+{%- endmacro -%}
+{%- set roles = ['system', 'user', 'assistant', 'observation'] -%}
+{{- '[gMASK]<sop>' -}}
+{%- if tools -%}
+    {{- system_message(tools) -}}
+{%- endif -%}
+{%- for message in messages -%}
+    {%- if message['role'] not in roles -%}
+        {{- raise_exception('GLM-4 has no role "' ~ message['role'] ~ '": use ' ~ roles | join(', ')) -}}
+    {%- endif -%}
+    {%- if message['content'] is not string -%}
+        {{- raise_exception('message ' ~ loop.index ~ ' has no text under "content"') -}}
+    {%- endif -%}
+    {%- if message['tools'] -%}
+        {{- system_message(message['tools']) -}}
+    {%- endif -%}
+    {%- if message['content'] or not message['tools'] -%}
+        {{- '<|' ~ message['role'] ~ '|>' ~ (message['metadata'] or '') ~ '\n' -}}
+        {{- (segment_cut | default('')) ~ message['content'] -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|assistant|>' -}}
+{%- endif -%}
+"""
 
-_SPELLED_BY_CALLER = re.compile("|".join(map(re.escape, (*SPECIAL_TOKENS, "<s>", "</s>", "<unk>"))))
-# `sop` and `eop` are parts of words, too: in a template, `sop` counts only where every chat has it.
-_WRITTEN_BY_TEMPLATE = re.compile(rf"(\[gMASK\]|(?<=\[gMASK\])sop|</s>|{'|'.join(map(re.escape, ROLE_TOKENS))})")
+# A base that was not trained to chat continues a text: the messages' contents, with nothing between them.
+_BASE = r"""
+{{- '[gMASK]sop' -}}
+{%- for message in messages -%}
+    {%- if message['content'] is not string -%}
+        {{- raise_exception('message ' ~ loop.index ~ ' has no text under "content"') -}}
+    {%- endif -%}
+    {{- message['content'] -}}
+{%- endfor -%}
+"""
+
+CHAT_TEMPLATES = {
+    "chatglm2": _CHATGLM2.strip(),
+    "chatglm3": _CHATGLM3.strip(),
+    "glm4": _GLM4.strip(),
+    "base": _BASE.strip(),
+}
+"""Chat format to jinja template; that of `base` starts as ChatGLM2 and ChatGLM3 do."""
+
+CHAT_FORMATS = tuple(CHAT_TEMPLATES)
+"""`chatglm2` (numbered rounds in one text), `chatglm3` and `glm4` (role tokens), `base` (no chat, plain text)."""
 
 
-def recognise_chat_format(chat_template: Any, names: Iterable[str]) -> str | None:
-    """The chat format that a template writes, or else the one of the base that a name speaks of; None if none does.
-
-    Args:
-        chat_template: jinja text, several by name, or None.
-        names: model names or paths; only the last part of a path counts.
-    """
-    text = str(chat_template or "")
-    if "问：" in text:
-        return "chatglm2"
-    if "<|" in text:
-        return "chatglm3"
-    for name in names:
-        last = re.split(r"[/\\]|--", name.rstrip("/\\"))[-1].lower()
-        if "chatglm2" in last or "codegeex2" in last:
-            return "chatglm2"
-        if "chatglm3" in last:
-            return "chatglm3"
-    return None
+def template_of(chat_format: str, vocabulary: Vocabulary) -> str:
+    """The jinja template of a format, with the start tokens of a vocabulary."""
+    template = CHAT_TEMPLATES[chat_format]
+    return template.replace("[gMASK]sop", "".join(vocabulary.start_tokens)) if chat_format == "base" else template
 
 
 class RenderGuard:
@@ -117,7 +160,10 @@ class RenderGuard:
     `segment_cut` is given to the template, which writes it where the text is to be encoded in two parts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        spelled = (*vocabulary.special_ids, *vocabulary.named_tokens.values())
+        self._spelled_by_caller = re.compile("|".join(map(re.escape, spelled)))
+        self._written_by_template = vocabulary.written_by_templates
         self._mark = secrets.token_hex(16)
         self.segment_cut = secrets.token_hex(16)
 
@@ -130,7 +176,7 @@ class RenderGuard:
         if value is None or isinstance(value, (bool, int, float)):
             return value
         if isinstance(value, str):
-            return _SPELLED_BY_CALLER.sub(lambda match: match[0][0] + self._mark + match[0][1:], value)
+            return self._spelled_by_caller.sub(lambda match: match[0][0] + self._mark + match[0][1:], value)
         if isinstance(value, Mapping):
             return {self.protect(key): self.protect(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
@@ -144,7 +190,7 @@ class RenderGuard:
     def parts(self, rendered: str) -> Iterator[tuple[str, bool]]:
         """The rendered text in order, as pairs of a string and whether it is a special token."""
         for segment in rendered.split(self.segment_cut):
-            for index, part in enumerate(_WRITTEN_BY_TEMPLATE.split(segment)):
+            for index, part in enumerate(self._written_by_template.split(segment)):
                 is_special = index % 2 == 1
                 if part:
                     yield part if is_special else part.replace(self._mark, ""), is_special

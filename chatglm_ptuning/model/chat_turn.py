@@ -11,13 +11,15 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from chatglm_ptuning.model.chat_templates import ROLE_FORMATS
+
 if TYPE_CHECKING:
     from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
 Message = dict[str, Any]
 """`role` and `content`; of an assistant also `metadata` (a tool's name or ""), of a system perhaps `tools`."""
 History = list[Message] | list[tuple[str, str]]
-"""Messages in the chatglm3 format, (query, response) pairs in the chatglm2 format."""
+"""Messages in the formats with roles (chatglm3, glm4), (query, response) pairs in the others (chatglm2, base)."""
 
 _REPLACED = {"[[训练时间]]": "2023年"}
 """Placeholders that the official bases learnt to write, with what the official code shows instead."""
@@ -42,8 +44,8 @@ class Answer(NamedTuple):
 
 
 def stop_ids(tokenizer: ChatGLMTokenizer) -> list[int]:
-    """The ids that end an answer: eos, and in the chatglm3 format the roles that can follow an assistant."""
-    roles = ["<|user|>", "<|observation|>"] if tokenizer.chat_format == "chatglm3" else []
+    """The ids that end an answer: eos, and in a format with roles those that can follow an assistant."""
+    roles = ["<|user|>", "<|observation|>"] if tokenizer.chat_format in ROLE_FORMATS else []
     return [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(roles)]
 
 
@@ -51,8 +53,8 @@ class ChatTurn:
     """A query with its history, in the tokenizer's chat format.
 
     Args:
-        history: of the turns before; never changed. The chatglm3 format also takes (query, response) pairs.
-        role: who says the query; "observation" for a tool's result (chatglm3 format only).
+        history: of the turns before; never changed. The formats with roles also take (query, response) pairs.
+        role: who says the query; "observation" for a tool's result (formats with roles only).
 
     Raises:
         ValueError: if the history has another form, or the role is unknown; the message names the entry.
@@ -69,18 +71,20 @@ class ChatTurn:
         self.query = query
         self.role = role
         self.stop_ids = stop_ids(tokenizer)
-        self._with_roles = tokenizer.chat_format == "chatglm3"
+        self._with_roles = tokenizer.chat_format in ROLE_FORMATS
         roles = ("system", "user", "assistant", "observation") if self._with_roles else ("user",)
         if role not in roles:
             raise ValueError(f"role must be one of {', '.join(roles)} in {tokenizer.chat_format}, got {role!r}.")
-        self.history = _messages(history or []) if self._with_roles else _pairs(history or [])
+        self.history = _messages(history or []) if self._with_roles else _pairs(history or [], tokenizer.chat_format)
 
     def input_ids(self) -> list[int]:
         """The conversation up to where the answer starts."""
         if self._with_roles:
             inputs = self.tokenizer.build_chat_input(self.query, history=self.history, role=self.role)
-        else:
+        elif self.tokenizer.chat_format == "chatglm2":
             inputs = self.tokenizer([self.tokenizer.build_prompt(self.query, history=self.history)])
+        else:
+            inputs = self.tokenizer(["".join(query + response for query, response in self.history) + self.query])
         return [int(index) for index in inputs["input_ids"][0]]
 
     def read(self, generated_ids: Sequence[int]) -> Answer:
@@ -93,7 +97,8 @@ class ChatTurn:
 
     def _read_text(self, ids: Sequence[int]) -> Answer:
         text = self._decode(ids)
-        response = _replace(text).strip()
+        # What continues a text may well start with a space or an indented line.
+        response = text if self.tokenizer.chat_format == "base" else _replace(text).strip()
         return Answer(response, [*self.history, (self.query, response)], _ends_amid_something(text))
 
     def _read_messages(self, ids: Sequence[int]) -> Answer:
@@ -128,10 +133,12 @@ def _messages(history: Sequence[Mapping[str, Any] | Sequence[str]]) -> list[Mess
     return messages
 
 
-def _pairs(history: Sequence[Mapping[str, Any] | Sequence[str]]) -> list[tuple[str, str]]:
+def _pairs(history: Sequence[Mapping[str, Any] | Sequence[str]], chat_format: str) -> list[tuple[str, str]]:
     for place, entry in enumerate(history):
         if not _is_pair(entry):
-            raise ValueError(f"history[{place}] must be a (query, response) pair in the chatglm2 format: {entry!r}.")
+            raise ValueError(
+                f"history[{place}] must be a (query, response) pair in the {chat_format} format: {entry!r}."
+            )
     return [tuple(entry) for entry in history]
 
 

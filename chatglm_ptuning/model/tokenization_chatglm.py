@@ -1,4 +1,4 @@
-"""The tokenizer of ChatGLM2 and ChatGLM3 for transformers: sentencepiece text, special tokens by id only."""
+"""The tokenizer of the family for transformers: text through its vocabulary, special tokens by id only."""
 
 from __future__ import annotations
 
@@ -11,97 +11,120 @@ from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import PaddingStrategy, logging
 
-from chatglm_ptuning.model.chat_templates import CHAT_FORMATS, CHAT_TEMPLATES, RenderGuard, recognise_chat_format
-from chatglm_ptuning.model.vocabulary import ROLE_TOKENS, SPECIAL_TOKENS, SentencePieceVocabulary
+from chatglm_ptuning.model.byte_pair_vocabulary import open_vocabulary
+from chatglm_ptuning.model.chat_recognition import FolderSettings, recognise_chat_format
+from chatglm_ptuning.model.chat_templates import RenderGuard, template_of
+from chatglm_ptuning.model.vocabulary import ROLE_TOKENS
 
 logger = logging.get_logger(__name__)
 
 # Written by the official folders and by earlier versions of transformers; nothing here depends on them.
-_UNUSED_SETTINGS = ("auto_map", "do_lower_case", "remove_space", "encode_special_tokens", "added_tokens_decoder",
-                    "additional_special_tokens", "extra_special_tokens", "is_local", "local_files_only",
-                    "tokenizer_file", "model_specific_special_tokens")  # fmt: skip
+_UNUSED_SETTINGS = ("auto_map", "do_lower_case", "remove_space", "encode_special_tokens", "additional_special_tokens",
+                    "extra_special_tokens", "is_local", "local_files_only", "model_specific_special_tokens",
+                    "image_size")  # fmt: skip
 
 
 class ChatGLMTokenizer(PreTrainedTokenizer):
-    """Tokenizer of ChatGLM2-6B, ChatGLM3-6B, CodeGeeX2-6B and chatglm-nano, with the official ids.
+    """Tokenizer of the whole family, with the official ids: ChatGLM2-6B, ChatGLM3-6B, CodeGeeX2-6B and chatglm-nano
+    (sentencepiece), GLM-4-9B and CodeGeeX4-ALL-9B (byte pairs).
 
-    Every sequence starts with `[gMASK] sop`, a pair ends in `</s>`; padding is `<unk>` on the left, with position ids
-    0 on it and 0, 1, 2, ... on the tokens. A special token comes from its id or from a chat template, never from text:
-    "<|user|>" is text of eight characters. One thing of a text is lost, as with the official tokenizer: sentencepiece
-    writes spaces as U+2581, so that a U+2581 in the text is read back as a space.
+    Every sequence starts with `[gMASK] sop` (`[gMASK] <sop>`), a pair ends in eos: `</s>`, or `<|endoftext|>`. Padding
+    is `<unk>`, or `<|endoftext|>`, on the left, with position ids 0 on it and 0, 1, 2, ... on the tokens. A special
+    token comes from its id or from a chat template, never from text: "<|user|>" is text of eight characters. One thing
+    of a text is lost with sentencepiece, as with the official tokenizer: it writes spaces as U+2581, so that a U+2581
+    in the text is read back as a space.
 
     Args:
         vocab_file: the `tokenizer.model`.
-        chat_format: "chatglm2" or "chatglm3"; taken from the files beside `vocab_file` where not given: the
-            `chat_format` or the chat template of tokenizer_config.json, or the model's name there and in config.json.
+        tokenizer_file: a `tokenizer.json` to read GLM-4's vocabulary from where there is no `tokenizer.model`.
+        chat_format: one of `CHAT_FORMATS`; where not given, it is recognised by the files beside the vocabulary
+            (`recognise_chat_format`).
         chat_template: a jinja template to use instead of the format's own.
+        special_token_ids: special tokens to ids of a GLM-4 vocabulary, as `save_pretrained` writes them.
+        added_tokens_decoder: the same in the form of the official files.
         kwargs: settings of transformers' tokenizers (`padding_side`, `model_max_length`, ...).
 
     Raises:
-        ValueError: if the vocabulary is missing, damaged or of another family, or the chat format is none of the two.
+        ValueError: if the vocabulary is missing, damaged or of another family, or cannot write the chat format.
     """
 
-    vocab_files_names: ClassVar[dict[str, str]] = {"vocab_file": "tokenizer.model"}
+    vocab_files_names: ClassVar[dict[str, str]] = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}
     model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask", "position_ids"]
     padding_side = "left"
 
     def __init__(
         self,
         vocab_file: str | None,
+        tokenizer_file: str | None = None,
         chat_format: str | None = None,
         chat_template: str | dict[str, str] | None = None,
+        special_token_ids: Mapping[str, int] | None = None,
+        added_tokens_decoder: Mapping[int, AddedToken] | None = None,
         **kwargs: Any,
     ) -> None:
         origin = str(kwargs.get("name_or_path", ""))
-        self.vocabulary = SentencePieceVocabulary(vocab_file or Path(origin, self.vocab_files_names["vocab_file"]))
+        special_ids = special_token_ids or {str(token): int(i) for i, token in (added_tokens_decoder or {}).items()}
+        self.vocabulary = open_vocabulary(
+            vocab_file or tokenizer_file or Path(origin, self.vocab_files_names["vocab_file"]), special_ids
+        )
         for name in _UNUSED_SETTINGS:
             kwargs.pop(name, None)
-        beside = _FolderSettings(self.vocabulary.path.parent)
+        folder = self.vocabulary.path.parent
+        beside = FolderSettings(folder)
         chat_format = chat_format or beside.chat_format
         if chat_format is None:
-            names = [*beside.names, origin, self.vocabulary.path.parent.name]
-            chat_format = _find_chat_format(chat_template or beside.config_template, names)
-        self._chat_format = _checked_chat_format(chat_format)
+            locations = [origin, str(folder)]
+            chat_format = recognise_chat_format(
+                self.vocabulary, chat_template or beside.template, locations, beside.names
+            )
+        self._chat_format = self._checked(chat_format)
         # A template of the folder stays if it was saved together with this format. An official folder's has told its
         # format and gives way to ours, which also says where the text is cut into pieces. One by the caller stays.
         if beside.has_template(chat_template) and beside.chat_format != chat_format:
             chat_template = None
+        if special_ids:
+            kwargs["special_token_ids"] = self.vocabulary.special_ids
         super().__init__(
             chat_format=chat_format,
-            chat_template=chat_template or CHAT_TEMPLATES[chat_format],
-            extra_special_tokens=list(SPECIAL_TOKENS),
+            chat_template=chat_template or template_of(chat_format, self.vocabulary),
+            extra_special_tokens=list(self.vocabulary.special_ids),
             **self._named_tokens(kwargs),
             **kwargs,
         )
 
     def _named_tokens(self, kwargs: dict[str, Any]) -> dict[str, str | AddedToken]:
-        processor = self.vocabulary.processor
-        unknown = processor.id_to_piece(processor.unk_id())
-        tokens = {
-            "bos_token": processor.id_to_piece(processor.bos_id()),
-            "eos_token": processor.id_to_piece(processor.eos_id()),
-            "unk_token": unknown,
-            "pad_token": unknown,
-        }
-        for name, token in tokens.items():
+        tokens: dict[str, str | AddedToken] = dict(self.vocabulary.named_tokens)
+        for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
             given = kwargs.pop(name, None)
             if given is not None and str(given) in self.vocabulary:
                 tokens[name] = given
             elif given is not None:
-                logger.warning(f"{name} {str(given)!r} is not in {self.vocabulary.path}; {token!r} is used.")
+                logger.warning(f"{name} {str(given)!r} is not in {self.vocabulary.path}; {tokens.get(name)!r} is used.")
         return tokens
 
     # Chat format
 
     @property
     def chat_format(self) -> str:
-        """`chatglm2` (numbered rounds in one text) or `chatglm3` (role tokens); setting it sets the chat template."""
+        """`chatglm2` (numbered rounds in one text), `chatglm3`, `glm4` (role tokens) or `base` (no chat, plain text).
+
+        Setting it sets the chat template.
+        """
         return self._chat_format
 
     @chat_format.setter
     def chat_format(self, chat_format: str) -> None:
-        self._chat_format = _checked_chat_format(chat_format)
-        self.chat_template = CHAT_TEMPLATES[chat_format]
+        self._chat_format = self._checked(chat_format)
+        self.chat_template = template_of(chat_format, self.vocabulary)
+
+    def _checked(self, chat_format: str) -> str:
+        allowed = self.vocabulary.chat_formats
+        if chat_format not in allowed:
+            raise ValueError(
+                f"chat_format must be one of {', '.join(sorted(allowed))} with the vocabulary in "
+                f"{self.vocabulary.path}, got {chat_format!r}."
+            )
+        return chat_format
 
     # Vocabulary
 
@@ -115,7 +138,13 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def get_vocab(self) -> dict[str, int]:
         """Tokens to ids; a piece spelled like a special token gives way to it."""
-        return {self.vocabulary.token(index): index for index in range(len(self.vocabulary))}
+        tokens = ((self.vocabulary.token(index), index) for index in range(len(self.vocabulary)))
+        return {token: index for token, index in tokens if token}
+
+    @property
+    def start_ids(self) -> list[int]:
+        """The two ids with which every sequence starts, `[gMASK]` and `sop`."""
+        return [self.get_command(token) for token in self.vocabulary.start_tokens]
 
     def get_command(self, token: str) -> int:
         """The id of a special token, or of `<bos>`, `<eos>`, `<unk>` or `<pad>`; the official name for it.
@@ -125,9 +154,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """
         named = {"<bos>": self.bos_token_id, "<eos>": self.eos_token_id, "<unk>": self.unk_token_id,
                  "<pad>": self.pad_token_id}  # fmt: skip
-        ids = {**named, **self.vocabulary.special_ids}
+        ids = {name: index for name, index in named.items() if index is not None} | self.vocabulary.special_ids
         if token not in ids:
-            raise ValueError(f"{token!r} is no special token of ChatGLM; there are {', '.join(ids)}.")
+            raise ValueError(f"{token!r} is no special token of this base; there are {', '.join(ids)}.")
         return ids[token]
 
     def _add_tokens(self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False) -> int:
@@ -135,35 +164,33 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         unknown = [str(token) for token in new_tokens if str(token) not in self.vocabulary]
         if unknown:
             raise ValueError(
-                f"Cannot add {', '.join(map(repr, unknown))}: the vocabulary of ChatGLM is fixed by "
+                f"Cannot add {', '.join(map(repr, unknown))}: the vocabulary is fixed by "
                 f"{self.vocabulary.path}. Spell new markers as ordinary text."
             )
         return 0
 
-    def _convert_token_to_id(self, token: str) -> int:
+    def _convert_token_to_id(self, token: str) -> int | None:
         return self.vocabulary.id(token)
 
     def _convert_id_to_token(self, index: int) -> str:
         return self.vocabulary.token(index)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
-        """Writes `tokenizer.model` into a folder.
+        """Writes `tokenizer.model` into a folder, also where the vocabulary came from a tokenizer.json.
 
         Returns:
             the path written.
         """
         name = self.vocab_files_names["vocab_file"]
         target = Path(save_directory, f"{filename_prefix}-{name}" if filename_prefix else name)
-        content = self.vocabulary.processor.serialized_model_proto()
-        if not target.is_file() or target.read_bytes() != content:
-            target.write_bytes(content)
+        self.vocabulary.save(target)
         return (str(target),)
 
     # Text to ids
 
     def tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        """The sentencepiece pieces of a text. To get ids, call the tokenizer: a piece may be spelled like a special
-        token, which is what `convert_tokens_to_ids` then takes it for.
+        """The pieces of a text. To get ids, call the tokenizer: a piece may be spelled like a special token, which is
+        what `convert_tokens_to_ids` then takes it for.
         """
         return self.vocabulary.split(text)
 
@@ -171,7 +198,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
         """`[gMASK] sop A`, or `[gMASK] sop A B </s>` for a pair."""
-        ids = [self.get_command("[gMASK]"), self.get_command("sop"), *token_ids_0]
+        ids = [*self.start_ids, *token_ids_0]
         return ids if token_ids_1 is None else [*ids, *token_ids_1, self.eos_token_id]
 
     def get_special_tokens_mask(
@@ -195,15 +222,16 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     ) -> BatchEncoding:
         # transformers' own version goes from text to token strings to ids, on which a piece that is spelled like a
         # special token becomes one. This one goes from text to ids.
-        if return_offsets_mapping:
-            raise NotImplementedError("ChatGLMTokenizer gives no offsets into the text (return_offsets_mapping).")
         kwargs["truncation"] = truncation_strategy.value
-        if not _is_batch(text, is_split_into_words):
+        is_batch = _is_batch(text, is_split_into_words)
+        if not is_batch and not return_offsets_mapping:
             first = self._to_ids(text, is_split_into_words)
             second = None if text_pair is None else self._to_ids(text_pair, is_split_into_words)
             return self.prepare_for_model(
                 first, second, padding=padding_strategy.value, prepend_batch_axis=True, **kwargs
             )
+        if not is_batch:
+            text, text_pair = [text], None if text_pair is None else [text_pair]
         if text_pair is not None:
             if not isinstance(text_pair, (list, tuple)) or len(text_pair) != len(text):
                 raise ValueError(f"text is a batch of {len(text)}, so text_pair must be one, too.")
@@ -220,6 +248,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
                 return_attention_mask=False,
                 **kwargs,
             )
+            if return_offsets_mapping:
+                encoded["offset_mapping"] = self._row_offsets(first, second, is_split_into_words, kwargs)
             for name, value in encoded.items():
                 columns.setdefault(name, []).append(value)
         if for_batch["return_tensors"]:
@@ -227,7 +257,31 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             columns.pop("overflowing_tokens", None)
             columns.pop("num_truncated_tokens", None)
         max_length = kwargs.get("max_length")
-        return self.pad(columns, padding=padding_strategy.value, max_length=max_length, **for_batch)
+        batch = self.pad(columns, padding=padding_strategy.value, max_length=max_length, **for_batch)
+        if is_batch or for_batch["return_tensors"]:
+            return batch
+        return BatchEncoding({name: column[0] for name, column in batch.items()})
+
+    def _row_offsets(
+        self, first: Any, second: Any, is_split_into_words: bool, kwargs: Mapping[str, Any]
+    ) -> list[tuple[int, int]]:
+        """The offsets of a row's ids after truncation; (0, 0) for a special token, as in transformers."""
+        spans = self._to_offsets(first, is_split_into_words)
+        middle = len(spans)
+        if second is not None:
+            spans += self._to_offsets(second, is_split_into_words)
+        # Special tokens and truncation are put on by number: negative ids, which no token has, come back in place.
+        stand_ins = [-1 - place for place in range(len(spans))]
+        settings = {name: kwargs[name] for name in ("truncation", "max_length", "add_special_tokens") if name in kwargs}
+        row = self.prepare_for_model(stand_ins[:middle], None if second is None else stand_ins[middle:], **settings)
+        return [(0, 0) if index >= 0 else spans[-1 - index] for index in row["input_ids"]]
+
+    def _to_offsets(self, text: Any, is_split_into_words: bool) -> list[tuple[int, int]]:
+        if isinstance(text, str):
+            return self.vocabulary.offsets(text)
+        if is_split_into_words and all(isinstance(word, str) for word in text):
+            return [span for word in text for span in self.vocabulary.offsets(word)]
+        raise ValueError(f"return_offsets_mapping needs texts; {text!r} has no characters to point at.")
 
     def _to_ids(self, text: Any, is_split_into_words: bool) -> list[int]:
         if isinstance(text, str):
@@ -245,10 +299,15 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         if positions is None:
             positions = _positions(encoded_inputs.get("attention_mask") or [1] * before)
         encoded_inputs = super()._pad(encoded_inputs, *args, padding_side=padding_side, **kwargs)
+        added = len(encoded_inputs["input_ids"]) - before
+        columns = {}
         if "position_ids" in self.model_input_names:
-            padding = [0] * (len(encoded_inputs["input_ids"]) - before)
-            on_left = (padding_side or self.padding_side) == "left"
-            encoded_inputs["position_ids"] = padding + positions if on_left else positions + padding
+            columns["position_ids"] = (positions, 0)
+        if "offset_mapping" in encoded_inputs:
+            columns["offset_mapping"] = (encoded_inputs["offset_mapping"], (0, 0))
+        on_left = (padding_side or self.padding_side) == "left"
+        for name, (values, value) in columns.items():
+            encoded_inputs[name] = [value] * added + values if on_left else values + [value] * added
         return encoded_inputs
 
     # Ids to text
@@ -291,22 +350,20 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return "".join(rounds) + f"[Round {len(rounds) + 1}]\n\n问：{query}\n\n答："
 
     def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
-        """The ids of a message in ChatGLM3's form: `<|role|>`, then metadata and newline, then the content.
+        """The ids of a message in ChatGLM3's and GLM-4's form: `<|role|>`, metadata and newline, the content.
 
         Raises:
             ValueError: if the role is none of system, user, assistant and observation.
         """
         token = f"<|{role}|>"
         if token not in ROLE_TOKENS:
-            raise ValueError(
-                f"ChatGLM3 has no role {role!r}; there are {', '.join(name[2:-2] for name in ROLE_TOKENS)}."
-            )
+            raise ValueError(f"There is no role {role!r}; there are {', '.join(name[2:-2] for name in ROLE_TOKENS)}.")
         return [self.get_command(token), *self.vocabulary.encode(f"{metadata}\n"), *self.vocabulary.encode(message)]
 
     def build_chat_input(
         self, query: str, history: Sequence[Mapping[str, Any]] | None = None, role: str = "user"
     ) -> BatchEncoding:
-        """A chat in ChatGLM3's form, ready to be continued after `<|assistant|>`.
+        """A chat in ChatGLM3's form, with GLM-4's vocabulary in GLM-4's, to be continued after `<|assistant|>`.
 
         Args:
             query: the newest message.
@@ -316,8 +373,14 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         Returns:
             `input_ids`, `attention_mask` and `position_ids`, each a tensor `[1, seq_len]`.
         """
+        messages = [*(history or ()), {"role": role, "content": query}]
+        if "glm4" in self.vocabulary.chat_formats:
+            template = template_of("glm4", self.vocabulary)
+            return self.apply_chat_template(
+                messages, chat_template=template, add_generation_prompt=True, return_tensors="pt"
+            )
         ids: list[int] = []
-        for message in [*(history or ()), {"role": role, "content": query}]:
+        for message in messages:
             content = message["content"]
             if message["role"] == "system" and message.get("tools") is not None:
                 content += "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)
@@ -365,7 +428,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         }
         if not tokenize:
             return super().apply_chat_template(conversation, tools=tools, documents=documents, **options, **kwargs)
-        guard = RenderGuard()
+        guard = RenderGuard(self.vocabulary)
         rendered = super().apply_chat_template(
             guard.protect(conversation),
             tools=guard.protect(tools),
@@ -394,46 +457,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return encoded if return_dict else encoded["input_ids"]
 
 
-class _FolderSettings:
-    """What the files beside a vocabulary say about its base; a file that is missing or unreadable says nothing."""
-
-    def __init__(self, folder: Path) -> None:
-        config = self._read(folder / "tokenizer_config.json")
-        self.chat_format: str | None = config.get("chat_format")
-        self.config_template = config.get("chat_template")
-        named = (config.get("name_or_path"), self._read(folder / "config.json").get("_name_or_path"))
-        self.names = [name for name in named if isinstance(name, str)]
-        self._template_file = folder / "chat_template.jinja"
-
-    def has_template(self, template: Any) -> bool:
-        """Whether the template is the folder's own."""
-        if self._template_file.is_file() and self._template_file.read_text(encoding="utf-8") == template:
-            return True
-        return template is not None and template == self.config_template
-
-    @staticmethod
-    def _read(path: Path) -> dict[str, Any]:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return content if isinstance(content, dict) else {}
-
-
-def _find_chat_format(chat_template: Any, names: Sequence[str]) -> str:
-    found = recognise_chat_format(chat_template, names)
-    if found is None:
-        logger.warning_once(
-            "Nothing beside tokenizer.model tells ChatGLM2 from ChatGLM3, so chats are written in ChatGLM3's form; "
-            'for ChatGLM2 give chat_format="chatglm2" to the tokenizer or in tokenizer_config.json.'
-        )
-    return found or "chatglm3"
-
-
-def _checked_chat_format(chat_format: str) -> str:
-    if chat_format not in CHAT_FORMATS:
-        raise ValueError(f"chat_format must be one of {', '.join(CHAT_FORMATS)}, got {chat_format!r}.")
-    return chat_format
+class ChatGLM4Tokenizer(ChatGLMTokenizer):
+    """The same under the name that GLM-4's official tokenizer_config.json gives, for AutoTokenizer."""
 
 
 def _is_batch(text: Any, is_split_into_words: bool) -> bool:

@@ -1,0 +1,112 @@
+"""Which chat format a base was trained on, from the files of its folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from chatglm_ptuning.model.vocabulary import Vocabulary
+
+logger = logging.get_logger(__name__)
+
+# The official bases that were not trained to chat. CodeGeeX2 has ChatGLM2's tokenizer, but its prompts are plain text
+# ("# language: Python"); the base models of ChatGLM3 and GLM-4 are only shown continuing text.
+_PLAIN_BASES = re.compile(r"codegeex2.*|chatglm3-6b-base.*|glm-?4-9b(-base)?(-hf)?")
+_NAMES = (
+    ("chatglm2", re.compile(r".*chatglm2.*")),
+    ("chatglm3", re.compile(r".*chatglm3.*")),
+    ("glm4", re.compile(r".*(glm-?4|codegeex4).*")),
+)
+
+
+class FolderSettings:
+    """What the files beside a vocabulary say about its base; a file that is missing or unreadable says nothing.
+
+    Attributes:
+        chat_format: as `save_pretrained` of this kit's tokenizer wrote it.
+        config_template: the chat template in tokenizer_config.json or chat_template.jinja.
+        names: that the base has in config.json and tokenizer_config.json, in this order: some official
+            tokenizer_config.json still name the base that the model was made from.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        config = self._read(folder / "tokenizer_config.json")
+        self.chat_format: str | None = config.get("chat_format")
+        self.config_template = config.get("chat_template")
+        named = (self._read(folder / "config.json").get("_name_or_path"), config.get("name_or_path"))
+        self.names = [name for name in named if isinstance(name, str)]
+        self._template_file = folder / "chat_template.jinja"
+
+    @property
+    def template(self) -> Any:
+        """The folder's own template."""
+        if self._template_file.is_file():
+            return self._template_file.read_text(encoding="utf-8")
+        return self.config_template
+
+    def has_template(self, template: Any) -> bool:
+        """Whether the template is the folder's own."""
+        return template is not None and template in (self.template, self.config_template)
+
+    @staticmethod
+    def _read(path: Path) -> dict[str, Any]:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+
+def recognise_chat_format(
+    vocabulary: Vocabulary, chat_template: Any, locations: Iterable[str], names: Iterable[str]
+) -> str:
+    """The chat format of a base that does not name it, among those that its vocabulary can write.
+
+    The first of these that tells it: where the base lies, if that is called like an official base without chat; its
+    chat template; the names of where it lies, and then those that its files give; else the first format of the
+    vocabulary, with a warning.
+
+    Args:
+        chat_template: jinja text, several by name, or None.
+        locations: paths or hub names; of a path only the last part counts, of the hub's cache the repository.
+        names: that the folder's files give.
+    """
+    locations = [last_part(location) for location in locations]
+    if any(_PLAIN_BASES.fullmatch(location) for location in locations):
+        return "base"
+    found = _format_of_template(str(chat_template or ""))
+    if found in vocabulary.chat_formats:
+        return found
+    for name in [*locations, *map(last_part, names)]:
+        found = "base" if _PLAIN_BASES.fullmatch(name) else None
+        found = found or next((chat_format for chat_format, pattern in _NAMES if pattern.fullmatch(name)), None)
+        if found in vocabulary.chat_formats:
+            return found
+    first, *others = vocabulary.chat_formats
+    alternatives = " or ".join(f'chat_format="{other}"' for other in others)
+    logger.warning_once(
+        f"Nothing beside {vocabulary.path.name} tells the chat format of this base, so chats are written in that of "
+        f"{first}; for another give {alternatives} to the tokenizer or in tokenizer_config.json."
+    )
+    return first
+
+
+def last_part(name: str) -> str:
+    """What a path, hub name or folder of the hub's cache calls a base, in lower case."""
+    parts = [part for part in re.split(r"[/\\]", name) if part]
+    if len(parts) >= 3 and parts[-2] == "snapshots":
+        parts = parts[:-2]
+    return parts[-1].split("--")[-1].lower() if parts else ""
+
+
+def _format_of_template(template: str) -> str | None:
+    if "问：" in template:
+        return "chatglm2"
+    if "<sop>" in template:
+        return "glm4"
+    return "chatglm3" if "<|" in template else None
