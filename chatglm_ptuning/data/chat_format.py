@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 from chatglm_ptuning.data import render_plain, render_roles, render_rounds
 from chatglm_ptuning.data.conversation import Conversation, Message
 from chatglm_ptuning.data.rendered import Rendered
+from chatglm_ptuning.model.chat_templates import CHAT_FORMATS, ROLE_FORMATS
 
 if TYPE_CHECKING:
     from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
-__all__ = ["Rendered", "answer_text", "render", "split_for_training"]
+__all__ = ["Rendered", "reference_text", "render", "split_for_training"]
 
 
 def render(conversation: Conversation, tokenizer: ChatGLMTokenizer, for_generation: bool = False) -> Rendered:
@@ -45,11 +46,11 @@ def render(conversation: Conversation, tokenizer: ChatGLMTokenizer, for_generati
     chat_format = tokenizer.chat_format
     if chat_format == "chatglm2":
         return render_rounds.render(asked, answer, tokenizer)
-    if chat_format in render_roles.FORMATS:
+    if chat_format in ROLE_FORMATS:
         return render_roles.render(asked, answer, tokenizer, for_generation)
     if chat_format == "base":
         return render_plain.render(asked, answer, tokenizer)
-    raise ValueError(f"unknown chat format {chat_format!r}; known are chatglm2, chatglm3, glm4 and base")
+    raise ValueError(f"unknown chat format {chat_format!r}; known are {', '.join(CHAT_FORMATS)}")
 
 
 def split_for_training(conversation: Conversation, tokenizer: ChatGLMTokenizer) -> list[Conversation]:
@@ -59,7 +60,7 @@ def split_for_training(conversation: Conversation, tokenizer: ChatGLMTokenizer) 
     model meets it in a chat. In the formats with roles it is the conversation itself, up to its last answer to be
     learned.
     """
-    if tokenizer.chat_format in render_roles.FORMATS:
+    if tokenizer.chat_format in ROLE_FORMATS:
         whole = conversation.until_last_learned()
         return [whole] if whole.messages else []
     parts = []
@@ -70,7 +71,7 @@ def split_for_training(conversation: Conversation, tokenizer: ChatGLMTokenizer) 
     return parts
 
 
-def answer_text(answer: Message, tokenizer: ChatGLMTokenizer) -> str:
+def reference_text(answer: Message, tokenizer: ChatGLMTokenizer) -> str:
     """What a model that gives this answer writes; a tool call is the tool's name and, on the next line, the call."""
     written = render_roles.written_out(answer, tokenizer.chat_format)
     return f"{written.metadata}\n{written.content}" if written.metadata else written.content

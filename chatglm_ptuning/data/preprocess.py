@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from chatglm_ptuning.data.chat_format import answer_text, render, split_for_training
+from chatglm_ptuning.data.chat_format import reference_text, render, split_for_training
 from chatglm_ptuning.data.conversation import Conversation, Document, Message
 from chatglm_ptuning.data.forms import MESSAGE_FORMS, Columns, find_form, understand
 from chatglm_ptuning.data.forms.fields import fail
@@ -276,7 +276,7 @@ class Preprocessor:
                 return Prepared(counted=["too_long"])
             prepared.counted += ["history_cut"] * cut.history_cut + ["source_cut"] * cut.text_cut
             prompt = render(cut.conversation, self.tokenizer, for_generation=True).input_ids
-        prepared.examples.append({"input_ids": prompt, "reference": answer_text(found.messages[-1], self.tokenizer)})
+        prepared.examples.append({"input_ids": prompt, "reference": reference_text(found.messages[-1], self.tokenizer)})
         return prepared
 
 

@@ -13,8 +13,6 @@ from chatglm_ptuning.data.rendered import Rendered, start_ids, text_ids
 if TYPE_CHECKING:
     from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
-FORMATS = ("chatglm3", "glm4")
-
 # What may follow an answer. `<|assistant|>` is among them because the models say what they think and then call a tool
 # in two assistant messages in a row, without stopping between them.
 _ENDS_AN_ANSWER = ("user", "observation", "assistant")

@@ -1,0 +1,161 @@
+"""Files of every type, folders and patterns: the rows in them, where they stand, and what is said about faults."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from chatglm_ptuning.data.files import BadRows, find_files, iterate_rows, read_rows
+
+
+def written(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def fault(name: object) -> str:
+    with pytest.raises(ValueError) as caught:
+        list(iterate_rows([name]))
+    return str(caught.value)
+
+
+CSV = 'prompt,response\n问一,"答,一"\n\n"问\n二","他说""好"""\n问三,答三\n'
+
+
+@pytest.mark.parametrize("content", [CSV, "\ufeff" + CSV, CSV.replace("\n", "\r\n")])
+def test_csv(tmp_path, content):
+    path = written(tmp_path, "rows.csv", content)
+    rows = read_rows(path)
+    line_end = "\r\n" if "\r" in content else "\n"
+    assert [tuple(row.values()) for row in rows] == [
+        ("问一", "答,一"), (f"问{line_end}二", '他说"好"'), ("问三", "答三"),
+    ]  # fmt: skip
+    assert list(rows[0]) == ["prompt", "response"]
+    assert [row.where for row in rows] == [f"{path}:2", f"{path}:4", f"{path}:6"]
+
+
+def test_tsv_and_gzip(tmp_path):
+    path = written(tmp_path, "rows.tsv.gz", gzip.compress("prompt\tresponse\n问,一\t答".encode()))
+    assert read_rows(path) == [{"prompt": "问,一", "response": "答"}]
+
+
+def test_plain_text_is_a_row_per_line(tmp_path):
+    path = written(tmp_path, "novel.txt", "第一段\r\n\n  第二段\n")
+    assert [(dict(row), row.where) for row in read_rows(path)] == [
+        ({"text": "第一段"}, f"{path}:1"), ({"text": "  第二段"}, f"{path}:3"),
+    ]  # fmt: skip
+
+
+def test_parquet_leaves_out_the_nulls_that_it_fills_in(tmp_path):
+    path = tmp_path / "rows.parquet"
+    rows = [
+        {"id": None, "messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答", "loss": False}]}
+    ]  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows * 600), path)
+    found = read_rows(path)
+    assert found == rows * 600
+    assert (found[0].where, found[599].where) == (f"{path} row 1", f"{path} row 600")
+    packed = written(tmp_path, "packed.parquet.gz", gzip.compress(path.read_bytes()))
+    assert read_rows(packed) == rows * 600
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "prompt,response\n一\n", ":2: 1 values, but 2 columns (prompt, response). A value with commas"),
+        (
+            "a.tsv",
+            "prompt\tresponse\n一\t二\t三\n",
+            ":2: 3 values, but 2 columns (prompt, response). A value with tabs",
+        ),
+        ("a.csv", 'prompt,response\n"一"二,三\n', ":2: not a row of values: "),
+        ("a.csv", 'prompt,response\n一,"二\n', ":2: not a row of values: "),
+        ("a.csv", "prompt,prompt\n一,二\n", ":1: the line with the names of the columns names 'prompt' twice."),
+        ("a.csv", "prompt,\n一,二\n", ":1: the line with the names of the columns has a column without a name."),
+        ("a.csv", "prompt,response\n", " is empty: it needs a line with the names of the columns"),
+        ("a.csv", "问,答\n一,二\n".encode("gbk"), ":1: not UTF-8 text (byte 0xce). If it is GBK"),
+        ("a.txt", " \n\n", " is empty."),
+        ("a.parquet", "PAR1 and no more", " is not a Parquet file, or a damaged one: "),
+        ("a.csv.gz", gzip.compress(CSV.encode())[:-9], " is a gzip file that is damaged or cut off"),
+    ],
+)
+def test_names_what_is_wrong_with_a_file(tmp_path, name, content, message):
+    path = written(tmp_path, name, content)
+    assert fault(path).startswith(f"{path}{message}")
+
+
+def test_folders_and_patterns(tmp_path):
+    written(tmp_path, "b.jsonl", '{"a": 2}\n')
+    written(tmp_path, "a.csv", "a\n1\n")
+    written(tmp_path, "README.md", "# nothing")
+    assert [dict(row) for row in iterate_rows([tmp_path])] == [{"a": "1"}, {"a": 2}]
+    assert [dict(row) for row in iterate_rows([f"{tmp_path}/*.jsonl", tmp_path / "a.csv"])] == [{"a": 2}, {"a": "1"}]
+    assert "No file matches the pattern" in fault(f"{tmp_path}/*.parquet")
+
+
+def test_a_folder_of_several_splits_is_refused(tmp_path):
+    for name in ("train.json", "dev.json"):
+        written(tmp_path, name, '{"a": 1}')
+    assert "holds files of several splits (dev.json, train.json); name the files of one" in fault(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert "is a folder without data files" in fault(tmp_path / "empty")
+
+
+def test_shards_of_one_split_are_one_data_set(tmp_path):
+    for number in range(3):
+        written(tmp_path, f"train-0000{number}-of-00003.json", json.dumps({"a": number}))
+    assert [row["a"] for row in iterate_rows([tmp_path])] == [0, 1, 2]
+
+
+def test_names_of_hub_datasets():
+    (found,) = find_files("hub:owner/name?split=validation&revision=abc")
+    assert (found.repository, found.config, found.split, found.revision) == ("owner/name", None, "validation", "abc")
+    with pytest.raises(ValueError, match=r"hub:owner/name\?rows=3: a dataset on the hub is written hub:OWNER/NAME"):
+        find_files("hub:owner/name?rows=3")
+
+
+def test_a_hub_dataset_without_a_connection(monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    message = fault("hub:owner/name")
+    assert message.startswith("hub:owner/name cannot be had from the hub: ")
+    assert "hf download --repo-type dataset owner/name" in message
+
+
+def test_an_array_larger_than_what_is_read_at_once(tmp_path):
+    rows = [{"n": number, "text": "长，\n\u2028" * (number % 500)} for number in range(3000)]
+    rows[7]["text"] = "很长" * 1_000_000
+    path = written(tmp_path, "big.json", json.dumps(rows, ensure_ascii=False, indent=1))
+    lines = path.read_bytes().split(b"\n")
+    found = read_rows(path)
+    assert found == rows
+    assert all(lines[row.line - 1].strip() == b"{" and str(row["n"]).encode() in lines[row.line] for row in found)
+    broken = written(tmp_path, "broken.json", path.read_bytes().replace(b'"n": 2900,', b'"n": 2900'))
+    assert fault(broken).startswith(f"{broken}:{found[2900].line + 2}: not valid JSON: Expecting ',' delimiter")
+    not_utf8 = written(tmp_path, "latin.json", path.read_bytes().replace(b'"n": 2900,', b'"n\xff": 2900,'))
+    assert fault(not_utf8).startswith(f"{not_utf8}:{found[2900].line + 1}: not UTF-8 text (byte 0xff)")
+
+
+def test_bad_rows_are_counted_until_there_are_too_many(tmp_path):
+    lines = ['{"a": 1}', '{"a": ', '["b"]', b'{"a": "\xff"}', '{"a": 2}']
+    path = written(
+        tmp_path, "rows.json", b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines)
+    )
+    table = written(tmp_path, "rows.csv", "a,b\n1\n1,2\n")
+    bad_rows = BadRows(4)
+    assert [dict(row) for row in iterate_rows([path, table], bad_rows)] == [{"a": 1}, {"a": 2}, {"a": "1", "b": "2"}]
+    assert bad_rows.count == 4
+    assert [message.partition(": ")[0] for message in bad_rows.messages] == [
+        f"{path}:2", f"{path}:3", f"{path}:4", f"{table}:2",
+    ]  # fmt: skip
+    with pytest.raises(
+        ValueError, match=rf"^More than 2 bad rows \(--skip_bad_rows\). The last one:\n{path}:4: not UTF-8"
+    ):
+        list(iterate_rows([path], BadRows(2)))

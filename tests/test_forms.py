@@ -1,0 +1,253 @@
+"""Rows of every published form: which form is seen in them, and what they mean."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from chatglm_ptuning.data.conversation import Conversation, Document, Message
+from chatglm_ptuning.data.forms import Columns, find_form, to_conversation
+from chatglm_ptuning.data.row import Row
+
+DETECT = Columns()
+WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}
+
+
+def row(**values: object) -> Row:
+    return Row(values, "rows.json", 5)
+
+
+def user(content: str) -> Message:
+    return Message("user", content)
+
+
+def answer(content: str, loss: bool = True, metadata: str = "") -> Message:
+    return Message("assistant", content, metadata, loss)
+
+
+def call(name: str, arguments: object, loss: bool = True) -> Message:
+    return Message("assistant", "", name, loss, arguments=arguments)
+
+
+def seen(content: str) -> Message:
+    return Message("observation", content)
+
+
+def read(values: Row, form: str, columns: Columns = DETECT) -> Conversation:
+    assert find_form(values, columns) == form
+    return to_conversation(values, columns)
+
+
+def refusal(values: Row, columns: Columns = DETECT) -> str:
+    with pytest.raises(ValueError) as caught:
+        to_conversation(values, columns)
+    assert str(caught.value).startswith("rows.json:5: ")
+    return str(caught.value).removeprefix("rows.json:5: ")
+
+
+@pytest.mark.parametrize(
+    "fields", [("content", "summary"), ("prompt", "response"), ("question", "answer"), ("input", "output"),
+               ("text", "label")],
+)  # fmt: skip
+def test_known_pairs_of_columns_need_no_names(fields):
+    values = dict(zip(fields, ("问", "答"), strict=True))
+    assert read(row(**values, id=3), "columns").messages == [user("问"), answer("答")]
+
+
+def test_a_history_beside_a_known_pair_is_taken_but_not_beside_named_columns():
+    values = row(prompt="问二", response="答二", history=[["问一", "答一"]])
+    assert read(values, "columns").messages == [user("问一"), answer("答一", loss=False), user("问二"), answer("答二")]
+    assert read(values, "columns", Columns("prompt", "response")).messages == [user("问二"), answer("答二")]
+
+
+def test_one_named_column_leaves_the_other_to_be_told():
+    assert read(row(content="问", summary="答"), "columns", Columns(prompt="content")).messages[1] == answer("答")
+    assert "which columns are question and answer" in refusal(row(a="问", b="答"), Columns(prompt="a"))
+
+
+def test_alpaca():
+    values = row(
+        instruction="翻译", input="你好", output="hello", system="你是译者", history=[["一", "one"], ["二", ""]]
+    )
+    assert read(values, "alpaca").messages == [
+        Message("system", "你是译者"), user("一"), answer("one"), user("二"), answer("", loss=False),
+        user("翻译\n你好"), answer("hello"),
+    ]  # fmt: skip
+    assert read(row(instruction="问", input="", output="答"), "alpaca").messages == [user("问"), answer("答")]
+    assert read(row(instruction="问", output="答", system=None), "alpaca").messages == [user("问"), answer("答")]
+
+
+def test_glm4_with_tools_in_the_system_message_as_published():
+    published = {"name": "get_recommended_books", "arguments": {"interests": ["history"]}}
+    turns = [
+        {"role": "system", "content": "", "tools": [WEATHER]},
+        {"role": "user", "content": "推荐几本书"},
+        {"role": "assistant", "content": json.dumps(published)},
+        {"role": "observation", "content": '{"books": ["史记"]}'},
+        {"role": "assistant", "content": "《史记》"},
+    ]
+    assert read(row(messages=turns), "messages").messages == [
+        Message("system", "", tools=(WEATHER,)), user("推荐几本书"), answer(json.dumps(published)),
+        seen('{"books": ["史记"]}'), answer("《史记》"),
+    ]  # fmt: skip
+
+
+def test_glm4_with_metadata_and_a_turn_that_is_not_learned():
+    turns = [
+        {"role": "user", "content": "天气"},
+        {"role": "assistant", "metadata": "get_weather", "content": '{"city": "北京"}', "loss": False},
+        {"role": "observation", "content": "晴"},
+        {"role": "assistant", "content": "晴天"},
+    ]
+    found = read(row(messages=turns), "messages").messages
+    assert found[1] == answer('{"city": "北京"}', loss=False, metadata="get_weather")
+    assert found[3] == answer("晴天")
+
+
+def test_openai_chat_fine_tuning():
+    turns = [
+        {"role": "developer", "content": [{"type": "text", "text": "你是"}, {"type": "text", "text": "助手"}]},
+        {"role": "user", "content": "天气"},
+        {"role": "assistant", "content": "不知道", "weight": 0},
+        {"role": "user", "content": "再想想", "name": "小王"},
+        {"role": "assistant", "content": "晴", "weight": 1},
+    ]
+    assert read(row(messages=turns), "messages").messages == [
+        Message("system", "你是助手"), user("天气"), answer("不知道", loss=False), user("再想想"), answer("晴"),
+    ]  # fmt: skip
+
+
+def test_openai_tool_calls_are_followed_each_by_its_result():
+    def tool(identity: str, city: str) -> dict:
+        arguments = json.dumps({"city": city}, ensure_ascii=False)
+        return {"id": identity, "type": "function", "function": {"name": "get_weather", "arguments": arguments}}
+
+    turns = [
+        {"role": "user", "content": "北京和上海的天气"},
+        {"role": "assistant", "content": None, "tool_calls": [tool("a", "北京"), tool("b", "上海")]},
+        {"role": "tool", "tool_call_id": "b", "content": "雨"},
+        {"role": "tool", "tool_call_id": "a", "content": [{"type": "text", "text": "晴"}]},
+        {"role": "assistant", "content": "北京晴，上海雨"},
+        {"role": "user", "content": "广州呢"},
+        {"role": "assistant", "content": "我查一下", "tool_calls": [tool("c", "广州")], "weight": 0},
+        {"role": "tool", "tool_call_id": "c", "content": "阴"},
+    ]
+    found = read(row(messages=turns, tools=[WEATHER], parallel_tool_calls=True), "messages")
+    assert found.tools == (WEATHER,)
+    assert found.messages == [
+        user("北京和上海的天气"), call("get_weather", {"city": "北京"}), seen("晴"), call("get_weather", {"city": "上海"}),
+        seen("雨"), answer("北京晴，上海雨"), user("广州呢"), answer("我查一下", loss=False),
+        call("get_weather", {"city": "广州"}, loss=False), seen("阴"),
+    ]  # fmt: skip
+
+
+def test_openai_old_function_calls():
+    turns = [
+        {"role": "user", "content": "天气"},
+        {"role": "assistant", "function_call": {"name": "get_weather", "arguments": "{broken"}},
+        {"role": "function", "name": "get_weather", "content": "晴"},
+    ]
+    found = read(row(messages=turns, functions=[WEATHER["function"]]), "messages")
+    assert found.messages[1:] == [call("get_weather", "{broken"), seen("晴")]
+    assert found.tools == (WEATHER["function"],)
+
+
+def test_sharegpt_with_tools_as_text():
+    turns = [
+        {"from": "human", "value": "天气"},
+        {"from": "function_call", "value": '{"name": "get_weather", "arguments": {"city": "北京"}}'},
+        {"from": "observation", "value": '{"t": "晴"}'},
+        {"from": "gpt", "value": "晴天"},
+        {"from": "human", "value": "谢谢"},
+        {"from": "gpt", "value": "不客气", "loss": False},
+    ]
+    found = read(row(id="x", conversations=turns, system="你是助手", tools=json.dumps([WEATHER])), "sharegpt")
+    assert found.tools == (WEATHER,)
+    assert found.messages == [
+        Message("system", "你是助手"), user("天气"), call("get_weather", {"city": "北京"}), seen('{"t": "晴"}'),
+        answer("晴天"), user("谢谢"), answer("不客气", loss=False),
+    ]  # fmt: skip
+
+
+def test_sharegpt_conversations_that_begin_with_an_answer():
+    turns = [
+        {"from": "system", "value": "甲"},
+        {"from": "gpt", "value": "断了头的回答"},
+        {"from": "human", "value": "问"},
+        {"from": "gpt", "value": "答"},
+    ]
+    assert read(row(conversations=turns, tools=""), "sharegpt").messages == [
+        Message("system", "甲"), user("问"), answer("答"),
+    ]  # fmt: skip
+
+
+def test_chatglm3_tool_alpaca():
+    turns = [
+        {"role": "user", "content": "查天气"},
+        {"role": "assistant", "content": "我需要调用天气接口"},
+        {"role": "tool", "name": "getWeather", "parameters": {"city": "北京"}, "observation": "晴"},
+        {"role": "assistant", "content": "晴天"},
+    ]
+    found = read(row(tools=["getWeather: 查询天气"], conversations=turns), "chatglm3")
+    assert found.tools == ("getWeather: 查询天气",)
+    assert found.messages == [
+        user("查天气"), answer("我需要调用天气接口"), call("getWeather", {"city": "北京"}), seen("晴"), answer("晴天"),
+    ]  # fmt: skip
+
+
+def test_plain_text():
+    assert read(row(text="一段文字", url="http://a"), "text") == Document("一段文字")
+    assert to_conversation(row(body="文字"), Columns("body", form="text")) == Document("文字")
+
+
+def test_lists_may_be_json_text_as_tables_hold_them():
+    turns = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
+    assert read(row(messages=json.dumps(turns)), "messages").messages == [user("问"), answer("答")]
+    assert read(row(prompt="二", response="答", history='[["一", "一"]]'), "columns").messages[0] == user("一")
+
+
+def test_files_of_conversations_need_no_columns_even_if_some_are_named():
+    turns = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
+    assert read(row(conversations=turns), "chatglm3", Columns("content", "summary")).messages[1] == answer("答")
+
+
+def test_a_named_form_needs_no_telling_apart():
+    values = row(content="问", summary="答", prompt="甲", response="乙")
+    assert to_conversation(values, Columns("prompt", "response")).messages[0] == user("甲")
+    assert read(row(messages=[], conversations=[]), "messages", Columns(form="openai")).messages == []
+    assert "there is no 'messages', which the form messages needs (the row has 'content'" in refusal(
+        values, Columns(form="glm4")
+    )
+    with pytest.raises(ValueError, match="--data_form must be one of columns, alpaca, .*, not 'csv'"):
+        Columns(form="csv")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (row(标题="问", 正文="答"), "no form of data has these fields: '标题', '正文'. The forms, which --data_form"),
+        (row(content="问", summary="答", prompt="甲", response="乙"), "the fields 'content', 'summary', 'prompt', "
+         "'response' fit several forms (content and summary; prompt and response)."),
+        (row(instruction="问", output="答", messages=[]), "the fields 'instruction', 'output', 'messages' fit several "
+         "forms (messages; alpaca)."),
+        (row(conversations=[], messages=[]), "it has both 'conversations' and 'messages'; say which with --data_form."),
+        (row(text="文字", kind="新闻"), "no form of data has these fields: 'text', 'kind'."),
+        (row(instruction=["问"], output="答"), "the column 'instruction' holds an array, not text"),
+        (row(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]), "message 1 of "
+         "'messages' has a part of the type 'image_url'; only text can be learned from."),
+        (row(messages=[{"role": "bot", "content": "答"}]), "message 1 of 'messages' has the unknown role 'bot'; the "
+         "roles are system, user, assistant, observation, developer, function and tool."),
+        (row(messages=[{"role": "user"}]), "message 1 of 'messages' has no 'content' (it has 'role')"),
+        (row(messages=[{"role": "assistant", "content": "答", "weight": 2}]), "message 1 of 'messages': 'weight' must "
+         "be 0 or 1, not 2."),
+        (row(messages=[{"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}]), "message 1 of "
+         "'messages' is a tool call, which needs the 'name' of the tool"),
+        (row(conversations=[{"from": "function_call", "value": "get_weather()"}]), "message 1 of 'conversations' must "
+         'be a call like {"name": "...", "arguments": {...}}, not "get_weather()"'),
+        (row(conversations=[{"from": "human", "value": "问"}], tools="天气"), "'tools' must be a list of tool "
+         'definitions, not "天气"'),
+    ],
+)  # fmt: skip
+def test_names_what_is_wrong(values, message):
+    assert refusal(values).startswith(message)
