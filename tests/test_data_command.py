@@ -1,0 +1,154 @@
+"""`data show` and `data check` as a user runs them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_tokenizer
+from rich.console import Console
+
+from chatglm_ptuning.cli import main
+from chatglm_ptuning.data.show import print_example
+from chatglm_ptuning.data.writing import count_scripts, is_mojibake, special_spellings
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases") / "base"
+    tiny_tokenizer.train(folder.parent, "chatglm3").save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "chatglm"}', "utf-8")
+    return folder
+
+
+def data_file(folder: Path, *rows: dict | str, name: str = "rows.jsonl") -> Path:
+    path = folder / name
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    return path
+
+
+def fails(*argv: object, code: int = 1) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in argv])
+    assert ended.value.code == code
+
+
+def test_show_marks_what_is_learned(base, tmp_path, capsys):
+    path = data_file(tmp_path, {"prompt": "甲", "response": "乙"}, {"content": "今天<|user|>", "summary": "有雨"})
+    main(["data", "show", str(path), "--row", "2", "--model_name_or_path", str(base)])
+    assert capsys.readouterr().out == (
+        f"{path}:2: form columns, chat format chatglm3\n17 tokens, 6 learned\n"
+        "[gMASK]sop<|user|>\n 今天<|user|><|assistant|>⟦\n 有雨</s>⟧\n"
+    )
+    main(["data", "show", "--rows", "2", "--tokens", str(path), "--model_name_or_path", str(base)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[2:5]] == [
+        ["0", lines[2].split()[1], "-", "'[gMASK]'"], ["1", lines[3].split()[1], "-", "'sop'"],
+        ["2", lines[4].split()[1], "-", "'<|user|>'"],
+    ]  # fmt: skip
+    assert lines[11].split()[2:] == ["learned", "'</s>'"] or any(
+        "learned" in line and "'</s>'" in line for line in lines
+    )
+
+
+def test_show_colours_on_a_terminal(tmp_path, capsys):
+    tokenizer = tiny_tokenizer.train(tmp_path, "chatglm3")
+    ids = tokenizer("你好")["input_ids"]
+    console = Console(force_terminal=True, color_system="standard")
+    print_example(tokenizer, ids, [-100] * (len(ids) - 1) + ids[-1:], console)
+    assert capsys.readouterr().out == "\x1b[2m[gMASK]sop你\x1b[0m\x1b[1;32m好\x1b[0m\n"
+
+
+def test_show_says_what_is_cut_and_what_is_not_there(base, tmp_path, capsys):
+    path = data_file(tmp_path, {"prompt": "甲" * 50, "response": "乙"}, {"prompt": "", "response": ""})
+    more = ["--model_name_or_path", str(base), "--max_source_length", "20"]
+    main(["data", "show", str(path), *more])
+    assert "the middle of the source was cut" in capsys.readouterr().out
+    main(["data", "show", str(path), "--row", "2", *more])
+    assert "left out: it has neither question nor answer" in capsys.readouterr().out
+    fails("data", "show", path, "--row", "3", *more)
+    assert f"There is no row 3: {path} has 2." in capsys.readouterr().err
+    fails("data", "show", data_file(tmp_path, {"甲": 1}), *more)
+    assert "rows.jsonl:1: no form of data has these fields: '甲'" in capsys.readouterr().err
+    fails("data", code=0)
+    fails("data", "chekc", code=2)
+
+
+def test_check_of_good_data(base, tmp_path, capsys):
+    rows = [{"prompt": "甲" * (1 + number % 30), "response": "乙" * (number % 40)} for number in range(1, 40)]
+    path = data_file(tmp_path, *rows)
+    more = ["--model_name_or_path", base, "--max_source_length", "30", "--max_target_length", "20"]
+    main(["data", "check", str(path), *map(str, more), "--output_dir", str(tmp_path / "out")])
+    out = capsys.readouterr().out
+    assert "39 rows, form: columns" in out and "letters: han 100.0 %" in out and "Fit to train on." in out
+    assert (tmp_path / "out" / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((tmp_path / "out" / "data_check.json").read_text("utf-8"))
+    assert (found["fit"], found["rows"], found["forms"]) == (True, 39, {"columns": 39})
+    # 7 tokens around a question and 3 in front of an answer, of which each character is one.
+    sources = [7 + len(row["prompt"]) for row in rows]
+    targets = [3 + len(row["response"]) for row in rows]
+    assert found["tokens"]["source_cut"] == sum(source > 30 for source in sources) > 0
+    assert found["tokens"]["target_cut"] == sum(target > 20 for target in targets) > 0
+    assert found["tokens"]["percentiles"]["source"]["50"] == sorted(sources)[19]
+
+
+def test_check_finds_what_is_wrong_and_what_is_suspicious(tmp_path, capsys):
+    spoilt = "涓枃"  # not told apart from rare characters, and not claimed to be
+    path = data_file(
+        tmp_path,
+        {"prompt": "问", "response": "答"},
+        {"prompt": "问", "response": "答"},
+        "{broken",
+        {"prompt": "", "response": ""},
+        {"prompt": "问", "response": " "},
+        {"prompt": "<|user|>说", "response": "こんにちは hello 안녕 привет"},
+        {"prompt": "丢了\ufffd字", "response": "你好".encode().decode("cp1252", "replace") + spoilt},
+        {"prompt": "锟斤拷", "response": "中文测试".encode().decode("latin-1")},
+        {"conversations": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答", "loss": False}]},
+        {"甲": "乙"},
+    )
+    fails("data", "check", path, "--output_dir", tmp_path)
+    out = capsys.readouterr().out
+    assert f"error: {path}:3: not valid JSON" in out and f"error: {path}:10: no form of data" in out
+    assert "Not fit to train on" in out
+    found = json.loads((tmp_path / "data_check.json").read_text("utf-8"))
+    assert (found["fit"], found["rows"], found["bad"]) == (False, 8, 2)
+    assert found["counts"] == {
+        "duplicates": 1, "empty": 1, "one_sided": 1, "without_targets": 1, "replacement_characters": 1, "mojibake": 1,
+        "special_tokens": 1,
+    }  # fmt: skip
+    assert {name: [place.rpartition(":")[2] for place in places] for name, places in found["places"].items()} == {
+        "duplicates": ["2"], "empty": ["4"], "one_sided": ["5"], "without_targets": ["9"],
+        "replacement_characters": ["7"], "mojibake": ["8"], "special_tokens": ["6"],
+    }  # fmt: skip
+    assert found["scripts"]["kana"]["rows"] == found["scripts"]["hangul"]["rows"] == 1
+
+
+@pytest.mark.parametrize("rows", [[{"prompt": "问", "response": ""}], ["[1, 2"], []])
+def test_check_of_data_that_nothing_can_be_learned_from(tmp_path, rows, capsys):
+    fails("data", "check", data_file(tmp_path, *rows))
+    assert "error: " in capsys.readouterr().out
+    fails("data", "check", tmp_path / "none.json")
+    assert "none.json does not exist" in capsys.readouterr().out
+
+
+def test_scripts_are_counted_by_letters():
+    text = "中文 abcé かナ 한글 русский 123，。!?"
+    assert count_scripts(text) == {"han": 2, "latin": 4, "kana": 2, "hangul": 2, "other": 7}
+
+
+@pytest.mark.parametrize("text", ["ä½ å¥½".encode("cp1252").decode("cp1252"), "锟斤拷", "é—®é¢˜", "â€œå¼•å·â€"])
+def test_mojibake(text):
+    assert is_mojibake(text)
+
+
+@pytest.mark.parametrize("text", ["café naïve", "中文，“引号”", "Ãngstrom", "âéîôû", "façade – déjà"])
+def test_no_mojibake(text):
+    assert not is_mojibake(text)
+
+
+def test_special_spellings():
+    text = "<|user|> [gMASK]<sop> soporific </s> <|endoftext|> [MASK"
+    assert special_spellings(text) == ["<|user|>", "[gMASK]", "<sop>", "</s>", "<|endoftext|>"]
