@@ -57,8 +57,8 @@ def rendered(messages: list[Message], tokenizer, **arguments) -> tuple[list[int]
 def test_glm4_learns_every_answer_and_the_token_that_ends_it(glm4):
     messages = [Message("system", "好"), user("你好"), answer("你是谁？"), user("春天"), answer("来了")]
     assert rendered(messages, glm4) == expected(
-        glm4, "[gMASK]", "<sop>", "<|system|>", "\n", "好", "<|user|>", "\n", "你好", "<|assistant|>", "+\n", "+你是谁？",
-        "+<|user|>", "\n", "春天", "<|assistant|>", "+\n", "+来了", "+<|user|>",
+        glm4, "[gMASK]", "<sop>", "<|system|>", "\n", "好", "<|user|>", "\n", "你好", "<|assistant|>", "+\n",
+        "+你是谁？", "+<|user|>", "\n", "春天", "<|assistant|>", "+\n", "+来了", "+<|user|>",
     )  # fmt: skip
 
 
@@ -73,9 +73,11 @@ def test_glm4_leaves_out_an_answer_by_turn_with_the_token_that_ends_it(glm4):
 def test_glm4_tool_calls_learn_the_call_and_never_its_result(glm4):
     call = Message("assistant", "", "get_weather", loss=True, arguments={"city": "北京", "days": 2})
     messages = [user("天气"), answer("我查"), call, Message("observation", "晴"), answer("晴天")]
-    tools = "你是一个名为 ChatGLM 的人工智能助手。你是基于智谱AI训练的语言模型 GLM-4 模型开发的，你的任务是针对用户的问题和要求" \
-        "提供适当的答复和支持。\n\n# 可用工具\n\n## get_weather\n\n" + json.dumps(WEATHER, ensure_ascii=False, indent=4) + \
-        "\n在调用上述函数时，请使用 Json 格式表示调用的参数。"  # fmt: skip
+    tools = (
+        "你是一个名为 ChatGLM 的人工智能助手。你是基于智谱AI训练的语言模型 GLM-4 模型开发的，"
+        "你的任务是针对用户的问题和要求提供适当的答复和支持。\n\n# 可用工具\n\n## get_weather\n\n"
+        f"{json.dumps(WEATHER, ensure_ascii=False, indent=4)}\n在调用上述函数时，请使用 Json 格式表示调用的参数。"
+    )
     assert rendered(messages, glm4, tools=({"type": "function", "function": WEATHER},)) == expected(
         glm4, "[gMASK]", "<sop>", "<|system|>", "\n", tools, "<|user|>", "\n", "天气", "<|assistant|>", "+\n", "+我查",
         "+<|assistant|>", "+get_weather\n", '+{"city": "北京", "days": 2}', "+<|observation|>", "\n", "晴",

@@ -54,9 +54,8 @@ def test_plain_text_is_a_row_per_line(tmp_path):
 
 def test_parquet_leaves_out_the_nulls_that_it_fills_in(tmp_path):
     path = tmp_path / "rows.parquet"
-    rows = [
-        {"id": None, "messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答", "loss": False}]}
-    ]  # fmt: skip
+    turns = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答", "loss": False}]
+    rows = [{"id": None, "messages": turns}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows * 600), path)
     found = read_rows(path)
     assert found == rows * 600

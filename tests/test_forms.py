@@ -136,8 +136,9 @@ def test_openai_tool_calls_are_followed_each_by_its_result():
     found = read(row(messages=turns, tools=[WEATHER], parallel_tool_calls=True), "messages")
     assert found.tools == (WEATHER,)
     assert found.messages == [
-        user("北京和上海的天气"), call("get_weather", {"city": "北京"}), seen("晴"), call("get_weather", {"city": "上海"}),
-        seen("雨"), answer("北京晴，上海雨"), user("广州呢"), answer("我查一下", loss=False),
+        user("北京和上海的天气"), call("get_weather", {"city": "北京"}), seen("晴"),
+        call("get_weather", {"city": "上海"}), seen("雨"),
+        answer("北京晴，上海雨"), user("广州呢"), answer("我查一下", loss=False),
         call("get_weather", {"city": "广州"}, loss=False), seen("阴"),
     ]  # fmt: skip
 
@@ -219,7 +220,7 @@ def test_a_named_form_needs_no_telling_apart():
     assert "there is no 'messages', which the form messages needs (the row has 'content'" in refusal(
         values, Columns(form="glm4")
     )
-    with pytest.raises(ValueError, match="--data_form must be one of columns, alpaca, .*, not 'csv'"):
+    with pytest.raises(ValueError, match=r"--data_form must be one of columns, alpaca, .*, not 'csv'"):
         Columns(form="csv")
 
 

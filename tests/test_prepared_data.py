@@ -1,0 +1,276 @@
+"""Examples on disk: what is in them, when they are made anew, and what killed or concurrent processes leave."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_tokenizer
+
+from chatglm_ptuning.data.files import read_rows
+from chatglm_ptuning.data.forms import Columns
+from chatglm_ptuning.data.prepared import lengths_of, mixture, prepare_training_data, shared_rows
+from chatglm_ptuning.data.preprocess import Preprocessor
+from chatglm_ptuning.data.token_cache import EXAMPLES_FILE, FACTS_FILE, TokenCache, read_examples
+
+DETECT = Columns()
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizers")
+    return {name: tiny_tokenizer.train(folder, name) for name in ("chatglm2", "chatglm3")}
+
+
+@pytest.fixture
+def preprocessor(tokenizers):
+    def make(chat_format="chatglm3", columns=DETECT, source=40, target=20, prefix="", workers=1):
+        return Preprocessor(
+            tokenizers[chat_format], columns, source, target, prefix, num_workers=workers, progress=False
+        )
+
+    return make
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return TokenCache(tmp_path / "cache")
+
+
+def data_file(folder: Path, *rows: dict | str, name: str = "rows.json") -> str:
+    path = folder / name
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    return str(path)
+
+
+def pair(number: int) -> dict:
+    return {"prompt": "甲" * (number % 30 + 1), "response": "乙" * (number % 9)}
+
+
+def entries(cache: TokenCache) -> list[Path]:
+    return [path for path in cache.folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+
+
+def answers(examples) -> list[int]:
+    """The number of 乙 in every answer, by which rows are told apart."""
+    return [sum(label >= 0 for label in example["labels"]) - 4 for example in examples]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_examples_are_those_of_the_preprocessor(tmp_path, preprocessor, cache, workers):
+    conversation = [{"role": "user", "content": "甲"}, {"role": "assistant", "content": "乙"}]
+    path = data_file(tmp_path, *map(pair, range(60)), {"messages": conversation * 2}, {"text": "丙" * 150})
+    expected, report = preprocessor().for_training(read_rows(path))
+    data = prepare_training_data([path], preprocessor(workers=workers), cache)
+    assert [{name: row[name] for name in ("input_ids", "labels")} for row in data.examples] == expected
+    assert data.report == report
+    assert lengths_of(data.examples) == lengths_of(expected) == [len(example["input_ids"]) for example in expected]
+    assert not data.reused
+
+
+def test_what_is_there_is_used_until_something_changes(tmp_path, preprocessor, cache):
+    path = data_file(tmp_path, *map(pair, range(5)))
+    first = prepare_training_data([path], preprocessor(), cache)
+    (entry,) = entries(cache)
+    made = (entry / EXAMPLES_FILE).stat().st_ino
+    again = prepare_training_data([path], preprocessor(), TokenCache(cache.folder))
+    assert again.reused and again.report == first.report and again.examples[:] == first.examples[:]
+    assert (entry / EXAMPLES_FILE).stat().st_ino == made
+    changed = [
+        preprocessor("chatglm2"), preprocessor(source=39), preprocessor(target=19), preprocessor(prefix="问"),
+        preprocessor(columns=Columns("response", "prompt")), preprocessor(columns=Columns(form="columns")),
+    ]  # fmt: skip
+    for count, other in enumerate(changed, start=2):
+        assert not prepare_training_data([path], other, cache).reused
+        assert len(entries(cache)) == count
+    assert not prepare_training_data([path], preprocessor(), cache, max_rows=3).reused
+    Path(path).write_text(Path(path).read_text("utf-8") + json.dumps(pair(8)), "utf-8")
+    grown = prepare_training_data([path], preprocessor(), cache)
+    assert not grown.reused and grown.report.rows == 6
+    assert len(entries(cache)) == len(changed) + 3
+    anew = TokenCache(cache.folder, overwrite=True)
+    assert not prepare_training_data([path], preprocessor(), anew).reused
+    assert prepare_training_data([path], preprocessor(), anew).reused
+    assert len(entries(cache)) == len(changed) + 3
+
+
+def test_several_files_in_a_folder_each_have_their_entry(tmp_path, preprocessor, cache):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    data_file(folder, pair(1), pair(2), name="a.json")
+    data_file(folder, {"instruction": "甲", "output": "乙乙乙"}, name="b.json")
+    data = prepare_training_data([str(folder)], preprocessor(), cache)
+    assert answers(data.examples) == [1, 2, 3] and data.report.rows == 3
+    assert len(entries(cache)) == 2
+    assert answers(prepare_training_data([str(folder)], preprocessor(), cache, max_rows=1).examples) == [1]
+
+
+def test_mixing_by_weight(tmp_path, preprocessor, cache):
+    one = data_file(tmp_path, *map(pair, (1, 2)), name="one.json")
+    two = data_file(tmp_path, *map(pair, (3, 4, 5, 6)), name="two.json")
+
+    def mixed(weights, seed=1):
+        return answers(prepare_training_data([one, two], preprocessor(), cache, weights=weights, seed=seed).examples)
+
+    assert mixed([1, 1]) == mixed(None) == [1, 2, 3, 4, 5, 6]
+    assert mixed([3, 1]) == [1, 1, 1, 2, 2, 2, 3, 4, 5, 6]
+    half = mixed([1, 0.5])
+    assert half == mixed([1, 0.5]) and half[:2] == [1, 2] and len(half) == 4 and set(half[2:]) < {3, 4, 5, 6}
+    assert len({tuple(mixed([1, 0.5], seed)) for seed in range(8)}) > 1
+    for weights, message in [([1], "has 1 numbers for 2 files"), ([1, 0], "must be positive"), ([1, -1], "positive")]:
+        with pytest.raises(ValueError, match=f"--train_weights {message}" if "has" in message else message):
+            mixed(weights)
+
+
+def test_a_mixture_depends_on_the_seed_alone():
+    chosen = mixture([10, 4], [2.3, 0.5], seed=7)
+    assert chosen.tolist() == mixture([10, 4], [2.3, 0.5], seed=7).tolist()
+    counts = np.bincount(chosen, minlength=14)
+    assert sorted(counts[:10].tolist()) == [2] * 7 + [3] * 3 and sorted(counts[10:].tolist()) == [0, 0, 1, 1]
+    # A longer file beside it changes nothing of the choice.
+    assert mixture([10, 400], [2.3, 0.5], seed=7)[:23].tolist() == chosen[:23].tolist()
+
+
+def test_bad_rows_end_the_work_or_are_skipped_and_counted(tmp_path, preprocessor, cache):
+    tool = {"messages": [{"role": "user", "content": "甲"}, {"role": "observation", "content": "乙"},
+                         {"role": "assistant", "content": "丙"}]}  # fmt: skip
+    path = data_file(tmp_path, pair(1), "{broken", {"甲": 1}, tool, pair(2))
+    with pytest.raises(ValueError, match=rf"^{path}:2: not valid JSON"):
+        prepare_training_data([path], preprocessor("chatglm2"), cache)
+    assert entries(cache) == [] and not list(cache.folder.glob(".*"))
+    data = prepare_training_data([path], preprocessor("chatglm2"), cache, skip_bad_rows=3)
+    assert (data.report.rows, data.report.used, data.report.bad) == (5, 2, 3)
+    assert data.warnings[0].startswith(f"3 bad rows were skipped, the first:\n{path}:2: not valid JSON")
+    again = prepare_training_data([path], preprocessor("chatglm2"), cache, skip_bad_rows=3)
+    assert again.reused and again.warnings == data.warnings
+    with pytest.raises(ValueError, match=r"More than 2 bad rows"):
+        prepare_training_data([path], preprocessor("chatglm2"), cache, skip_bad_rows=2)
+    with pytest.raises(ValueError, match=rf"^{path}:2: not valid JSON"):
+        prepare_training_data([path], preprocessor("chatglm2"), cache)
+
+
+def test_warnings_and_rows_in_both_sets(tmp_path, preprocessor, cache):
+    train = data_file(tmp_path, pair(1), pair(2), pair(1), {"prompt": "[gMASK]", "response": "乙"}, name="train.json")
+    dev = data_file(tmp_path, pair(2), pair(3), name="dev.json")
+    data = prepare_training_data([train], preprocessor(), cache)
+    assert data.warnings == [
+        f"1 rows that stood before word for word: {train}:3",
+        f"1 rows that spell special tokens (they are learned as ordinary text): {train}:4",
+    ]
+    other = prepare_training_data([dev], preprocessor(), cache)
+    assert shared_rows(data.examples, other.examples) == 1
+    with pytest.raises(ValueError, match="There is nothing to work with in the data:\n1 rows, 0 used"):
+        prepare_training_data(
+            [data_file(tmp_path, {"prompt": "", "response": ""}, name="no.json")], preprocessor(), cache
+        )
+
+
+def fill(folder: Path, text: str = "whole") -> None:
+    (folder / EXAMPLES_FILE).write_text(text)
+    (folder / FACTS_FILE).write_text(json.dumps({"bytes": len(text), "text": text}))
+
+
+def run_all(targets: list) -> list[int]:
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=target) for target in targets]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def test_a_process_that_is_killed_leaves_nothing_half_written(cache):
+    def die(folder: Path) -> None:
+        (folder / EXAMPLES_FILE).write_text("half")
+        os.kill(os.getpid(), 9)
+
+    assert run_all([lambda: cache.entry({"a": 1}, die)]) == [-9]
+    assert entries(cache) == [] and len(list(cache.folder.glob(".*"))) == 1
+    entry, was_there = cache.entry({"a": 1}, fill)
+    assert not was_there and (entry / EXAMPLES_FILE).read_text() == "whole"
+    assert not list(cache.folder.glob(".*"))
+
+
+def test_of_several_processes_one_makes_it_and_the_others_wait(cache, tmp_path):
+    log = tmp_path / "log"
+
+    def make(folder: Path) -> None:
+        with log.open("a") as file:
+            file.write("made\n")
+        time.sleep(0.3)
+        fill(folder)
+
+    def want() -> None:
+        entry, _ = cache.entry({"a": 1}, make)
+        assert (entry / EXAMPLES_FILE).read_text() == "whole"
+
+    assert run_all([want] * 4) == [0] * 4
+    assert log.read_text() == "made\n"
+
+
+def test_a_damaged_entry_is_made_anew(tmp_path, preprocessor, cache):
+    path = data_file(tmp_path, *map(pair, range(5)))
+    prepare_training_data([path], preprocessor(), cache)
+    (entry,) = entries(cache)
+    examples = entry / EXAMPLES_FILE
+    os.truncate(examples, examples.stat().st_size - 1)
+    assert not prepare_training_data([path], preprocessor(), cache).reused
+    assert len(read_examples(entry)) == 5 and prepare_training_data([path], preprocessor(), cache).reused
+
+
+def test_a_cache_that_cannot_be_written_names_the_way_out(tmp_path, preprocessor):
+    path = data_file(tmp_path, pair(1))
+    with pytest.raises(OSError, match=r"rows.json cannot be written: .*Name a folder with room by --data_cache_dir"):
+        prepare_training_data([path], preprocessor(), TokenCache(path))
+
+
+PEAK = """
+import resource, sys
+import tiny_tokenizer
+from pathlib import Path
+from chatglm_ptuning.data.forms import Columns
+from chatglm_ptuning.data.prepared import prepare_training_data
+from chatglm_ptuning.data.preprocess import Preprocessor
+from chatglm_ptuning.data.token_cache import TokenCache
+small, big, folder = sys.argv[1:]
+tokenizer = tiny_tokenizer.train(Path(folder), "chatglm3")
+preprocessor = Preprocessor(tokenizer, Columns(), 1000, 1000, progress=False)
+peaks = []
+for path in (small, big):
+    data = prepare_training_data([path], preprocessor, TokenCache(Path(folder) / "cache"))
+    sum(data.examples[index]["length"] for index in range(0, len(data.examples), 100))
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print(len(data.examples), *peaks)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opening", ["", "["])
+def test_memory_does_not_grow_with_the_file(tmp_path, opening):
+    paths = {}
+    for name, count in (("small.json", 1000), ("big.json", 100_000)):
+        paths[name] = tmp_path / name
+        with paths[name].open("w", encoding="utf-8") as file:
+            file.write(opening)
+            for number in range(count):
+                row = {"prompt": f"{number}今天天气很好" * 20, "response": f"我想去公园散步{number}" * 30}
+                comma = "," if opening and number else ""
+                file.write(comma + json.dumps(row, ensure_ascii=False) + "\n")
+            file.write("]" if opening else "")
+    command = [sys.executable, "-c", PEAK, *map(str, paths.values()), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    examples, small, big = map(int, done.stdout.split())
+    assert examples == 100_000
+    # The file has more than 100 MB, its examples 10 times that; as Python lists they would take 10 GB.
+    assert big - small < 120, (small, big)
