@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Scores a prefix, or the plain base. With nothing set: the prefix trained last, on the bundled advertisements.
 #
-#   CHECKPOINT=output/my-run TEST_FILE=test.json PROMPT_COLUMN=content RESPONSE_COLUMN=summary bash scripts/evaluate.sh
+#   CHECKPOINT=output/my-run TEST_FILE=test.json bash scripts/evaluate.sh
 #   MODEL=/path/to/chatglm3-6b CHECKPOINT=none bash scripts/evaluate.sh --compare_base --num_beams 4
 #
 # Any flag of `chatglm-ptuning evaluate` may follow, and overrides what is set here.
@@ -12,8 +12,6 @@ ensure_environment
 MODEL=${MODEL:-$ROOT/data/chatglm-nano}
 CHECKPOINT=${CHECKPOINT:-}                     # a prefix; none: the plain base; empty: the prefix trained last
 TEST_FILE=${TEST_FILE:-$ROOT/data/advertisement/dev.json}
-PROMPT_COLUMN=${PROMPT_COLUMN:-content}
-RESPONSE_COLUMN=${RESPONSE_COLUMN:-summary}
 MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-128}
 MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-128}
 BATCH=${BATCH:-8}
@@ -22,9 +20,13 @@ FLAGS=()
 if [ -n "$CHECKPOINT" ]; then
     FLAGS+=(--ptuning_checkpoint "$CHECKPOINT")
 fi
-if [ -n "${HISTORY_COLUMN:-}" ]; then
-    FLAGS+=(--history_column "$HISTORY_COLUMN")
-fi
+# What is not named is told by the fields of the rows.
+for column in prompt:PROMPT_COLUMN response:RESPONSE_COLUMN history:HISTORY_COLUMN; do
+    name="${column#*:}"
+    if [ -n "${!name:-}" ]; then
+        FLAGS+=("--${column%:*}_column" "${!name}")
+    fi
+done
 if [ -n "${OUTPUT:-}" ]; then
     FLAGS+=(--output_dir "$OUTPUT")
 fi
@@ -32,8 +34,6 @@ fi
 exec "$PYTHON" -m chatglm_ptuning evaluate \
     --model_name_or_path "$MODEL" \
     --test_file "$TEST_FILE" \
-    --prompt_column "$PROMPT_COLUMN" \
-    --response_column "$RESPONSE_COLUMN" \
     --max_source_length "$MAX_SOURCE_LENGTH" \
     --max_target_length "$MAX_TARGET_LENGTH" \
     --per_device_eval_batch_size "$BATCH" \

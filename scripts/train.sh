@@ -26,18 +26,20 @@ MAX_STEPS=${MAX_STEPS:-250}
 SAVE_STEPS=${SAVE_STEPS:-125}
 TRAIN_FILE=${TRAIN_FILE:-$ROOT/data/advertisement/train.json}
 VALIDATION_FILE=${VALIDATION_FILE:-$ROOT/data/advertisement/dev.json}
-PROMPT_COLUMN=${PROMPT_COLUMN:-content}
-RESPONSE_COLUMN=${RESPONSE_COLUMN:-summary}
 MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-128}
 MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-128}
 NUM_GPUS=${NUM_GPUS:-1}
 DS_CONFIG=${DS_CONFIG:-$ROOT/ds_config/zero1.json}
 OUTPUT=${OUTPUT:-$CHATGLM_PTUNING_OUTPUT/$(basename "$MODEL")-$(basename "$(dirname "$TRAIN_FILE")")-$PRE_SEQ_LEN}
 
-COLUMNS_FLAGS=(--prompt_column "$PROMPT_COLUMN" --response_column "$RESPONSE_COLUMN")
-if [ -n "${HISTORY_COLUMN:-}" ]; then
-    COLUMNS_FLAGS+=(--history_column "$HISTORY_COLUMN")
-fi
+# What is not named is told by the fields of the rows.
+COLUMNS_FLAGS=()
+for column in prompt:PROMPT_COLUMN response:RESPONSE_COLUMN history:HISTORY_COLUMN; do
+    name="${column#*:}"
+    if [ -n "${!name:-}" ]; then
+        COLUMNS_FLAGS+=("--${column%:*}_column" "${!name}")
+    fi
+done
 
 LAUNCH=("$PYTHON" -m chatglm_ptuning)
 if [ "$NUM_GPUS" -gt 1 ]; then
@@ -51,7 +53,7 @@ exec "${LAUNCH[@]}" train \
     --model_name_or_path "$MODEL" \
     --train_file "$TRAIN_FILE" \
     --validation_file "$VALIDATION_FILE" \
-    "${COLUMNS_FLAGS[@]}" \
+    ${COLUMNS_FLAGS[@]+"${COLUMNS_FLAGS[@]}"} \
     --output_dir "$OUTPUT" \
     --overwrite_output_dir \
     --max_source_length "$MAX_SOURCE_LENGTH" \

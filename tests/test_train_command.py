@@ -188,3 +188,34 @@ def test_faults_of_the_data_end_the_run_before_the_base_is_loaded(base, tmp_path
         assert error.value.code == 1
         assert message in capsys.readouterr().err
     assert not (tmp_path / "run" / "prefix_config.json").exists()
+
+
+def test_several_files_of_several_forms_with_bad_rows_and_a_cache(base, tmp_path, capsys):
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("question,answer\n天气,很好\n坏\n你是谁,甲乙丙丁\n", "utf-8")
+    turns = [{"role": "user", "content": "天气"}, {"role": "assistant", "content": "很好"}]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(json.dumps({"messages": turns}) + "\n", "utf-8")
+    named = [
+        "--do_train", "--do_eval", "--model_name_or_path", str(base), "--train_file", str(pairs), str(chats),
+        "--train_weights", "1", "3", "--validation_file", str(chats), "--max_source_length", "40",
+        "--max_target_length", "20", "--pre_seq_len", "4", "--max_steps", "2", "--disable_tqdm", "true",
+        "--data_cache_dir", str(tmp_path / "cache"), "--overwrite_output_dir",
+    ]  # fmt: skip
+    with pytest.raises(SystemExit):
+        main([*named, "--output_dir", str(tmp_path / "run")])
+    assert f"{pairs}:3: 1 values, but 2 columns" in capsys.readouterr().err
+    run = tmp_path / "run"
+    main([*named, "--output_dir", str(run), "--skip_bad_rows", "1"])
+    shown = capsys.readouterr().out
+    assert "4 rows, 3 used, 3 examples" in shown
+    assert "warning: 1 bad rows were skipped" in shown
+    assert "1 rows of the validation data are in the training data too" in shown
+    assert json.loads((run / "all_results.json").read_text("utf-8"))["train_samples"] == 5
+    first = load_file(run / "prefix_model.safetensors")
+    main([*named, "--output_dir", str(run), "--skip_bad_rows", "1"])
+    assert "(from the cache)" in capsys.readouterr().out
+    main([*named, "--output_dir", str(run), "--skip_bad_rows", "1", "--overwrite_cache"])
+    assert "(from the cache)" not in capsys.readouterr().out
+    for name, value in load_file(run / "prefix_model.safetensors").items():
+        torch.testing.assert_close(first[name], value, rtol=0, atol=0)
