@@ -39,18 +39,17 @@ def test_show_marks_what_is_learned(base, tmp_path, capsys):
     path = data_file(tmp_path, {"prompt": "甲", "response": "乙"}, {"content": "今天<|user|>", "summary": "有雨"})
     main(["data", "show", str(path), "--row", "2", "--model_name_or_path", str(base)])
     assert capsys.readouterr().out == (
-        f"{path}:2: form columns, chat format chatglm3\n17 tokens, 6 learned\n"
+        f"{path}:2: form columns, chat format chatglm3\n23 tokens, 6 learned\n"
         "[gMASK]sop<|user|>\n 今天<|user|><|assistant|>⟦\n 有雨</s>⟧\n"
     )
-    main(["data", "show", "--rows", "2", "--tokens", str(path), "--model_name_or_path", str(base)])
+    main(["data", "show", "--rows", "2", str(path), "--model_name_or_path", str(base), "--tokens"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines[2:5]] == [
         ["0", lines[2].split()[1], "-", "'[gMASK]'"], ["1", lines[3].split()[1], "-", "'sop'"],
         ["2", lines[4].split()[1], "-", "'<|user|>'"],
     ]  # fmt: skip
-    assert lines[11].split()[2:] == ["learned", "'</s>'"] or any(
-        "learned" in line and "'</s>'" in line for line in lines
-    )
+    # 8 tokens in front of the answer; `▁`, line feed, `▁`, the answer, `</s>`.
+    assert [line.split()[2] for line in lines[2:15]] == ["-"] * 8 + ["learned"] * 5
 
 
 def test_show_colours_on_a_terminal(tmp_path, capsys):
@@ -95,7 +94,6 @@ def test_check_of_good_data(base, tmp_path, capsys):
 
 
 def test_check_finds_what_is_wrong_and_what_is_suspicious(tmp_path, capsys):
-    spoilt = "涓枃"  # not told apart from rare characters, and not claimed to be
     path = data_file(
         tmp_path,
         {"prompt": "问", "response": "答"},
@@ -104,7 +102,7 @@ def test_check_finds_what_is_wrong_and_what_is_suspicious(tmp_path, capsys):
         {"prompt": "", "response": ""},
         {"prompt": "问", "response": " "},
         {"prompt": "<|user|>说", "response": "こんにちは hello 안녕 привет"},
-        {"prompt": "丢了\ufffd字", "response": "你好".encode().decode("cp1252", "replace") + spoilt},
+        {"prompt": "丢了\ufffd字", "response": "答"},
         {"prompt": "锟斤拷", "response": "中文测试".encode().decode("latin-1")},
         {"conversations": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答", "loss": False}]},
         {"甲": "乙"},
@@ -139,7 +137,7 @@ def test_scripts_are_counted_by_letters():
     assert count_scripts(text) == {"han": 2, "latin": 4, "kana": 2, "hangul": 2, "other": 7}
 
 
-@pytest.mark.parametrize("text", ["ä½ å¥½".encode("cp1252").decode("cp1252"), "锟斤拷", "é—®é¢˜", "â€œå¼•å·â€"])
+@pytest.mark.parametrize("text", ["你好".encode().decode("latin-1"), "锟斤拷", "é—®é¢˜", "â€œå¼•å·â€"])
 def test_mojibake(text):
     assert is_mojibake(text)
 

@@ -218,7 +218,7 @@ def test_of_several_processes_one_makes_it_and_the_others_wait(cache, tmp_path):
 
 
 def test_a_damaged_entry_is_made_anew(tmp_path, preprocessor, cache):
-    path = data_file(tmp_path, *map(pair, range(5)))
+    path = data_file(tmp_path, *map(pair, range(1, 6)))
     prepare_training_data([path], preprocessor(), cache)
     (entry,) = entries(cache)
     examples = entry / EXAMPLES_FILE
