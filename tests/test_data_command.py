@@ -130,6 +130,10 @@ def test_check_of_data_that_nothing_can_be_learned_from(tmp_path, rows, capsys):
     assert "error: " in capsys.readouterr().out
     fails("data", "check", tmp_path / "none.json")
     assert "none.json does not exist" in capsys.readouterr().out
+    good = data_file(tmp_path, {"prompt": "问", "response": "答"}, name="good.json")
+    fails("data", "check", tmp_path / "none.json", good)
+    out = capsys.readouterr().out
+    assert "1 rows, form: columns" in out and "none.json does not exist" in out
 
 
 def test_scripts_are_counted_by_letters():

@@ -111,6 +111,9 @@ def test_several_files_in_a_folder_each_have_their_entry(tmp_path, preprocessor,
     assert answers(data.examples) == [1, 2, 3] and data.report.rows == 3
     assert len(entries(cache)) == 2
     assert answers(prepare_training_data([str(folder)], preprocessor(), cache, max_rows=1).examples) == [1]
+    empty = data_file(tmp_path, {"prompt": "", "response": ""}, name="empty.json")
+    data = prepare_training_data([empty, str(folder)], preprocessor(), cache, weights=[1, 2])
+    assert answers(data.examples) == [1, 1, 2, 2, 3, 3] and data.report.empty == 1
 
 
 def test_mixing_by_weight(tmp_path, preprocessor, cache):

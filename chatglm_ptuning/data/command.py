@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from rich.console import Console
 
 from chatglm_ptuning.command_line import fail, parse_arguments
 from chatglm_ptuning.data.check import Checker, CheckReport
-from chatglm_ptuning.data.files import BadRows, iterate_rows
+from chatglm_ptuning.data.files import BadRows, Row, find_files, iterate_rows
 from chatglm_ptuning.data.forms import FORMS, Columns, find_form
 from chatglm_ptuning.data.histogram import draw_lengths
 from chatglm_ptuning.data.preprocess import Preprocessor
@@ -125,29 +125,25 @@ def check(args: CheckArguments) -> bool:
         Whether the data can be trained on: every row is understood, and something is to be learned.
 
     Raises:
-        ValueError: if a file cannot be read to its end.
+        ValueError: if there is no such tokenizer, or a limit is too small for its chat format.
     """
     bad_rows = BadRows(None)
     checker = Checker(args.columns(), bad_rows)
-    rows = checker.watch(iterate_rows(args.files, bad_rows))
+    unreadable: list[str] = []
+    rows = checker.watch(_rows_of_all(args.files, bad_rows, unreadable))
     preparation, lengths = PreparationReport(), Lengths()
-    unreadable = None
-    try:
-        if args.model_name_or_path is None:
-            for _ in rows:
-                pass
-        else:
-            preprocessor = args.preprocessor(args.model_name_or_path, args.preprocessing_num_workers)
-            for prepared in preprocessor.stream(preprocessor.prepare_for_training, rows, preparation, bad_rows):
-                lengths.source.extend(source for source, _ in prepared.lengths)
-                lengths.target.extend(target for _, target in prepared.lengths)
-                lengths.example.extend(len(example["input_ids"]) for example in prepared.examples)
-    except ValueError as error:
-        unreadable = str(error)
+    if args.model_name_or_path is None:
+        for _ in rows:
+            pass
+    else:
+        preprocessor = args.preprocessor(args.model_name_or_path, args.preprocessing_num_workers)
+        for prepared in preprocessor.stream(preprocessor.prepare_for_training, rows, preparation, bad_rows):
+            lengths.source.extend(source for source, _ in prepared.lengths)
+            lengths.target.extend(target for _, target in prepared.lengths)
+            lengths.example.extend(len(example["input_ids"]) for example in prepared.examples)
     report = checker.report()
-    if unreadable is not None:
-        report.errors.append(unreadable)
-    elif not report.usable:
+    report.errors += unreadable
+    if not report.usable and not unreadable:
         report.errors.append("There is no row that anything can be learned from.")
     if lengths.example:
         preparation.set_lengths(lengths.source, lengths.target, lengths.example)
@@ -155,6 +151,16 @@ def check(args: CheckArguments) -> bool:
     if args.output_dir is not None:
         _write_check(args, report, preparation, lengths)
     return not report.errors
+
+
+def _rows_of_all(names: Sequence[str], bad_rows: BadRows, unreadable: list[str]) -> Iterator[Row]:
+    """The rows of all files; what ends the reading of one is noted, and the next is read."""
+    for name in names:
+        try:
+            for file in find_files(name):
+                yield from file.rows(bad_rows)
+        except ValueError as error:
+            unreadable.append(str(error))
 
 
 def _print_check(args: CheckArguments, report: CheckReport, preparation: PreparationReport) -> None:
@@ -167,8 +173,8 @@ def _print_check(args: CheckArguments, report: CheckReport, preparation: Prepara
         print(f"warning: {warning}")
     for place, error in enumerate(report.errors):
         print(f"error: {error if place == 0 else error.splitlines()[0]}")
-    if report.bad > len(report.errors):
-        print(f"error: and {report.bad - len(report.errors)} more rows that cannot be understood")
+    if report.bad > BadRows.KEPT:
+        print(f"error: and {report.bad - BadRows.KEPT} more rows that cannot be understood")
     print("Not fit to train on; see the errors." if report.errors else "Fit to train on.")
 
 

@@ -97,9 +97,11 @@ def prepare_training_data(
             report.add_counts(PreparationReport(**facts["report"]))
             warnings += facts["warnings"]
             parts.append((read_examples(entry), weight))
+    if not report.examples:
+        raise ValueError(nothing_left(report))
     examples = _mixed(parts, seed)
     if not len(examples):
-        raise ValueError(nothing_left(report))
+        raise ValueError(f"--train_weights {' '.join(map(str, weights or []))} leave no row to train on; raise them.")
     whole = _mixed([(part, 1.0) for part, _ in parts], seed)
     report.set_lengths(*(column(whole, name) for name in ("source_length", "target_length", "length")))
     if bad_rows.count:

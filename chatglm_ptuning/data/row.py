@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
-
-_KEPT_MESSAGES = 20
+from typing import Any, ClassVar
 
 
 class Row(dict):
@@ -41,8 +39,10 @@ class BadRows:
 
     Attributes:
         count: how many there were.
-        messages: what was wrong with the first of them.
+        messages: what was wrong with the first `KEPT` of them.
     """
+
+    KEPT: ClassVar[int] = 20
 
     def __init__(self, limit: int | None = 0, whole: BadRows | None = None) -> None:
         self.limit = limit
@@ -57,7 +57,7 @@ class BadRows:
             ValueError: with this message, if it is one more than is tolerated.
         """
         self.count += 1
-        if len(self.messages) < _KEPT_MESSAGES:
+        if len(self.messages) < self.KEPT:
             self.messages.append(message)
         if self.whole is not None:
             self.whole.add(message)
