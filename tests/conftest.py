@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Commands under test keep tokenised rows here and not in the home of whoever runs the tests.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="chatglm_ptuning_tests_")
 
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +30,12 @@ TINY = {
     "pad_token_id": 0,
     "eos_token_id": 2,
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(tmp_path_factory) -> None:
+    """Keeps tokenised rows out of the home of whoever runs the tests."""
+    os.environ["CHATGLM_PTUNING_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

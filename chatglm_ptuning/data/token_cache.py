@@ -29,9 +29,11 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def default_cache_dir() -> Path:
-    """`~/.cache/chatglm_ptuning/data`, or where XDG_CACHE_HOME says."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "chatglm_ptuning" / "data"
+    """Where the environment variable CHATGLM_PTUNING_CACHE says, or `~/.cache/chatglm_ptuning` (XDG_CACHE_HOME)."""
+    named = os.environ.get("CHATGLM_PTUNING_CACHE")
+    if named:
+        return Path(named) / "data"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chatglm_ptuning" / "data"
 
 
 class TokenCache:
