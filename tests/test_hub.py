@@ -136,6 +136,8 @@ def test_folders(base, tmp_path):
 def test_every_command_has_the_flags(command, hub, capsys):
     hub(UNREACHABLE, offline=True)
     flags = ["--model_name_or_path", "THUDM/chatglm3-6b", "--model_revision", "abc"]
+    if command == "train":
+        flags += ["--do_train", "--train_file", "rows.json"]
     with pytest.raises(SystemExit) as stopped:
         cli.main([command, *flags])
     assert stopped.value.code == 1
