@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import chatglm_ptuning
-from chatglm_ptuning.model.loading import DEFAULT_MODEL
+from chatglm_ptuning.model.hub import DEFAULT_MODEL
 
 pytestmark = pytest.mark.skipif(not Path(DEFAULT_MODEL).exists(), reason="data/chatglm-nano is not in this checkout")
 

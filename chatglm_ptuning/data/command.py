@@ -47,12 +47,15 @@ class _RowArguments:
     max_source_length: int = field(default=1024, metadata={"help": "tokens of the source at most"})
     max_target_length: int = field(default=128, metadata={"help": "tokens of the answer at most"})
 
+    hub: str = field(default="hf", metadata={"help": "where a hub name of a base is looked up: hf or modelscope"})
+    revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a hub name"})
+
     def columns(self) -> Columns:
         return Columns(self.prompt_column, self.response_column, self.history_column, self.data_form)
 
     def preprocessor(self, model: str, workers: int = 1) -> Preprocessor:
         return Preprocessor(
-            load_tokenizer(model),
+            load_tokenizer(model, hub=self.hub, revision=self.revision),
             self.columns(),
             self.max_source_length,
             self.max_target_length,

@@ -17,7 +17,8 @@ from chatglm_ptuning.data.report import PreparationReport
 from chatglm_ptuning.evaluation.generate import generate_answers
 from chatglm_ptuning.evaluation.metrics import score
 from chatglm_ptuning.evaluation.table import print_scores
-from chatglm_ptuning.model.loading import DEFAULT_MODEL, load_model, load_tokenizer
+from chatglm_ptuning.model.hub import DEFAULT_MODEL, BaseArguments
+from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_ptuning.prefix.bank import PrefixSelection
 from chatglm_ptuning.prefix.checkpoint import kit_version
@@ -44,12 +45,9 @@ RETIRED_FLAGS = {
 
 
 @dataclass
-class EvaluationArguments:
+class EvaluationArguments(BaseArguments):
     """Flags of the command; the official names with their meaning."""
 
-    model_name_or_path: str = field(
-        default=DEFAULT_MODEL, metadata={"help": "folder of the base, or its hub name (default: the bundled nano)"}
-    )
     ptuning_checkpoint: str | None = field(
         default=None,
         metadata={"help": f"the prefix, a folder of this kit, official or PEFT; '{PLAIN_BASE}' for the plain base "
@@ -79,16 +77,14 @@ class EvaluationArguments:
         default=None,
         metadata={"help": f"folder for {METRICS_FILE} and {PREDICTIONS_FILE} (default: output/evaluation/PREFIX)"},
     )
-    quantization_bit: int | None = field(default=None, metadata={"help": "8 or 4: quantise the base (bitsandbytes)"})
     compare_base: bool = field(default=False, metadata={"help": "score the base without the prefix too"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("max_target_length", "per_device_eval_batch_size", "num_beams", "max_predict_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
-        if self.quantization_bit not in (None, 0, 4, 8):
-            raise ValueError(f"--quantization_bit must be 4 or 8, got {self.quantization_bit}")
         if self.skip_bad_rows < 0:
             raise ValueError(f"--skip_bad_rows must not be negative, got {self.skip_bad_rows}")
         self.test_file = self.test_file or [DEFAULT_TEST_FILE]
@@ -113,7 +109,8 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
     # Rows first: what is wrong with a file shows before minutes go into loading the base.
     bad_rows = BadRows(args.skip_bad_rows)
     rows = list(itertools.islice(iterate_rows(args.test_file, bad_rows), args.max_predict_samples))
-    tokenizer = load_tokenizer(args.model_name_or_path)
+    source = {"hub": args.hub, "revision": args.revision}
+    tokenizer = load_tokenizer(args.model_name_or_path, **source)
     preprocessor = Preprocessor(
         tokenizer, args.columns(), args.max_source_length, args.max_target_length, source_prefix=args.source_prefix
     )
@@ -121,7 +118,7 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
     print(f"{', '.join(args.test_file)}\n{report.summary()}")
     output = Path(args.output_dir) if args.output_dir else runs_folder() / "evaluation" / _short_name(prefix)
     output.mkdir(parents=True, exist_ok=True)
-    model = load_model(args.model_name_or_path, quantization_bit=args.quantization_bit)
+    model = load_model(args.model_name_or_path, quantization_bit=args.quantization_bit, **source)
     selected = None if prefix is None else _load_prefix(model, prefix, chosen=args.ptuning_checkpoint is not None)
     subject = "base" if prefix is None else "prefix"
     answers = {}

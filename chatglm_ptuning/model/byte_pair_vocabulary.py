@@ -76,6 +76,7 @@ class BytePairVocabulary(Vocabulary):
         super().__init__(path, special_ids, {"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT})
         self.ranks = ranks
         self.bytes_of = {rank: token for token, rank in ranks.items()}
+        self._size = 1 + max(max(self.special_ids.values()), max(self.bytes_of))
         self._encoding = _encoding(ranks)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -86,7 +87,7 @@ class BytePairVocabulary(Vocabulary):
         self._encoding = _encoding(self.ranks)
 
     def __len__(self) -> int:
-        return 1 + max(max(self.special_ids.values()), max(self.bytes_of))
+        return self._size
 
     @property
     def written_by_templates(self) -> re.Pattern[str]:

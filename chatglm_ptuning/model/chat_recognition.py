@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from chatglm_ptuning.model.checkpoint_forms import last_part
 from chatglm_ptuning.model.vocabulary import Vocabulary
 
 logger = logging.get_logger(__name__)
@@ -94,14 +95,6 @@ def recognise_chat_format(
         f"{first}; for another give {alternatives} to the tokenizer or in tokenizer_config.json."
     )
     return first
-
-
-def last_part(name: str) -> str:
-    """What a path, hub name or folder of the hub's cache calls a base, in lower case."""
-    parts = [part for part in re.split(r"[/\\]", name) if part]
-    if len(parts) >= 3 and parts[-2] == "snapshots":
-        parts = parts[:-2]
-    return parts[-1].split("--")[-1].lower() if parts else ""
 
 
 def _format_of_template(template: str) -> str | None:

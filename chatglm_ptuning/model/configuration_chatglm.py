@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from os import PathLike
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-# Fields that only the first ChatGLM-6B has; it shares `model_type: chatglm` and nothing else.
-_FIRST_GENERATION_FIELDS = ("position_encoding_2d", "inner_hidden_size", "max_sequence_length")
+from chatglm_ptuning.model.checkpoint_forms import check_architecture, official_fields
 
 
 class ChatGLMConfig(PreTrainedConfig):
-    """Configuration of ChatGLM2-6B, ChatGLM3-6B, CodeGeeX2-6B and GLM-4-9B, in the official field names.
+    """Configuration of ChatGLM2-6B, ChatGLM3-6B, CodeGeeX2-6B, GLM-4-9B and CodeGeeX4-ALL-9B, in the official names.
 
-    An official `config.json` is accepted unchanged. The three fields of P-Tuning v2:
+    An official `config.json` is accepted unchanged; one of transformers' GlmForCausalLM (`model_type: glm`) is
+    translated. The three fields of P-Tuning v2:
 
     - `pre_seq_len`: number of virtual tokens in front of every layer; None or 0 means no trainable prefix.
     - `prefix_projection`: whether the prefix is the output of a two-layer MLP (Li & Liang 2021, section 4.3) instead
@@ -22,9 +24,12 @@ class ChatGLMConfig(PreTrainedConfig):
 
     `prefix_dropout` is the dropout on the prefix's keys and values in training mode (official: 0.1).
 
+    `position_interpolation` says what `rope_ratio` does: divide the positions (ChatGLM2-6B-32K, whose config.json is
+    known by its name), or multiply the rotary base (all others). A saved configuration says so itself.
+
     Raises:
         ValueError: on sizes that do not fit together, naming the fields and their values, and on a configuration of
-            the first ChatGLM-6B, whose architecture is another one.
+            another architecture (the first ChatGLM-6B, GLM-4-0414, GLM-4.5, GLM-4V, ...), naming what to use instead.
     """
 
     model_type = "chatglm"
@@ -62,6 +67,7 @@ class ChatGLMConfig(PreTrainedConfig):
     fp32_residual_connection: bool = False
     original_rope: bool = True
     rope_ratio: float = 1.0
+    position_interpolation: bool = False
     quantization_bit: int = 0
     pre_seq_len: int | None = None
     prefix_projection: bool = False
@@ -74,12 +80,7 @@ class ChatGLMConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 2
 
     def __post_init__(self, **kwargs: Any) -> None:
-        first_generation = [name for name in _FIRST_GENERATION_FIELDS if name in kwargs]
-        if first_generation:
-            raise ValueError(
-                f"This is a configuration of the first ChatGLM-6B (it has {', '.join(first_generation)}), whose "
-                "architecture differs from ChatGLM2, ChatGLM3 and GLM-4. Use chatglm2-6b, chatglm3-6b or glm-4-9b."
-            )
+        check_architecture(kwargs)
         # The official files give both, `vocab_size` in some of them without the padding that the weights have.
         vocab_size = kwargs.pop("vocab_size", None)
         if self.padded_vocab_size is None:
@@ -93,6 +94,30 @@ class ChatGLMConfig(PreTrainedConfig):
                 f"{self.multi_query_attention}, multi_query_group_num={self.multi_query_group_num}, "
                 f"num_attention_heads={self.num_attention_heads}."
             )
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers, in the official names.
+
+        Raises:
+            ValueError: if the configuration is of another architecture.
+        """
+        fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        path = Path(pretrained_model_name_or_path)
+        source = str(path / "config.json" if path.is_dir() else path)
+        return official_fields(fields, source, str(path)), kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, from a dictionary in the official form or in that of GlmConfig.
+
+        Raises:
+            ValueError: if the configuration is of another architecture.
+        """
+        name = str(kwargs.get("name_or_path", ""))
+        return super().from_dict(official_fields(config_dict, name or "This", name), **kwargs)
 
     @property
     def num_key_value_heads(self) -> int:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 
+from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
+from chatglm_ptuning.model.hub import find_base
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
-
-DEFAULT_MODEL = str(Path(__file__).resolve().parents[2] / "data" / "chatglm-nano")
-"""The base that is bundled with the sources."""
 
 
 def best_device() -> torch.device:
@@ -71,25 +69,11 @@ def quantization_settings(bits: int | None, dtype: torch.dtype) -> BitsAndBytesC
     )
 
 
-def check_folder(model_name_or_path: str) -> None:
-    """Refuses a base that is not there, before transformers looks for it on the hub.
-
-    Raises:
-        FileNotFoundError: naming the path, if it looks like a local one.
-    """
-    path = Path(model_name_or_path)
-    looks_local = path.is_absolute() or model_name_or_path.startswith(".") or model_name_or_path.count("/") != 1
-    if path.is_dir() and not (path / "config.json").exists():
-        raise FileNotFoundError(f"{path} is not a base: it has no config.json.")
-    if looks_local and not path.exists():
-        raise FileNotFoundError(
-            f"No base at {path}. Give the folder of ChatGLM2-6B, ChatGLM3-6B or GLM-4-9B with config.json and weights."
-        )
-
-
 def load_model(
     model_name_or_path: str,
     *,
+    hub: str = "hf",
+    revision: str | None = None,
     pre_seq_len: int | None = None,
     prefix_projection: bool = False,
     quantization_bit: int | None = None,
@@ -100,17 +84,18 @@ def load_model(
     """Loads a base once, onto this process's device, in evaluation mode.
 
     Args:
-        model_name_or_path: a folder in the official layout, or a hub name.
+        model_name_or_path: a folder in the official layout or in that of transformers' GlmForCausalLM, or a hub name.
+        hub, revision: of a hub name, see `find_base`.
         pre_seq_len: length of a trainable prefix to put in front; None for none.
         quantization_bit: 8 or 4 for a quantised base through bitsandbytes.
         dtype: see `choose_dtype`.
         config_overrides: fields of ChatGLMConfig to set.
 
     Raises:
-        FileNotFoundError: if there is no base at the path.
+        FileNotFoundError, ConnectionError, ImportError: if there is no base, see `find_base`.
         ValueError: if its configuration is not of this family, or a value is out of range.
     """
-    check_folder(model_name_or_path)
+    folder = find_base(model_name_or_path, hub, revision)
     device = best_device()
     chosen = choose_dtype(dtype, device)
     overrides = {**config_overrides}
@@ -121,18 +106,19 @@ def load_model(
         overrides["quantization_config"] = quantization
     if attn_implementation:
         overrides["attn_implementation"] = attn_implementation
-    model = ChatGLMForConditionalGeneration.from_pretrained(
-        model_name_or_path, dtype=chosen, device_map={"": device}, **overrides
-    )
+    model = ChatGLMForConditionalGeneration.from_pretrained(folder, dtype=chosen, device_map={"": device}, **overrides)
+    # Prefix checkpoints record it: a path in the hub's cache says little to others.
+    model.config.name_or_path = str(model_name_or_path)
     return model.eval()
 
 
-def load_tokenizer(model_name_or_path: str) -> ChatGLMTokenizer:
-    """Loads the tokenizer that lies beside the base.
+def load_tokenizer(model_name_or_path: str, *, hub: str = "hf", revision: str | None = None) -> ChatGLMTokenizer:
+    """Loads the tokenizer that lies beside the base; arguments as in `load_model`.
 
     Raises:
-        FileNotFoundError: if there is no base at the path.
-        ValueError: if its vocabulary is missing, damaged or of another family.
+        FileNotFoundError, ConnectionError, ImportError: if there is no base, see `find_base`.
+        ValueError: if the base is not of this family, or its vocabulary is missing, damaged or of another family.
     """
-    check_folder(model_name_or_path)
-    return ChatGLMTokenizer.from_pretrained(model_name_or_path)
+    folder = find_base(model_name_or_path, hub, revision, weights=False)
+    ChatGLMConfig.from_pretrained(folder)  # refuses other architectures, some of which share the vocabulary
+    return ChatGLMTokenizer.from_pretrained(folder)

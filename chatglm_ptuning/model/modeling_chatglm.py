@@ -26,6 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from chatglm_ptuning.model.attention_mask import causal_mask_with_prefix, positions_from_mask
 from chatglm_ptuning.model.chat_mixin import ChatMixin
+from chatglm_ptuning.model.checkpoint_forms import register_conversions
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.losses import next_token_loss
 from chatglm_ptuning.model.prefix_encoder import PrefixEncoder
@@ -34,6 +35,8 @@ from chatglm_ptuning.model.prefix_switch import TRAINABLE_PREFIX, PrefixSwitch
 from chatglm_ptuning.model.rotary import RotaryEmbedding, apply_rotary_pos_emb
 from chatglm_ptuning.model.weight_files import describe_damage, describe_missing
 from chatglm_ptuning.prefix.bank import ActivePrefix
+
+register_conversions()
 
 
 def eager_attention_forward(
@@ -243,6 +246,8 @@ class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
     ) -> Any:
         """As in transformers; with a trainable prefix (`pre_seq_len`) everything but it, and a head, is frozen.
 
+        Checkpoints of transformers' GlmForCausalLM load, too, tensor by tensor.
+
         Raises:
             ValueError: naming the file that is damaged or holds more than tensors, or the parameters of the base that
                 are missing: a base is never filled up with random numbers.
@@ -269,12 +274,14 @@ class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
     ) -> None:
         """As in transformers: the base, and a trainable prefix under its official names; loaded prefixes are not saved.
 
+        The layout is the official one, whatever the base was loaded from.
         A prefix that nobody has trained yet is left out, so that loading gives an untrained one again.
         """
         encoder = getattr(self.base_model, "prefix_encoder", None)
         if encoder is not None and encoder.is_untrained:
             tensors = self.state_dict() if state_dict is None else state_dict
             state_dict = {name: tensor for name, tensor in tensors.items() if "prefix_encoder." not in name}
+        kwargs["save_original_format"] = False
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:

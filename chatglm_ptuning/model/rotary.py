@@ -9,12 +9,16 @@ from chatglm_ptuning.model.float32_module import Float32Module
 
 
 class RotaryEmbedding(Float32Module):
-    """Cosines and sines for the rotated half of each head, base `10000 * rope_ratio`, computed in float32."""
+    """Cosines and sines for the rotated half of each head, computed in float32.
+
+    `rope_ratio` multiplies the base of 10000, or divides the positions (`position_interpolation`).
+    """
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
         self.dim = config.kv_channels // 2
-        self.base = 10000.0 * config.rope_ratio
+        self.base = 10000.0 * (1.0 if config.position_interpolation else config.rope_ratio)
+        self.position_scale = config.rope_ratio if config.position_interpolation else 1.0
         self.register_buffer("inv_freq", self.frequencies(), persistent=False)
 
     def frequencies(self) -> torch.Tensor:
@@ -24,7 +28,7 @@ class RotaryEmbedding(Float32Module):
     @torch.no_grad()
     def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """`position_ids` `[batch, seq_len]` -> cosines and sines `[batch, 1, seq_len, kv_channels // 4]`."""
-        angles = position_ids[:, None, :, None].float() * self.inv_freq
+        angles = position_ids[:, None, :, None].float() / self.position_scale * self.inv_freq
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

@@ -26,6 +26,7 @@ class ChatSession:
     Args:
         max_new_tokens: most tokens of one answer; by default half of the base's `seq_length`, 1024 at most.
         do_sample: False for greedy decoding, which ignores `top_p` and `temperature`.
+        top_p, temperature: by default the base's own, see `chat`.
 
     Attributes:
         history: the turns so far, in the form that `model.chat` takes and gives.
@@ -42,8 +43,8 @@ class ChatSession:
         *,
         max_new_tokens: int | None = None,
         do_sample: bool = True,
-        top_p: float = 0.8,
-        temperature: float = 0.8,
+        top_p: float | None = None,
+        temperature: float | None = None,
     ) -> None:
         seq_length = model.config.seq_length
         if max_new_tokens is None:

@@ -14,7 +14,8 @@ from pathlib import Path
 from rich.console import Console
 
 from chatglm_ptuning.command_line import fail, parse_arguments
-from chatglm_ptuning.model.loading import DEFAULT_MODEL, load_model, load_tokenizer
+from chatglm_ptuning.model.hub import BaseArguments
+from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.prefix.latest import find_latest_prefix, runs_folder
 from chatglm_ptuning.serving.session import ChatSession
 
@@ -39,10 +40,9 @@ Ctrl-C stops the present answer. A message that begins with a slash needs a spac
 
 
 @dataclass
-class ChatArguments:
+class ChatArguments(BaseArguments):
     """Flags of `chatglm-ptuning chat`."""
 
-    model_name_or_path: str = field(default=DEFAULT_MODEL, metadata={"help": "Folder of the base (official layout)."})
     ptuning_checkpoint: list[str] = field(
         default_factory=list,
         metadata={
@@ -55,9 +55,15 @@ class ChatArguments:
         default_factory=lambda: str(runs_folder()),
         metadata={"help": "Where the prefix trained last is looked for; by default $CHATGLM_PTUNING_OUTPUT or output."},
     )
-    quantization_bit: int | None = field(default=None, metadata={"help": "Load the base in 8 or 4 bits."})
-    temperature: float = field(default=0.8, metadata={"help": "Lower is more predictable."})
-    top_p: float = field(default=0.8, metadata={"help": "Sample among the likeliest tokens of this total probability."})
+    temperature: float | None = field(
+        default=None, metadata={"help": "Lower is more predictable; by default the base's own, or 0.8."}
+    )
+    top_p: float | None = field(
+        default=None,
+        metadata={
+            "help": "Sample among the likeliest tokens of this total probability; by default the base's own, or 0.8."
+        },
+    )
     max_new_tokens: int | None = field(
         default=None,
         metadata={"help": "Most tokens of an answer; by default half of the base's seq_length, 1024 at most."},
@@ -70,9 +76,10 @@ class ChatArguments:
         Raises:
             ValueError: naming the flag and its value.
         """
-        if self.temperature <= 0:
+        super().__post_init__()
+        if self.temperature is not None and self.temperature <= 0:
             raise ValueError(f"--temperature must be above 0 (use --greedy for no sampling), got {self.temperature}.")
-        if not 0 < self.top_p <= 1:
+        if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p must be above 0 and at most 1, got {self.top_p}.")
 
 
@@ -245,8 +252,9 @@ def main(argv: Sequence[str]) -> None:
             stream.reconfigure(errors="replace")
     console = Console()
     try:
-        tokenizer = load_tokenizer(arguments.model_name_or_path)
-        model = load_model(arguments.model_name_or_path, quantization_bit=arguments.quantization_bit)
+        source = {"hub": arguments.hub, "revision": arguments.revision}
+        tokenizer = load_tokenizer(arguments.model_name_or_path, **source)
+        model = load_model(arguments.model_name_or_path, quantization_bit=arguments.quantization_bit, **source)
         session = ChatSession(
             model,
             tokenizer,

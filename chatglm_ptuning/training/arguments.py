@@ -8,7 +8,7 @@ import torch
 from transformers import Seq2SeqTrainingArguments
 
 from chatglm_ptuning.data.forms import FORMS, Columns
-from chatglm_ptuning.model.loading import DEFAULT_MODEL
+from chatglm_ptuning.model.hub import BaseArguments
 from chatglm_ptuning.prefix.latest import runs_folder
 from chatglm_ptuning.training.initialisation import PREFIX_INITS
 
@@ -25,21 +25,17 @@ RETIRED_FLAGS = {
     "ignore_pad_token_for_loss": "padding is never learned, and a real <unk> in an answer always is.",
     "sortish_sampler": "use --train_sampling_strategy group_by_length, which is the default.",
     "group_by_length": "it is the default; --train_sampling_strategy random turns it off.",
-    "cache_dir": "set the environment variable HF_HOME instead.",
+    "cache_dir": "set the environment variable HF_HOME (MODELSCOPE_CACHE for --hub modelscope) instead.",
     "config_name": "the configuration is read from --model_name_or_path.",
     "tokenizer_name": "the tokenizer is read from --model_name_or_path.",
-    "model_revision": "give a local folder as --model_name_or_path.",
 }
 """Flags of the official scripts that are accepted and have nothing left to do, with the reason."""
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(BaseArguments):
     """The base and its prefix."""
 
-    model_name_or_path: str = field(
-        default=DEFAULT_MODEL, metadata={"help": "folder of the base, or its hub name (default: the bundled nano)"}
-    )
     ptuning_checkpoint: str | None = field(
         default=None, metadata={"help": "prefix to go on from, or to evaluate: a folder of this kit, official or PEFT"}
     )
@@ -58,13 +54,13 @@ class ModelArguments:
     init_prefix_text: str | None = field(
         default=None, metadata={"help": "start from the keys and values of this text (implies --prefix_init text)"}
     )
-    quantization_bit: int | None = field(default=None, metadata={"help": "8 or 4: quantise the base (bitsandbytes)"})
     dtype: str = field(default="auto", metadata={"help": "of the base: auto, float32, bfloat16, float16"})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "eager, sdpa, flash_attention_2 or flex_attention (default: sdpa)"}
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.init_prefix_text is not None:
             self.prefix_init = "text"
         if self.prefix_init not in PREFIX_INITS:
@@ -73,8 +69,6 @@ class ModelArguments:
             raise ValueError("--prefix_init text needs --init_prefix_text")
         if self.pre_seq_len is not None and self.pre_seq_len < 1:
             raise ValueError(f"--pre_seq_len must be at least 1, got {self.pre_seq_len}")
-        if self.quantization_bit not in (None, 0, 4, 8):
-            raise ValueError(f"--quantization_bit must be 4 or 8, got {self.quantization_bit}")
 
 
 @dataclass

@@ -55,7 +55,9 @@ class TrainingRun:
     def __init__(self, model_args: ModelArguments, data_args: DataArguments, args: PrefixTrainingArguments) -> None:
         self.model_args, self.data_args, self.args = model_args, data_args, args
         self.output = Path(args.output_dir)
-        self.tokenizer: ChatGLMTokenizer = load_tokenizer(model_args.model_name_or_path)
+        self.tokenizer: ChatGLMTokenizer = load_tokenizer(
+            model_args.model_name_or_path, hub=model_args.hub, revision=model_args.revision
+        )
         self.preprocessor = Preprocessor(
             self.tokenizer,
             data_args.columns(),
@@ -113,6 +115,8 @@ class TrainingRun:
         pre_seq_len = (model_args.pre_seq_len or DEFAULT_PRE_SEQ_LEN) if trains else None
         model = load_model(
             model_args.model_name_or_path,
+            hub=model_args.hub,
+            revision=model_args.revision,
             pre_seq_len=pre_seq_len,
             prefix_projection=model_args.prefix_projection,
             prefix_dropout=model_args.prefix_dropout,

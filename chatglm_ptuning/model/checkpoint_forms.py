@@ -1,0 +1,157 @@
+"""The forms in which the family's bases are published: which are taken, how transformers' own one is translated.
+
+transformers has the same network as `GlmForCausalLM` (`model_type: glm`, such as glm-4-9b-chat-hf), with other names:
+query, key and value apart, and the heads' numbers instead of the groups'. Everything else that shares a name with the
+family is another architecture, and is refused with what to use instead.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming
+from transformers.models.glm.configuration_glm import GlmConfig
+
+SUPPORTED = (
+    "ChatGLM2-6B, ChatGLM3-6B, CodeGeeX2-6B, GLM-4-9B (the first, of 2024) or CodeGeeX4-ALL-9B, from official folders "
+    "(model_type chatglm) or such for transformers' GlmForCausalLM (model_type glm)"
+)
+_INSTEAD = "Use glm-4-9b-chat or glm-4-9b-chat-hf (bases: glm-4-9b, glm-4-9b-hf), or chatglm3-6b."
+_OTHER_ARCHITECTURES = {
+    "glm4": "GLM-4-0414 or GLM-Z1, whose layers have two more norms",
+    "glm4_moe": "GLM-4.5 or later, a mixture of experts",
+    "glm4_moe_lite": "GLM-4.7-Flash, a mixture of experts",
+    "glm_moe_dsa": "GLM-5, a mixture of experts",
+    "glm4v": "GLM-4.1V, which sees images",
+    "glm4v_moe": "GLM-4.5V, which sees images",
+    "glm_edge": "GLM-Edge",
+}
+# Fields that only the first ChatGLM-6B has; it shares `model_type: chatglm` and nothing else.
+_FIRST_GENERATION_FIELDS = ("position_encoding_2d", "inner_hidden_size", "max_sequence_length")
+
+
+def check_architecture(fields: dict[str, Any], source: str = "This") -> None:
+    """Refuses a configuration of another architecture.
+
+    Args:
+        fields: of a config.json.
+        source: what the message calls it.
+
+    Raises:
+        ValueError: saying what the base is and what to use instead.
+    """
+    first_generation = [name for name in _FIRST_GENERATION_FIELDS if name in fields]
+    if first_generation:
+        raise ValueError(
+            f"{source} is a configuration of the first ChatGLM-6B (it has {', '.join(first_generation)}), whose "
+            "architecture differs from ChatGLM2, ChatGLM3 and GLM-4. Use chatglm2-6b, chatglm3-6b or glm-4-9b."
+        )
+    if "vision_config" in fields:
+        raise ValueError(
+            f"{source} is a base that sees images (it has vision_config), such as glm-4v-9b or cogagent; this kit is "
+            f"for text. {_INSTEAD}"
+        )
+    model_type = fields.get("model_type", "chatglm")
+    if model_type in _OTHER_ARCHITECTURES:
+        raise ValueError(
+            f"{source} is a configuration of {_OTHER_ARCHITECTURES[model_type]} (model_type {model_type!r}): another "
+            f"architecture, in front of which this kit cannot put a prefix. {_INSTEAD}"
+        )
+    if model_type not in ("chatglm", "glm"):
+        raise ValueError(f"{source} has model_type {model_type!r}, which is not of this family. Use {SUPPORTED}.")
+
+
+def official_fields(fields: dict[str, Any], source: str, name: str) -> dict[str, Any]:
+    """The fields of any config.json of the family in the official form.
+
+    Args:
+        fields: as read; not changed.
+        source: what messages call it.
+        name: path of the folder, or name of the repository.
+
+    Raises:
+        ValueError: if it is of another architecture, or has values that this network does not.
+    """
+    check_architecture(fields, source)
+    if fields.get("model_type") == "glm":
+        return _from_glm(fields, source)
+    if fields.get("quantization_bit"):
+        raise ValueError(
+            f"{source} is of a base whose weights are stored in {fields['quantization_bit']} bits. Load the base with "
+            f"whole weights (the same name without -int{fields['quantization_bit']}) by --quantization_bit instead."
+        )
+    fields = dict(fields)
+    names = [last_part(str(fields.get("_name_or_path", ""))), last_part(name)]
+    if "position_interpolation" not in fields and fields.get("rope_ratio", 1) != 1:
+        fields["position_interpolation"] = any("chatglm2" in name for name in names)
+    return fields
+
+
+def last_part(name: str) -> str:
+    """What a path, hub name or folder of the hub's cache calls a base, in lower case."""
+    parts = [part for part in re.split(r"[/\\]", name) if part]
+    if len(parts) >= 3 and parts[-2] == "snapshots":
+        parts = parts[:-2]
+    return parts[-1].split("--")[-1].lower() if parts else ""
+
+
+def _from_glm(fields: dict[str, Any], source: str) -> dict[str, Any]:
+    glm = GlmConfig.from_dict(fields)
+    rope = glm.rope_parameters
+    required = {
+        "hidden_act": (glm.hidden_act, "silu"),
+        "tie_word_embeddings": (bool(glm.tie_word_embeddings), False),
+        "rope_type": (rope.get("rope_type", "default"), "default"),
+        "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), 0.5),
+    }
+    for name, (found, wanted) in required.items():
+        if found != wanted:
+            raise ValueError(f"{source} has {name} {found!r}; this network has {wanted!r}, as the published bases.")
+    kept = ("initializer_range", "use_cache", "attention_dropout", "hidden_size", "num_attention_heads",
+            "pad_token_id", "bos_token_id", "eos_token_id", "dtype", "torch_dtype", "_name_or_path",
+            "num_labels", "id2label", "label2id", "problem_type", "quantization_config")  # fmt: skip
+    head_dim = glm.head_dim or glm.hidden_size // glm.num_attention_heads
+    return {name: getattr(glm, name, fields.get(name)) for name in kept if name in fields} | {
+        "model_type": "chatglm",
+        "num_layers": glm.num_hidden_layers,
+        "padded_vocab_size": glm.vocab_size,
+        "hidden_size": glm.hidden_size,
+        "ffn_hidden_size": glm.intermediate_size,
+        "kv_channels": head_dim,
+        "num_attention_heads": glm.num_attention_heads,
+        "multi_query_attention": True,
+        "multi_query_group_num": glm.num_key_value_heads or glm.num_attention_heads,
+        "add_qkv_bias": glm.attention_bias,
+        "layernorm_epsilon": glm.rms_norm_eps,
+        "rope_ratio": rope["rope_theta"] / 10000,
+        "seq_length": glm.max_position_embeddings,
+        "pad_token_id": glm.pad_token_id,
+        "eos_token_id": glm.eos_token_id,
+    }
+
+
+def register_conversions() -> None:
+    """Tells transformers how the tensors of a GlmForCausalLM checkpoint become this kit's, one after the other.
+
+    Official checkpoints have none of these names, so nothing happens to them.
+    """
+    conversions: list[WeightConverter | WeightRenaming] = [
+        WeightRenaming(r"^model\.embed_tokens\.", "transformer.embedding.word_embeddings."),
+        WeightRenaming(r"^model\.layers\.", "transformer.encoder.layers."),
+        WeightRenaming(r"^model\.norm\.", "transformer.encoder.final_layernorm."),
+        WeightRenaming(r"^lm_head\.", "transformer.output_layer."),
+        WeightRenaming(r"self_attn\.o_proj\.", "self_attention.dense."),
+        WeightRenaming(r"mlp\.gate_up_proj\.", "mlp.dense_h_to_4h."),
+        WeightRenaming(r"mlp\.down_proj\.", "mlp.dense_4h_to_h."),
+    ]
+    conversions += [
+        WeightConverter(
+            [f"self_attn.{part}_proj.{kind}" for part in "qkv"],
+            f"self_attention.query_key_value.{kind}",
+            [Concatenate(dim=0)],
+        )
+        for kind in ("weight", "bias")
+    ]
+    register_checkpoint_conversion_mapping("chatglm", conversions, overwrite=True)
