@@ -21,6 +21,7 @@ from chatglm_ptuning.model.modeling_heads import (
     ChatGLMForSequenceClassification,
     ChatGLMForTokenClassification,
 )
+from chatglm_ptuning.model.packed_weights import register_packed_weights
 from chatglm_ptuning.model.prefix_encoder import PrefixEncoder
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
@@ -43,3 +44,4 @@ AutoModelForSequenceClassification.register(ChatGLMConfig, ChatGLMForSequenceCla
 AutoModelForTokenClassification.register(ChatGLMConfig, ChatGLMForTokenClassification, exist_ok=True)
 AutoModelForQuestionAnswering.register(ChatGLMConfig, ChatGLMForQuestionAnswering, exist_ok=True)
 AutoTokenizer.register(ChatGLMConfig, ChatGLMTokenizer, exist_ok=True)
+register_packed_weights()

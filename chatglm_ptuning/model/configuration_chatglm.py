@@ -21,6 +21,8 @@ class ChatGLMConfig(PreTrainedConfig):
     - `multi_query_group_num`: number of key/value groups; the prefix holds one key and one value per group.
 
     `prefix_dropout` is the dropout on the prefix's keys and values in training mode (official: 0.1).
+    `quantization_bit` of 4 or 8 says that the weight files are official quantised ones; once they are loaded, and so
+    de-quantised, it is 0 and `dequantized_from_bit` has the number.
 
     Raises:
         ValueError: on sizes that do not fit together, naming the fields and their values, and on a configuration of
@@ -63,6 +65,7 @@ class ChatGLMConfig(PreTrainedConfig):
     original_rope: bool = True
     rope_ratio: float = 1.0
     quantization_bit: int = 0
+    dequantized_from_bit: int = 0
     pre_seq_len: int | None = None
     prefix_projection: bool = False
     prefix_dropout: float = 0.1

@@ -28,6 +28,7 @@ from chatglm_ptuning.model.attention_mask import causal_mask_with_prefix, positi
 from chatglm_ptuning.model.chat_mixin import ChatMixin
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.losses import next_token_loss
+from chatglm_ptuning.model.packed_weights import check_unpacked, packed_dtype_plan
 from chatglm_ptuning.model.prefix_encoder import PrefixEncoder
 from chatglm_ptuning.model.prefix_mixin import PrefixMixin
 from chatglm_ptuning.model.prefix_switch import TRAINABLE_PREFIX, PrefixSwitch
@@ -233,6 +234,10 @@ class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
     _keys_to_ignore_on_load_missing: ClassVar[list[str]] = [r"prefix_encoder\."]
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["prefix_encoder"]
 
+    def __init__(self, config: ChatGLMConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.packing_errors: dict[str, str] = {}
+
     @classmethod
     def from_pretrained(
         cls,
@@ -243,9 +248,11 @@ class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
     ) -> Any:
         """As in transformers; with a trainable prefix (`pre_seq_len`) everything but it, and a head, is frozen.
 
+        Official checkpoints in 4 or 8 bits are de-quantised on the way (`packed_weights.py`).
+
         Raises:
             ValueError: naming the file that is damaged or holds more than tensors, or the parameters of the base that
-                are missing: a base is never filled up with random numbers.
+                are missing or do not fit `quantization_bit`: a base is never filled up with random numbers.
         """
         try:
             model, info = super().from_pretrained(
@@ -257,6 +264,7 @@ class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
             if damage is None:
                 raise
             raise ValueError(damage) from error
+        check_unpacked(model, str(pretrained_model_name_or_path))
         inside = "" if model.base_model is model else cls.base_model_prefix + "."
         missing = [name for name in info["missing_keys"] if name.startswith(inside) and "prefix_encoder." not in name]
         if missing:
@@ -276,6 +284,9 @@ class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
             tensors = self.state_dict() if state_dict is None else state_dict
             state_dict = {name: tensor for name, tensor in tensors.items() if "prefix_encoder." not in name}
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        return super()._get_dtype_plan(dtype) | packed_dtype_plan(self.config)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # For classes outside transformers this skips modules without parameters of their own, such as PrefixEncoder,
