@@ -15,7 +15,14 @@ from chatglm_ptuning.data.preprocess import PreparationReport, Preprocessor
 from chatglm_ptuning.evaluation.generate import generate_answers
 from chatglm_ptuning.evaluation.metrics import score
 from chatglm_ptuning.evaluation.table import print_scores
-from chatglm_ptuning.model.loading import DEFAULT_MODEL, load_model, load_tokenizer
+from chatglm_ptuning.model.loading import (
+    DEFAULT_MODEL,
+    DEVICE_MAP_HELP,
+    check_device_map,
+    check_quantization,
+    load_model,
+    load_tokenizer,
+)
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_ptuning.prefix.bank import PrefixSelection
 from chatglm_ptuning.prefix.checkpoint import kit_version
@@ -70,6 +77,8 @@ class EvaluationArguments:
         metadata={"help": f"folder for {METRICS_FILE} and {PREDICTIONS_FILE} (default: output/evaluation/PREFIX)"},
     )
     quantization_bit: int | None = field(default=None, metadata={"help": "8 or 4: quantise the base (bitsandbytes)"})
+    quantization_type: str = field(default="nf4", metadata={"help": "numbers of 4 bits: nf4 or fp4"})
+    device_map: str | None = field(default=None, metadata={"help": DEVICE_MAP_HELP})
     compare_base: bool = field(default=False, metadata={"help": "score the base without the prefix too"})
 
     def __post_init__(self) -> None:
@@ -77,8 +86,8 @@ class EvaluationArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
-        if self.quantization_bit not in (None, 0, 4, 8):
-            raise ValueError(f"--quantization_bit must be 4 or 8, got {self.quantization_bit}")
+        check_quantization(self.quantization_bit, self.quantization_type)
+        check_device_map(self.device_map)
         columns = ("content", "summary") if self.test_file is None else ("prompt", "response")
         self.test_file = self.test_file or DEFAULT_TEST_FILE
         self.prompt_column = self.prompt_column or columns[0]
@@ -103,7 +112,12 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
     print(f"{args.test_file}\n{report.summary()}")
     output = Path(args.output_dir) if args.output_dir else runs_folder() / "evaluation" / _short_name(prefix)
     output.mkdir(parents=True, exist_ok=True)
-    model = load_model(args.model_name_or_path, quantization_bit=args.quantization_bit)
+    model = load_model(
+        args.model_name_or_path,
+        quantization_bit=args.quantization_bit,
+        quantization_type=args.quantization_type,
+        device_map=args.device_map,
+    )
     selected = None if prefix is None else _load_prefix(model, prefix, chosen=args.ptuning_checkpoint is not None)
     subject = "base" if prefix is None else "prefix"
     answers = {}

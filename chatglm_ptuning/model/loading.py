@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import logging
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,9 @@ from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
 DEFAULT_MODEL = str(Path(__file__).resolve().parents[2] / "data" / "chatglm-nano")
 """The base that is bundled with the sources."""
+
+QUANTIZATION_TYPES = ("nf4", "fp4")
+DEVICE_MAP_HELP = "auto: spread the base over all GPUs, then the CPU's memory and the disk (default: one device)"
 
 
 def best_device() -> torch.device:
@@ -44,31 +51,77 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type != "cuda" or torch.cuda.is_bf16_supported() else torch.float16
 
 
-def quantization_settings(bits: int | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """Settings of bitsandbytes for a base in 8 bits, or in 4 (nf4 with double quantisation); None for neither.
+def quantization_settings(
+    bits: int | None, dtype: torch.dtype, quantization_type: str = "nf4"
+) -> BitsAndBytesConfig | None:
+    """Settings of bitsandbytes for a base in 8 bits, or in 4 with double quantisation; None for neither.
 
-    The prefix and the output layer keep their precision.
+    The prefix, a head and the output layer keep their precision.
+
+    Args:
+        dtype: of the computation with 4-bit weights.
+        quantization_type: the 4-bit numbers, "nf4" or "fp4".
 
     Raises:
-        ValueError: if bits is not None, 0, 4 or 8.
+        ValueError: if bits is not None, 0, 4 or 8, or the type is unknown.
         ImportError: if bitsandbytes is not installed.
     """
+    check_quantization(bits, quantization_type)
     if not bits:
         return None
-    if bits not in (4, 8):
-        raise ValueError(f"quantization_bit must be 4 or 8, got {bits}.")
     if not is_bitsandbytes_available():
         raise ImportError("quantization_bit needs bitsandbytes: pip install bitsandbytes.")
-    kept = ["output_layer", "prefix_encoder"]
+    kept = ["output_layer", "prefix_encoder", "classifier_head", "qa_outputs"]
     if bits == 8:
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast_notice)
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
+        bnb_4bit_quant_type=quantization_type,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=kept,
     )
+
+
+def check_quantization(bits: int | None, quantization_type: str) -> None:
+    """Checks the values of `--quantization_bit` and `--quantization_type`.
+
+    Raises:
+        ValueError: naming the flag and its value.
+    """
+    if bits not in (None, 0, 4, 8):
+        raise ValueError(f"--quantization_bit must be 4 or 8, got {bits}")
+    if quantization_type not in QUANTIZATION_TYPES:
+        raise ValueError(f"--quantization_type must be {' or '.join(QUANTIZATION_TYPES)}, got {quantization_type!r}")
+
+
+def check_device_map(device_map: str | None) -> None:
+    """Checks the value of `--device_map`.
+
+    Raises:
+        ValueError: naming the flag and its value.
+    """
+    if device_map not in (None, "auto"):
+        raise ValueError(f"--device_map must be auto, got {device_map!r}")
+
+
+def _is_no_cast_notice(record: logging.LogRecord) -> bool:
+    # bitsandbytes says at every layer of every step that 8-bit products are computed in float16.
+    return "inputs will be cast" not in record.getMessage()
+
+
+def _keep_layout(model: torch.nn.Module) -> None:
+    # On some CPUs bitsandbytes re-orders 4-bit weights at the first inference, and from then on gives no gradients.
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _temporary_folder() -> str:
+    folder = tempfile.mkdtemp(prefix="chatglm-offload-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def check_folder(model_name_or_path: str) -> None:
@@ -93,17 +146,26 @@ def load_model(
     pre_seq_len: int | None = None,
     prefix_projection: bool = False,
     quantization_bit: int | None = None,
+    quantization_type: str = "nf4",
     dtype: str = "auto",
     attn_implementation: str | None = None,
+    device_map: str | None = None,
+    offload_folder: str | None = None,
+    max_memory: dict[int | str, int | str] | None = None,
     **config_overrides: Any,
 ) -> ChatGLMForConditionalGeneration:
-    """Loads a base once, onto this process's device, in evaluation mode.
+    """Loads a base once, in evaluation mode, onto this process's device unless `device_map` says otherwise.
 
     Args:
         model_name_or_path: a folder in the official layout, or a hub name.
         pre_seq_len: length of a trainable prefix to put in front; None for none.
         quantization_bit: 8 or 4 for a quantised base through bitsandbytes.
+        quantization_type: "nf4" or "fp4", the numbers of 4 bits.
         dtype: see `choose_dtype`.
+        device_map: "auto" spreads the layers over all GPUs, the CPU's memory and the disk, as far as each is needed;
+            for inference.
+        offload_folder: for layers on the disk; by default a temporary folder that goes when the process ends.
+        max_memory: of each device, as accelerate takes it; by default what is free.
         config_overrides: fields of ChatGLMConfig to set.
 
     Raises:
@@ -116,14 +178,19 @@ def load_model(
     overrides = {**config_overrides}
     if pre_seq_len:
         overrides |= {"pre_seq_len": pre_seq_len, "prefix_projection": prefix_projection}
-    quantization = quantization_settings(quantization_bit, chosen)
+    quantization = quantization_settings(quantization_bit, chosen, quantization_type)
     if quantization is not None:
         overrides["quantization_config"] = quantization
     if attn_implementation:
         overrides["attn_implementation"] = attn_implementation
-    model = ChatGLMForConditionalGeneration.from_pretrained(
-        model_name_or_path, dtype=chosen, device_map={"": device}, **overrides
-    )
+    if device_map is None:
+        overrides["device_map"] = {"": device}
+    else:
+        overrides |= {"device_map": device_map, "offload_folder": offload_folder or _temporary_folder()}
+        overrides |= {"max_memory": max_memory} if max_memory else {}
+    model = ChatGLMForConditionalGeneration.from_pretrained(model_name_or_path, dtype=chosen, **overrides)
+    if pre_seq_len and quantization is not None:
+        _keep_layout(model)
     return model.eval()
 
 

@@ -29,6 +29,7 @@ from chatglm_ptuning.model.chat_mixin import ChatMixin
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.losses import next_token_loss
 from chatglm_ptuning.model.packed_weights import check_unpacked, packed_dtype_plan
+from chatglm_ptuning.model.placement import execution_device, layer_devices, out_of_offload
 from chatglm_ptuning.model.prefix_encoder import PrefixEncoder
 from chatglm_ptuning.model.prefix_mixin import PrefixMixin
 from chatglm_ptuning.model.prefix_switch import TRAINABLE_PREFIX, PrefixSwitch
@@ -201,12 +202,15 @@ class GLMTransformer(nn.Module):
         self.layers = nn.ModuleList([GLMBlock(config, layer_idx) for layer_idx in range(config.num_layers)])
         self.final_layernorm = _norm(config) if config.post_layer_norm else nn.Identity()
 
-    def forward(self, hidden_states: torch.Tensor, prefix: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, prefix: torch.Tensor | tuple[torch.Tensor, ...] | None, **kwargs: Any
+    ) -> torch.Tensor:
         """Hidden states `[batch, seq_len, hidden_size]` -> the same shape.
 
         Args:
             hidden_states: the embeddings.
-            prefix: `[num_layers * 2, batch, groups, pre_seq_len, kv_channels]`; None for no prefix.
+            prefix: `[num_layers * 2, batch, groups, pre_seq_len, kv_channels]`, or its entries, each on the device of
+                its layer; None for no prefix.
             kwargs: for every layer.
         """
         for layer_idx, layer in enumerate(self.layers):
@@ -269,6 +273,8 @@ class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
         missing = [name for name in info["missing_keys"] if name.startswith(inside) and "prefix_encoder." not in name]
         if missing:
             raise ValueError(describe_missing(str(pretrained_model_name_or_path), missing))
+        if (encoder := getattr(model.base_model, "prefix_encoder", None)) is not None:
+            model.base_model.prefix_encoder = out_of_offload(encoder, PrefixEncoder(model.config))
         model.freeze_base()
         return (model, info) if output_loading_info else model
 
@@ -284,6 +290,12 @@ class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
             tensors = self.state_dict() if state_dict is None else state_dict
             state_dict = {name: tensor for name, tensor in tensors.items() if "prefix_encoder." not in name}
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs belong, also when the weights are on the disk and the parameters in memory empty."""
+        device = super().device
+        return (execution_device(self) or device) if device.type == "meta" else device
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         return super()._get_dtype_plan(dtype) | packed_dtype_plan(self.config)
@@ -338,10 +350,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.embedding.word_embeddings = value
 
     def active_prefix(self, states: torch.Tensor) -> ActivePrefix | None:
-        """The prefix in use for `states` `[batch, ...]`, in their dtype, on their device; None for the plain base."""
+        """The prefix in use for `states` `[batch, ...]`, in their dtype, where the layers are; None for none."""
         rate = self.config.prefix_dropout if self.training else 0.0
         encoder = getattr(self, "prefix_encoder", None)
-        return self.prefixes.active(encoder, states.shape[0], states.device, states.dtype, rate)
+        devices = layer_devices(self.encoder.layers)
+        return self.prefixes.active(encoder, states.shape[0], states.device, states.dtype, rate, devices)
 
     @merge_with_config_defaults
     @capture_outputs

@@ -14,7 +14,14 @@ from pathlib import Path
 from rich.console import Console
 
 from chatglm_ptuning.command_line import fail, parse_arguments
-from chatglm_ptuning.model.loading import DEFAULT_MODEL, load_model, load_tokenizer
+from chatglm_ptuning.model.loading import (
+    DEFAULT_MODEL,
+    DEVICE_MAP_HELP,
+    check_device_map,
+    check_quantization,
+    load_model,
+    load_tokenizer,
+)
 from chatglm_ptuning.prefix.latest import find_latest_prefix, runs_folder
 from chatglm_ptuning.serving.session import ChatSession
 
@@ -56,6 +63,8 @@ class ChatArguments:
         metadata={"help": "Where the prefix trained last is looked for; by default $CHATGLM_PTUNING_OUTPUT or output."},
     )
     quantization_bit: int | None = field(default=None, metadata={"help": "Load the base in 8 or 4 bits."})
+    quantization_type: str = field(default="nf4", metadata={"help": "Numbers of 4 bits: nf4 or fp4."})
+    device_map: str | None = field(default=None, metadata={"help": DEVICE_MAP_HELP})
     temperature: float = field(default=0.8, metadata={"help": "Lower is more predictable."})
     top_p: float = field(default=0.8, metadata={"help": "Sample among the likeliest tokens of this total probability."})
     max_new_tokens: int | None = field(
@@ -70,6 +79,8 @@ class ChatArguments:
         Raises:
             ValueError: naming the flag and its value.
         """
+        check_quantization(self.quantization_bit, self.quantization_type)
+        check_device_map(self.device_map)
         if self.temperature <= 0:
             raise ValueError(f"--temperature must be above 0 (use --greedy for no sampling), got {self.temperature}.")
         if not 0 < self.top_p <= 1:
@@ -246,7 +257,12 @@ def main(argv: Sequence[str]) -> None:
     console = Console()
     try:
         tokenizer = load_tokenizer(arguments.model_name_or_path)
-        model = load_model(arguments.model_name_or_path, quantization_bit=arguments.quantization_bit)
+        model = load_model(
+            arguments.model_name_or_path,
+            quantization_bit=arguments.quantization_bit,
+            quantization_type=arguments.quantization_type,
+            device_map=arguments.device_map,
+        )
         session = ChatSession(
             model,
             tokenizer,

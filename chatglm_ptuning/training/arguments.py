@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import Seq2SeqTrainingArguments
 
-from chatglm_ptuning.model.loading import DEFAULT_MODEL
+from chatglm_ptuning.model.loading import DEFAULT_MODEL, check_quantization
 from chatglm_ptuning.prefix.latest import runs_folder
 from chatglm_ptuning.training.initialisation import PREFIX_INITS
 
@@ -59,6 +59,7 @@ class ModelArguments:
         default=None, metadata={"help": "start from the keys and values of this text (implies --prefix_init text)"}
     )
     quantization_bit: int | None = field(default=None, metadata={"help": "8 or 4: quantise the base (bitsandbytes)"})
+    quantization_type: str = field(default="nf4", metadata={"help": "numbers of 4 bits: nf4 or fp4"})
     dtype: str = field(default="auto", metadata={"help": "of the base: auto, float32, bfloat16, float16"})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "eager, sdpa, flash_attention_2 or flex_attention (default: sdpa)"}
@@ -73,8 +74,7 @@ class ModelArguments:
             raise ValueError("--prefix_init text needs --init_prefix_text")
         if self.pre_seq_len is not None and self.pre_seq_len < 1:
             raise ValueError(f"--pre_seq_len must be at least 1, got {self.pre_seq_len}")
-        if self.quantization_bit not in (None, 0, 4, 8):
-            raise ValueError(f"--quantization_bit must be 4 or 8, got {self.quantization_bit}")
+        check_quantization(self.quantization_bit, self.quantization_type)
 
 
 @dataclass
