@@ -14,7 +14,10 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
@@ -29,7 +32,7 @@ PACKED_LAYERS = (
 
 
 def unpack(packed: torch.Tensor, scale: torch.Tensor, in_features: int, bits: int) -> torch.Tensor:
-    """Weights `[out_features, in_features]` in the scale's dtype from packed ones.
+    """Weights `[out_features, in_features]`, float32, from packed ones.
 
     Args:
         packed: integers from -128 to 127 in any dtype, `[out_features, in_features * bits / 8]`.
@@ -50,7 +53,7 @@ def unpack(packed: torch.Tensor, scale: torch.Tensor, in_features: int, bits: in
     if bits == 4:
         # Shifts of signed bytes keep the sign: the low half is moved up and down again to get one.
         integers = torch.stack((integers >> 4, (integers << 4) >> 4), dim=-1).flatten(1)
-    return integers * scale.reshape(-1, 1)
+    return integers * scale.float().reshape(-1, 1)
 
 
 class Unpack(ConversionOps):
@@ -96,12 +99,13 @@ class _AsItIs(ConversionOps):
 
 
 def register_packed_weights() -> None:
-    """Lets transformers load packed checkpoints into every ChatGLM class."""
+    """Lets transformers load packed checkpoints into every ChatGLM class; called once, after other conversions."""
     converters = [
         WeightConverter([f"{layer}.weight", f"{layer}.weight_scale"], f"{layer}.weight", [Unpack()])
         for layer in PACKED_LAYERS
     ]
-    register_checkpoint_conversion_mapping(ChatGLMConfig.model_type, converters, overwrite=True)
+    others = get_checkpoint_conversion_mapping(ChatGLMConfig.model_type) or []
+    register_checkpoint_conversion_mapping(ChatGLMConfig.model_type, others + converters, overwrite=True)
 
 
 def packed_dtype_plan(config: ChatGLMConfig) -> dict[str, torch.dtype]:
