@@ -1,15 +1,18 @@
 """Official 4- and 8-bit checkpoints, made here by independent arithmetic."""
 
 import json
+import subprocess
+import sys
 
 import numpy
 import packed_base
 import pytest
 import torch
+from conftest import TINY
 from safetensors.torch import load_file
 from transformers import AutoModel, BitsAndBytesConfig
 
-from chatglm_ptuning import ChatGLMForConditionalGeneration, ChatGLMForSequenceClassification
+from chatglm_ptuning import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMForSequenceClassification
 from chatglm_ptuning.model.packed_weights import unpack
 
 
@@ -110,3 +113,24 @@ def test_what_does_not_fit_is_named(tiny_base, tmp_path):
 def test_an_ordinary_base_is_not_taken_for_a_packed_one(tiny_base):
     with pytest.raises(ValueError, match=r"quantization_bit=4 .*has no weight_scale"):
         ChatGLMForConditionalGeneration.from_pretrained(tiny_base, quantization_bit=4)
+
+
+_LOAD = """
+import resource, sys, torch
+from chatglm_ptuning import ChatGLMForConditionalGeneration
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model = ChatGLMForConditionalGeneration.from_pretrained(sys.argv[1], dtype=torch.float32)
+grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+print(grown / sum(parameter.nbytes for parameter in model.parameters()))
+"""
+
+
+@pytest.mark.slow
+def test_there_are_never_two_copies_of_all_the_weights(tmp_path):
+    wide = {"num_layers": 8, "hidden_size": 1024, "ffn_hidden_size": 4096, "kv_channels": 128, "num_attention_heads": 8}
+    ChatGLMForConditionalGeneration(ChatGLMConfig(**TINY | wide)).save_pretrained(tmp_path / "base")
+    packed_base.make_packed_base(tmp_path / "base", tmp_path / "packed", 8, shards=4)
+    command = [sys.executable, "-c", _LOAD, str(tmp_path / "packed")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    # 1 for the weights and 0.25 for the file, of which a layer at a time is in memory twice.
+    assert float(done.stdout.split()[-1]) < 1.45

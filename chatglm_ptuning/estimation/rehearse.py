@@ -72,6 +72,7 @@ def build_base(folder: Path, config: ChatGLMConfig, dtype: torch.dtype, shard_by
         filled = {name: _random(tensor.shape, block, seed=len(weight_map) + i) for i, (name, tensor) in
                   enumerate(shard.items())}  # fmt: skip
         torch.save(filled, folder / file)
+        del filled  # before the next ones are made
         weight_map |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for tensor in names.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
