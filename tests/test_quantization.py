@@ -7,6 +7,7 @@ from pathlib import Path
 
 import packed_base
 import pytest
+import tiny_base
 import torch
 from conftest import TINY
 
@@ -17,6 +18,7 @@ from chatglm_ptuning.data.files import read_rows
 from chatglm_ptuning.data.preprocess import Preprocessor
 from chatglm_ptuning.model.loading import DEFAULT_MODEL, load_model, load_tokenizer, quantization_settings
 from chatglm_ptuning.prefix.checkpoint import read_prefix
+from chatglm_ptuning.training.run import main as train
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 QUANTISED = [(8, "nf4"), (4, "nf4"), (4, "fp4")]
@@ -198,6 +200,25 @@ def test_unknown_settings_are_refused():
 def test_no_notice_at_every_step(batch, caplog):
     loss_and_gradient(nano(batch, 8), batch)
     assert "inputs will be cast" not in caplog.text
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_train_command_trains_through_a_quantised_base(tmp_path, bits, capsys):
+    folder = tiny_base.make_base(tmp_path, steps=120)
+    rows = [{"content": "你是谁", "summary": "甲乙丙丁"}, {"content": "天气", "summary": "很好"}] * 2
+    (tmp_path / "train.json").write_text(json.dumps(rows, ensure_ascii=False), "utf-8")
+    train([
+        "--do_train", "--model_name_or_path", str(folder), "--train_file", str(tmp_path / "train.json"),
+        "--prompt_column", "content", "--response_column", "summary", "--output_dir", str(tmp_path / "run"),
+        "--max_source_length", "40", "--max_target_length", "20", "--pre_seq_len", "6", "--max_steps", "12",
+        "--per_device_train_batch_size", "4", "--logging_steps", "1", "--learning_rate", "1e-1", "--save_steps", "12",
+        "--quantization_bit", str(bits), "--gradient_checkpointing", "true", "--disable_tqdm", "true",
+    ])  # fmt: skip
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text("utf-8"))["log_history"]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.3
+    for settings in ({}, {"quantization_bit": bits}):
+        load_model(str(folder), **settings).load_prefix(tmp_path / "run")
 
 
 _RANK = """

@@ -275,6 +275,8 @@ class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
             raise ValueError(describe_missing(str(pretrained_model_name_or_path), missing))
         if (encoder := getattr(model.base_model, "prefix_encoder", None)) is not None:
             model.base_model.prefix_encoder = out_of_offload(encoder, PrefixEncoder(model.config))
+            # By this the Trainer refuses quantised models without an adapter of PEFT; here the prefix is the adapter.
+            model.is_quantized = False
         model.freeze_base()
         return (model, info) if output_loading_info else model
 
