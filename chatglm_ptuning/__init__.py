@@ -21,6 +21,7 @@ from chatglm_ptuning.model.modeling_heads import (
     ChatGLMForSequenceClassification,
     ChatGLMForTokenClassification,
 )
+from chatglm_ptuning.model.packed_weights import register_packed_weights
 from chatglm_ptuning.model.prefix_encoder import PrefixEncoder
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLM4Tokenizer, ChatGLMTokenizer
 
@@ -44,3 +45,4 @@ AutoModelForTokenClassification.register(ChatGLMConfig, ChatGLMForTokenClassific
 AutoModelForQuestionAnswering.register(ChatGLMConfig, ChatGLMForQuestionAnswering, exist_ok=True)
 # The second is registered by its name alone, which GLM-4's tokenizer_config.json gives.
 AutoTokenizer.register(ChatGLMConfig, ChatGLMTokenizer, slow_tokenizer_class=ChatGLM4Tokenizer, exist_ok=True)
+register_packed_weights()

@@ -1,4 +1,4 @@
-"""One entry for every command: `chatglm-ptuning train|evaluate|chat|data`, also `python -m chatglm_ptuning`."""
+"""One entry for every command: `chatglm-ptuning train|evaluate|...`, also `python -m chatglm_ptuning`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ COMMANDS = {
     "evaluate": ("chatglm_ptuning.evaluation.run", "score a prefix, or the plain base"),
     "data": ("chatglm_ptuning.data.command", "show a row as the model sees it, check data files"),
     "chat": ("chatglm_ptuning.serving.terminal", "chat with the base and its prefixes in a terminal"),
+    "estimate": ("chatglm_ptuning.estimation.run", "compute memory and time of a run, without weights"),
 }
 """Command -> (module with `main(argv)`, one line of help). A module is imported when its command is given."""
 

@@ -176,7 +176,6 @@ REFUSED = {
     "GLM-4.5-Air": ({"model_type": "glm4_moe"}, r"GLM-4\.5 or later, a mixture of experts"),
     "GLM-4.1V-9B-Thinking": ({"model_type": "glm4v", "text_config": {}}, r"GLM-4\.1V, which sees images"),
     "llama": ({"model_type": "llama"}, "model_type 'llama', which is not of this family"),
-    "chatglm2-6b-int4": (SECOND | {"quantization_bit": 4}, "stored in 4 bits.*--quantization_bit"),
 }
 
 

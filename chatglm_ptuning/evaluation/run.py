@@ -17,7 +17,7 @@ from chatglm_ptuning.data.report import PreparationReport
 from chatglm_ptuning.evaluation.generate import generate_answers
 from chatglm_ptuning.evaluation.metrics import score
 from chatglm_ptuning.evaluation.table import print_scores
-from chatglm_ptuning.model.hub import DEFAULT_MODEL, BaseArguments
+from chatglm_ptuning.model.hub import DEFAULT_MODEL, InferenceBaseArguments
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_ptuning.prefix.bank import PrefixSelection
@@ -45,7 +45,7 @@ RETIRED_FLAGS = {
 
 
 @dataclass
-class EvaluationArguments(BaseArguments):
+class EvaluationArguments(InferenceBaseArguments):
     """Flags of the command; the official names with their meaning."""
 
     ptuning_checkpoint: str | None = field(
@@ -118,7 +118,13 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
     print(f"{', '.join(args.test_file)}\n{report.summary()}")
     output = Path(args.output_dir) if args.output_dir else runs_folder() / "evaluation" / _short_name(prefix)
     output.mkdir(parents=True, exist_ok=True)
-    model = load_model(args.model_name_or_path, quantization_bit=args.quantization_bit, **source)
+    model = load_model(
+        args.model_name_or_path,
+        quantization_bit=args.quantization_bit,
+        quantization_type=args.quantization_type,
+        device_map=args.device_map,
+        **source,
+    )
     selected = None if prefix is None else _load_prefix(model, prefix, chosen=args.ptuning_checkpoint is not None)
     subject = "base" if prefix is None else "prefix"
     answers = {}

@@ -77,11 +77,6 @@ def official_fields(fields: dict[str, Any], source: str, name: str) -> dict[str,
     check_architecture(fields, source)
     if fields.get("model_type") == "glm":
         return _from_glm(fields, source)
-    if fields.get("quantization_bit"):
-        raise ValueError(
-            f"{source} is of a base whose weights are stored in {fields['quantization_bit']} bits. Load the base with "
-            f"whole weights (the same name without -int{fields['quantization_bit']}) by --quantization_bit instead."
-        )
     fields = dict(fields)
     names = [last_part(str(fields.get("_name_or_path", ""))), last_part(name)]
     if "position_interpolation" not in fields and fields.get("rope_ratio", 1) != 1:

@@ -23,6 +23,8 @@ class ChatGLMConfig(PreTrainedConfig):
     - `multi_query_group_num`: number of key/value groups; the prefix holds one key and one value per group.
 
     `prefix_dropout` is the dropout on the prefix's keys and values in training mode (official: 0.1).
+    `quantization_bit` of 4 or 8 says that the weight files are official quantised ones; once they are loaded, and so
+    de-quantised, it is 0 and `dequantized_from_bit` has the number.
 
     `position_interpolation` says what `rope_ratio` does: divide the positions (ChatGLM2-6B-32K, whose config.json is
     known by its name), or multiply the rotary base (all others). A saved configuration says so itself.
@@ -69,6 +71,7 @@ class ChatGLMConfig(PreTrainedConfig):
     rope_ratio: float = 1.0
     position_interpolation: bool = False
     quantization_bit: int = 0
+    dequantized_from_bit: int = 0
     pre_seq_len: int | None = None
     prefix_projection: bool = False
     prefix_dropout: float = 0.1

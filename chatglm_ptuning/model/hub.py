@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from chatglm_ptuning.model.checkpoint_forms import SUPPORTED
+from chatglm_ptuning.model.quantization import check_quantization
 
 DEFAULT_MODEL = str(Path(__file__).resolve().parents[2] / "data" / "chatglm-nano")
 """The base that is bundled with the sources."""
@@ -34,12 +35,28 @@ class BaseArguments:
         metadata={"help": "branch, tag or commit of a hub name (default: main)", "aliases": ["--model_revision"]},
     )
     quantization_bit: int | None = field(default=None, metadata={"help": "8 or 4: quantise the base (bitsandbytes)"})
+    quantization_type: str = field(default="nf4", metadata={"help": "numbers of 4 bits: nf4 or fp4"})
 
     def __post_init__(self) -> None:
         if self.hub not in HUBS:
             raise ValueError(f"--hub must be {' or '.join(HUBS)}, got {self.hub!r}")
-        if self.quantization_bit not in (None, 0, 4, 8):
-            raise ValueError(f"--quantization_bit must be 4 or 8, got {self.quantization_bit}")
+        check_quantization(self.quantization_bit, self.quantization_type)
+
+
+@dataclass
+class InferenceBaseArguments(BaseArguments):
+    """The same for commands that train nothing."""
+
+    device_map: str | None = field(
+        default=None,
+        metadata={"help": "auto: spread the base over all GPUs, then the CPU's memory and the disk "
+                          "(default: one device)"},
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.device_map not in (None, "auto"):
+            raise ValueError(f"--device_map must be auto, got {self.device_map!r}")
 
 
 def find_base(model_name_or_path: str, hub: str = "hf", revision: str | None = None, weights: bool = True) -> Path:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig
-from transformers.utils import is_bitsandbytes_available
 
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.hub import find_base
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm_ptuning.model.quantization import keep_layout, quantization_settings
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
 
@@ -42,31 +44,10 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type != "cuda" or torch.cuda.is_bf16_supported() else torch.float16
 
 
-def quantization_settings(bits: int | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """Settings of bitsandbytes for a base in 8 bits, or in 4 (nf4 with double quantisation); None for neither.
-
-    The prefix and the output layer keep their precision.
-
-    Raises:
-        ValueError: if bits is not None, 0, 4 or 8.
-        ImportError: if bitsandbytes is not installed.
-    """
-    if not bits:
-        return None
-    if bits not in (4, 8):
-        raise ValueError(f"quantization_bit must be 4 or 8, got {bits}.")
-    if not is_bitsandbytes_available():
-        raise ImportError("quantization_bit needs bitsandbytes: pip install bitsandbytes.")
-    kept = ["output_layer", "prefix_encoder"]
-    if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=kept,
-    )
+def _temporary_folder() -> str:
+    folder = tempfile.mkdtemp(prefix="chatglm-offload-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def load_model(
@@ -77,18 +58,27 @@ def load_model(
     pre_seq_len: int | None = None,
     prefix_projection: bool = False,
     quantization_bit: int | None = None,
+    quantization_type: str = "nf4",
     dtype: str = "auto",
     attn_implementation: str | None = None,
+    device_map: str | None = None,
+    offload_folder: str | None = None,
+    max_memory: dict[int | str, int | str] | None = None,
     **config_overrides: Any,
 ) -> ChatGLMForConditionalGeneration:
-    """Loads a base once, onto this process's device, in evaluation mode.
+    """Loads a base once, in evaluation mode, onto this process's device unless `device_map` says otherwise.
 
     Args:
         model_name_or_path: a folder in the official layout or in that of transformers' GlmForCausalLM, or a hub name.
         hub, revision: of a hub name, see `find_base`.
         pre_seq_len: length of a trainable prefix to put in front; None for none.
         quantization_bit: 8 or 4 for a quantised base through bitsandbytes.
+        quantization_type: "nf4" or "fp4", the numbers of 4 bits.
         dtype: see `choose_dtype`.
+        device_map: "auto" spreads the layers over all GPUs, the CPU's memory and the disk, as far as each is needed;
+            for inference.
+        offload_folder: for layers on the disk; by default a temporary folder that goes when the process ends.
+        max_memory: of each device, as accelerate takes it; by default what is free.
         config_overrides: fields of ChatGLMConfig to set.
 
     Raises:
@@ -101,14 +91,21 @@ def load_model(
     overrides = {**config_overrides}
     if pre_seq_len:
         overrides |= {"pre_seq_len": pre_seq_len, "prefix_projection": prefix_projection}
-    quantization = quantization_settings(quantization_bit, chosen)
+    quantization = quantization_settings(quantization_bit, chosen, quantization_type)
     if quantization is not None:
         overrides["quantization_config"] = quantization
     if attn_implementation:
         overrides["attn_implementation"] = attn_implementation
-    model = ChatGLMForConditionalGeneration.from_pretrained(folder, dtype=chosen, device_map={"": device}, **overrides)
+    if device_map is None:
+        overrides["device_map"] = {"": device}
+    else:
+        overrides |= {"device_map": device_map, "offload_folder": offload_folder or _temporary_folder()}
+        overrides |= {"max_memory": max_memory} if max_memory else {}
+    model = ChatGLMForConditionalGeneration.from_pretrained(folder, dtype=chosen, **overrides)
     # Prefix checkpoints record it: a path in the hub's cache says little to others.
     model.config.name_or_path = str(model_name_or_path)
+    if pre_seq_len and quantization is not None:
+        keep_layout(model)
     return model.eval()
 
 

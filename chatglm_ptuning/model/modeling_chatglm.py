@@ -29,6 +29,8 @@ from chatglm_ptuning.model.chat_mixin import ChatMixin
 from chatglm_ptuning.model.checkpoint_forms import register_conversions
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.losses import next_token_loss
+from chatglm_ptuning.model.packed_weights import check_unpacked, packed_dtype_plan
+from chatglm_ptuning.model.placement import execution_device, layer_devices, out_of_offload
 from chatglm_ptuning.model.prefix_encoder import PrefixEncoder
 from chatglm_ptuning.model.prefix_mixin import PrefixMixin
 from chatglm_ptuning.model.prefix_switch import TRAINABLE_PREFIX, PrefixSwitch
@@ -203,12 +205,15 @@ class GLMTransformer(nn.Module):
         self.layers = nn.ModuleList([GLMBlock(config, layer_idx) for layer_idx in range(config.num_layers)])
         self.final_layernorm = _norm(config) if config.post_layer_norm else nn.Identity()
 
-    def forward(self, hidden_states: torch.Tensor, prefix: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, prefix: torch.Tensor | tuple[torch.Tensor, ...] | None, **kwargs: Any
+    ) -> torch.Tensor:
         """Hidden states `[batch, seq_len, hidden_size]` -> the same shape.
 
         Args:
             hidden_states: the embeddings.
-            prefix: `[num_layers * 2, batch, groups, pre_seq_len, kv_channels]`; None for no prefix.
+            prefix: `[num_layers * 2, batch, groups, pre_seq_len, kv_channels]`, or its entries, each on the device of
+                its layer; None for no prefix.
             kwargs: for every layer.
         """
         for layer_idx, layer in enumerate(self.layers):
@@ -236,6 +241,10 @@ class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
     _keys_to_ignore_on_load_missing: ClassVar[list[str]] = [r"prefix_encoder\."]
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["prefix_encoder"]
 
+    def __init__(self, config: ChatGLMConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.packing_errors: dict[str, str] = {}
+
     @classmethod
     def from_pretrained(
         cls,
@@ -246,11 +255,12 @@ class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
     ) -> Any:
         """As in transformers; with a trainable prefix (`pre_seq_len`) everything but it, and a head, is frozen.
 
-        Checkpoints of transformers' GlmForCausalLM load, too, tensor by tensor.
+        Checkpoints of transformers' GlmForCausalLM load, too, tensor by tensor; official checkpoints in 4 or 8 bits are
+        de-quantised on the way (`packed_weights.py`).
 
         Raises:
             ValueError: naming the file that is damaged or holds more than tensors, or the parameters of the base that
-                are missing: a base is never filled up with random numbers.
+                are missing or do not fit `quantization_bit`: a base is never filled up with random numbers.
         """
         try:
             model, info = super().from_pretrained(
@@ -262,10 +272,15 @@ class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
             if damage is None:
                 raise
             raise ValueError(damage) from error
+        check_unpacked(model, str(pretrained_model_name_or_path))
         inside = "" if model.base_model is model else cls.base_model_prefix + "."
         missing = [name for name in info["missing_keys"] if name.startswith(inside) and "prefix_encoder." not in name]
         if missing:
             raise ValueError(describe_missing(str(pretrained_model_name_or_path), missing))
+        if (encoder := getattr(model.base_model, "prefix_encoder", None)) is not None:
+            model.base_model.prefix_encoder = out_of_offload(encoder, PrefixEncoder(model.config))
+            # By this the Trainer refuses quantised models without an adapter of PEFT; here the prefix is the adapter.
+            model.is_quantized = False
         model.freeze_base()
         return (model, info) if output_loading_info else model
 
@@ -283,6 +298,15 @@ class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
             state_dict = {name: tensor for name, tensor in tensors.items() if "prefix_encoder." not in name}
         kwargs["save_original_format"] = False
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs belong, also when the weights are on the disk and the parameters in memory empty."""
+        device = super().device
+        return (execution_device(self) or device) if device.type == "meta" else device
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        return super()._get_dtype_plan(dtype) | packed_dtype_plan(self.config)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # For classes outside transformers this skips modules without parameters of their own, such as PrefixEncoder,
@@ -334,10 +358,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.embedding.word_embeddings = value
 
     def active_prefix(self, states: torch.Tensor) -> ActivePrefix | None:
-        """The prefix in use for `states` `[batch, ...]`, in their dtype, on their device; None for the plain base."""
+        """The prefix in use for `states` `[batch, ...]`, in their dtype, where the layers are; None for none."""
         rate = self.config.prefix_dropout if self.training else 0.0
         encoder = getattr(self, "prefix_encoder", None)
-        return self.prefixes.active(encoder, states.shape[0], states.device, states.dtype, rate)
+        devices = layer_devices(self.encoder.layers)
+        return self.prefixes.active(encoder, states.shape[0], states.device, states.dtype, rate, devices)
 
     @merge_with_config_defaults
     @capture_outputs

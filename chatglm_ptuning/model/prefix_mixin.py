@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
+from functools import partial
 from os import PathLike
 from typing import Any
 
 import torch
 from transformers.utils import logging
 
+from chatglm_ptuning.model.base_weights import read_weight
 from chatglm_ptuning.model.prefix_encoder import PrefixEncoder
 from chatglm_ptuning.model.prefix_switch import TRAINABLE_PREFIX, PrefixSwitch
 from chatglm_ptuning.model.rotary import rotate_prefix_keys
@@ -169,7 +171,7 @@ class PrefixMixin:
             multi_query_group_num=config.multi_query_group_num,
             kv_channels=config.kv_channels,
             base_model_name=config.name_or_path or None,
-            base_fingerprint=fingerprint_of(config, dict(base.named_parameters())),
+            base_fingerprint=fingerprint_of(config, partial(read_weight, base)),
             trained=trained,
             **details,
         )
@@ -236,7 +238,7 @@ class PrefixMixin:
             )
             return
         base = self.base_model
-        what = difference(recorded, fingerprint_of(base.config, dict(base.named_parameters())))
+        what = difference(recorded, fingerprint_of(base.config, partial(read_weight, base)))
         if what is not None:
             raise ValueError(
                 f"{checkpoint.source} was trained on another base: on "

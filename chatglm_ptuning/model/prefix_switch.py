@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -57,18 +57,36 @@ class PrefixSwitch:
         device: torch.device,
         dtype: torch.dtype,
         dropout_rate: float = 0.0,
+        layer_devices: Sequence[torch.device] | None = None,
     ) -> ActivePrefix | None:
         """The selected prefix for a batch of so many rows, in the activations' dtype; None for the plain base.
 
         Args:
             encoder: the trainable prefix, if the model has one.
             dropout_rate: of the trainable prefix; every row draws its own, as in the official code.
+            layer_devices: where each layer computes, if not all of them on `device`. A prefix is so small that every
+                device keeps the whole of it, so that no step copies anything between devices.
 
         Raises:
             ValueError: if the selection is a list and the batch has another number of rows.
         """
         if self.selection is None:
             return None
+        on = {
+            place: self._active_on(encoder, batch, place, dtype, dropout_rate)
+            for place in dict.fromkeys(layer_devices or (device,))
+        }
+        first = next(iter(on.values()))
+        if len(on) == 1 or first is None:
+            return first
+        entries = tuple(
+            on[place].key_values[2 * layer + i] for layer, place in enumerate(layer_devices) for i in (0, 1)
+        )
+        return ActivePrefix(entries, first.mask)
+
+    def _active_on(
+        self, encoder: PrefixEncoder | None, batch: int, device: torch.device, dtype: torch.dtype, dropout_rate: float
+    ) -> ActivePrefix | None:
         if isinstance(self.selection, str):
             one = self._key_values(self.selection, encoder, device, dtype)
             rows = one.unsqueeze(1).expand(-1, batch, -1, -1, -1)

@@ -17,17 +17,18 @@ class ActivePrefix:
     """The prefix of one forward pass.
 
     Attributes:
-        key_values: `[num_layers * 2, batch, groups, length, kv_channels]`; the batch axis may be an expanded view.
+        key_values: `[num_layers * 2, batch, groups, length, kv_channels]`, the batch axis may be an expanded view; or,
+            where layers are on several devices, the `num_layers * 2` entries of it, each where its layer is.
         mask: `[batch, length]`, False on the slots that a row with a shorter prefix leaves empty; None if all are used.
     """
 
-    key_values: torch.Tensor
+    key_values: torch.Tensor | tuple[torch.Tensor, ...]
     mask: torch.Tensor | None = None
 
     @property
     def length(self) -> int:
         """Number of prefix slots in front of every row."""
-        return self.key_values.shape[3]
+        return self.key_values[0].shape[2]
 
     def mask_for(self, batch: int, device: torch.device) -> torch.Tensor:
         """Which slots each row sees, `[batch, length]`, bool."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,51 +14,72 @@ if TYPE_CHECKING:
 _SHAPE_FIELDS = ("num_layers", "padded_vocab_size", "hidden_size", "ffn_hidden_size", "kv_channels",
                  "num_attention_heads", "multi_query_attention", "multi_query_group_num", "rope_ratio")  # fmt: skip
 _NUMBERS_PER_TENSOR = 16
+# Squared difference over the sum of squares: about 0.02 for rounding to 4 bits, 1 for unrelated weights.
+_QUANTIZED_TOLERANCE = 0.25
 FINGERPRINT_FIELDS = frozenset({"shape", "sample_sha256", "sample"})
 """What a fingerprint holds."""
 
 
-def fingerprint_of(config: ChatGLMConfig, parameters: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def fingerprint_of(
+    config: ChatGLMConfig, read_weight: Callable[[str], tuple[torch.Tensor | None, bool]]
+) -> dict[str, Any]:
     """Shape fields, and for a fixed sample of the weights their numbers and a SHA-256 over them.
 
     The sample takes evenly spaced numbers of the embeddings, norms and linear layers at the bottom, middle and top.
     The hash is over bfloat16 bytes; the numbers stand beside it because loading in another precision may round a few
-    of them the other way. Quantised layers, which hold no such numbers, are left out.
+    of them the other way. Which weights were quantised is recorded: their numbers are near the true ones only.
 
     Args:
-        parameters: of the ChatGLMModel, by their names in it.
+        read_weight: gives a parameter of the ChatGLMModel by its name in it, or None if it cannot be had, which leaves
+            it out; and whether it is exact.
     """
     layers = sorted({0, config.num_layers // 2, config.num_layers - 1})
-    names = ["embedding.word_embeddings.weight", "encoder.final_layernorm.weight"]
+    names = ["embedding.word_embeddings.weight"]
+    if config.post_layer_norm:
+        names.append("encoder.final_layernorm.weight")
     for layer in layers:
         names += [
             f"encoder.layers.{layer}.{part}.weight"
             for part in ("input_layernorm", "self_attention.query_key_value", "mlp.dense_4h_to_h")
         ]
-    sample = {}
+    sample, quantized = {}, []
     for name in names:
-        tensor = parameters.get(name)
-        if tensor is None or not tensor.is_floating_point() or tensor.is_meta or tensor.numel() == 0:
+        tensor, exact = read_weight(name)
+        if tensor is None:
             continue
         flat = tensor.detach().reshape(-1)
         index = torch.linspace(0, flat.numel() - 1, _NUMBERS_PER_TENSOR, dtype=torch.float64).long().to(flat.device)
         sample[name] = [float(number) for number in flat[index].to("cpu", torch.bfloat16)]
+        if not exact:
+            quantized.append(name)
     return {
         "shape": {name: getattr(config, name) for name in _SHAPE_FIELDS},
         "sample_sha256": hashlib.sha256(repr(sorted(sample.items())).encode()).hexdigest(),
         "sample": sample,
+        "quantized": quantized,
     }
 
 
 def difference(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> str | None:
-    """Says in what two fingerprints differ; None if they are of the same base."""
+    """Says in what two fingerprints differ; None if they are of the same base, quantised or not.
+
+    Weights that were quantised on either side are compared together and coarsely: 4 bits move a weight by a tenth or
+    two of the usual size, the weights of another base have nothing to do with these.
+    """
     for name, value in recorded["shape"].items():
         if present["shape"].get(name) != value:
             return f"{name} is {present['shape'].get(name)}, not {value}"
     if recorded["sample_sha256"] == present["sample_sha256"]:
         return None
+    quantized = {*recorded.get("quantized", ()), *present.get("quantized", ())}
+    errors = []
     for name in recorded["sample"].keys() & present["sample"].keys():
         ours, theirs = (torch.tensor(fingerprint["sample"][name]) for fingerprint in (present, recorded))
-        if not torch.allclose(ours, theirs, rtol=0.02, atol=1e-6):
+        if name in quantized:
+            error = (ours - theirs).square().sum() / (ours.square().sum() + theirs.square().sum()).clamp(min=1e-20)
+            errors.append(float(error))
+        elif not torch.allclose(ours, theirs, rtol=0.02, atol=1e-6):
             return f"the weights {name} differ"
+    if errors and sum(errors) / len(errors) > _QUANTIZED_TOLERANCE:
+        return "the weights of its linear layers differ by more than quantisation explains"
     return None

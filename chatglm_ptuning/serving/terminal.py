@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from chatglm_ptuning.command_line import fail, parse_arguments
-from chatglm_ptuning.model.hub import BaseArguments
+from chatglm_ptuning.model.hub import InferenceBaseArguments
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.prefix.latest import find_latest_prefix, runs_folder
 from chatglm_ptuning.serving.session import ChatSession
@@ -40,7 +40,7 @@ Ctrl-C stops the present answer. A message that begins with a slash needs a spac
 
 
 @dataclass
-class ChatArguments(BaseArguments):
+class ChatArguments(InferenceBaseArguments):
     """Flags of `chatglm-ptuning chat`."""
 
     ptuning_checkpoint: list[str] = field(
@@ -254,7 +254,13 @@ def main(argv: Sequence[str]) -> None:
     try:
         source = {"hub": arguments.hub, "revision": arguments.revision}
         tokenizer = load_tokenizer(arguments.model_name_or_path, **source)
-        model = load_model(arguments.model_name_or_path, quantization_bit=arguments.quantization_bit, **source)
+        model = load_model(
+            arguments.model_name_or_path,
+            quantization_bit=arguments.quantization_bit,
+            quantization_type=arguments.quantization_type,
+            device_map=arguments.device_map,
+            **source,
+        )
         session = ChatSession(
             model,
             tokenizer,

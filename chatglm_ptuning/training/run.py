@@ -121,6 +121,7 @@ class TrainingRun:
             prefix_projection=model_args.prefix_projection,
             prefix_dropout=model_args.prefix_dropout,
             quantization_bit=model_args.quantization_bit,
+            quantization_type=model_args.quantization_type,
             dtype=model_args.dtype,
             attn_implementation=model_args.attn_implementation,
         )

@@ -1,0 +1,197 @@
+"""Memory per GPU by part, arithmetic and time of training a prefix."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from chatglm_ptuning.estimation.simulation import step_memory
+from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
+from chatglm_ptuning.model.packed_weights import PACKED_LAYERS
+
+GIB = 2**30
+RESERVE = int(0.75 * GIB)
+"""What CUDA's context, its libraries' working space and the gaps between tensors take on a GPU, about."""
+UTILISATION = (0.25, 0.55)
+"""Which part of a GPU's peak arithmetic training reaches, from a small batch or a slow setting to a good one."""
+_ZERO3_LIVE_NUMBERS = 10**9  # DeepSpeed's default of stage3_max_live_parameters
+_ADAM_STATES = 2
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is estimated.
+
+    Attributes:
+        config: of the base, with `pre_seq_len`.
+        batch: rows per GPU and step.
+        length: tokens of a row, without the prefix.
+        dtype: of the base, and of the computation with a quantised one.
+        zero: DeepSpeed's stage, 0 to 3.
+    """
+
+    config: ChatGLMConfig
+    batch: int = 4
+    length: int = 1024
+    dtype: torch.dtype = torch.bfloat16
+    gradient_checkpointing: bool = False
+    quantization_bit: int | None = None
+    attn_implementation: str = "sdpa"
+    zero: int = 0
+    gpus: int = 1
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers in the base by how they may be held, and in the prefix."""
+
+    packed: int
+    packed_rows: int
+    other: int
+    prefix: int
+
+    @property
+    def base(self) -> int:
+        """All of the base."""
+        return self.packed + self.other
+
+    @property
+    def trainable_share(self) -> float:
+        """The prefix as a part of base and prefix."""
+        return self.prefix / (self.base + self.prefix)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU at the fullest moment of a step; gradients are counted as if those of a batch before stood.
+
+    Attributes:
+        gathered: with ZeRO-3, the parameters that are whole on the GPU for a while.
+        activations, logits: see `StepMemory`.
+    """
+
+    weights: int
+    gathered: int
+    prefix: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All parts together, without the GPU's own reserve."""
+        return sum(vars(self).values())
+
+
+def count_parameters(config: ChatGLMConfig) -> Parameters:
+    """Counts the parameters of a base with its prefix on the meta device."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    packed = packed_rows = other = prefix = 0
+    for name, parameter in model.named_parameters():
+        if "prefix_encoder." in name:
+            prefix += parameter.numel()
+        elif name.removesuffix(".weight").endswith(PACKED_LAYERS):
+            packed += parameter.numel()
+            packed_rows += parameter.shape[0]
+        else:
+            other += parameter.numel()
+    return Parameters(packed, packed_rows, other, prefix)
+
+
+def weight_bytes(parameters: Parameters, dtype: torch.dtype, quantization_bit: int | None) -> int:
+    """Bytes of the base; with bitsandbytes its linear layers in 8 or 4 bits and the rest in `dtype`."""
+    plain = parameters.other * dtype.itemsize
+    if quantization_bit == 8:
+        return plain + parameters.packed + parameters.packed_rows * _FLOAT32
+    if quantization_bit == 4:
+        # For 64 numbers a scale of one byte, and for 256 of these one in float32.
+        return plain + int(parameters.packed * (0.5 + 1 / 64 + _FLOAT32 / (64 * 256)))
+    return plain + parameters.packed * dtype.itemsize
+
+
+def estimate_memory(job: Job) -> Memory:
+    """Memory of one GPU, part by part.
+
+    Weights, prefix, gradients (float32) and AdamW's two states (float32) are arithmetic; activations and logits are
+    from `step_memory`. ZeRO divides the optimizer's states by the GPUs from stage 1 on, gradients from 2, and weights
+    and prefix with 3.
+    """
+    parameters = count_parameters(job.config)
+    step = step_memory(
+        job.config,
+        job.batch,
+        job.length,
+        dtype=job.dtype,
+        gradient_checkpointing=job.gradient_checkpointing,
+        quantization_bit=job.quantization_bit,
+        attn_implementation=job.attn_implementation,
+    )
+    weights = weight_bytes(parameters, job.dtype, job.quantization_bit)
+    prefix = parameters.prefix * _FLOAT32
+
+    def share(stage: int, size: int) -> int:
+        return -(-size // job.gpus) if job.zero >= stage else size
+
+    gathered = 0
+    if job.zero == 3 and job.gpus > 1:
+        live = min(1.0, _ZERO3_LIVE_NUMBERS / (parameters.base + parameters.prefix))
+        gathered = int(live * (weights + prefix) * (1 - 1 / job.gpus))
+    return Memory(
+        weights=share(3, weights),
+        gathered=gathered,
+        prefix=share(3, prefix),
+        gradients=share(2, prefix),
+        optimizer=share(1, _ADAM_STATES * prefix),
+        activations=step.activations,
+        logits=step.logits,
+    )
+
+
+def largest_batch(job: Job, gpu_memory: int) -> int:
+    """The most rows per step with which the job fits a GPU of so many bytes; 0 if not even one does.
+
+    Memory grows by the same amount with every row, so two batches tell.
+    """
+    one, two = (estimate_memory(replace(job, batch=batch)).total for batch in (1, 2))
+    room = gpu_memory - RESERVE - one
+    return 0 if room < 0 else 1 + room // max(1, two - one)
+
+
+def flops_per_example(job: Job) -> int:
+    """Floating-point operations of training on one row.
+
+    The frozen base needs no gradients of its weights, so the backward pass through a linear layer costs as much as
+    the forward pass; checkpointing adds another forward pass through the layers. Attention costs
+    `4 * heads * kv_channels` for each pair of a token and what it may see, and twice that backward.
+    """
+    config, tokens = job.config, job.length
+    parameters = count_parameters(config)
+    logits = 2 * tokens * config.hidden_size * config.padded_vocab_size
+    seen = tokens * (config.pre_seq_len or 0) + tokens * (tokens + 1) // 2
+    attention = 4 * config.num_attention_heads * config.kv_channels * seen * config.num_layers
+    layers = 2 * tokens * parameters.packed
+    projection = 0
+    if config.prefix_projection:  # once per step: forward, and both gradients
+        projection = 6 * config.pre_seq_len * 2 * config.prefix_kv_size * config.hidden_size // job.batch
+    again = layers + attention if job.gradient_checkpointing else 0
+    return 2 * logits + 2 * layers + 3 * attention + again + projection
+
+
+def seconds_per_1000_examples(job: Job, tflops: float) -> tuple[float, float]:
+    """From the best to the worst, on all GPUs together, each of a peak of `tflops` * 10^12 operations per second."""
+    work = 1000 * flops_per_example(job) / (job.gpus * tflops * 1e12)
+    return work / UTILISATION[1], work / UTILISATION[0]
+
+
+def with_prefix(config: ChatGLMConfig, pre_seq_len: int, prefix_projection: bool = False) -> ChatGLMConfig:
+    """The configuration of a base with a trainable prefix."""
+    config = deepcopy(config)
+    config.pre_seq_len, config.prefix_projection = pre_seq_len, prefix_projection
+    config.validate_sizes()
+    return config

@@ -1,0 +1,36 @@
+"""Reading single weights of a base wherever and however it holds them: quantised, or offloaded by accelerate."""
+
+from __future__ import annotations
+
+import torch
+from accelerate.utils import align_module_device
+from transformers import PreTrainedModel
+
+
+def read_weight(base: PreTrainedModel, name: str) -> tuple[torch.Tensor | None, bool]:
+    """One weight of the base, and whether it is as exact as it was published.
+
+    Args:
+        base: the ChatGLMModel.
+        name: of a module's parameter in it.
+
+    Returns:
+        The weight in floating point, on whatever device it is; None if this process does not hold it (a meta tensor, a
+        weight that DeepSpeed has partitioned away, or one that bitsandbytes has re-ordered for this CPU). False if it
+        was quantised, by bitsandbytes or in its file.
+    """
+    module_name, _, leaf = name.rpartition(".")
+    module = base.get_submodule(module_name)
+    with align_module_device(module):  # brings an offloaded weight into memory meanwhile
+        weight = getattr(module, leaf)
+        if weight.is_meta or weight.numel() == 0:
+            return None, True
+        if type(weight).__name__ in ("Params4bit", "Int8Params"):
+            if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+                return None, False
+            from transformers.integrations.bitsandbytes import dequantize_bnb_weight  # imports bitsandbytes
+
+            return dequantize_bnb_weight(weight, getattr(module, "state", None)), False
+        # An official quantised checkpoint packs the linear layers of the encoder, and nothing else.
+        packed = bool(base.config.dequantized_from_bit) and isinstance(module, torch.nn.Linear)
+        return weight.detach(), not packed

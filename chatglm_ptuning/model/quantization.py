@@ -1,0 +1,69 @@
+"""Quantising a base with bitsandbytes while it loads."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from transformers import BitsAndBytesConfig
+from transformers.utils import is_bitsandbytes_available
+
+QUANTIZATION_TYPES = ("nf4", "fp4")
+
+
+def check_quantization(bits: int | None, quantization_type: str) -> None:
+    """Checks the values of `--quantization_bit` and `--quantization_type`.
+
+    Raises:
+        ValueError: naming the flag and its value.
+    """
+    if bits not in (None, 0, 4, 8):
+        raise ValueError(f"--quantization_bit must be 4 or 8, got {bits}")
+    if quantization_type not in QUANTIZATION_TYPES:
+        raise ValueError(f"--quantization_type must be {' or '.join(QUANTIZATION_TYPES)}, got {quantization_type!r}")
+
+
+def quantization_settings(
+    bits: int | None, dtype: torch.dtype, quantization_type: str = "nf4"
+) -> BitsAndBytesConfig | None:
+    """Settings of bitsandbytes for a base in 8 bits, or in 4 with double quantisation; None for neither.
+
+    The prefix, a head and the output layer keep their precision.
+
+    Args:
+        dtype: of the computation with 4-bit weights.
+        quantization_type: the 4-bit numbers, "nf4" or "fp4".
+
+    Raises:
+        ValueError: if bits is not None, 0, 4 or 8, or the type is unknown.
+        ImportError: if bitsandbytes is not installed.
+    """
+    check_quantization(bits, quantization_type)
+    if not bits:
+        return None
+    if not is_bitsandbytes_available():
+        raise ImportError("quantization_bit needs bitsandbytes: pip install bitsandbytes.")
+    kept = ["output_layer", "prefix_encoder", "classifier_head", "qa_outputs"]
+    if bits == 8:
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast_notice)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization_type,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=kept,
+    )
+
+
+def _is_no_cast_notice(record: logging.LogRecord) -> bool:
+    # bitsandbytes says at every layer of every step that 8-bit products are computed in float16.
+    return "inputs will be cast" not in record.getMessage()
+
+
+def keep_layout(model: torch.nn.Module) -> None:
+    """Has bitsandbytes leave the layout of its weights alone, so that a prefix can be trained through them."""
+    # On some CPUs bitsandbytes re-orders 4-bit weights at the first inference, and from then on gives no gradients.
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

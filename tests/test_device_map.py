@@ -1,0 +1,119 @@
+"""A base spread over memory and disk by accelerate, with prefixes."""
+
+import pytest
+import torch
+from conftest import TINY
+
+from chatglm_ptuning import ChatGLMConfig, ChatGLMForConditionalGeneration
+from chatglm_ptuning.evaluation.run import EvaluationArguments
+from chatglm_ptuning.model.loading import load_model
+from chatglm_ptuning.model.placement import layer_devices
+from chatglm_ptuning.model.prefix_switch import PrefixSwitch
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("base") / "four-layers"
+    ChatGLMForConditionalGeneration(ChatGLMConfig(**TINY | {"num_layers": 4})).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prefixes(base, tmp_path_factory):
+    folders = {}
+    for name, length in (("a", 3), ("b", 5)):
+        model = ChatGLMForConditionalGeneration.from_pretrained(base, pre_seq_len=length)
+        encoder = model.transformer.prefix_encoder
+        encoder.set_key_values(torch.randn(length, *encoder.kv_shape, generator=torch.Generator().manual_seed(length)))
+        folders[name] = tmp_path_factory.mktemp("prefixes") / name
+        model.save_prefix(folders[name])
+    return folders
+
+
+def spread(base, tmp_path, part):
+    size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    return load_model(
+        str(base), device_map="auto", max_memory={"cpu": int(size * part)}, offload_folder=str(tmp_path / "offload")
+    )
+
+
+@pytest.mark.parametrize("part", [0.6, 0.1], ids=["half on disk", "all on disk"])
+def test_prefixes_work_on_a_base_that_is_partly_on_the_disk(base, prefixes, tmp_path, ids, part):
+    model, whole = spread(base, tmp_path, part), load_model(str(base))
+    assert "disk" in model.hf_device_map.values()
+    assert model.device == torch.device("cpu")
+    for other in (model, whole):
+        for name, folder in prefixes.items():
+            other.load_prefix(folder, name)
+    for selection in ("a", "b", None, ["b", None, "a"]):
+        tokens = []
+        for other in (model, whole):
+            other.set_prefix(selection)
+            tokens.append(other.generate(ids.to(other.device), max_new_tokens=8, do_sample=False, eos_token_id=-1))
+        assert torch.equal(*tokens), selection
+        assert tokens[0].shape[1] > ids.shape[1]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, whole(ids).logits)
+
+
+@pytest.mark.parametrize("part", [0.6, 0.1])
+def test_another_base_is_recognised_on_the_disk_too(base, prefixes, tmp_path, part):
+    other = tmp_path / "other"
+    torch.manual_seed(1)
+    ChatGLMForConditionalGeneration(ChatGLMConfig(**TINY | {"num_layers": 4})).save_pretrained(other)
+    with pytest.raises(ValueError, match="was trained on another base"):
+        spread(other, tmp_path, part).load_prefix(prefixes["a"])
+
+
+@pytest.mark.parametrize("part", [0.6, 0.1])
+def test_a_trainable_prefix_stays_in_memory(base, prefixes, tmp_path, ids, part):
+    def load(folder):
+        size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+        memory, offload = {"cpu": int(part * size)}, str(tmp_path / "offload")
+        return load_model(str(folder), pre_seq_len=3, device_map="auto", max_memory=memory, offload_folder=offload)
+
+    model, whole = load(base), load_model(str(base))
+    with pytest.raises(ValueError, match="is untrained"):
+        model.generate(ids)
+    model.load_prefix(prefixes["a"])
+    whole.load_prefix(prefixes["a"])
+    assert torch.equal(model(ids).logits, whole(ids).logits)
+    model(ids, labels=ids).loss.backward()
+    assert model.transformer.prefix_encoder.embedding.weight.grad.abs().sum() > 0
+    # A base that was saved together with its prefix.
+    together = load_model(str(base), pre_seq_len=3)
+    together.load_prefix(prefixes["a"])
+    together.save_pretrained(tmp_path / "together")
+    assert torch.equal(load(tmp_path / "together")(ids).logits, whole(ids).logits)
+
+
+def test_nothing_changes_without_a_device_map(base):
+    assert layer_devices(load_model(str(base)).transformer.encoder.layers) is None
+
+
+def test_each_layer_gets_its_part_of_the_prefix_where_it_is():
+    # "meta" stands for a second device, which this machine lacks.
+    cpu, other = torch.device("cpu"), torch.device("meta")
+    switch = PrefixSwitch()
+    values = torch.randn(3, 8, 2, 4)
+    switch.bank.add("a", values)
+    switch.bank.add("b", values[:2])
+    for selection, mask in (("a", None), (("b", "a"), True)):
+        switch.selection = selection
+        active = switch.active(None, 2, cpu, torch.float32, layer_devices=(cpu, cpu, other, other))
+        assert [entry.device for entry in active.key_values] == [cpu] * 4 + [other] * 4
+        assert {tuple(entry.shape) for entry in active.key_values} == {(2, 2, 3, 4)}
+        assert (active.length, active.mask is not None) == (3, bool(mask))
+    assert torch.equal(active.key_values[3][1], values[:, 3].transpose(0, 1))
+    # Made once for each device: the same memory serves every step.
+    switch.selection = "a"
+    first, second = (
+        switch.active(None, 2, cpu, torch.float32, layer_devices=(cpu, cpu, cpu, cpu)).key_values for _ in range(2)
+    )
+    assert first.data_ptr() == second.data_ptr()
+
+
+def test_the_flag_takes_auto_alone(base):
+    with pytest.raises(ValueError, match="--device_map must be auto, got 'cuda:0'"):
+        EvaluationArguments(device_map="cuda:0")
