@@ -19,7 +19,8 @@ from chatglm_ptuning.data.histogram import draw_lengths
 from chatglm_ptuning.data.preprocess import Preprocessor
 from chatglm_ptuning.data.report import Lengths, PreparationReport, percentiles
 from chatglm_ptuning.data.show import describe, print_example, print_tokens
-from chatglm_ptuning.model.loading import DEFAULT_MODEL, load_tokenizer
+from chatglm_ptuning.model.hub import DEFAULT_MODEL
+from chatglm_ptuning.model.loading import load_tokenizer
 from chatglm_ptuning.prefix.files import write_atomically
 
 CHECK_FILE = "data_check.json"
