@@ -50,7 +50,7 @@ def read_rows(path: str | PathLike[str]) -> list[Row]:
         ValueError: if the file is missing, a folder, unreadable, empty, not UTF-8, a damaged gzip file, or if anything
             in it is not a JSON object: naming the file, the line and the start of that line.
     """
-    text = _read_text(Path(path))
+    text = read_text(Path(path))
     start = _SPACE.match(text).end()
     if start == len(text):
         raise ValueError(f"{path} is empty. {_EXPECTED}.")
@@ -60,7 +60,12 @@ def read_rows(path: str | PathLike[str]) -> list[Row]:
     return rows
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, plain or gzipped, without a byte order mark.
+
+    Raises:
+        ValueError: if the file is missing, a folder, unreadable, not UTF-8, or a damaged gzip file.
+    """
     try:
         data = path.read_bytes()
     except FileNotFoundError:
