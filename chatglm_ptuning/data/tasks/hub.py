@@ -28,7 +28,8 @@ def read_hub(
     known = task.hub.get(hub)
     if not hub_id and known is None:
         raise ValueError(
-            f"The registry knows no place of {task.name} on {hub}; name one, {hub}:OWNER/NAME, or a folder with its files."
+            f"The registry knows no place of {task.name} on {hub}; name one, {hub}:OWNER/NAME, or a folder of "
+            "its files."
         )
     place = known if known is not None and hub_id in ("", known.id) else HubSource(hub_id)
     config = None if place.config is None else place.config.format(subject=subject)

@@ -148,7 +148,7 @@ def _span_tags(source: SplitSource, row: Row, text: str, label: Any) -> list[str
 
 
 def spans_of(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Entities of BIO tags as (type, first, last), both inclusive; an `I-` without its `B-` begins one, as in seqeval."""
+    """Entities of BIO tags as (type, first, last), both inclusive; an `I-` without a `B-` begins one, like seqeval."""
     spans: list[tuple[str, int, int]] = []
     for place, tag in enumerate(tags):
         side, _, entity = tag.partition("-")
