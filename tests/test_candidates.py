@@ -16,7 +16,15 @@ from chatglm_ptuning.evaluation.candidates import (
 END = 2
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 11, 12], [20], [30, 31, 32, 33, 34]]
 # Several tokens, single ones, and some that begin others: with the end token they are different paths.
-CANDIDATES = [[40, END], [40, 41, END], [40, 41, 42, END], [50, END], [51], [51, 52, 53, 54, 55, END], [40, 41, 43, END]]
+CANDIDATES = [
+    [40, END],
+    [40, 41, END],
+    [40, 41, 42, END],
+    [50, END],
+    [51],
+    [51, 52, 53, 54, 55, END],
+    [40, 41, 43, END],
+]
 
 
 def one_by_one(model, prompt, candidate):

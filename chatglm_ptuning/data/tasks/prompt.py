@@ -68,5 +68,7 @@ def _letters(example: ChoiceExample) -> list[str]:
 
 def _options(task: Task, example: ChoiceExample) -> str:
     if task.letters:
-        return "\n".join(f"{letter}. {text}" for letter, text in zip(_letters(example), example.candidates, strict=True))
+        return "\n".join(
+            f"{letter}. {text}" for letter, text in zip(_letters(example), example.candidates, strict=True)
+        )
     return "、".join(example.candidates)
