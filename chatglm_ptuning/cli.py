@@ -1,4 +1,4 @@
-"""One entry for every command: `chatglm-ptuning train|evaluate|chat`, also `python -m chatglm_ptuning`."""
+"""One entry for every command: `chatglm-ptuning train|evaluate|chat|tasks`, also `python -m chatglm_ptuning`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ COMMANDS = {
     "train": ("chatglm_ptuning.training.run", "train a prefix on your data"),
     "evaluate": ("chatglm_ptuning.evaluation.run", "score a prefix, or the plain base"),
     "chat": ("chatglm_ptuning.serving.terminal", "chat with the base and its prefixes in a terminal"),
+    "tasks": ("chatglm_ptuning.data.tasks.command", "list the Chinese tasks, or show how one's files are read"),
 }
 """Command -> (module with `main(argv)`, one line of help). A module is imported when its command is given."""
 

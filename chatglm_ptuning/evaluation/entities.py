@@ -32,7 +32,7 @@ def entity_scores(predicted: Tags, expected: Tags) -> tuple[dict[str, float], di
         ValueError: if the sentences differ in number or length.
     """
     _check(predicted, expected)
-    from seqeval.metrics import precision_recall_fscore_support
+    from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
 
     gold, found = [list(tags) for tags in expected], [list(tags) for tags in predicted]
     types = sorted({entity for tags in (*gold, *found) for entity, _, _ in spans_of(tags)})

@@ -37,11 +37,13 @@ def find_font(texts: Iterable[str]) -> FontProperties | None:
     # Fonts that are installed since matplotlib listed them come last.
     paths += [path for path in sorted(font_manager.findSystemFonts()) if path not in paths]
     for path in paths:
+        if "LastResort" in path:  # comes with matplotlib and draws a box with the number of any character
+            continue
         try:
-            charmap = ft2font.FT2Font(path).get_charmap()
+            face = ft2font.FT2Font(path)
         except (OSError, RuntimeError):
             continue
-        if needed <= charmap.keys():
+        if all(face.get_char_index(character) for character in needed):
             return font_manager.FontProperties(fname=path)
     return None
 

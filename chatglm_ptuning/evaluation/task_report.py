@@ -21,7 +21,7 @@ from chatglm_ptuning.data.tasks.prompt import render_prompt
 from chatglm_ptuning.data.tasks.schema import Task
 from chatglm_ptuning.data.tasks.token_readers import spans_of
 from chatglm_ptuning.evaluation.bootstrap import f1_interval, mean_interval
-from chatglm_ptuning.evaluation.classification import classification_scores, confusion_matrix
+from chatglm_ptuning.evaluation.classification import classification_scores, confusion_matrix, macro_f1_interval
 from chatglm_ptuning.evaluation.entities import EntityScore, cluener_f1, entity_scores
 from chatglm_ptuning.evaluation.figures import draw_confusion_matrix, draw_entity_table
 from chatglm_ptuning.evaluation.metrics import score
@@ -64,8 +64,7 @@ def score_task(task: Task, examples: Sequence[AnyExample], predictions: Sequence
             f"{examples[gold.index(None)].where}: there is nothing to score against, the split is unlabelled."
         )
     if isinstance(examples[0], TextExample):
-        metrics = classification_scores(predictions, gold, list(task.labels))
-        return _of_hits(metrics, [left == right for left, right in zip(predictions, gold, strict=True)])
+        return _score_labels(predictions, gold, list(task.labels))
     if isinstance(examples[0], ChoiceExample):
         hits = [left == right for left, right in zip(predictions, gold, strict=True)]
         return _of_hits({"accuracy": 100 * sum(hits) / len(hits)}, hits, _group_accuracy(examples, hits))
@@ -123,6 +122,13 @@ def worst_errors(rows: Sequence[dict[str, Any]], number: int = WORST_ERRORS) -> 
     """The wrong rows (`score` below 1): the lowest scores first, and among equals the surest (`confidence`)."""
     wrong = [row for row in rows if row["score"] < 1]
     return sorted(wrong, key=lambda row: (row["score"], -row.get("confidence", 0.0)))[:number]
+
+
+def _score_labels(predictions: Sequence[str], gold: list[Any], labels: list[str]) -> TaskScores:
+    hits = [left == right for left, right in zip(predictions, gold, strict=True)]
+    scores = _of_hits(classification_scores(predictions, gold, labels), hits)
+    scores.intervals["macro_f1"] = macro_f1_interval(predictions, gold, labels)
+    return scores
 
 
 def _of_hits(metrics: dict[str, float], hits: list[bool], groups: dict[str, float] | None = None) -> TaskScores:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Hashable
 from functools import cache
 from pathlib import Path
 
@@ -58,13 +59,16 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         """As in PyYAML."""
-        seen: set[str] = set()
+        seen: set[Hashable] = set()
         for key, _ in node.value:
-            if key.value in seen:
+            value = self.construct_object(key, deep=True)  # True equals 1, and would take its place
+            if not isinstance(value, Hashable):
+                continue  # PyYAML has a message for it
+            if value in seen:
                 raise yaml.constructor.ConstructorError(
                     "while reading a mapping", node.start_mark, f"the key {key.value!r} stands twice", key.start_mark
                 )
-            seen.add(key.value)
+            seen.add(value)
         return super().construct_mapping(node, deep)
 
 

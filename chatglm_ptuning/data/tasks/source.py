@@ -72,6 +72,8 @@ class SplitSource:
     def example_id(self, row: Row, index: int) -> int | str:
         """The id that the row has, or else its place."""
         value = self.get(row, "id")
+        if value is None:
+            value = row.get("idx")  # what CLUE calls it in some of its files
         return value if isinstance(value, (int, str)) and value != "" else index
 
     def missing(self, row: Row, role: str, column: str) -> NoReturn:
