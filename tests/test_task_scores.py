@@ -94,6 +94,7 @@ def test_cluener_counts_texts_once_a_sentence():
         ("买入并持有", ["买入并持有"], 1, True),
         ("“买入并持有”。", ["买入，并持有"], 1, True),  # punctuation does not count
         ("买入并持有", ["买入持有"], 4 / 9, False),  # the longest run is 2 of 5 and 4, it is no subsequence
+        ("甲乙", ["甲丙乙"], 2 / 5, False),
         ("共78.1", ["78.1"], 2 / 3, False),  # a number is one segment
         ("NBA球员", ["nba 球员"], 1, False),  # segments are equal, texts with a space inside are not
         ("abc，def", ["abcdef"], 1, True),  # what was apart by punctuation grows together, as in the script
