@@ -13,8 +13,8 @@ from conftest import TINY
 
 from chatglm_ptuning import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMForSequenceClassification
 from chatglm_ptuning.data.collate import PaddingCollator
-from chatglm_ptuning.data.forms import Columns
 from chatglm_ptuning.data.files import read_rows
+from chatglm_ptuning.data.forms import Columns
 from chatglm_ptuning.data.preprocess import Preprocessor
 from chatglm_ptuning.model.hub import DEFAULT_MODEL
 from chatglm_ptuning.model.loading import load_model, load_tokenizer

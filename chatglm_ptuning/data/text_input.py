@@ -97,6 +97,15 @@ def text_lines(path: Path, name: str, bad_rows: BadRows) -> Iterator[tuple[int, 
             yield number, line
 
 
+def read_text(path: Path) -> str:
+    """The whole text of a file, plain or gzipped, without a byte order mark.
+
+    Raises:
+        ValueError: as `text_lines`, for the first line that is not UTF-8.
+    """
+    return "".join(line for _, line in text_lines(path, str(path), BadRows()))
+
+
 def listed(names: list[str]) -> str:
     """Some names for a message."""
     return ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")

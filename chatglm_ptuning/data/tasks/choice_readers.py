@@ -1,0 +1,201 @@
+"""Readers of multiple choice: ChID, C3, examinations by subject, and rows with a list of candidates."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from chatglm_ptuning.data.files import Row
+from chatglm_ptuning.data.forms.fields import fail
+from chatglm_ptuning.data.tasks.examples import ChoiceExample
+from chatglm_ptuning.data.tasks.source import SplitSource, as_text
+
+ASKED_BLANK = "____"
+"""Stands for the idiom that is asked for."""
+OTHER_BLANK = "〇〇〇〇"
+"""Stands for the other missing idioms of the same passage."""
+
+_IDIOM = re.compile(r"#idiom\d*#")
+
+
+def read_chid(source: SplitSource) -> list[ChoiceExample]:
+    """ChID, an example for each missing idiom.
+
+    CLUE's form: `content` is a list of passages with `#idiom000378#`, and the answers (idiom tag -> index) stand in a
+    file of their own, `train_answer.json` beside `train.json`. FewCLUE's: `content` is one passage with one `#idiom#`,
+    and `answer` the index.
+    """
+    answers: dict[str, Any] = {}
+    for path in source.paths:
+        answers |= _idiom_answers(source, path)
+    examples: list[ChoiceExample] = []
+    for row in source.rows():
+        candidates, content = row.get("candidates"), row.get("content")
+        if not _are_texts(candidates):
+            fail(row, f"there is no field 'candidates' with a list of idioms; the row has {', '.join(row)}.")
+        if isinstance(content, str):
+            examples.append(_one_blank(source, row, content, candidates))
+        elif _are_texts(content):
+            examples += _many_blanks(source, row, content, candidates, answers)
+        else:
+            fail(row, f"there is no field 'content' with text or a list of texts; the row has {', '.join(row)}.")
+    return examples
+
+
+def _idiom_answers(source: SplitSource, path: Path) -> dict[str, Any]:
+    name = path.name.removesuffix(".gz")
+    beside = path.with_name(f"{Path(name).stem}_answer.json")
+    if beside.is_file():
+        _, content = SplitSource(source.task, source.split, (beside,)).documents()[0]
+        if isinstance(content, Mapping):
+            return dict(content)
+        raise ValueError(f"{beside} must be one JSON object, idiom tag -> index of the right candidate.")
+    return {}
+
+
+def _one_blank(source: SplitSource, row: Row, content: str, candidates: list[str]) -> ChoiceExample:
+    if len(_IDIOM.findall(content)) != 1:
+        fail(row, f"'content' must hold one #idiom#, found {len(_IDIOM.findall(content))}.")
+    answer = _index(source, row, row.get("answer"), candidates)
+    context = _IDIOM.sub(ASKED_BLANK, content)
+    return ChoiceExample(
+        id=row.get("id", row.line - 1), where=row.where, context=context, candidates=tuple(candidates), answer=answer
+    )
+
+
+def _many_blanks(
+    source: SplitSource, row: Row, passages: list[str], candidates: list[str], answers: Mapping[str, Any]
+) -> Iterator[ChoiceExample]:
+    known = row.get("answers")  # a hub has them in the row, in the order of the blanks
+    given = iter(known["candidate_id"] if isinstance(known, Mapping) else [])
+    for passage in passages:
+        for tag in _IDIOM.findall(passage):
+            value = answers.get(tag, next(given, None))
+            if value is None and source.needs_gold:
+                fail(
+                    row,
+                    f"there is no answer for {tag}: CLUE has them in a file of their own, "
+                    f"{Path(row.path).stem}_answer.json beside {Path(row.path).name}.",
+                )
+            context = _IDIOM.sub(OTHER_BLANK, passage.replace(tag, ASKED_BLANK))
+            yield ChoiceExample(
+                id=tag,
+                where=row.where,
+                context=context,
+                candidates=tuple(candidates),
+                answer=_index(source, row, value, candidates),
+            )
+
+
+def _index(source: SplitSource, row: Row, value: Any, candidates: list[str]) -> int | None:
+    if value is None and not source.needs_gold:
+        return None
+    if isinstance(value, str) and value in candidates:
+        return candidates.index(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(candidates):
+        fail(row, f"the answer must be an index below {len(candidates)} into the candidates, found {value!r}.")
+    return value
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(entry, str) for entry in value)
+
+
+def read_choices(source: SplitSource) -> list[ChoiceExample]:
+    """Rows with a list of candidates; the answer is an index (from 0) or one of the candidates."""
+    examples = []
+    for index, row in enumerate(source.rows()):
+        candidates = source.get(row, "candidates")
+        if not _are_texts(candidates):
+            fail(row, f"the field '{source.fields['candidates']}' must be a list of texts, found {candidates!r}.")
+        texts = {role: source.text(row, role) for role in ("context", "question") if role in source.fields}
+        answer = source.get(row, "answer")
+        if answer is None and source.needs_gold:
+            source.missing(row, "answer", source.fields.get("answer", "answer"))
+        examples.append(
+            ChoiceExample(
+                id=source.example_id(row, index),
+                where=row.where,
+                candidates=tuple(candidates),
+                answer=_index(source, row, answer, candidates),
+                **texts,
+            )
+        )
+    return examples
+
+
+def read_c3(source: SplitSource) -> list[ChoiceExample]:
+    """C3: a list of `[[context, ...], [{question, choice, answer}, ...], id]`; a hub has a row for each question."""
+    if source.hub_rows is not None:
+        return [_c3_example(source, row.where, row, row.get("context"), row.get("id", i)) for i, row in
+                enumerate(source.hub_rows)]  # fmt: skip
+    examples = []
+    for path, content in source.documents():
+        if not isinstance(content, list):
+            raise ValueError(f"{path} must be a list of [[context, ...], [question, ...], id]: it is not a file of C3.")
+        for number, entry in enumerate(content):
+            where = f"{path}: document {number + 1}"
+            if not isinstance(entry, list) or len(entry) < 2 or not isinstance(entry[1], list):
+                raise ValueError(f"{where} must be [[context, ...], [question, ...], id].")
+            document = entry[2] if len(entry) > 2 else number
+            for place, question in enumerate(entry[1]):
+                index = question.get("id", f"{document}-{place}") if isinstance(question, Mapping) else place
+                examples.append(_c3_example(source, f"{where}, question {place + 1}", question, entry[0], index))
+    return examples
+
+
+def _c3_example(source: SplitSource, where: str, question: Any, context: Any, index: int | str) -> ChoiceExample:
+    if not isinstance(question, Mapping) or not _are_texts(context):
+        raise ValueError(f"{where}: expected a list of contexts and an object with question, choice and answer.")
+    choices = question.get("choice")
+    if not isinstance(question.get("question"), str) or not _are_texts(choices):
+        raise ValueError(f"{where}: it must have 'question' and a list 'choice'; it has {', '.join(question)}.")
+    answer = question.get("answer") or None
+    if answer is None and source.needs_gold:
+        raise ValueError(f"{where}: there is no 'answer', and the split {source.split} needs them.")
+    if answer is not None and answer not in choices:
+        raise ValueError(f"{where}: the answer '{answer}' is none of the choices {', '.join(choices)}.")
+    return ChoiceExample(
+        id=index,
+        where=where,
+        context="\n".join(context),
+        question=question["question"],
+        candidates=tuple(choices),
+        answer=None if answer is None else choices.index(answer),
+    )
+
+
+def read_exam(source: SplitSource) -> list[ChoiceExample]:
+    """One subject of C-Eval or CMMLU: a table of the question (`question` or `Question`), A, B, C, D and the answer."""
+    subject = source.task.subjects[source.subject or ""]
+    examples = []
+    for index, row in enumerate(source.rows()):
+        lower = {name.lower(): name for name in row}
+        for name in ("question", "a", "b", "c", "d"):
+            if name not in lower:
+                fail(row, f"there is no column '{name if len(name) > 1 else name.upper()}'; it has {', '.join(row)}.")
+        answer = (row[lower["answer"]] if "answer" in lower else None) or None
+        if answer is None and source.needs_gold:
+            fail(row, f"there is no answer, and the split {source.split} needs them.")
+        if answer is not None and (not isinstance(answer, str) or answer.strip().upper() not in "ABCD"):
+            fail(row, f"the answer must be A, B, C or D, found {answer!r}.")
+        examples.append(
+            ChoiceExample(
+                id=_exam_id(row, index),
+                where=row.where,
+                question=as_text(row, row[lower["question"]], "question"),
+                candidates=tuple(as_text(row, row[lower[letter]], letter.upper()) for letter in "abcd"),
+                answer=None if answer is None else "ABCD".index(answer.strip().upper()),
+                subject=source.subject,
+                category=subject.category,
+            )
+        )
+    return examples
+
+
+def _exam_id(row: Row, index: int) -> int | str:
+    """C-Eval numbers its questions in a column `id`, CMMLU in one without a heading."""
+    value = row.get("id", row.get("", index))
+    return int(value) if isinstance(value, str) and value.isdigit() else value

@@ -1,0 +1,125 @@
+"""`chatglm-ptuning tasks`: the registry as a table, and one task with its files read."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from chatglm_ptuning.command_line import fail
+from chatglm_ptuning.data.tasks.examples import AnyExample, ChoiceExample, TextExample, TokenExample, gold_of
+from chatglm_ptuning.data.tasks.prompt import answer_text, render_prompt
+from chatglm_ptuning.data.tasks.read import read_examples
+from chatglm_ptuning.data.tasks.registry import load_task, task_names
+from chatglm_ptuning.data.tasks.schema import Task
+from chatglm_ptuning.data.tasks.token_readers import spans_of
+
+
+def main(argv: Sequence[str]) -> None:
+    """Entry of the command; errors that users can mend end it with a message and exit code 1."""
+    parser = argparse.ArgumentParser("chatglm-ptuning tasks", description="The registry of Chinese tasks.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands.add_parser("list", help="all tasks (this is what happens without a command)")
+    show = commands.add_parser("show", help="one task; with a folder, how its files are read")
+    show.add_argument("task", help="name of a task, or the file of your own, MY_TASK.yaml")
+    show.add_argument("folder", nargs="?", help="its files; or huggingface, modelscope, huggingface:OWNER/NAME")
+    show.add_argument("--split", action="append", help="this split alone (may be given several times)")
+    show.add_argument("--subject", action="append", help="of an examination, this subject or category alone")
+    args = parser.parse_args(list(argv))
+    try:
+        if args.command == "show":
+            show_task(args.task, args.folder, args.split, args.subject)
+        else:
+            list_tasks()
+    except (ValueError, OSError, ImportError) as error:
+        fail(str(error))
+
+
+def list_tasks() -> None:
+    """Prints a row for every task."""
+    table = Table("task", "what", "head and metric", "pre_seq_len,\nlearning_rate", title="Tasks")
+    for task in map(load_task, task_names()):
+        name = task.name + "".join(f", {alias}" for alias in task.aliases)
+        solved = f"{task.head.replace('_', ' ')}, {task.metric}"
+        table.add_row(name, task.title, solved, f"{task.pre_seq_len}, {task.learning_rate:g}")
+    Console().print(table)
+
+
+def show_task(
+    name: str, folder: str | None = None, splits: Sequence[str] | None = None, subjects: Sequence[str] | None = None
+) -> None:
+    """Prints a task; with a folder also what its splits hold, and the first example of the first one as a prompt.
+
+    Raises:
+        ValueError: if there is no such task, if no split can be read, or if a split that was asked for cannot.
+    """
+    task = load_task(name)
+    _describe(task)
+    if folder is None:
+        return
+    read, missing = {}, []
+    for split in splits or task.files:
+        try:
+            read[split] = read_examples(task, folder, split, subjects=subjects)
+        except ValueError as error:
+            # Of a benchmark one often has some splits only; a file that is there and wrong is another matter.
+            if splits or "has no file of" not in str(error):
+                raise
+            missing.append(str(error))
+    if not read:
+        raise ValueError(missing[0])
+    table = Table("split", "examples", "gold", title=f"{task.name} in {folder}")
+    for split, examples in read.items():
+        table.add_row(split, str(len(examples)), escape(_gold_counts(task, examples)))
+    console = Console()
+    console.print(table)
+    first = next(iter(read.values()))[0]
+    console.print(f"\nThe first example ({first.where}):", markup=False)
+    console.print(render_prompt(task, first), markup=False, style="cyan")
+    answer = answer_text(task, first)
+    if answer is None and isinstance(first, TokenExample) and first.tags is not None:
+        found = (f"{first.text[a : b + 1]} ({kind})" for kind, a, b in spans_of(first.tags))
+        answer = "、".join(found) or "no entity"
+    console.print(f"answer: {answer if answer is not None else 'not in this split'}", markup=False, style="green")
+
+
+def _describe(task: Task) -> None:
+    lines = {
+        "what": task.title,
+        "source": task.source,
+        "defined in": task.origin,
+        "heads": ", ".join(task.heads),
+        "metric": task.metric,
+        "defaults": f"pre_seq_len {task.pre_seq_len}, learning_rate {task.learning_rate:g} ({task.settings_from})",
+        "files": ", ".join(task.files),
+        "hubs": ", ".join(f"{hub}:{place.id}" for hub, place in task.hub.items()),
+        "submission": task.submission.file_of("test") if task.submission else "",
+        "labels": ", ".join(f"{key} {text}" if key != text else key for key, text in task.labels.items()),
+        "subjects": f"{len(task.subjects)}" if task.subjects else "",
+    }
+    table = Table(title=task.name, show_header=False)
+    for heading, text in lines.items():
+        if text:
+            table.add_row(heading, escape(text))
+    Console().print(table)
+
+
+def _gold_counts(task: Task, examples: Sequence[AnyExample]) -> str:
+    if gold_of(examples[0]) is None:
+        return "none"
+    counts: Counter[str] = Counter()
+    for example in examples:
+        if isinstance(example, TextExample):
+            counts[task.labels[example.label or ""]] += 1
+        elif isinstance(example, TokenExample):
+            counts.update(kind for kind, _, _ in spans_of(example.tags or ()))
+        elif isinstance(example, ChoiceExample):
+            counts[f"candidate {(example.answer or 0) + 1}"] += 1
+    if not counts:
+        return "all"
+    shown = [f"{name} {count}" for name, count in counts.most_common(12)]
+    return ", ".join(shown) + (f", ... ({len(counts)} in all)" if len(counts) > 12 else "")

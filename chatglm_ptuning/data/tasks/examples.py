@@ -1,0 +1,127 @@
+"""What the rows of a task are once they are read: one type for each kind of task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """What all examples have.
+
+    Attributes:
+        id: as the benchmark's file has it, for its submission file; where a file has none, the place of the row in its
+            split, from 0.
+        where: `FILE:LINE`, or the nearest there is to it, for messages.
+    """
+
+    id: int | str
+    where: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextExample(Example):
+    """A text, or a pair of texts, to be classified.
+
+    Attributes:
+        label: a key of the task's labels; None in a split without labels.
+        fields: further fields of the row that the prompt of the task names.
+    """
+
+    text: str
+    text_pair: str | None = None
+    label: str | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationExample(Example):
+    """A source text and what is to be written for it.
+
+    Attributes:
+        target: None in a split without targets.
+    """
+
+    text: str
+    target: str | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenExample(Example):
+    """A sentence by characters, or by the tokens of its file, with a BIO tag for each.
+
+    Attributes:
+        tokens: `[num_tokens]`.
+        tags: `[num_tokens]`, `O`, `B-TYPE` or `I-TYPE`; None in a split without tags.
+    """
+
+    tokens: tuple[str, ...]
+    tags: tuple[str, ...] | None = None
+
+    @property
+    def text(self) -> str:
+        """The tokens with nothing between them."""
+        return "".join(self.tokens)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer that stands in a context.
+
+    Attributes:
+        start: index of its first character; None if the context does not hold it.
+    """
+
+    text: str
+    start: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionExample(Example):
+    """A question about a context.
+
+    Attributes:
+        answers: every reference; None in a split without answers.
+    """
+
+    context: str
+    question: str
+    answers: tuple[Answer, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceExample(Example):
+    """Candidates of which one is right.
+
+    Attributes:
+        answer: index of the right candidate; None in a split without answers.
+        subject: of an examination; `category` is the group of subjects that its benchmark puts it in.
+    """
+
+    candidates: tuple[str, ...]
+    context: str = ""
+    question: str = ""
+    answer: int | None = None
+    subject: str | None = None
+    category: str | None = None
+
+
+AnyExample = TextExample | GenerationExample | TokenExample | QuestionExample | ChoiceExample
+
+
+def gold_of(example: AnyExample) -> object:
+    """What is to be predicted, in the form predictions have: a label, a target, tags, answer texts, or an index.
+
+    None in a split without it. For a question it is the list of all reference texts.
+    """
+    if isinstance(example, TextExample):
+        return example.label
+    if isinstance(example, GenerationExample):
+        return example.target
+    if isinstance(example, TokenExample):
+        return None if example.tags is None else list(example.tags)
+    if isinstance(example, QuestionExample):
+        return None if example.answers is None else [answer.text for answer in example.answers]
+    return example.answer

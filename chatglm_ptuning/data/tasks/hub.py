@@ -1,0 +1,87 @@
+"""Rows of a task from the Hugging Face hub or ModelScope, when there is a network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from chatglm_ptuning.data.files import Row
+from chatglm_ptuning.data.tasks.schema import HubSource, Task
+
+HUBS = ("huggingface", "modelscope")
+
+
+def read_hub(
+    task: Task, hub: str, hub_id: str, split: str, subject: str | None
+) -> tuple[tuple[Row, ...], Mapping[str, str]]:
+    """The rows of a split, with class numbers as the labels' names, and the columns that are called otherwise there.
+
+    Args:
+        hub: one of `HUBS`.
+        hub_id: `OWNER/NAME`, or a folder that `datasets.load_dataset` reads; "" for the place in the registry.
+
+    Raises:
+        ValueError: if the registry knows no place there, or the data set cannot be loaded.
+        ImportError: if `datasets`, or for ModelScope `modelscope`, is not installed.
+    """
+    known = task.hub.get(hub)
+    if not hub_id and known is None:
+        raise ValueError(
+            f"The registry knows no place of {task.name} on {hub}; name one, {hub}:OWNER/NAME, or a folder of "
+            "its files."
+        )
+    place = known if known is not None and hub_id in ("", known.id) else HubSource(hub_id)
+    config = None if place.config is None else place.config.format(subject=subject)
+    try:
+        data = _LOAD[hub](place.id, config, place.splits.get(split, split))
+    except ImportError as error:
+        raise ImportError(
+            f"{error}; install the package with its extra: pip install 'chatglm-ptuning[modelscope]'."
+        ) from error
+    except Exception as error:  # the hubs' clients raise whatever the network leads them to
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+        raise ValueError(
+            f"{task.name}, split {split}, could not be read from {hub}:{place.id}{offline}: {_first_line(error)} "
+            "Without a network, fetch the published files elsewhere and name their folder."
+        ) from error
+    origin = f"{hub}:{place.id}"
+    rows = tuple(
+        Row(_decoded(row, data.features), origin, index, has_lines=False) for index, row in enumerate(data, start=1)
+    )
+    return rows, place.fields
+
+
+def _load_huggingface(name: str, config: str | None, split: str) -> Any:
+    from datasets import load_dataset
+
+    return load_dataset(name, config, split=split)
+
+
+def _load_modelscope(name: str, config: str | None, split: str) -> Any:
+    from modelscope.msdatasets import MsDataset
+
+    data = MsDataset.load(name, subset_name=config or "default", split=split)
+    return data if hasattr(data, "features") else data.to_hf_dataset()
+
+
+_LOAD = {"huggingface": _load_huggingface, "modelscope": _load_modelscope}
+
+
+def _decoded(row: Mapping[str, Any], features: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with class numbers as names; -1, which stands for no label, as None."""
+    decoded = dict(row)
+    for name, feature in features.items():
+        inner = getattr(feature, "feature", feature)
+        if not hasattr(inner, "int2str"):
+            continue
+        value = row[name]
+        if isinstance(value, list):
+            decoded[name] = [inner.int2str(entry) for entry in value]
+        else:
+            decoded[name] = None if value is None or value < 0 else inner.int2str(value)
+    return decoded
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

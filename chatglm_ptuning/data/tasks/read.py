@@ -1,0 +1,92 @@
+"""From a task and the place of its files to typed examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from chatglm_ptuning.data.tasks.choice_readers import read_c3, read_chid, read_choices, read_exam
+from chatglm_ptuning.data.tasks.examples import AnyExample, gold_of
+from chatglm_ptuning.data.tasks.hub import HUBS, read_hub
+from chatglm_ptuning.data.tasks.question_readers import read_squad
+from chatglm_ptuning.data.tasks.schema import Task
+from chatglm_ptuning.data.tasks.source import SplitSource, find_files
+from chatglm_ptuning.data.tasks.text_readers import read_lcsts, read_pairs, read_texts, read_winograd
+from chatglm_ptuning.data.tasks.token_readers import read_bio, read_cluener
+
+_READ: dict[str, Callable[[SplitSource], Sequence[AnyExample]]] = {
+    "rows": read_texts,
+    "winograd": read_winograd,
+    "pairs": read_pairs,
+    "lcsts": read_lcsts,
+    "bio": read_bio,
+    "cluener": read_cluener,
+    "squad": read_squad,
+    "chid": read_chid,
+    "c3": read_c3,
+    "choices": read_choices,
+    "exam": read_exam,
+}
+
+
+def read_examples(
+    task: Task, source: str | Path, split: str, *, subjects: Sequence[str] | None = None
+) -> list[AnyExample]:
+    """All examples of one split, in the order of the files.
+
+    Args:
+        source: the folder with the benchmark's published files, or one above the task's own; one file, which is then
+            the split; or a hub: `huggingface` or `modelscope` for the place that the registry knows, or
+            `huggingface:OWNER/NAME`.
+        split: one of `task.files`.
+        subjects: of an examination, these alone, or all of a category; by default all.
+
+    Returns:
+        Examples of the type that belongs to the task's reader. In splits whose name starts with `test` or `unlabel`
+        labels may be missing, from all rows or from none.
+
+    Raises:
+        ValueError: naming the file, the line and the field of what is missing or unknown, or the hub that cannot be
+            reached and why.
+        ImportError: if the library for the hub is not installed.
+    """
+    hub, _, hub_id = str(source).partition(":")
+    examples: list[AnyExample] = []
+    for subject in _subjects(task, subjects):
+        if hub in HUBS:
+            rows, fields = read_hub(task, hub, hub_id, split, subject)
+            found = SplitSource(task, split, hub_rows=rows, fields={**task.fields, **fields}, subject=subject)
+        else:
+            paths = find_files(task, Path(source), split, subject)
+            found = SplitSource(task, split, paths, fields=task.fields, subject=subject)
+        examples += _READ[task.reader](found)
+    if not examples:
+        raise ValueError(f"{source} holds no row of {task.name}, split {split}.")
+    _check_all_or_none(task, split, examples)
+    return examples
+
+
+def _subjects(task: Task, chosen: Sequence[str] | None) -> list[str | None]:
+    if not task.subjects:
+        if chosen:
+            raise ValueError(f"The task {task.name} is not divided into subjects.")
+        return [None]
+    if chosen is None:
+        return list(task.subjects)
+    categories = {subject.category for subject in task.subjects.values()}
+    unknown = [name for name in chosen if name not in task.subjects and name not in categories]
+    if unknown:
+        raise ValueError(
+            f"{task.name} has no subject or category {', '.join(unknown)}; its categories are "
+            f"{', '.join(sorted(categories))}, its subjects {', '.join(task.subjects)}."
+        )
+    return [name for name, subject in task.subjects.items() if name in chosen or subject.category in chosen]
+
+
+def _check_all_or_none(task: Task, split: str, examples: Sequence[AnyExample]) -> None:
+    without = [example for example in examples if gold_of(example) is None]
+    if without and len(without) < len(examples):
+        raise ValueError(
+            f"{without[0].where}: there is no label or answer, but other rows of {task.name}, split {split}, have one "
+            f"({len(without)} of {len(examples)} are without)."
+        )

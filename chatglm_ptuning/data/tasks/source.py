@@ -1,0 +1,229 @@
+"""One split of a task as its reader gets it: found files or rows of a hub, and what its columns are called."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from chatglm_ptuning.data.forms.fields import fail
+from chatglm_ptuning.data.json_rows import json_rows
+from chatglm_ptuning.data.row import BadRows, Row
+from chatglm_ptuning.data.tasks.schema import Task
+from chatglm_ptuning.data.text_input import read_text
+
+_WITHOUT_GOLD = ("test", "unlabel")
+_TABLES = {".tsv": "\t", ".csv": ","}
+
+
+@dataclass(frozen=True)
+class SplitSource:
+    """Where the rows of one split are, for a reader.
+
+    Attributes:
+        paths: the files that make up the split; empty if `hub_rows` are given.
+        hub_rows: rows that a hub gave.
+        fields: role -> column, as in these files or rows.
+        subject: of an examination.
+    """
+
+    task: Task
+    split: str
+    paths: tuple[Path, ...] = ()
+    hub_rows: tuple[Row, ...] | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
+    subject: str | None = None
+
+    @property
+    def needs_gold(self) -> bool:
+        """Whether every row must have its label or answer: benchmarks leave them out of test files alone."""
+        return not self.split.startswith(_WITHOUT_GOLD)
+
+    def rows(self) -> list[Row]:
+        """The rows of all files, whatever kind of table they are."""
+        if self.hub_rows is not None:
+            return list(self.hub_rows)
+        return [row for path in self.paths for row in read_table(path)]
+
+    def documents(self) -> list[tuple[Path, Any]]:
+        """Each file's one JSON value; for benchmarks whose files are not rows."""
+        return [(path, _read_json(path)) for path in self.paths]
+
+    def get(self, row: Row, role: str) -> Any:
+        """The value of a role; None if the task or the row does not have it."""
+        column = self.fields.get(role)
+        return None if column is None else value_of(row, column, None)
+
+    def text(self, row: Row, role: str) -> str:
+        """The value of a role as text; a list of texts is joined by `、`.
+
+        Raises:
+            ValueError: naming file, line and column, if it is missing or no text.
+        """
+        column = self.fields[role]
+        value = value_of(row, column, _ABSENT)
+        if value is _ABSENT:
+            self.missing(row, role, column)
+        return as_text(row, value, column)
+
+    def example_id(self, row: Row, index: int) -> int | str:
+        """The id that the row has, or else its place."""
+        value = self.get(row, "id")
+        if value is None:
+            value = row.get("idx")  # what CLUE calls it in some of its files
+        return value if isinstance(value, (int, str)) and value != "" else index
+
+    def missing(self, row: Row, role: str, column: str) -> NoReturn:
+        """Refuses a row without a column."""
+        near = difflib.get_close_matches(column, row, n=1, cutoff=0.5)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        fail(
+            row,
+            f"there is no field '{column}', which the task {self.task.name} reads as its {role}; the row has "
+            f"{', '.join(row) or 'nothing'}.{hint}",
+        )
+
+    def label(self, row: Row) -> str | None:
+        """The label of a row; None in a split that may go without.
+
+        Raises:
+            ValueError: if it is missing where it is needed, or unknown.
+        """
+        value = self.get(row, "label")
+        key = json.dumps(value) if isinstance(value, bool) else str(value)
+        if value is None or value == "" or (key == "-1" and key not in self.task.labels):
+            if self.needs_gold and "label" not in self.fields:
+                raise ValueError(f"{self.task.origin}: 'fields' does not say which column is the label.")
+            if self.needs_gold:
+                self.missing(row, "label", self.fields["label"])
+            return None
+        if key in self.task.labels or key in self.task.drop_labels:
+            return key
+        near = difflib.get_close_matches(key, self.task.labels, n=1, cutoff=0.5)
+        hint = f" (did you mean '{near[0]}'?)" if near else ""
+        known = list(self.task.labels)
+        shown = ", ".join(known[:20]) + (f", ... ({len(known)} in all)" if len(known) > 20 else "")
+        fail(row, f"the task {self.task.name} has no label '{key}'{hint}; its labels are {shown}.")
+
+
+_ABSENT = object()
+
+
+def value_of(row: Mapping[str, Any], column: str, absent: Any) -> Any:
+    """The value of a column; a dot in its name goes into an object, unless a column has that very name."""
+    if column in row:
+        return row[column]
+    value: Any = row
+    for part in column.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return absent
+        value = value[part]
+    return value
+
+
+def as_text(row: Row, value: Any, column: str) -> str:
+    """Text of a JSON value that stands for text.
+
+    Raises:
+        ValueError: naming file, line and column, for null, an object, or a list of other things than texts.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (bool, int, float)):
+        return json.dumps(value)
+    if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+        return "、".join(value)
+    shown = json.dumps(value, ensure_ascii=False)
+    fail(row, f"the field '{column}' must be text, found {shown[:60]}{'...' if len(shown) > 60 else ''}.")
+
+
+def read_table(path: Path) -> list[Row]:
+    """The rows of JSON, JSON lines, TSV (without quoting) or CSV with a line of headings; any of them may be gzipped.
+
+    Raises:
+        ValueError: naming the file and line of what cannot be read.
+    """
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    if suffix not in _TABLES:
+        return list(json_rows(path, str(path), BadRows()))
+    # newline="" inside: a quoted cell of a CSV may hold line feeds.
+    lines = io.StringIO(read_text(path), newline="")
+    quoting = csv.QUOTE_NONE if suffix == ".tsv" else csv.QUOTE_MINIMAL
+    reader = csv.reader(lines, delimiter=_TABLES[suffix], quoting=quoting)
+    try:
+        headings = next(reader, None)
+        if not headings:
+            raise ValueError(f"{path} is empty; its first line must be the headings of the columns.")
+        rows, line = [], reader.line_num + 1
+        for cells in reader:
+            if cells and len(cells) != len(headings):
+                raise ValueError(
+                    f"{path}:{line}: {len(cells)} cells under {len(headings)} headings ({', '.join(headings)})."
+                )
+            if cells:
+                rows.append(Row(zip(headings, cells, strict=True), str(path), line))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}:{reader.line_num}: not a table: {error}.") from error
+    if not rows:
+        raise ValueError(f"{path} has headings and no rows.")
+    return rows
+
+
+def find_files(task: Task, source: Path, split: str, subject: str | None = None) -> tuple[Path, ...]:
+    """The files of a split in a folder as it was published, or in one of its subfolders of the task's name.
+
+    Args:
+        source: the folder; or one file, which is then the split.
+
+    Raises:
+        ValueError: if the task has no such split, or a file is missing, naming both and what is there instead.
+    """
+    if split not in task.files:
+        near = difflib.get_close_matches(split, task.files, n=1, cutoff=0.4)
+        hint = f" (did you mean '{near[0]}'?)" if near else ""
+        raise ValueError(f"The task {task.name} has no split '{split}'{hint}; it has {', '.join(task.files)}.")
+    if source.is_file():
+        return (source,)
+    if not source.is_dir():
+        raise ValueError(
+            f"{source} does not exist. Name the folder with the files of {task.name}; or, online, its place on a hub: "
+            "huggingface, modelscope, huggingface:OWNER/NAME or modelscope:OWNER/NAME."
+        )
+    bases = [source, *(source / folder for folder in (*task.folders, task.name) if (source / folder).is_dir())]
+    wanted = [tuple(name.format(subject=subject) for name in names) for names in task.files[split]]
+    for base in bases:
+        for names in wanted:
+            found = [next((path for path in _spellings(base, name) if path.is_file()), None) for name in names]
+            if all(found):
+                return tuple(path for path in found if path is not None)
+            if any(found):
+                missing = [name for name, path in zip(names, found, strict=True) if path is None]
+                raise ValueError(
+                    f"{base} has only a part of {task.name}, split {split}: {', '.join(missing)} is missing."
+                )
+    there = sorted(child.name for child in source.iterdir())
+    raise ValueError(
+        f"{source} has no file of {task.name}, split {split}: looked for {' or '.join(' + '.join(n) for n in wanted)}"
+        f" in {', '.join(dict.fromkeys(str(base) for base in bases))}; the folder holds "
+        f"{', '.join(there[:12]) + (', ...' if len(there) > 12 else '') or 'nothing'}."
+    )
+
+
+def _spellings(base: Path, name: str) -> tuple[Path, Path]:
+    return base / name, base / f"{name}.gz"
+
+
+def _read_json(path: Path) -> Any:
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno}).") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: nested too deeply.") from error

@@ -1,0 +1,135 @@
+"""Predictions in the form in which a benchmark takes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from chatglm_ptuning.data.tasks.examples import AnyExample, ChoiceExample, TokenExample
+from chatglm_ptuning.data.tasks.schema import Task
+from chatglm_ptuning.data.tasks.token_readers import spans_of
+from chatglm_ptuning.prefix.files import write_atomically
+
+Prediction = Any
+"""A label, an index of a candidate, a list of tags, or a text, as the task has it."""
+
+
+def write_submission(
+    task: Task,
+    examples: Sequence[AnyExample],
+    predictions: Sequence[Prediction],
+    folder: str | Path,
+    split: str = "test",
+    variant: str | None = None,
+) -> Path:
+    """Writes the benchmark's submission file for the predictions on a split.
+
+    - `label_lines`: `{"id": ID, "label": "LABEL"}` a line, labels as in the benchmark's own files
+    - `answer_lines`: `{"id": ID, "answer": INDEX}` a line (FewCLUE's ChID)
+    - `choice_lines`: `{"id": ID, "label": INDEX}` a line (C3)
+    - `idiom_map`: one object, `{"#idiom000000#": INDEX}` (CLUE's ChID)
+    - `answer_map`: one object, `{"QUESTION_ID": "ANSWER"}` (CMRC2018, DRCD)
+    - `entity_lines`: `{"id": ID, "label": {TYPE: {TEXT: [[START, END]]}}}` a line, both ends inclusive (CLUENER2020)
+    - `exam_map`: one object, `{"SUBJECT": {"ID": "A"}}` (C-Eval)
+
+    Args:
+        examples: of the whole split, in the order of its files.
+        predictions: one for each: a key of the labels, an index of a candidate, tags, or a text.
+        variant: goes into the name of the file, for benchmarks that take a file for each training split: FewCLUE calls
+            the predictions of a model trained on train_0 `bustm_predict_0.json`.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ValueError: if the benchmark takes no submissions, the numbers differ, an id stands twice, or a prediction is
+            no label, index, list of tags or text of the task.
+    """
+    form = task.submission
+    if form is None:
+        raise ValueError(f"{task.name} has no submission file: there is no benchmark that takes one.")
+    if len(predictions) != len(examples):
+        raise ValueError(f"There are {len(predictions)} predictions for {len(examples)} examples.")
+    for example, prediction in zip(examples, predictions, strict=True):
+        _check(task, example, prediction)
+    name = form.file_of(split)
+    if variant is not None:
+        name = f"{Path(name).stem}_{variant}{Path(name).suffix}"
+    path = Path(folder) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with write_atomically(path) as temporary:
+        temporary.write_text(_WRITE[form.format](examples, predictions), encoding="utf-8")
+    return path
+
+
+def _check(task: Task, example: AnyExample, prediction: Prediction) -> None:
+    where = f"the prediction for {example.id!r} ({example.where})"
+    if isinstance(example, ChoiceExample):
+        if isinstance(prediction, bool) or not isinstance(prediction, int):
+            raise ValueError(f"{where} must be the index of a candidate, found {prediction!r}.")
+        if not 0 <= prediction < len(example.candidates):
+            raise ValueError(f"{where} is {prediction}, and there are {len(example.candidates)} candidates.")
+    elif isinstance(example, TokenExample):
+        if len(prediction) != len(example.tokens):
+            raise ValueError(f"{where} has {len(prediction)} tags for {len(example.tokens)} tokens.")
+        unknown = [tag for tag in prediction if tag not in task.tags]
+        if unknown:
+            raise ValueError(f"{where} has the unknown tag {unknown[0]!r}; known are {', '.join(task.tags)}.")
+    elif task.labels and prediction not in task.labels:
+        raise ValueError(f"{where} is {prediction!r}, which is no label of {task.name}.")
+    elif not isinstance(prediction, str):
+        raise ValueError(f"{where} must be text, found {prediction!r}.")
+
+
+def _lines(key: str) -> Callable[[Sequence[AnyExample], Sequence[Prediction]], str]:
+    def write(examples: Sequence[AnyExample], predictions: Sequence[Prediction]) -> str:
+        rows = ({"id": example.id, key: value} for example, value in zip(examples, predictions, strict=True))
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    return write
+
+
+def _map(examples: Sequence[AnyExample], predictions: Sequence[Prediction]) -> str:
+    answers: dict[str, Prediction] = {}
+    for example, prediction in zip(examples, predictions, strict=True):
+        _add(answers, str(example.id), prediction, example)
+    return json.dumps(answers, ensure_ascii=False, indent=2) + "\n"
+
+
+def _exam(examples: Sequence[AnyExample], predictions: Sequence[Prediction]) -> str:
+    subjects: dict[str, dict[str, str]] = {}
+    for example, prediction in zip(examples, predictions, strict=True):
+        answers = subjects.setdefault(getattr(example, "subject", None) or "", {})
+        _add(answers, str(example.id), ascii_uppercase[prediction], example)
+    return json.dumps(subjects, ensure_ascii=False, indent=2) + "\n"
+
+
+def _add(answers: dict[str, Any], key: str, value: Any, example: AnyExample) -> None:
+    if key in answers:
+        raise ValueError(f"The id {key!r} stands twice among the examples, again at {example.where}.")
+    answers[key] = value
+
+
+def _entities(examples: Sequence[AnyExample], predictions: Sequence[Prediction]) -> str:
+    lines = []
+    for example, tags in zip(examples, predictions, strict=True):
+        label: dict[str, dict[str, list[list[int]]]] = {}
+        for entity, first, last in spans_of(tags):
+            surface = "".join(example.tokens[first : last + 1])
+            label.setdefault(entity, {}).setdefault(surface, []).append([first, last])
+        lines.append(json.dumps({"id": example.id, "label": label}, ensure_ascii=False) + "\n")
+    return "".join(lines)
+
+
+_WRITE: dict[str, Callable[[Sequence[AnyExample], Sequence[Prediction]], str]] = {
+    "label_lines": _lines("label"),
+    "answer_lines": _lines("answer"),
+    "choice_lines": _lines("label"),
+    "idiom_map": _map,
+    "answer_map": _map,
+    "entity_lines": _entities,
+    "exam_map": _exam,
+}

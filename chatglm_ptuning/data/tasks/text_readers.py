@@ -1,0 +1,126 @@
+"""Readers of rows: classification of texts and pairs, Winograd schemata, and texts to be generated."""
+
+from __future__ import annotations
+
+import re
+
+from chatglm_ptuning.data.files import Row
+from chatglm_ptuning.data.forms.fields import fail
+from chatglm_ptuning.data.tasks.examples import GenerationExample, TextExample
+from chatglm_ptuning.data.tasks.source import SplitSource
+from chatglm_ptuning.data.text_input import read_text
+
+_LCSTS_DOC = re.compile(
+    r"<doc id=(?P<id>\d+)>\s*(?:<human_label>(?P<label>\d)</human_label>\s*)?<summary>\s*(?P<summary>.*?)\s*</summary>"
+    r"\s*<short_text>\s*(?P<text>.*?)\s*</short_text>\s*</doc>",
+    re.DOTALL,
+)
+_LCSTS_RELEVANT = 3
+"""Test pairs below this human label are left out, as in the paper (Hu et al. 2015, section 4)."""
+
+
+def read_texts(source: SplitSource) -> list[TextExample]:
+    """Rows with a text or two, and a label."""
+    examples = []
+    for index, row in enumerate(source.rows()):
+        label = source.label(row)
+        if label is not None and label in source.task.drop_labels:
+            continue
+        pair = source.text(row, "text_pair") if "text_pair" in source.fields else None
+        examples.append(
+            TextExample(
+                id=source.example_id(row, index),
+                where=row.where,
+                text=source.text(row, "text"),
+                text_pair=pair,
+                label=label,
+                fields={role: source.text(row, role) for role in source.task.extra_fields},
+            )
+        )
+    return examples
+
+
+def read_winograd(source: SplitSource) -> list[TextExample]:
+    """Rows of a text in which a noun (span 1) and a pronoun (span 2) are pointed at.
+
+    In the example's text the noun stands in `[]` and the pronoun in `__`, as the same word may stand there twice.
+    """
+    examples = []
+    for index, row in enumerate(source.rows()):
+        label = source.label(row)
+        spans = {role: source.text(row, f"{role}_text") for role in ("span1", "span2")}
+        examples.append(
+            TextExample(
+                id=source.example_id(row, index),
+                where=row.where,
+                text=_mark_spans(source, row, spans),
+                label=label,
+                fields=spans,
+            )
+        )
+    return examples
+
+
+def _mark_spans(source: SplitSource, row: Row, spans: dict[str, str]) -> str:
+    text = source.text(row, "text")
+    places = []
+    for role, marks in (("span1", "[]"), ("span2", "__")):
+        start = source.get(row, f"{role}_index")
+        if isinstance(start, str) and start.isdigit():
+            start = int(start)
+        if not isinstance(start, int) or not text.startswith(spans[role], start):
+            fail(row, f"{role} '{spans[role]}' does not stand at character {start} of the text.")
+        places.append((start, start + len(spans[role]), marks))
+    for start, end, marks in sorted(places, reverse=True):
+        text = text[:start] + marks[0] + text[start:end] + marks[1] + text[end:]
+    return text
+
+
+def read_pairs(source: SplitSource) -> list[GenerationExample]:
+    """Rows with a source text and a target."""
+    return [
+        GenerationExample(
+            id=source.example_id(row, index),
+            where=row.where,
+            text=source.text(row, "text"),
+            target=_target(source, row),
+            fields={role: source.text(row, role) for role in source.task.extra_fields},
+        )
+        for index, row in enumerate(source.rows())
+    ]
+
+
+def _target(source: SplitSource, row: Row) -> str | None:
+    value = source.get(row, "target")
+    if value in (None, "") and not source.needs_gold:
+        return None
+    return source.text(row, "target")
+
+
+def read_lcsts(source: SplitSource) -> list[GenerationExample]:
+    """LCSTS as published (`PART_I.txt`: `<doc>` with `<summary>` and `<short_text>`), or as rows."""
+    if source.hub_rows is not None or not all(path.name.removesuffix(".gz").endswith(".txt") for path in source.paths):
+        return read_pairs(source)
+    examples = []
+    for path in source.paths:
+        text = read_text(path)
+        found = list(_LCSTS_DOC.finditer(text))
+        if len(found) != text.count("<doc id="):
+            raise ValueError(
+                f"{path} has {text.count('<doc id=')} <doc id=...>, of which {len(found)} hold a <summary> and a "
+                "<short_text>; it is damaged or not a file of LCSTS."
+            )
+        if not found:
+            raise ValueError(f"{path} holds no <doc id=...>: it is not a file of LCSTS.")
+        line, counted = 1, 0
+        for match in found:
+            line += text.count("\n", counted, match.start())
+            counted = match.start()
+            if source.split.startswith("test") and match["label"] and int(match["label"]) < _LCSTS_RELEVANT:
+                continue
+            examples.append(
+                GenerationExample(
+                    id=int(match["id"]), where=f"{path}:{line}", text=match["text"], target=match["summary"]
+                )
+            )
+    return examples

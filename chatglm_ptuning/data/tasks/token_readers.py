@@ -1,0 +1,162 @@
+"""Readers of named entities: BIO tags in their several forms, and CLUENER's spans."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from chatglm_ptuning.data.files import Row
+from chatglm_ptuning.data.forms.fields import fail
+from chatglm_ptuning.data.tasks.examples import TokenExample
+from chatglm_ptuning.data.tasks.source import SplitSource
+from chatglm_ptuning.data.text_input import read_text
+
+_JOINT = "\x02"
+"""Between the tokens, and between the tags, of a row of the table that Baidu published MSRA's corpus in."""
+
+
+def read_bio(source: SplitSource) -> list[TokenExample]:
+    """Tokens and tags: JSON rows with two lists; or lines of a token, a tab or space, and a tag, with an empty line
+    between sentences; or a table of `text_a` and `label` whose cells hold all tokens and all tags of a sentence.
+    """
+    if source.hub_rows is not None:
+        return list(_from_rows(source, source.hub_rows))
+    examples: list[TokenExample] = []
+    for path in source.paths:
+        text = read_text(path)
+        if text.lstrip()[:1] in ("{", "["):
+            examples += _from_rows(source, SplitSource(source.task, source.split, (path,)).rows(), len(examples))
+        else:
+            examples += _from_lines(source, path, text, len(examples))
+    return examples
+
+
+def _from_rows(source: SplitSource, rows: Iterable[Row], first: int = 0) -> Iterable[TokenExample]:
+    columns = {"tokens": "tokens", "tags": "ner_tags", **source.fields}
+    named = SplitSource(source.task, source.split, fields=columns)
+    for index, row in enumerate(rows, start=first):
+        tokens, tags = named.get(row, "tokens"), named.get(row, "tags")
+        if tokens is None:
+            named.missing(row, "list of tokens", columns["tokens"])
+        if tags is None and source.needs_gold:
+            named.missing(row, "list of tags", columns["tags"])
+        tokens = list(tokens) if isinstance(tokens, str) else tokens
+        _check_texts(row, columns["tokens"], tokens)
+        if tags is not None:
+            _check_texts(row, columns["tags"], tags)
+        yield _example(source, named.example_id(row, index), row.where, tokens, tags)
+
+
+def _check_texts(row: Row, column: str, values: Any) -> None:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        shown = str(values)[:60]
+        fail(
+            row, f"the field '{column}' must be a list of texts, found {shown}; numbers do not say which tag they are."
+        )
+
+
+def _from_lines(source: SplitSource, path: Path, text: str, first: int) -> list[TokenExample]:
+    lines = text.split("\n")
+    examples: list[TokenExample] = []
+    if lines[0].rstrip("\r").split("\t") == ["text_a", "label"]:
+        for number, line in enumerate(lines[1:], start=2):
+            if not line.strip():
+                continue
+            cells = line.rstrip("\r").split("\t")
+            if len(cells) != 2:
+                raise ValueError(f"{path}:{number}: {len(cells)} cells under the headings text_a and label.")
+            tokens, tags = (cell.split(_JOINT) for cell in cells)
+            examples.append(_example(source, first + len(examples), f"{path}:{number}", tokens, tags))
+        return examples
+    tokens, tags, start = [], [], 0
+    for number, line in enumerate([*lines, ""], start=1):
+        line = line.rstrip("\r")
+        if line.strip():
+            token, separator, tag = line.rpartition("\t" if "\t" in line else " ")
+            if not separator or not token:
+                raise ValueError(f"{path}:{number}: expected a token, a tab or space, and a tag; found {line[:60]!r}.")
+            start = start or number
+            tokens.append(token)
+            tags.append(tag)
+        elif tokens:
+            examples.append(_example(source, first + len(examples), f"{path}:{start}", tokens, tags))
+            tokens, tags, start = [], [], 0
+    if not examples:
+        raise ValueError(f"{path} holds no sentence.")
+    return examples
+
+
+def _example(
+    source: SplitSource, index: int | str, where: str, tokens: Sequence[str], tags: Sequence[str] | None
+) -> TokenExample:
+    known = source.task.tags
+    if tags is not None and len(tags) != len(tokens):
+        raise ValueError(f"{where}: {len(tokens)} tokens and {len(tags)} tags; there must be a tag for each token.")
+    for place, tag in enumerate(tags or ()):
+        if tag not in known:
+            near = difflib.get_close_matches(tag, known, n=1, cutoff=0.5)
+            hint = f" (did you mean '{near[0]}'?)" if near else ""
+            raise ValueError(
+                f"{where}: the task {source.task.name} has no tag '{tag}'{hint}, at token {place + 1} "
+                f"'{tokens[place]}'; its tags are {', '.join(known)}."
+            )
+    return TokenExample(id=index, where=where, tokens=tuple(tokens), tags=None if tags is None else tuple(tags))
+
+
+def read_cluener(source: SplitSource) -> list[TokenExample]:
+    """CLUENER2020: `text`, and `label` as entity type -> surface -> list of `[start, end]`, both ends inclusive.
+
+    Every character is a token. Where two entities overlap, the longer one gets the tags, as BIO holds one of them.
+    """
+    examples = []
+    for index, row in enumerate(source.rows()):
+        text = row.get("text")
+        if not isinstance(text, str):
+            fail(row, f"there is no field 'text' with text in it; the row has {', '.join(row)}.")
+        if "label" not in row and source.needs_gold:
+            fail(row, f"there is no field 'label'; the row has {', '.join(row)}.")
+        tags = _span_tags(source, row, text, row["label"]) if "label" in row else None
+        examples.append(_example(source, row.get("id", index), row.where, list(text), tags))
+    return examples
+
+
+def _span_tags(source: SplitSource, row: Row, text: str, label: Any) -> list[str]:
+    spans = []
+    try:
+        for entity, surfaces in label.items():
+            if entity not in source.task.labels:
+                near = difflib.get_close_matches(entity, source.task.labels, n=1, cutoff=0.5)
+                hint = f" (did you mean '{near[0]}'?)" if near else ""
+                fail(row, f"unknown entity type '{entity}'{hint}; known are {', '.join(source.task.labels)}.")
+            for surface, places in surfaces.items():
+                for start, end in places:
+                    if text[start : end + 1] != surface:
+                        fail(
+                            row,
+                            f"'{surface}' does not stand at characters {start} to {end} of the text, where "
+                            f"'{text[start : end + 1]}' stands.",
+                        )
+                    spans.append((start, end, entity))
+    except (AttributeError, TypeError) as error:
+        fail(row, f"'label' must be entity type -> text -> list of [start, end] ({error}).")
+    tags = ["O"] * len(text)
+    for start, end, entity in sorted(spans, key=lambda span: (span[0] - span[1], span[0])):
+        if all(tag == "O" for tag in tags[start : end + 1]):
+            tags[start : end + 1] = [f"B-{entity}", *[f"I-{entity}"] * (end - start)]
+    return tags
+
+
+def spans_of(tags: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Entities of BIO tags as (type, first, last), both inclusive; an `I-` without a `B-` begins one, like seqeval."""
+    spans: list[tuple[str, int, int]] = []
+    for place, tag in enumerate(tags):
+        side, _, entity = tag.partition("-")
+        if side == "O":
+            continue
+        if side == "I" and spans and spans[-1][0] == entity and spans[-1][2] == place - 1:
+            spans[-1] = (entity, spans[-1][1], place)
+        else:
+            spans.append((entity, place, place))
+    return spans

@@ -1,0 +1,257 @@
+"""Exact conditional log-likelihoods of candidate answers: the prompt is computed once, the candidates share a tree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.cache_utils import Cache
+
+from chatglm_ptuning.data.chat_format import render
+from chatglm_ptuning.data.collate import PaddingCollator
+from chatglm_ptuning.data.conversation import Conversation, Message
+
+if TYPE_CHECKING:
+    from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
+    from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
+
+
+def encode_candidates(tokenizer: ChatGLMTokenizer, answers: Sequence[str]) -> list[list[int]]:
+    """Each answer's ids as they follow a prompt of the chat format, with the token that ends an answer.
+
+    They are the very ids that training learns for such an answer.
+    """
+    question = Message("user", "？")
+    encoded = []
+    for answer in answers:
+        rendered = render(Conversation([question, Message("assistant", answer)]), tokenizer)
+        encoded.append(rendered.input_ids[rendered.answer_start :])
+    return encoded
+
+
+def score_candidates(
+    model: ChatGLMForConditionalGeneration,
+    prompts: Sequence[Sequence[int]],
+    candidates: Sequence[Sequence[int]] | Sequence[Sequence[Sequence[int]]],
+    *,
+    batch_size: int = 8,
+    chunk_size: int = 512,
+) -> list[torch.Tensor]:
+    """The log-likelihood of every candidate behind every prompt, under the selected prefix.
+
+    It is the sum over the candidate's tokens of log P(token | prompt, tokens before), the end token included if the
+    candidate has one; so a candidate that begins another is told apart from it. A prompt runs through the model once.
+    Then its candidates run through it together, as a tree in which shared beginnings are one branch: every token sees
+    the prompt and its own branch, at the position that it would have alone.
+
+    Args:
+        prompts: ids of the prompts alone.
+        candidates: ids of the candidates, the same for all prompts, or a list of them for each prompt.
+        batch_size: prompts computed together.
+        chunk_size: tokens of a prompt's tree that run through the model at once, and rows of logits that are held at
+            once. Results do not depend on it.
+
+    Returns:
+        For every prompt, float32 `[num_candidates]` on the CPU.
+
+    Raises:
+        ValueError: if a prompt or candidate is empty or a number out of range, the selected prefix is untrained, or the
+            attention implementation takes no masks of one's own.
+    """
+    per_prompt = _per_prompt(prompts, candidates, batch_size, chunk_size)
+    model.check_prefix_is_trained()
+    implementation = model.config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        raise ValueError(
+            f"Candidates are scored with a mask of their own, which attention {implementation!r} does not take: "
+            "call model.set_attn_implementation('sdpa')."
+        )
+    selection = model.selected_prefix
+    if isinstance(selection, tuple) and len(selection) != len(prompts):
+        raise ValueError(
+            f"set_prefix named a prefix for each of {len(selection)} rows; there are {len(prompts)} prompts."
+        )
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
+    scores: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            if isinstance(selection, tuple):
+                model.set_prefix([selection[row] for row in rows])
+            batch = _score_batch(model, [prompts[row] for row in rows], [per_prompt[row] for row in rows], chunk_size)
+            for row, values in zip(rows, batch, strict=True):
+                scores[row] = values
+    finally:
+        model.set_prefix(selection)
+        for module in training:
+            module.training = True
+    return scores
+
+
+def length_normalised(scores: torch.Tensor, candidates: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Log-likelihood per token, float32 `[num_candidates]`: long candidates are no longer at a disadvantage."""
+    return scores / torch.tensor([len(candidate) for candidate in candidates], dtype=scores.dtype)
+
+
+def calibrated(scores: torch.Tensor, neutral_scores: torch.Tensor) -> torch.Tensor:
+    """How much more likely the prompt makes each candidate than a prompt without content does.
+
+    That is the pointwise mutual information of Holtzman et al. 2021, section 3.1. It takes away what a candidate has
+    from being a frequent text.
+
+    Args:
+        neutral_scores: `[num_candidates]`, of the same candidates behind the prompt of an empty text.
+    """
+    return scores - neutral_scores
+
+
+def candidate_probabilities(scores: torch.Tensor) -> torch.Tensor:
+    """Probabilities among the candidates alone, float32 `[num_candidates]`."""
+    return torch.softmax(scores.float(), dim=-1)
+
+
+@dataclass
+class _Tree:
+    """Candidates as a tree of tokens; only nodes with children run through the model.
+
+    Attributes:
+        tokens, parents, depths: of the inner nodes, a parent before its children; the parent of a first token is -1.
+        steps: per candidate, (inner node or -1 for the prompt, next token) along its way.
+        members: index of each candidate in the whole list.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    steps: list[list[tuple[int, int]]] = field(default_factory=list)
+    members: list[int] = field(default_factory=list)
+
+
+def _trees(candidates: Sequence[Sequence[int]], chunk_size: int) -> Iterator[_Tree]:
+    """Trees of at most `chunk_size` inner nodes, or of a single longer candidate; neighbours share beginnings."""
+    tree, nodes = _Tree(), {}
+    for member in sorted(range(len(candidates)), key=lambda index: tuple(candidates[index])):
+        candidate = tuple(candidates[member])
+        new = sum(candidate[:end] not in nodes for end in range(1, len(candidate)))
+        if tree.members and len(tree.tokens) + new > chunk_size:
+            yield tree
+            tree, nodes = _Tree(), {}
+        steps, node = [], -1
+        for depth, token in enumerate(candidate):
+            steps.append((node, token))
+            way = candidate[: depth + 1]
+            if depth + 1 == len(candidate):
+                break
+            if way not in nodes:
+                nodes[way] = len(tree.tokens)
+                tree.tokens.append(token)
+                tree.parents.append(node)
+                tree.depths.append(depth)
+            node = nodes[way]
+        tree.steps.append(steps)
+        tree.members.append(member)
+    yield tree
+
+
+@torch.no_grad()
+def _score_batch(
+    model: ChatGLMForConditionalGeneration,
+    prompts: Sequence[Sequence[int]],
+    candidates: Sequence[Sequence[Sequence[int]]],
+    chunk_size: int,
+) -> list[torch.Tensor]:
+    device = model.device
+    batch = PaddingCollator(model.config.pad_token_id or 0, "left")([{"input_ids": list(prompt)} for prompt in prompts])
+    mask = batch["attention_mask"].to(device, torch.bool)
+    output = model.transformer(
+        input_ids=batch["input_ids"].to(device), attention_mask=mask.long(),
+        position_ids=batch["position_ids"].to(device), use_cache=True,
+    )  # fmt: skip
+    after_prompt = output.last_hidden_state[:, -1]
+    cache = output.past_key_values
+    scores = [torch.zeros(len(row)) for row in candidates]
+    for trees in zip_longest(*(_trees(row, chunk_size) for row in candidates)):
+        trees = [tree or _Tree() for tree in trees]
+        hidden = after_prompt[:, None]
+        if any(tree.tokens for tree in trees):
+            inner = _run_trees(model, trees, mask, cache)
+            cache.crop(-inner.shape[1])  # what is left is the prompt, for the next trees
+            hidden = torch.cat((hidden, inner), dim=1)
+        for row, tree in enumerate(trees):
+            values = _log_probabilities(model, hidden[row], tree, chunk_size)
+            for member, steps in zip(tree.members, tree.steps, strict=True):
+                scores[row][member] = sum(values[step] for step in steps)
+    return scores
+
+
+def _run_trees(
+    model: ChatGLMForConditionalGeneration, trees: Sequence[_Tree], prompt_mask: torch.Tensor, cache: Cache
+) -> torch.Tensor:
+    """Hidden states of the inner nodes `[batch, nodes, hidden_size]`; rows with fewer nodes are filled up."""
+    nodes = max(len(tree.tokens) for tree in trees)
+    rows, device = len(trees), prompt_mask.device
+    input_ids = torch.zeros(rows, nodes, dtype=torch.long)
+    depths = torch.zeros(rows, nodes, dtype=torch.long)
+    sees = torch.eye(nodes, dtype=torch.bool).repeat(rows, 1, 1)
+    for row, tree in enumerate(trees):
+        used = len(tree.tokens)
+        input_ids[row, :used] = torch.tensor(tree.tokens, dtype=torch.long)
+        depths[row, :used] = torch.tensor(tree.depths, dtype=torch.long)
+        for node, parent in enumerate(tree.parents):
+            if parent >= 0:
+                sees[row, node] |= sees[row, parent]
+    lengths = prompt_mask.sum(-1, keepdim=True)
+    mask = torch.cat((prompt_mask[:, None].expand(-1, nodes, -1), sees.to(device)), dim=-1)[:, None]
+    return model.transformer(
+        input_ids=input_ids.to(device), attention_mask=mask, position_ids=lengths + depths.to(device),
+        past_key_values=cache, use_cache=True,
+    ).last_hidden_state  # fmt: skip
+
+
+def _log_probabilities(
+    model: ChatGLMForConditionalGeneration, hidden: torch.Tensor, tree: _Tree, chunk_size: int
+) -> dict[tuple[int, int], float]:
+    """log P(token | node) of every step that a candidate takes; the node -1 is the end of the prompt."""
+    wanted = sorted({step for steps in tree.steps for step in steps})
+    values: dict[tuple[int, int], float] = {}
+    last = max((node for node, _ in wanted), default=-2) + 1
+    for start in range(0, last + 1, chunk_size):
+        logits = model.transformer.output_layer(hidden[start : start + chunk_size]).float()
+        steps = [step for step in wanted if start <= step[0] + 1 < start + chunk_size]
+        if not steps:
+            continue
+        places = torch.tensor([node + 1 - start for node, _ in steps], device=logits.device)
+        tokens = torch.tensor([token for _, token in steps], device=logits.device)
+        picked = logits[places, tokens] - logits.logsumexp(-1)[places]
+        values |= dict(zip(steps, picked.tolist(), strict=True))
+    return values
+
+
+def _per_prompt(
+    prompts: Sequence[Sequence[int]],
+    candidates: Sequence[Sequence[int]] | Sequence[Sequence[Sequence[int]]],
+    batch_size: int,
+    chunk_size: int,
+) -> Sequence[Sequence[Sequence[int]]]:
+    """A list of candidates for each prompt, checked."""
+    for name, value in (("batch_size", batch_size), ("chunk_size", chunk_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    shared = all(len(candidate) and isinstance(candidate[0], int) for candidate in candidates)
+    per_prompt = [candidates] * len(prompts) if shared else candidates
+    if len(per_prompt) != len(prompts):
+        raise ValueError(f"There are lists of candidates for {len(per_prompt)} prompts, and {len(prompts)} prompts.")
+    for index, (prompt, row) in enumerate(zip(prompts, per_prompt, strict=True)):
+        if not len(prompt):
+            raise ValueError(f"Prompt {index} (counted from 0) has no tokens.")
+        if not len(row):
+            raise ValueError(f"There are no candidates for prompt {index} (counted from 0).")
+        for place, candidate in enumerate(row):
+            if not isinstance(candidate, Sequence) or not len(candidate):
+                raise ValueError(f"Candidate {place} of prompt {index} (both counted from 0) has no tokens.")
+    return per_prompt

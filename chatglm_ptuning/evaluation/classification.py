@@ -1,0 +1,68 @@
+"""Accuracy, macro-F1 and the confusion matrix of predicted labels; knows nothing of models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from chatglm_ptuning.evaluation.bootstrap import bootstrap_interval
+
+
+def confusion_matrix(predicted: Sequence[str], expected: Sequence[str], labels: Sequence[str]) -> np.ndarray:
+    """Counts, int64 `[num_labels, num_labels + 1]`: a row for each expected label, a column for each predicted one.
+
+    The last column counts predictions that are no label.
+
+    Raises:
+        ValueError: if there is nothing to compare, the numbers differ, or an expected label is unknown.
+    """
+    return _count(_cells(predicted, expected, labels), len(labels))
+
+
+def classification_scores(predicted: Sequence[str], expected: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
+    """`accuracy` and `macro_f1` in percent.
+
+    Macro-F1 is the mean over the labels that are expected or predicted anywhere, as in scikit-learn's default; a
+    prediction that is no label is a miss for the label expected, and counts against no other.
+
+    Raises:
+        ValueError: as `confusion_matrix`.
+    """
+    matrix = confusion_matrix(predicted, expected, labels)
+    return {"accuracy": 100 * float(np.diagonal(matrix).sum() / matrix.sum()), "macro_f1": _macro_f1(matrix)}
+
+
+def macro_f1_interval(
+    predicted: Sequence[str], expected: Sequence[str], labels: Sequence[str], **options: float
+) -> tuple[float, float]:
+    """The interval of macro-F1 in percent; options as in `bootstrap_interval`.
+
+    Raises:
+        ValueError: as `confusion_matrix`.
+    """
+    cells = _cells(predicted, expected, labels)
+    return bootstrap_interval(lambda places: _macro_f1(_count(cells[places], len(labels))), len(cells), **options)
+
+
+def _cells(predicted: Sequence[str], expected: Sequence[str], labels: Sequence[str]) -> np.ndarray:
+    """The number of the cell of the confusion matrix that each example belongs to."""
+    if not expected or len(predicted) != len(expected):
+        raise ValueError(f"There are {len(predicted)} predictions for {len(expected)} expected labels.")
+    place = {label: index for index, label in enumerate(labels)}
+    unknown = next((label for label in expected if label not in place), None)
+    if unknown is not None:
+        raise ValueError(f"The expected label {unknown!r} is none of {', '.join(labels)}.")
+    rows = np.array([place[label] for label in expected])
+    columns = np.array([place.get(label, len(labels)) for label in predicted])
+    return rows * (len(labels) + 1) + columns
+
+
+def _count(cells: np.ndarray, num_labels: int) -> np.ndarray:
+    return np.bincount(cells, minlength=num_labels * (num_labels + 1)).reshape(num_labels, num_labels + 1)
+
+
+def _macro_f1(matrix: np.ndarray) -> float:
+    both = matrix.sum(axis=1) + matrix[:, :-1].sum(axis=0)
+    present = both > 0
+    return 100 * float((2 * np.diagonal(matrix)[present] / both[present]).mean())

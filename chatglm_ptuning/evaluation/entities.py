@@ -1,0 +1,79 @@
+"""Entity F1 of BIO tags by seqeval, the table of entity types, and CLUENER2020's own score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from chatglm_ptuning.data.tasks.token_readers import spans_of
+
+Tags = Sequence[Sequence[str]]
+"""BIO tags of several sentences."""
+
+
+@dataclass(frozen=True)
+class EntityScore:
+    """Scores of one entity type, in percent; `support` is how many are expected."""
+
+    precision: float
+    recall: float
+    f1: float
+    support: int
+
+
+def entity_scores(predicted: Tags, expected: Tags) -> tuple[dict[str, float], dict[str, EntityScore]]:
+    """Micro-averaged `entity_precision`, `entity_recall` and `entity_f1` in percent, and the scores of every type.
+
+    An entity counts as found if its type and both its ends are right. Computed by seqeval in its default mode, that of
+    the conlleval script, in which an `I-` without its `B-` begins an entity.
+
+    Raises:
+        ValueError: if the sentences differ in number or length.
+    """
+    _check(predicted, expected)
+    from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
+
+    gold, found = [list(tags) for tags in expected], [list(tags) for tags in predicted]
+    types = sorted({entity for tags in (*gold, *found) for entity, _, _ in spans_of(tags)})
+    if not types:
+        return dict.fromkeys(("entity_precision", "entity_recall", "entity_f1"), 0.0), {}
+    micro = precision_recall_fscore_support(gold, found, average="micro", zero_division=0)
+    each = precision_recall_fscore_support(gold, found, average=None, zero_division=0)
+    table = {
+        entity: EntityScore(*(100 * float(values[place]) for values in each[:3]), int(each[3][place]))
+        for place, entity in enumerate(types)
+    }
+    names = ("entity_precision", "entity_recall", "entity_f1")
+    return {name: 100 * float(value) for name, value in zip(names, micro[:3], strict=True)}, table
+
+
+def cluener_f1(texts: Sequence[str], predicted: Tags, expected: Tags, types: Sequence[str]) -> float:
+    """CLUENER2020's score in percent: the mean over the types of F1, where a sentence's entities of a type are the set
+    of their texts (score.py of CLUENER2020). A type that is neither expected nor predicted counts 0.
+
+    Raises:
+        ValueError: if the sentences differ in number or length.
+    """
+    _check(predicted, expected)
+    counts = {entity: [0, 0, 0] for entity in types}  # found, predicted, expected
+    for text, found, gold in zip(texts, predicted, expected, strict=True):
+        for entity in types:
+            surfaces = [
+                {text[first : last + 1] for kind, first, last in spans_of(tags) if kind == entity}
+                for tags in (found, gold)
+            ]
+            counts[entity][0] += len(surfaces[0] & surfaces[1])
+            counts[entity][1] += len(surfaces[0])
+            counts[entity][2] += len(surfaces[1])
+    return 100 * fmean(2 * hits / max(found + gold, 1) for hits, found, gold in counts.values())
+
+
+def _check(predicted: Tags, expected: Tags) -> None:
+    if not expected or len(predicted) != len(expected):
+        raise ValueError(f"There are predicted tags of {len(predicted)} sentences, and {len(expected)} expected.")
+    for index, (found, gold) in enumerate(zip(predicted, expected, strict=True)):
+        if len(found) != len(gold):
+            raise ValueError(
+                f"Sentence {index} (counted from 0) has {len(found)} predicted tags, {len(gold)} expected."
+            )

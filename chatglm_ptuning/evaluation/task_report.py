@@ -1,0 +1,218 @@
+"""Scores of a task as its benchmark computes them, and the files that show what went wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from chatglm_ptuning.data.tasks.examples import (
+    AnyExample,
+    ChoiceExample,
+    GenerationExample,
+    QuestionExample,
+    TextExample,
+    TokenExample,
+    gold_of,
+)
+from chatglm_ptuning.data.tasks.prompt import render_prompt
+from chatglm_ptuning.data.tasks.schema import Task
+from chatglm_ptuning.data.tasks.token_readers import spans_of
+from chatglm_ptuning.evaluation.bootstrap import f1_interval, mean_interval
+from chatglm_ptuning.evaluation.classification import classification_scores, confusion_matrix, macro_f1_interval
+from chatglm_ptuning.evaluation.entities import EntityScore, cluener_f1, entity_scores
+from chatglm_ptuning.evaluation.figures import draw_confusion_matrix, draw_entity_table
+from chatglm_ptuning.evaluation.metrics import score
+from chatglm_ptuning.evaluation.reading_comprehension import answer_f1, cmrc_scores, exact_match
+from chatglm_ptuning.prefix.files import write_atomically
+
+WORST_ERRORS = 20
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """Scores of one task on one split.
+
+    Attributes:
+        metrics: in percent; the task's own metric is among them.
+        intervals: metric -> 95 % bootstrap interval, in percent.
+        of_examples: the score of each example, from 0 to 1.
+        groups: subject or category of an examination -> accuracy in percent.
+        entities: type -> its scores.
+    """
+
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    of_examples: list[float]
+    groups: dict[str, float] = field(default_factory=dict)
+    entities: dict[str, EntityScore] = field(default_factory=dict)
+
+
+def score_task(task: Task, examples: Sequence[AnyExample], predictions: Sequence[Any]) -> TaskScores:
+    """Scores predictions: labels, indices of candidates, tags, or texts, one for each example.
+
+    Raises:
+        ValueError: if there is nothing to score, the numbers differ, or an example has no gold answer.
+    """
+    if not examples or len(predictions) != len(examples):
+        raise ValueError(f"There are {len(predictions)} predictions for {len(examples)} examples.")
+    gold = [gold_of(example) for example in examples]
+    if None in gold:
+        raise ValueError(
+            f"{examples[gold.index(None)].where}: there is nothing to score against, the split is unlabelled."
+        )
+    if isinstance(examples[0], TextExample):
+        return _score_labels(predictions, gold, list(task.labels))
+    if isinstance(examples[0], ChoiceExample):
+        hits = [left == right for left, right in zip(predictions, gold, strict=True)]
+        return _of_hits({"accuracy": 100 * sum(hits) / len(hits)}, hits, _group_accuracy(examples, hits))
+    if isinstance(examples[0], TokenExample):
+        return _score_tags(task, examples, predictions, gold)
+    if isinstance(examples[0], QuestionExample):
+        each = [answer_f1(text, references) for text, references in zip(predictions, gold, strict=True)]
+        exact = [float(exact_match(text, references)) for text, references in zip(predictions, gold, strict=True)]
+        intervals = {"cmrc_f1": _percent(mean_interval(each)), "cmrc_em": _percent(mean_interval(exact))}
+        return TaskScores(cmrc_scores(predictions, gold), intervals, each)
+    return _score_texts(predictions, gold)
+
+
+def write_task_report(
+    folder: str | Path,
+    task: Task,
+    examples: Sequence[AnyExample],
+    predictions: Sequence[Any],
+    confidences: Sequence[float] | None = None,
+) -> TaskScores:
+    """Scores, and writes into the folder:
+
+    - `metrics.json`: scores, intervals, groups, the label of each number in the picture;
+    - `predictions.jsonl`: input, gold, prediction, score, and the confidence if given;
+    - `worst_errors.jsonl`: the 20 worst, the surest first, or where no confidences are given those of lowest score;
+    - `confusion_matrix.png`, or `entities.png` for tags.
+
+    Args:
+        confidences: how sure the model was of each prediction.
+
+    Raises:
+        ValueError: as `score_task`.
+    """
+    scores = score_task(task, examples, predictions)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = _rows(task, examples, predictions, scores, confidences)
+    content: dict[str, Any] = {"task": task.name, "examples": len(examples), **asdict(scores)}
+    content.pop("of_examples")
+    if isinstance(examples[0], TextExample):
+        matrix = confusion_matrix(predictions, [example.label for example in examples], list(task.labels))
+        shown = draw_confusion_matrix(folder / "confusion_matrix.png", matrix, list(task.labels.values()), task.name)
+        content["labels_in_picture"] = dict(zip(shown, task.labels.values(), strict=True))
+        content["confusion_matrix"] = matrix.tolist()
+    elif scores.entities:
+        draw_entity_table(folder / "entities.png", scores.entities, task.labels, task.name)
+    _write_lines(folder / "predictions.jsonl", rows)
+    _write_lines(folder / "worst_errors.jsonl", worst_errors(rows))
+    with write_atomically(folder / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    return scores
+
+
+def worst_errors(rows: Sequence[dict[str, Any]], number: int = WORST_ERRORS) -> list[dict[str, Any]]:
+    """The wrong rows (`score` below 1): the lowest scores first, and among equals the surest (`confidence`)."""
+    wrong = [row for row in rows if row["score"] < 1]
+    return sorted(wrong, key=lambda row: (row["score"], -row.get("confidence", 0.0)))[:number]
+
+
+def _score_labels(predictions: Sequence[str], gold: list[Any], labels: list[str]) -> TaskScores:
+    hits = [left == right for left, right in zip(predictions, gold, strict=True)]
+    scores = _of_hits(classification_scores(predictions, gold, labels), hits)
+    scores.intervals["macro_f1"] = macro_f1_interval(predictions, gold, labels)
+    return scores
+
+
+def _of_hits(metrics: dict[str, float], hits: list[bool], groups: dict[str, float] | None = None) -> TaskScores:
+    each = [float(hit) for hit in hits]
+    return TaskScores(metrics, {"accuracy": _percent(mean_interval(each))}, each, groups or {})
+
+
+def _group_accuracy(examples: Sequence[ChoiceExample], hits: Sequence[bool]) -> dict[str, float]:
+    """Accuracy by subject, and by category as the mean over its subjects, which is how C-Eval and CMMLU average."""
+    subjects: dict[str, list[bool]] = {}
+    categories: dict[str, dict[str, None]] = {}
+    for example, hit in zip(examples, hits, strict=True):
+        if example.subject is not None:
+            subjects.setdefault(example.subject, []).append(hit)
+            categories.setdefault(example.category or "", {})[example.subject] = None
+    groups = {subject: 100 * sum(own) / len(own) for subject, own in subjects.items()}
+    means = {category: sum(groups[name] for name in names) / len(names) for category, names in categories.items()}
+    overall = {"mean of subjects": sum(groups.values()) / len(groups)} if groups else {}
+    return groups | means | overall
+
+
+def _score_tags(
+    task: Task, examples: Sequence[TokenExample], predictions: Sequence[Sequence[str]], gold: list[Any]
+) -> TaskScores:
+    metrics, table = entity_scores(predictions, gold)
+    if task.reader == "cluener":
+        texts = [example.text for example in examples]
+        metrics["cluener_f1"] = cluener_f1(texts, predictions, gold, list(task.labels))
+    counts = []
+    for found, expected in zip(predictions, gold, strict=True):
+        left, right = set(spans_of(found)), set(spans_of(expected))
+        counts.append((len(left & right), len(left), len(right)))
+    each = [2 * hits / (found + expected) if found + expected else 1.0 for hits, found, expected in counts]
+    return TaskScores(metrics, {"entity_f1": f1_interval(counts)}, each, entities=table)
+
+
+def _score_texts(predictions: Sequence[str], gold: list[Any]) -> TaskScores:
+    singles = [score([prediction], [target]) for prediction, target in zip(predictions, gold, strict=True)]
+    intervals = {name: mean_interval([single[name] for single in singles]) for name in ("rouge-l", "bleu-4")}
+    metrics = score(predictions, gold)
+    metrics["prediction_length"] = sum(map(len, predictions)) / len(predictions)
+    metrics["target_length"] = sum(map(len, gold)) / len(gold)
+    return TaskScores(metrics, intervals, [single["rouge-l"] / 100 for single in singles])
+
+
+def _percent(interval: tuple[float, float]) -> tuple[float, float]:
+    return 100 * interval[0], 100 * interval[1]
+
+
+def _rows(
+    task: Task,
+    examples: Sequence[AnyExample],
+    predictions: Sequence[Any],
+    scores: TaskScores,
+    confidences: Sequence[float] | None,
+) -> list[dict[str, Any]]:
+    rows = []
+    for place, (example, prediction) in enumerate(zip(examples, predictions, strict=True)):
+        text = example.text if isinstance(example, (TokenExample, GenerationExample)) else render_prompt(task, example)
+        row = {
+            "id": example.id,
+            "input": text,
+            "gold": _readable(example, gold_of(example)),
+            "prediction": _readable(example, prediction),
+            "score": scores.of_examples[place],
+        }
+        if confidences is not None:
+            row["confidence"] = float(confidences[place])
+        rows.append(row)
+    return rows
+
+
+def _readable(example: AnyExample, value: Any) -> Any:
+    """Candidates instead of their indices, entities instead of tags."""
+    if isinstance(example, ChoiceExample) and isinstance(value, int):
+        return example.candidates[value]
+    if isinstance(example, TokenExample):
+        return [
+            {"type": entity, "text": "".join(example.tokens[first : last + 1]), "start": first}
+            for entity, first, last in spans_of(value)
+        ]
+    return value
+
+
+def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with write_atomically(path) as temporary:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -1,0 +1,154 @@
+"""Task files: those that the kit ships, one that a user adds, and what is refused."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from chatglm_ptuning.cli import main
+from chatglm_ptuning.data.tasks import load_task, read_examples, task_names
+from chatglm_ptuning.data.tasks.prompt import answer_text, candidate_answers, render_prompt
+
+CLUE = ["tnews", "iflytek", "afqmc", "cmnli", "ocnli", "csl", "cluewsc2020", "cmrc2018", "drcd", "chid", "c3"]
+FEWCLUE = [
+    f"fewclue_{name}" for name in ["eprstmt", "bustm", "ocnli", "csldcp", "tnews", "iflytek", "cluewsc", "csl", "chid"]
+]
+OTHERS = ["cluener", "msra_ner", "peoples_daily_ner", "chnsenticorp", "reviews", "adgen", "lcsts", "ceval", "cmmlu"]
+BUNDLED = ["sentiment", "news_topic", "inference", "entities", "advertisement"]
+
+MINE = """
+name: mood
+title: moods of messages
+reader: rows
+fields: {text: message, label: mood, id: number}
+labels: {0: 难过, 1: 高兴}
+prompt: "消息：{text}\\n心情是{labels}里的哪一个？"
+metric: macro_f1
+pre_seq_len: 6
+learning_rate: 5.0e-3
+files: {train: mine.jsonl, test: [a.csv, b.csv]}
+"""
+
+
+def write(folder: Path, text: str = MINE) -> Path:
+    path = folder / "mood.yaml"
+    path.write_text(text, "utf-8")
+    return path
+
+
+def test_the_registry_holds_every_task():
+    assert sorted(CLUE + FEWCLUE + OTHERS + BUNDLED) == task_names()
+
+
+@pytest.mark.parametrize("name", CLUE + FEWCLUE + OTHERS + BUNDLED)
+def test_every_packaged_task_is_sound_and_says_where_its_settings_come_from(name):
+    task = load_task(name)
+    assert task.name == name and task.head in task.heads
+    assert task.source != "-" and task.settings_from.startswith(("published", "measured"))
+
+
+def test_label_sets_have_their_published_sizes():
+    sizes = {name: len(load_task(name).labels) for name in ("tnews", "iflytek", "csldcp", "cluener", "cmnli")}
+    assert sizes == {"tnews": 15, "iflytek": 119, "csldcp": 67, "cluener": 10, "cmnli": 3}
+    assert Counter(subject.category for subject in load_task("ceval").subjects.values()) == {
+        "STEM": 20, "Social Science": 10, "Humanities": 11, "Other": 11,
+    }  # fmt: skip
+    assert Counter(subject.category for subject in load_task("cmmlu").subjects.values()) == {
+        "STEM": 17, "Social Science": 22, "Humanities": 13, "Other": 15,
+    }  # fmt: skip
+
+
+def test_fewclue_has_all_its_splits():
+    splits = {f"{side}_{number}" for side in ("train", "dev") for number in (*range(5), "few_all")}
+    assert set(load_task("eprstmt").files) == splits | {"test", "test_public", "unlabeled"}
+    assert load_task("msra_ner").tags == ("O", "B-PER", "I-PER", "B-LOC", "I-LOC", "B-ORG", "I-ORG")
+
+
+def test_a_task_is_added_by_a_file_alone(tmp_path):
+    task = load_task(write(tmp_path))
+    (tmp_path / "mine.jsonl").write_text('{"message": "下雨了", "mood": 0, "number": 7}\n', "utf-8")
+    (tmp_path / "b.csv").write_text('number,message\n3,"好，\n真好"\n', "utf-8")
+    (example,) = read_examples(task, tmp_path, "train")
+    assert (example.id, example.text, example.label) == (7, "下雨了", "0")
+    assert render_prompt(task, example) == "消息：下雨了\n心情是难过、高兴里的哪一个？"
+    assert candidate_answers(task, example) == ["难过", "高兴"] and answer_text(task, example) == "难过"
+    (unlabelled,) = read_examples(task, tmp_path, "test")
+    assert (unlabelled.text, unlabelled.label) == ("好，\n真好", None)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("metric:", "metrik:", "unknown key 'metrik' .did you mean 'metric'"),
+        ("1: 高兴", "1: ", "the label '1' has no verbaliser"),
+        ("0: 难过", "no: 难过", "the label False must be text or a number .* quotes"),
+        ("1: 高兴", "1: 是, yes: 好", "the key 'yes' stands twice"),
+        ("1: 高兴", "1: 难过", "'0' and '1' share the verbaliser 难过"),
+        ("reader: rows", "reader: row", "unknown reader 'row' .did you mean 'rows'"),
+        ("macro_f1", "entity_f1", "unknown metric .of the reader 'rows'. 'entity_f1'"),
+        ("5.0e-3", "5e-3", "write 5.0e-3"),
+        ("pre_seq_len: 6", "pre_seq_len: 0", "'pre_seq_len' must be a whole number from 1"),
+        ("{text: message, ", "{", "which column is 'text'"),
+        ("{text}", "{txt}", "the prompt names {txt} .did you mean 'text'"),
+        ("{text}", "", "the prompt names nothing of the row"),
+        ("{text}", "{text!r}", "not a plain name in braces"),
+        ("labels: {0: 难过, 1: 高兴}", "", "needs 'labels'"),
+        ("title: moods of messages", "", "there is no key 'title'"),
+        ("metric:", "head: token_classification\nmetric:", "unknown head .*token_classification"),
+        ("metric:", "hub: {github: a/b}\nmetric:", "unknown hub 'github'"),
+        ("metric:", "submission: {format: label_line, file: a}\nmetric:", "did you mean 'label_lines'"),
+        ("metric:", "name: twice\nmetric:", "the key 'name' stands twice"),
+        ("labels: {", "labels: {0: 中, ", "the key '0' stands twice"),
+        ("labels: {", "labels: [", "not valid YAML"),
+    ],
+)
+def test_a_faulty_file_is_refused_by_its_key(tmp_path, old, new, message):
+    assert old in MINE
+    with pytest.raises(ValueError, match=message) as raised:
+        load_task(write(tmp_path, MINE.replace(old, new, 1)))
+    assert "mood.yaml" in str(raised.value)
+
+
+def test_unknown_names_and_missing_files_are_refused():
+    with pytest.raises(ValueError, match="no task 'tnew'; did you mean tnews"):
+        load_task("tnew")
+    with pytest.raises(ValueError, match=r"nowhere.yaml cannot be read"):
+        load_task("nowhere.yaml")
+
+
+def test_aliases_stand_for_one_task_each():
+    aliases = [alias for name in task_names() for alias in load_task(name).aliases]
+    assert len(set(aliases)) == len(aliases) and not set(aliases) & set(task_names())
+    assert load_task("eprstmt") is load_task("fewclue_eprstmt")
+
+
+def test_the_files_of_the_registry_are_packaged():
+    with (Path(__file__).parents[1] / "pyproject.toml").open("rb") as file:
+        tomllib = pytest.importorskip("tomllib")
+        settings = tomllib.load(file)
+    assert "definitions/*.yaml" in settings["tool"]["setuptools"]["package-data"]["chatglm_ptuning.data.tasks"]
+
+
+def test_the_command_lists_and_shows(capsys, tmp_path):
+    main(["tasks"])
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in ("tnews", "c3"))
+    write(tmp_path)
+    (tmp_path / "mine.jsonl").write_text('{"message": "下雨了", "mood": 0, "number": 7}\n', "utf-8")
+    main(["tasks", "show", str(tmp_path / "mood.yaml"), str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert "难过 1" in shown and "心情是" in shown and "answer: 难过" in shown
+    (tmp_path / "mine.jsonl").write_text('{"message": "下雨了", "mood": 5}\n', "utf-8")
+    with pytest.raises(SystemExit, match="1"):
+        main(["tasks", "show", str(tmp_path / "mood.yaml"), str(tmp_path)])
+    assert "mine.jsonl:1: the task mood has no label '5'" in capsys.readouterr().err
+
+
+def test_the_documentation_names_every_reader_and_its_example_is_a_task(tmp_path):
+    text = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text("utf-8")
+    block = text.split("```yaml\n")[1].split("```")[0]
+    assert load_task(write(tmp_path, block)).name == yaml.safe_load(block)["name"]
+    from chatglm_ptuning.data.tasks.schema import METRICS, READERS, SUBMISSIONS
+
+    assert all(f"`{name}`" in text for name in (*READERS, *METRICS, *SUBMISSIONS))
