@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_bitsandbytes_available
 
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
@@ -121,8 +122,10 @@ def load_model(
         overrides["quantization_config"] = quantization
     if attn_implementation:
         overrides["attn_implementation"] = attn_implementation
+    # Under ZeRO-3 DeepSpeed puts every process's part where it belongs.
+    device_map = None if is_deepspeed_zero3_enabled() else {"": device}
     model = ChatGLMForConditionalGeneration.from_pretrained(
-        model_name_or_path, dtype=chosen, device_map={"": device}, **overrides
+        model_name_or_path, dtype=chosen, device_map=device_map, **overrides
     )
     return model.eval()
 
