@@ -9,6 +9,7 @@ from transformers import Seq2SeqTrainingArguments
 
 from chatglm_ptuning.model.loading import DEFAULT_MODEL
 from chatglm_ptuning.prefix.latest import runs_folder
+from chatglm_ptuning.training.distributed import prepare_processes
 from chatglm_ptuning.training.initialisation import PREFIX_INITS
 
 DEFAULT_PRE_SEQ_LEN = 128
@@ -131,4 +132,5 @@ class PrefixTrainingArguments(Seq2SeqTrainingArguments):
     def __post_init__(self) -> None:
         if self.output_dir is None:
             self.output_dir = str(runs_folder() / "prefix")
+        prepare_processes(self)
         super().__post_init__()
