@@ -1,5 +1,6 @@
 """Loading under ZeRO-3: no process but the first ever holds the whole base."""
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
 
+_M_MMAP_THRESHOLD = -3
+"""As malloc.h has it."""
 ZERO3 = Path(__file__).resolve().parents[1] / "ds_config" / "zero3.json"
 
 
@@ -18,7 +21,7 @@ def large_base(tmp_path_factory):
     """A base of random weights of about 400 MB in float32, in several files."""
     folder = tmp_path_factory.mktemp("large") / "base"
     config = ChatGLMConfig(
-        num_layers=12, padded_vocab_size=16000, hidden_size=768, ffn_hidden_size=2048, kv_channels=64,
+        num_layers=16, padded_vocab_size=2000, hidden_size=768, ffn_hidden_size=2048, kv_channels=64,
         num_attention_heads=12, multi_query_attention=True, multi_query_group_num=2, seq_length=512, add_qkv_bias=True,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -42,9 +45,13 @@ def _load(base: str, output: str, config: str | None) -> str:
 
     args = PrefixTrainingArguments(output_dir=output, deepspeed=config, report_to="none")
     assert args.world_size == int(os.environ.get("WORLD_SIZE", "1"))
+    # Freed weights go back to the system at once, so that what is measured is what is held.
+    ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 2**20)
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     before = _status("VmRSS")
     model = load_model(base, pre_seq_len=8)
+    for parameter in model.parameters():
+        parameter.detach().sum()  # what is read from a file comes into memory when it is looked at
     fingerprint = model.base_fingerprint()["sample_sha256"]
     return f"{_status('VmHWM') - before} {_status('RssAnon')} {fingerprint}"
 
