@@ -69,6 +69,9 @@ _choose_command() {
         else
             COMMAND+=(--standalone)
         fi
+        # A store of its own for every start: in the shared one, a job that was started again would find the addresses of
+        # the processes before.
+        export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
         COMMAND+=(-m chatglm_ptuning)
         ;;
     slurm)
