@@ -4,9 +4,12 @@
 #   MODEL=/path/to/chatglm3-6b bash scripts/train.sh
 #   MODEL=/path/to/chatglm3-6b TRAIN_FILE=train.json VALIDATION_FILE=dev.json NUM_GPUS=8 bash scripts/train.sh
 #
+# Several GPUs and machines: see launch.sh (NUM_GPUS, DS_CONFIG, NNODES, HOSTFILE, MASTER_ADDR, ...) and
+# docs/multi_node.md.
 # Any flag of `chatglm-ptuning train` may follow, and overrides what is set here.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+source "$ROOT/scripts/launch.sh"
 ensure_environment
 
 if [ -z "${MODEL:-}" ]; then
@@ -28,8 +31,9 @@ TRAIN_FILE=${TRAIN_FILE:-$ROOT/data/advertisement/train.json}
 VALIDATION_FILE=${VALIDATION_FILE:-$ROOT/data/advertisement/dev.json}
 MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-128}
 MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-128}
-NUM_GPUS=${NUM_GPUS:-1}
-DS_CONFIG=${DS_CONFIG:-$ROOT/ds_config/zero1.json}
+if _several_processes; then
+    DS_CONFIG=${DS_CONFIG:-$ROOT/ds_config/zero1.json}
+fi
 OUTPUT=${OUTPUT:-$CHATGLM_PTUNING_OUTPUT/$(basename "$MODEL")-$(basename "$(dirname "$TRAIN_FILE")")-$PRE_SEQ_LEN}
 
 # What is not named is told by the fields of the rows.
@@ -41,14 +45,7 @@ for column in prompt:PROMPT_COLUMN response:RESPONSE_COLUMN history:HISTORY_COLU
     fi
 done
 
-LAUNCH=("$PYTHON" -m chatglm_ptuning)
-if [ "$NUM_GPUS" -gt 1 ]; then
-    LAUNCH=("$PYTHON" -m deepspeed.launcher.runner --num_gpus "$NUM_GPUS" --master_port "${MASTER_PORT:-29500}"
-        --no_local_rank --module chatglm_ptuning)
-    set -- --deepspeed "$DS_CONFIG" "$@"
-fi
-
-exec "${LAUNCH[@]}" train \
+launch train \
     --do_train --do_eval --do_predict --compare_base \
     --model_name_or_path "$MODEL" \
     --train_file "$TRAIN_FILE" \

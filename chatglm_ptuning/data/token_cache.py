@@ -178,11 +178,10 @@ class ExampleWriter:
 
 
 def tokenizer_fingerprint(tokenizer: ChatGLMTokenizer) -> str:
-    """A hash over the vocabulary and the chat format."""
-    digest = hashlib.blake2b(f"{type(tokenizer).__name__} {tokenizer.chat_format}".encode(), digest_size=16)
-    with tempfile.TemporaryDirectory() as folder:
-        for path in sorted(tokenizer.save_vocabulary(folder)):
-            digest.update(Path(path).read_bytes())
+    """A hash over the vocabulary, the ids of the special tokens and the chat format."""
+    special_ids = sorted(tokenizer.vocabulary.special_ids.items())
+    digest = hashlib.blake2b(f"{tokenizer.chat_format} {special_ids}".encode(), digest_size=16)
+    digest.update(tokenizer.vocabulary.content())
     return digest.hexdigest()
 
 

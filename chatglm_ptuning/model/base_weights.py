@@ -1,4 +1,4 @@
-"""Reading single weights of a base wherever and however it holds them: quantised, or offloaded by accelerate."""
+"""Reading single weights of a base wherever and however it holds them: quantised, offloaded, or partitioned."""
 
 from __future__ import annotations
 
@@ -6,21 +6,27 @@ import torch
 from accelerate.utils import align_module_device
 from transformers import PreTrainedModel
 
+from chatglm_ptuning.model.zero3 import gathered, is_partitioned
+
 
 def read_weight(base: PreTrainedModel, name: str) -> tuple[torch.Tensor | None, bool]:
-    """One weight of the base, and whether it is as exact as it was published.
+    """One weight of the base, and whether it is as exact as it was published; collective under ZeRO-3.
 
     Args:
         base: the ChatGLMModel.
         name: of a module's parameter in it.
 
     Returns:
-        The weight in floating point, on whatever device it is; None if this process does not hold it (a meta tensor, a
-        weight that DeepSpeed has partitioned away, or one that bitsandbytes has re-ordered for this CPU). False if it
+        The weight in floating point, on whatever device it is; None if this process does not hold it (a meta tensor, or
+        one that bitsandbytes has re-ordered for this CPU). False if it
         was quantised, by bitsandbytes or in its file.
     """
     module_name, _, leaf = name.rpartition(".")
     module = base.get_submodule(module_name)
+    parameter = getattr(module, leaf)
+    if is_partitioned([parameter]):
+        with gathered([parameter]):
+            return parameter.detach().clone(), True
     with align_module_device(module):  # brings an offloaded weight into memory meanwhile
         weight = getattr(module, leaf)
         if weight.is_meta or weight.numel() == 0:

@@ -20,7 +20,6 @@ from chatglm_ptuning.model.vocabulary import (
     original_places,
     well_formed,
     why_unreadable,
-    write_if_changed,
 )
 
 SPLIT_PATTERN = (
@@ -126,10 +125,10 @@ class BytePairVocabulary(Vocabulary):
         piece = _unspell(token)
         return None if piece is None else self.ranks.get(piece)
 
-    def save(self, path: Path) -> None:
-        """Writes the vocabulary as a `tokenizer.model` of tiktoken's form."""
+    def content(self) -> bytes:
+        """The vocabulary as a `tokenizer.model` of tiktoken's form holds it."""
         lines = (b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in sorted(self.bytes_of.items()))
-        write_if_changed(path, b"".join(lines))
+        return b"".join(lines)
 
     def _decode_pieces(self, ids: list[int]) -> str:
         return b"".join(self.bytes_of.get(index, b"") for index in ids).decode("utf-8", "replace")

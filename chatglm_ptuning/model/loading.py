@@ -8,6 +8,7 @@ import tempfile
 from typing import Any
 
 import torch
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.hub import find_base
@@ -96,7 +97,9 @@ def load_model(
         overrides["quantization_config"] = quantization
     if attn_implementation:
         overrides["attn_implementation"] = attn_implementation
-    if device_map is None:
+    if is_deepspeed_zero3_enabled():
+        overrides["device_map"] = None  # DeepSpeed puts every process's part where it belongs
+    elif device_map is None:
         overrides["device_map"] = {"": device}
     else:
         overrides |= {"device_map": device_map, "offload_folder": offload_folder or _temporary_folder()}

@@ -36,6 +36,7 @@ from chatglm_ptuning.model.prefix_mixin import PrefixMixin
 from chatglm_ptuning.model.prefix_switch import TRAINABLE_PREFIX, PrefixSwitch
 from chatglm_ptuning.model.rotary import RotaryEmbedding, apply_rotary_pos_emb
 from chatglm_ptuning.model.weight_files import describe_damage, describe_missing
+from chatglm_ptuning.model.zero3 import gathered, is_partitioned
 from chatglm_ptuning.prefix.bank import ActivePrefix
 
 register_conversions()
@@ -282,6 +283,10 @@ class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
             # By this the Trainer refuses quantised models without an adapter of PEFT; here the prefix is the adapter.
             model.is_quantized = False
         model.freeze_base()
+        encoder = getattr(model.base_model, "prefix_encoder", None)
+        if encoder is not None and is_partitioned(encoder.parameters()) and encoder.has_first_values:
+            with gathered(encoder.parameters()):
+                encoder.mark_untrained()  # again: those that every process drew gave way to those of the first
         return (model, info) if output_loading_info else model
 
     def save_pretrained(

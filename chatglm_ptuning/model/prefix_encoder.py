@@ -47,6 +47,11 @@ class PrefixEncoder(Float32Module):
         self._untrained = self._sample()
 
     @property
+    def has_first_values(self) -> bool:
+        """Whether `mark_untrained` has been called, so since the parameters were drawn at random."""
+        return self._untrained is not None
+
+    @property
     def is_untrained(self) -> bool:
         """Whether the parameters still are the random numbers that they were created with."""
         if self._untrained is None:

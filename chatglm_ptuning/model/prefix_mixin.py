@@ -15,6 +15,7 @@ from chatglm_ptuning.model.base_weights import read_weight
 from chatglm_ptuning.model.prefix_encoder import PrefixEncoder
 from chatglm_ptuning.model.prefix_switch import TRAINABLE_PREFIX, PrefixSwitch
 from chatglm_ptuning.model.rotary import rotate_prefix_keys
+from chatglm_ptuning.model.zero3 import gathered, gathering_modules, is_partitioned
 from chatglm_ptuning.prefix.bank import PrefixSelection
 from chatglm_ptuning.prefix.checkpoint import PrefixCheckpoint, PrefixMetadata, read_prefix, write_prefix
 from chatglm_ptuning.prefix.fingerprint import difference, fingerprint_of
@@ -109,15 +110,16 @@ class PrefixMixin:
         self._check_base(checkpoint)
         self._check_heads(checkpoint)
         encoder = self._encoder_from(checkpoint)
-        if self._is_trainable(name):
-            self._replace_trainable(encoder, checkpoint)
-        else:
-            self._switch.bank.add(name, encoder.key_values(), checkpoint.metadata.trained)
-        self._switch.mark_changed(name)
-        self.set_prefix(name)
-        heads = {key: checkpoint.heads[key] for key in self._heads()}
-        self._set_heads(heads)
-        self._switch.heads[name] = heads
+        with gathered(self._trainable_parameters(), modify=True):
+            if self._is_trainable(name):
+                self._replace_trainable(encoder, checkpoint)
+            else:
+                self._switch.bank.add(name, encoder.key_values(), checkpoint.metadata.trained)
+            self._switch.mark_changed(name)
+            self.set_prefix(name)
+            heads = {key: checkpoint.heads[key] for key in self._heads()}
+            self._set_heads(heads)
+            self._switch.heads[name] = heads
 
     def unload_prefix(self, name: str) -> None:
         """Forgets a loaded prefix; if it was in use, the plain base is.
@@ -171,11 +173,27 @@ class PrefixMixin:
             multi_query_group_num=config.multi_query_group_num,
             kv_channels=config.kv_channels,
             base_model_name=config.name_or_path or None,
-            base_fingerprint=fingerprint_of(config, partial(read_weight, base)),
+            base_fingerprint=self.base_fingerprint(),
             trained=trained,
             **details,
         )
         write_prefix(path, metadata, parameters, self._heads())
+
+    def base_fingerprint(self) -> dict[str, Any]:
+        """What prefixes of this base are known by, see `fingerprint_of`.
+
+        Under ZeRO-3 every process must take part the first time; it is remembered then, as the base is frozen.
+        """
+        base = self.base_model
+        if not is_partitioned(base.parameters()):
+            return fingerprint_of(base.config, partial(read_weight, base))
+        if self._switch.base_fingerprint is None:
+            self._switch.base_fingerprint = fingerprint_of(base.config, partial(read_weight, base))
+        return self._switch.base_fingerprint
+
+    def _trainable_parameters(self) -> list[torch.nn.Parameter]:
+        encoder = self._trainable
+        return [*([] if encoder is None else encoder.parameters()), *self._heads().values()]
 
     @torch.no_grad()
     def init_prefix_from_ids(self, input_ids: torch.Tensor) -> None:
@@ -198,14 +216,16 @@ class PrefixMixin:
         base.eval()
         self.set_prefix(None)
         try:
-            cache = base(input_ids[None].to(base.device), use_cache=True).past_key_values
+            with gathering_modules(base):
+                cache = base(input_ids[None].to(base.device), use_cache=True).past_key_values
         finally:
             self.set_prefix(selection)
             base.train(was_training)
         per_layer = [states[0].float().cpu() for layer in cache.layers for states in (layer.keys, layer.values)]
         key_values = torch.stack(per_layer).permute(2, 0, 1, 3)
         # The tokens stood at 0, 1, ...; the ones to come start at 0 again.
-        encoder.set_key_values(rotate_prefix_keys(key_values, -encoder.pre_seq_len, base.config))
+        with gathered(encoder.parameters(), modify=True):
+            encoder.set_key_values(rotate_prefix_keys(key_values, -encoder.pre_seq_len, base.config))
         self._switch.mark_changed(TRAINABLE_PREFIX)
 
     def check_prefix_is_trained(self) -> None:
@@ -238,7 +258,7 @@ class PrefixMixin:
             )
             return
         base = self.base_model
-        what = difference(recorded, fingerprint_of(base.config, partial(read_weight, base)))
+        what = difference(recorded, self.base_fingerprint())
         if what is not None:
             raise ValueError(
                 f"{checkpoint.source} was trained on another base: on "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.nn.functional import dropout
@@ -28,6 +29,8 @@ class PrefixSwitch:
         self.selection = selection
         self.heads: dict[str, dict[str, torch.Tensor]] = {}
         """For each prefix that came with a head, the head's parameters by their names in the model."""
+        self.base_fingerprint: dict[str, Any] | None = None
+        """Of a base that is partitioned among processes, once it is known."""
         self._versions: dict[str, int] = {}
         self._rows_may_repeat = False
 

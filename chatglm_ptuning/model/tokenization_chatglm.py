@@ -14,7 +14,7 @@ from transformers.utils import PaddingStrategy, logging
 from chatglm_ptuning.model.byte_pair_vocabulary import open_vocabulary
 from chatglm_ptuning.model.chat_recognition import FolderSettings, recognise_chat_format
 from chatglm_ptuning.model.chat_templates import RenderGuard, template_of
-from chatglm_ptuning.model.vocabulary import ROLE_TOKENS
+from chatglm_ptuning.model.vocabulary import ROLE_TOKENS, write_if_changed
 
 logger = logging.get_logger(__name__)
 
@@ -183,7 +183,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """
         name = self.vocab_files_names["vocab_file"]
         target = Path(save_directory, f"{filename_prefix}-{name}" if filename_prefix else name)
-        self.vocabulary.save(target)
+        write_if_changed(target, self.vocabulary.content())
         return (str(target),)
 
     # Text to ids

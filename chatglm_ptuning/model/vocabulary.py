@@ -78,8 +78,8 @@ class Vocabulary(ABC):
         """The id of a piece or special token; that of the unknown piece, or None where there is none, otherwise."""
 
     @abstractmethod
-    def save(self, path: Path) -> None:
-        """Writes the vocabulary as a `tokenizer.model`."""
+    def content(self) -> bytes:
+        """The vocabulary as a `tokenizer.model` holds it."""
 
     @abstractmethod
     def _decode_pieces(self, ids: list[int]) -> str: ...
@@ -183,9 +183,9 @@ class SentencePieceVocabulary(Vocabulary):
         """The id of a piece or special token; that of the unknown piece if there is none."""
         return self.special_ids.get(token, self.processor.piece_to_id(token))
 
-    def save(self, path: Path) -> None:
-        """Writes the vocabulary as a `tokenizer.model`."""
-        write_if_changed(path, self.processor.serialized_model_proto())
+    def content(self) -> bytes:
+        """The vocabulary as a `tokenizer.model` holds it."""
+        return self.processor.serialized_model_proto()
 
     def _decode_pieces(self, ids: list[int]) -> str:
         return self.processor.decode([index for index in ids if 0 <= index < self.pieces])

@@ -10,6 +10,7 @@ from transformers import Seq2SeqTrainingArguments
 from chatglm_ptuning.data.forms import FORMS, Columns
 from chatglm_ptuning.model.hub import BaseArguments
 from chatglm_ptuning.prefix.latest import runs_folder
+from chatglm_ptuning.training.distributed import prepare_processes
 from chatglm_ptuning.training.initialisation import PREFIX_INITS
 
 DEFAULT_PRE_SEQ_LEN = 128
@@ -155,4 +156,5 @@ class PrefixTrainingArguments(Seq2SeqTrainingArguments):
     def __post_init__(self) -> None:
         if self.output_dir is None:
             self.output_dir = str(runs_folder() / "prefix")
+        prepare_processes(self)
         super().__post_init__()

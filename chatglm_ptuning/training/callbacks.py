@@ -2,47 +2,74 @@
 
 from __future__ import annotations
 
-import torch
+import signal
+from types import FrameType
+from typing import Any
+
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from chatglm_ptuning.training.checkpoints import last_checkpoint
+from chatglm_ptuning.training.distributed import any_process
+from chatglm_ptuning.training.failures import Preempted, TrainingDiverged
 
 _SKIPPED_STEPS_ALLOWED = 20
 """With fp16 the loss scale is found by trial: so many steps with infinite gradients in a row are no sign of trouble."""
+_ZERO_STEPS_ALLOWED = 10
+"""Steps in a row with a loss of exactly 0, which no real batch has."""
 
 
-class TrainingDiverged(RuntimeError):
-    """Losses or gradients are no longer finite. The message says what is safe and what to change.
-
-    Args:
-        what: what was seen, e.g. "The loss became nan".
-        step: where, counted from 1.
-    """
-
-    def __init__(self, what: str, step: int, arguments: TrainingArguments) -> None:
-        advice = [f"a lower --learning_rate (it is {arguments.learning_rate:g}; try a tenth)"]
-        if arguments.fp16:
-            advice.insert(0, "--bf16 instead of --fp16, or --dtype float32")
-        checkpoint = last_checkpoint(arguments.output_dir)
-        kept = f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint was written yet."
-        super().__init__(f"{what} at step {step}; training has stopped. {kept} Try {' and '.join(advice)}.")
-
-
-class FiniteGuard(TrainerCallback):
+class FiniteGuard:
     """Stops at the first gradient that is not finite (with fp16, at too many in a row)."""
 
     def __init__(self) -> None:
         self.infinite_in_a_row = 0
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        """Looks at the gradients of everything that is trained, which is a few MB."""
-        gradients = [parameter.grad for parameter in kwargs["model"].parameters() if parameter.grad is not None]
-        finite = all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+    def check(self, finite: bool, step: int, args: TrainingArguments) -> None:
+        """Notes whether the gradients of a step were finite.
+
+        Args:
+            step: counted from 1.
+
+        Raises:
+            TrainingDiverged: if they have not been for too long.
+        """
         self.infinite_in_a_row = 0 if finite else self.infinite_in_a_row + 1
         if self.infinite_in_a_row > (_SKIPPED_STEPS_ALLOWED if args.fp16 else 0):
-            raise TrainingDiverged("The gradients became NaN or infinite", state.global_step + 1, args)
+            raise TrainingDiverged("The gradients became NaN or infinite", step, args)
+
+
+class ZeroLossGuard(TrainerCallback):
+    """Stops when the logged loss stays at exactly 0: as when 16-bit numbers overflow."""
+
+    def __init__(self) -> None:
+        self.zero_steps = 0
+        self.logged_step = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Starts counting where a resumed run goes on."""
+        self.zero_steps, self.logged_step = 0, state.global_step
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Counts the steps of a logging interval whose mean loss is 0; raises TrainingDiverged if they are too many."""
+        if not logs or "loss" not in logs:
+            return
+        steps, self.logged_step = state.global_step - self.logged_step, state.global_step
+        self.zero_steps = self.zero_steps + steps if float(logs["loss"]) == 0 else 0
+        if self.zero_steps >= _ZERO_STEPS_ALLOWED:
+            raise TrainingDiverged(
+                f"The loss has been exactly 0 for {self.zero_steps} steps, so that nothing is learned, as happens when "
+                "16-bit numbers overflow. Stopped",
+                state.global_step,
+                args,
+            )
 
 
 class LogAtCheckpoints(TrainerCallback):
@@ -58,3 +85,49 @@ class LogAtCheckpoints(TrainerCallback):
         """Asks for a log entry if this step is going to be saved."""
         control.should_log = control.should_log or control.should_save
         return control
+
+
+class StopOnSignal(TrainerCallback):
+    """On SIGTERM, to any of the processes, all of them save after the step at hand and stop.
+
+    Slurm sends it before it preempts a job or ends its time, launchers when another process has failed. In use from
+    `install` to `remove`; before and after, the signal ends the process as usual.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self.stopped = False
+        self._before: Any = None
+
+    def install(self) -> None:
+        """Takes the signal over (in the main thread; elsewhere nothing can)."""
+        try:
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        except ValueError:
+            self._before = None
+
+    def remove(self) -> None:
+        """Gives the signal back."""
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+            self._before = None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> TrainerControl:
+        """Asks to log, save and stop, without evaluating, if any process was told to end."""
+        if any_process(self.received, args.device):
+            self.stopped = True
+            control.should_log = control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+        return control
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Ends an evaluation in the middle; the Trainer saves the step before it."""
+        if any_process(self.received, args.device):
+            raise Preempted("SIGTERM")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +22,8 @@ from chatglm_ptuning.data.files import BadRows, Row, iterate_rows
 from chatglm_ptuning.data.prepared import prepare_training_data, shared_rows
 from chatglm_ptuning.data.preprocess import Preprocessor
 from chatglm_ptuning.data.token_cache import TokenCache
-from chatglm_ptuning.evaluation.generate import generate_answers
 from chatglm_ptuning.evaluation.metrics import score
+from chatglm_ptuning.evaluation.parallel import generate_answers_together
 from chatglm_ptuning.evaluation.table import print_scores
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
@@ -35,8 +37,17 @@ from chatglm_ptuning.training.arguments import (
     ModelArguments,
     PrefixTrainingArguments,
 )
-from chatglm_ptuning.training.callbacks import TrainingDiverged
 from chatglm_ptuning.training.checkpoints import is_whole, last_checkpoint
+from chatglm_ptuning.training.distributed import from_first_process, match_precision
+from chatglm_ptuning.training.failures import (
+    SIGTERM_EXIT_CODE,
+    Preempted,
+    ProcessLost,
+    TrainingStopped,
+    is_lost_process,
+    is_out_of_memory,
+    what_is_kept,
+)
 from chatglm_ptuning.training.initialisation import init_prefix
 from chatglm_ptuning.training.report import draw_loss_curve, print_samples
 from chatglm_ptuning.training.trainer import PrefixTrainer
@@ -73,7 +84,7 @@ class TrainingRun:
         self._warn_of_shared_rows()
         self.test_rows = self._test_rows()
         self.model = self._load_model()
-        self.metrics: dict[str, Any] = {}
+        self._under_engine = False
 
     def _named(self, flag: str) -> list[str]:
         names = getattr(self.data_args, flag)
@@ -112,6 +123,7 @@ class TrainingRun:
 
     def _load_model(self) -> ChatGLMForConditionalGeneration:
         model_args, trains = self.model_args, self.args.do_train
+        match_precision(self.args, model_args.dtype, model_args.quantization_bit)
         pre_seq_len = (model_args.pre_seq_len or DEFAULT_PRE_SEQ_LEN) if trains else None
         model = load_model(
             model_args.model_name_or_path,
@@ -178,6 +190,7 @@ class TrainingRun:
 
     def train(self, trainer: PrefixTrainer, checkpoint: Path | None) -> None:
         """Trains, saves the prefix into the run's folder, and draws the loss."""
+        self._under_engine = self.args.deepspeed is not None
         result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         trainer.save_model()
@@ -191,15 +204,18 @@ class TrainingRun:
 
     def evaluate(self, trainer: PrefixTrainer) -> None:
         """Loss on the validation rows, and with --predict_with_generate the scores of generated answers."""
-        self._keep("eval", trainer.evaluate(), trainer)
+        metrics = trainer.evaluate()
+        self._under_engine = trainer.deepspeed is not None
+        self._keep("eval", metrics, trainer)
 
     def answer_and_score(self) -> tuple[list[str], dict[str, float]]:
         """Answers to the test rows under the selected prefix, and their scores."""
         examples, _ = self.preprocessor.for_generation(self.test_rows, BadRows(self.data_args.skip_bad_rows))
-        answers = generate_answers(
+        answers = generate_answers_together(
             self.model,
             self.tokenizer,
             examples,
+            under_engine=self._under_engine,
             batch_size=self.args.per_device_eval_batch_size,
             max_new_tokens=self.data_args.val_max_target_length or self.data_args.max_target_length,
             num_beams=self.data_args.num_beams or self.args.generation_num_beams or 1,
@@ -238,20 +254,43 @@ class TrainingRun:
         print_samples(prompts, references[shown], {name: answer[shown] for name, answer in texts.items()})
 
     def _keep(self, split: str, metrics: dict[str, Any], trainer: PrefixTrainer) -> None:
-        trainer.log_metrics(split, metrics)
-        trainer.save_metrics(split, metrics)
+        if self.args.should_save:
+            trainer.log_metrics(split, metrics)
+            trainer.save_metrics(split, metrics)
 
 
 def prepare_output(args: PrefixTrainingArguments) -> Path | None:
     """Decides what an output folder with an earlier run in it means; returns the checkpoint to go on from.
 
-    As the official script does, a run goes on from its last checkpoint unless --overwrite_output_dir is given.
+    As the official script does, a run goes on from its last checkpoint unless --overwrite_output_dir is given. A job
+    that torchrun or Slurm has started again goes on in any case. The first process decides for all.
 
     Raises:
-        ValueError: if there is nothing to resume from though it was asked for.
+        ValueError: if there is nothing to resume from though it was asked for, or not on this machine.
     """
+    fault, chosen = None, None
+    if args.process_index == 0:
+        try:
+            chosen = _choose_checkpoint(args)
+        except ValueError as error:
+            fault = str(error)
+    fault, chosen = from_first_process((fault, chosen))
+    if fault is not None:
+        raise ValueError(fault)
+    if chosen is not None and not is_whole(chosen):
+        raise ValueError(
+            f"The first process goes on from {chosen}, which process {args.process_index} does not see: --output_dir "
+            "must be on storage that all machines share."
+        )
+    return chosen
+
+
+def _choose_checkpoint(args: PrefixTrainingArguments) -> Path | None:
     output = Path(args.output_dir)
     newest = last_checkpoint(output)
+    if _was_restarted():
+        logger.warning(f"The job was started again; going on from {newest or 'the beginning'}.")
+        return newest if args.do_train else None
     if args.resume_from_checkpoint:
         wanted = args.resume_from_checkpoint
         if str(wanted).lower() in ("true", "1"):
@@ -264,16 +303,20 @@ def prepare_output(args: PrefixTrainingArguments) -> Path | None:
     if not args.do_train or newest is None:
         return None
     if args.overwrite_output_dir:
-        if args.should_save:
-            for folder in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-                shutil.rmtree(folder)
+        for folder in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+            shutil.rmtree(folder)
         return None
     logger.warning(f"Going on from {newest}; give --overwrite_output_dir to start anew.")
     return newest
 
 
+def _was_restarted() -> bool:
+    """Whether torchrun (`--max-restarts`) or Slurm (requeueing) has started the same command again."""
+    return any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
 def main(argv: Sequence[str]) -> None:
-    """Entry of the command; errors that users can mend end it with a message and exit code 1."""
+    """Entry of the command; errors that users can mend end it with a message and exit code 1, SIGTERM with 143."""
     model_args, data_args, args = parse_arguments(
         "chatglm-ptuning train",
         "Train a P-Tuning v2 prefix, evaluate it, and generate with it.",
@@ -284,22 +327,41 @@ def main(argv: Sequence[str]) -> None:
     if not (args.do_train or args.do_eval or args.do_predict):
         fail("nothing to do: give --do_train, --do_eval or --do_predict.")
     set_seed(args.seed)
-    if args.should_save:
-        logging.set_verbosity_warning()
+    level = logging.WARNING if args.should_save else logging.ERROR  # one process speaks for all
+    logging.set_verbosity(level)
+    logging.get_logger(__name__.partition(".")[0]).setLevel(level)
     try:
-        checkpoint = prepare_output(args)
-        run = TrainingRun(model_args, data_args, args)
-        trainer = run.trainer()
-        if args.do_train:
-            run.train(trainer, checkpoint)
-        if args.do_eval:
-            run.evaluate(trainer)
-        if args.do_predict:
-            run.predict(trainer)
-    except (ValueError, OSError, ImportError, TrainingDiverged) as error:
+        output = _run(model_args, data_args, args)
+    except Preempted as stop:
+        print(stop, file=sys.stderr)
+        raise SystemExit(SIGTERM_EXIT_CODE) from stop
+    except (ValueError, OSError, ImportError, TrainingStopped) as error:
         fail(str(error))
+    except Exception as error:
+        if args.world_size > 1 and is_lost_process(error):
+            fail(str(ProcessLost(error, args)))
+        if is_out_of_memory(error):
+            fail(
+                f"Out of memory on {args.device}: {error} {what_is_kept(args)} Try smaller batches "
+                "(--per_device_train_batch_size, --per_device_eval_batch_size), --gradient_checkpointing, or "
+                "--quantization_bit 4."
+            )
+        raise
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     if args.should_save:
-        print(f"Everything of this run is in {run.output}.")
+        print(f"Everything of this run is in {output}.")
+
+
+def _run(model_args: ModelArguments, data_args: DataArguments, args: PrefixTrainingArguments) -> Path:
+    checkpoint = prepare_output(args)
+    run = TrainingRun(model_args, data_args, args)
+    trainer = run.trainer()
+    if args.do_train:
+        run.train(trainer, checkpoint)
+    if args.do_eval:
+        run.evaluate(trainer)
+    if args.do_predict:
+        run.predict(trainer)
+    return run.output

@@ -3,27 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from chatglm_ptuning.data.prepared import lengths_of
+from chatglm_ptuning.model.losses import IGNORED_LABEL
 
-class LengthGroupedEpochSampler(Sampler[int]):
-    """Rows of similar length next to one another, in another order every epoch.
+SAMPLING_STRATEGIES = ("group_by_length", "random", "sequential")
+_FILLING_TOKENS = 2  # of a row that fills up a batch: the fewest with a token to predict
+
+
+class EpochSampler(Sampler[int]):
+    """The rows of an epoch, in another order every epoch.
 
     transformers' own LengthGroupedSampler draws from the global random state, which a resumed run enters elsewhere.
 
     Args:
         lengths: of every row, in tokens.
-        batch_size: rows of one step on one device.
+        batch_size: rows of one step on all devices, accumulation included: so the order, and with it every step's
+            rows, does not depend on how many processes share them.
         seed: of the whole run.
+        strategy: `group_by_length` (rows of similar length next to one another), `random` or `sequential`.
+        multiple_of: go on with the indices after the last row, until there are a multiple of so many. `PaddedRows`
+            has rows without anything to learn there.
+
+    Raises:
+        ValueError: for another strategy.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        seed: int,
+        strategy: str = "group_by_length",
+        multiple_of: int = 1,
+    ) -> None:
+        if strategy not in SAMPLING_STRATEGIES:
+            raise ValueError(f"strategy must be one of {', '.join(SAMPLING_STRATEGIES)}, got {strategy!r}.")
         self.lengths = list(lengths)
         self.batch_size = batch_size
         self.seed = seed
+        self.strategy = strategy
+        self.total = -(-len(self.lengths) // multiple_of) * multiple_of
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -31,8 +56,46 @@ class LengthGroupedEpochSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self.total
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+        rows = len(self.lengths)
+        if self.strategy == "group_by_length":
+            order = get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
+        elif self.strategy == "random":
+            order = torch.randperm(rows, generator=generator).tolist()
+        else:
+            order = list(range(rows))
+        return iter(order + list(range(rows, self.total)))
+
+
+class PaddedRows(Dataset):
+    """Rows, and after them as many without anything to learn as make a multiple of `multiple_of`.
+
+    With them every process gets equally many batches, and none of the rows twice, so that sums over the rows are those
+    of a single process.
+    """
+
+    def __init__(self, rows: Sequence[dict[str, Any]], multiple_of: int) -> None:
+        self.rows = rows
+        self.total = -(-len(rows) // multiple_of) * multiple_of
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index < len(self.rows):
+            return self.rows[index]
+        if index >= self.total:
+            raise IndexError(index)
+        ids = self.rows[0]["input_ids"][:_FILLING_TOKENS]
+        return {"input_ids": ids, "labels": [IGNORED_LABEL] * len(ids)}
+
+
+def row_lengths(dataset: Any) -> list[int]:
+    """Tokens of every row, those that fill it up included, without reading prepared rows."""
+    if not isinstance(dataset, PaddedRows):
+        return lengths_of(dataset)
+    lengths = lengths_of(dataset.rows)
+    return lengths + [_FILLING_TOKENS] * (len(dataset) - len(lengths))

@@ -3,24 +3,49 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, Sampler
+from accelerate.optimizer import AcceleratedOptimizer
+from safetensors import SafetensorError
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
+from transformers.utils import logging
 
-from chatglm_ptuning.data.prepared import lengths_of
+from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm_ptuning.model.zero3 import gathered, is_partitioned
+from chatglm_ptuning.prefix.checkpoint import PREFIX_KEY, read_prefix
 from chatglm_ptuning.prefix.files import write_atomically
-from chatglm_ptuning.training.callbacks import FiniteGuard, LogAtCheckpoints, TrainingDiverged
-from chatglm_ptuning.training.sampler import LengthGroupedEpochSampler
+from chatglm_ptuning.training import optimizer_state
+from chatglm_ptuning.training.callbacks import FiniteGuard, LogAtCheckpoints, StopOnSignal, ZeroLossGuard
+from chatglm_ptuning.training.distributed import everywhere
+from chatglm_ptuning.training.failures import (
+    CheckpointNotWritten,
+    NothingToLearn,
+    OutOfMemory,
+    Preempted,
+    TrainingDiverged,
+    folder_size,
+    is_disk_full,
+    is_out_of_memory,
+)
+from chatglm_ptuning.training.sampler import SAMPLING_STRATEGIES, EpochSampler, PaddedRows, row_lengths
+
+logger = logging.get_logger(__name__)
 
 STAGING_FOLDER = ".saving"
+REPLACED_FOLDER = ".replaced"
 ARGUMENTS_FILE = "training_arguments.json"
+_ROOM_FOR_SMALL_FILES = 2**20
+"""Bytes of a checkpoint beside the numbers of prefix and optimizer: random states, descriptions, log."""
 
 
 class PrefixTrainer(Trainer):
@@ -43,21 +68,131 @@ class PrefixTrainer(Trainer):
         self.details = details or {}
         self.generation_metrics = generation_metrics
         self._staging: Path | None = None
-        self.add_callback(FiniteGuard())
-        self.add_callback(LogAtCheckpoints())
+        self._optimizer_groups: list[dict[str, Any]] = []
+        self._trained: list[torch.nn.Parameter] = []
+        self._eval_sums: torch.Tensor | None = None
+        self._epoch_sampler: EpochSampler | None = None
+        self._finite = FiniteGuard()
+        self._signal = StopOnSignal()
+        for callback in (ZeroLossGuard(), LogAtCheckpoints(), self._signal):
+            self.add_callback(callback)
+
+    @property
+    def _prefix_model(self) -> ChatGLMForConditionalGeneration:
+        return self.accelerator.unwrap_model(self.model)
+
+    # ---- data ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As the Trainer's; under several processes with rows that fill up the last batches (`PaddedRows`)."""
+        rows = self.train_dataset
+        if rows is None or self.args.train_sampling_strategy not in SAMPLING_STRATEGIES:
+            return super().get_train_dataloader()
+        return self._get_dataloader(
+            PaddedRows(rows, self._rows_at_once(self._train_batch_size)),
+            description="Training",
+            batch_size=self._train_batch_size,
+            sampler_fn=lambda _: self._get_train_sampler(rows),
+            is_training=True,
+        )
+
+    def _rows_at_once(self, batch_size: int) -> int:
+        return batch_size * self.args.world_size if self.args.world_size > 1 else 1
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length":
+        if self.args.train_sampling_strategy not in SAMPLING_STRATEGIES:
             return super()._get_train_sampler(train_dataset)
-        return LengthGroupedEpochSampler(lengths_of(dataset), self.args.train_batch_size, self.args.seed)
+        step = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        filled = self._rows_at_once(self._train_batch_size)
+        lengths = row_lengths(dataset)
+        self._epoch_sampler = EpochSampler(lengths, step, self.args.seed, self.args.train_sampling_strategy, filled)
+        return self._epoch_sampler
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One forward and backward pass; raises TrainingDiverged if the loss is not finite."""
-        loss = super().training_step(*args, **kwargs)
+    def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
+        # The Trainer itself does not reach the sampler when it resumes in the middle of an epoch on several processes.
+        if self._epoch_sampler is not None:
+            self._epoch_sampler.set_epoch(epoch)
+        super()._run_epoch(epoch=epoch, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As the Trainer's; under several processes filled up as in training."""
+        rows = self.eval_dataset if eval_dataset is None or isinstance(eval_dataset, str) else eval_dataset
+        return super().get_eval_dataloader(PaddedRows(rows, self._rows_at_once(self.args.eval_batch_size)))
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+        # transformers' own, by length, would draw another order in every process.
+        return EpochSampler(row_lengths(eval_dataset), self._rows_at_once(self.args.eval_batch_size), self.args.seed)
+
+    # ---- steps ----
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As the Trainer's.
+
+        Raises:
+            TrainingStopped: with advice, if the run cannot go on; Preempted, if it was told to end and has saved.
+        """
+        if self.args.auto_find_batch_size and self.args.world_size > 1:
+            raise ValueError(
+                "--auto_find_batch_size works in one process only: when a batch does not fit on one GPU, the others "
+                "wait for it. Find the size on one GPU, then give it as --per_device_train_batch_size."
+            )
+        self._signal.install()
+        try:
+            result = super().train(*args, **kwargs)
+        except Preempted:
+            self._save_checkpoint(self.model, trial=None)
+            self._signal.stopped = True
+        finally:
+            self._signal.remove()
+        if self._signal.stopped:
+            step = self.state.global_step
+            raise Preempted(
+                f"SIGTERM: stopped after step {step}. Everything is saved in {self.args.output_dir}/"
+                f"{PREFIX_CHECKPOINT_DIR}-{step}; go on with --resume_from_checkpoint true."
+            )
+        return result
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """One forward and backward pass.
+
+        Raises:
+            NothingToLearn: if all labels of the step, on all processes, are masked.
+            OutOfMemory: if the batch does not fit, unless a fitting size is being looked for.
+            TrainingDiverged: if the loss is not finite.
+        """
+        step = self.state.global_step + 1
+        if num_items_in_batch is not None and int(num_items_in_batch) == 0:
+            raise NothingToLearn(step)
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        except Exception as error:
+            if self.args.auto_find_batch_size or not is_out_of_memory(error):
+                raise
+            mask = inputs["attention_mask"]
+            length = self._prefix_model.config.pre_seq_len or 0
+            raise OutOfMemory(mask.sum(-1).tolist(), mask.shape[1], length, self.args) from error
         if not torch.isfinite(loss):
-            raise TrainingDiverged(f"The loss became {loss.item()}", self.state.global_step + 1, self.args)
+            raise TrainingDiverged(f"The loss became {loss.item()}", step, self.args)
         return loss
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is None:  # without ZeRO, DeepSpeed does not tell the norm
+            finite = all(bool(torch.isfinite(parameter).all()) for parameter in self._trained)
+        else:
+            finite = math.isfinite(float(norm))
+        # Under DeepSpeed the step is done by now, and skipped if its 16-bit gradients had overflowed.
+        skipped = self.is_deepspeed_enabled and bool(self.accelerator.optimizer_step_was_skipped)
+        self._finite.check(finite and not skipped, self.state.global_step + 1, self.args)
+        return norm
+
+    # ---- evaluation ----
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """As the Trainer's, with the metrics of generated answers when they were asked for."""
@@ -68,19 +203,103 @@ class PrefixTrainer(Trainer):
             metrics |= generated
         return metrics
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the prefix, never the base."""
-        folder = Path(output_dir or self.args.output_dir)
-        model = self.accelerator.unwrap_model(self.model)
-        if self.args.should_save:
-            model.save_prefix(folder, **self.details)
-            with write_atomically(folder / ARGUMENTS_FILE) as temporary:
-                temporary.write_text(
-                    json.dumps(self.args.to_sanitized_dict(), indent=2, ensure_ascii=False) + "\n", "utf-8"
-                )
+    def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
+        """As the Trainer's; adds the loss and its number of tokens up for `evaluation_loop`."""
+        result = super().prediction_step(model, inputs, *args, **kwargs)
+        tokens = self._get_num_items_in_batch([inputs], self.args.device)
+        if result[0] is not None and tokens is not None:
+            # The Trainer has divided by the tokens of all processes, and multiplied by the number of processes.
+            together = self.args.world_size if self.args.average_tokens_across_devices else 1
+            sums = torch.stack((result[0] * tokens, tokens.to(result[0]))).double() / together
+            self._eval_sums = sums if self._eval_sums is None else self._eval_sums + sums
+        return result
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        self.accelerator.unwrap_model(model or self.model).load_prefix(resume_from_checkpoint)
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """As the Trainer's, but the loss is the mean over all tokens, however they are shared among batches."""
+        self._eval_sums = None
+        with self._without_needless_deepspeed():
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._eval_sums is not None:
+            total, tokens = self.accelerator.reduce(self._eval_sums, "sum").tolist()
+            output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
+        return output
+
+    @contextmanager
+    def _without_needless_deepspeed(self) -> Iterator[None]:
+        """Evaluation alone needs DeepSpeed only where it has partitioned the base; transformers refuses the rest."""
+        needless = self.is_deepspeed_enabled and self.deepspeed is None and not is_partitioned(self.model.parameters())
+        if needless:
+            self.is_deepspeed_enabled = False
+        try:
+            yield
+        finally:
+            if needless:
+                self.is_deepspeed_enabled = True
+
+    # ---- saving ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the prefix, never the base; every process must take part, the first one writes."""
+        folder = Path(output_dir or self.args.output_dir)
+        model = self._prefix_model
+        model.base_fingerprint()  # which every process has to help with, if the base is partitioned
+        with self._in_full_precision(model):
+            if self.args.should_save:
+                model.save_prefix(folder, **self.details)
+                with write_atomically(folder / ARGUMENTS_FILE) as temporary:
+                    text = json.dumps(self.args.to_sanitized_dict(), indent=2, ensure_ascii=False)
+                    temporary.write_text(text + "\n", "utf-8")
+
+    @contextmanager
+    def _in_full_precision(self, model: torch.nn.Module) -> Iterator[None]:
+        """Inside, what is trained is whole, and in float32 where DeepSpeed's optimizer keeps that beside 16 bits."""
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        rounded = [parameter for parameter in trained if parameter.dtype != torch.float32]
+        full = {}
+        if rounded and self.is_deepspeed_enabled and self.deepspeed is not None:
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            full = {parameter: safe_get_full_fp32_param(parameter) for parameter in rounded}
+        with gathered(trained):
+            before = {parameter: parameter.data for parameter in full}
+            for parameter, value in full.items():
+                if value is not None:
+                    parameter.data = value
+            try:
+                yield
+            finally:
+                for parameter, value in before.items():
+                    parameter.data = value
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """As the Trainer's; remembers what is trained, in the order of the saved state."""
+        optimizer = super().create_optimizer(model)
+        if not isinstance(optimizer, AcceleratedOptimizer):
+            # DeepSpeed leaves empty groups out (a table has no biases); then the schedule's state has the same form.
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+            self._trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            self._optimizer_groups = optimizer.state_dict()["param_groups"]
+        return optimizer
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_deepspeed_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        state = optimizer_state.collect(self.deepspeed, self._trained, self._optimizer_groups)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        if self.args.world_size == 1:
+            return super()._save_rng_state(output_dir)
+        # The first process alone writes to the run's folder, which the others need not see.
+        with TemporaryDirectory() as own:
+            super()._save_rng_state(own)
+            (file,) = Path(own).iterdir()
+            states = everywhere((file.name, file.read_bytes()))
+        if self.args.should_save:
+            for name, content in states:
+                (Path(output_dir) / name).write_bytes(content)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
@@ -93,16 +312,35 @@ class PrefixTrainer(Trainer):
         try:
             if self.args.should_save:
                 shutil.rmtree(self._staging, ignore_errors=True)
+                self._check_room(run, name)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self._publish(self._staging / name, run / name)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not is_disk_full(error):
+                raise
+            raise CheckpointNotWritten(
+                name, self._bytes_needed(run), shutil.disk_usage(run).free, str(error), self.args
+            ) from error
         finally:
             self._staging = None
             if self.args.should_save:
                 shutil.rmtree(run / STAGING_FOLDER, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+
+    def _bytes_needed(self, run: Path) -> int:
+        """Of the next checkpoint: as many as the largest one there takes, or what prefix and AdamW will take."""
+        numbers = sum(optimizer_state.parameter_shape(parameter).numel() for parameter in self._trained)
+        earlier = [folder_size(folder) for folder in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
+        return max([3 * 4 * numbers + _ROOM_FOR_SMALL_FILES, *earlier])
+
+    def _check_room(self, run: Path, name: str) -> None:
+        run.mkdir(parents=True, exist_ok=True)
+        needed, free = self._bytes_needed(run), shutil.disk_usage(run).free
+        if free < needed:
+            raise CheckpointNotWritten(name, needed, free, "the disk is full", self.args)
 
     def _publish(self, staged: Path, final: Path) -> None:
         best = self.state.best_model_checkpoint
@@ -112,9 +350,13 @@ class PrefixTrainer(Trainer):
                 self.state.best_model_checkpoint = str(kept)
         if self.state.best_model_checkpoint != best:
             self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+        replaced = final.parent / REPLACED_FOLDER
+        shutil.rmtree(replaced, ignore_errors=True)
         if final.exists():
-            shutil.rmtree(final)
+            final.rename(replaced)
         staged.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+        # Only now that the new checkpoint is whole may older ones go.
         rotate_checkpoints(
             output_dir=str(final.parent),
             save_total_limit=self.args.save_total_limit,
@@ -122,5 +364,51 @@ class PrefixTrainer(Trainer):
             use_mtime=True,
         )
 
+    # ---- loading ----
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> tuple[torch.nn.Module, DataLoader]:
+        if resume_from_checkpoint is None or not self.is_deepspeed_enabled:
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        else:
+            # Before DeepSpeed makes its own copies of what is trained. It is not told of the checkpoint, which has
+            # another form than its own.
+            self._load_from_checkpoint(resume_from_checkpoint)
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+            self._restore_deepspeed(Path(resume_from_checkpoint))
+        if resume_from_checkpoint is not None:
+            self._warn_of_learning_rate(resume_from_checkpoint)
+        return prepared
+
+    def _restore_deepspeed(self, checkpoint: Path) -> None:
+        saved = torch.load(checkpoint / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+        optimizer_state.restore(self.deepspeed, self._trained, saved)
+        self.lr_scheduler.load_state_dict(torch.load(checkpoint / SCHEDULER_NAME, weights_only=True))
+        self._restore_full_precision(checkpoint)
+
+    def _restore_full_precision(self, checkpoint: Path) -> None:
+        model = self._prefix_model
+        trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        if all(value.dtype == torch.float32 for value in trained.values()):
+            return
+        read = read_prefix(checkpoint, model.config)
+        values = {PREFIX_KEY + name: value for name, value in read.parameters.items()} | read.heads
+        optimizer_state.restore_full_precision(trained, values)
+
+    def _warn_of_learning_rate(self, checkpoint: str) -> None:
+        used = max(getattr(self.lr_scheduler, "base_lrs", None) or [self.args.learning_rate])
+        if not math.isclose(used, self.args.learning_rate, rel_tol=1e-6):
+            logger.warning(
+                f"--learning_rate {self.args.learning_rate:g} is not used: the run goes on from {checkpoint} with its "
+                f"own learning rate of {used:g}. To train on with another one, start a new run from that prefix: "
+                f"--ptuning_checkpoint {checkpoint} and another --output_dir."
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        self.accelerator.unwrap_model(model or self.model).load_prefix(resume_from_checkpoint)
+
     def _load_best_model(self) -> None:
-        self.accelerator.unwrap_model(self.model).load_prefix(self.state.best_model_checkpoint)
+        self._prefix_model.load_prefix(self.state.best_model_checkpoint)
+        if self.is_deepspeed_enabled:
+            self._restore_full_precision(Path(self.state.best_model_checkpoint))

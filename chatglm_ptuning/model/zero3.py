@@ -1,0 +1,59 @@
+"""Parameters that DeepSpeed's ZeRO-3 has partitioned among processes: looking at them and using them all the same.
+
+Everything here is collective: where parameters are partitioned, every process must come by in the same order. Where
+they are not, it costs nothing, and DeepSpeed is not imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import nn
+
+
+def is_partitioned(parameters: Iterable[torch.Tensor]) -> bool:
+    """Whether ZeRO-3 manages any of these parameters."""
+    return any(hasattr(parameter, "ds_id") for parameter in parameters)
+
+
+def gathered(parameters: Iterable[torch.Tensor], *, modify: bool = False) -> AbstractContextManager[None]:
+    """Inside, the parameters are whole on every process.
+
+    Args:
+        modify: the block changes them; afterwards all processes have the values that process 0 gave them.
+    """
+    parameters = list(parameters)
+    if not is_partitioned(parameters):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None)
+
+
+@contextmanager
+def gathering_modules(model: nn.Module) -> Iterator[None]:
+    """Inside, a partitioned model can be called before DeepSpeed has made an engine of it.
+
+    Every module's own parameters are whole while it is called and no longer, as under the engine.
+    """
+    open_gatherings: dict[nn.Module, list[AbstractContextManager[None]]] = {}
+
+    def enter(module: nn.Module, _: object) -> None:
+        gathering = gathered(module.parameters(recurse=False))
+        gathering.__enter__()
+        open_gatherings.setdefault(module, []).append(gathering)
+
+    def leave(module: nn.Module, *_: object) -> None:
+        open_gatherings[module].pop().__exit__(None, None, None)
+
+    hooks = []
+    for module in model.modules():
+        if is_partitioned(module.parameters(recurse=False)):
+            hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

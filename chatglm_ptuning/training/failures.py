@@ -1,0 +1,155 @@
+"""What ends a run before its time: each says what happened, what is safe, and what to do."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from transformers import TrainingArguments
+
+from chatglm_ptuning.training.checkpoints import last_checkpoint
+
+SIGTERM_EXIT_CODE = 143
+"""128 + SIGTERM, as shells and Slurm count."""
+_PEER_WORDS = (
+    "Connection closed by peer",
+    "Connection reset",
+    "Broken pipe",
+    "NCCL",
+    "ncclRemoteError",
+    "gloo",
+    "Timed out",
+)
+
+
+class TrainingStopped(RuntimeError):
+    """A run that cannot or must not go on; the message is for the user."""
+
+
+class TrainingDiverged(TrainingStopped):
+    """Losses or gradients are no longer usable. The message says what is safe and what to change.
+
+    Args:
+        what: what was seen, e.g. "The loss became nan".
+        step: where, counted from 1.
+    """
+
+    def __init__(self, what: str, step: int, arguments: TrainingArguments) -> None:
+        advice = [f"a lower --learning_rate (it is {arguments.learning_rate:g}; try a tenth)"]
+        if arguments.fp16:
+            advice.insert(0, "--bf16 instead of --fp16, or --dtype float32")
+        super().__init__(
+            f"{what} at step {step}; training has stopped. {what_is_kept(arguments)} Try {' and '.join(advice)}."
+        )
+
+
+class NothingToLearn(TrainingStopped):
+    """The batches hold no label, so that their mean loss has no meaning."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(
+            f"Every label of step {step} is masked: its rows have nothing to learn, and training has stopped. Look at "
+            'the rows (every answer "loss": false?), and at --max_source_length and --max_target_length, which may cut '
+            "the answers away."
+        )
+
+
+class OutOfMemory(TrainingStopped):
+    """A batch that did not fit.
+
+    Args:
+        lengths: real tokens of every row of the batch, without padding.
+        padded: tokens of every row with padding.
+    """
+
+    def __init__(self, lengths: list[int], padded: int, pre_seq_len: int, arguments: TrainingArguments) -> None:
+        batch, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+        smaller = max(1, batch // 2)
+        ways = []
+        if batch > 1:
+            ways.append(
+                f"--per_device_train_batch_size {smaller} --gradient_accumulation_steps "
+                f"{-(-batch * accumulation // smaller)} (the same training, a little slower; or --auto_find_batch_size)"
+            )
+        else:
+            ways.append("a smaller --max_source_length or --max_target_length (the batch is one row already)")
+        if not arguments.activation_checkpointing and not getattr(arguments, "gradient_checkpointing", False):
+            ways.append("--gradient_checkpointing (about a third slower)")
+        ways.append("--quantization_bit 8 or 4 (a smaller base)")
+        if arguments.world_size > 1:
+            ways.append("DS_CONFIG=ds_config/zero3.json (the base is shared among the GPUs)")
+        numbered = "".join(f"\n  {place}. {way}" for place, way in enumerate(ways, 1))
+        super().__init__(
+            f"Out of memory on {arguments.device} (process {arguments.process_index}): a batch of {len(lengths)} rows "
+            f"of {', '.join(map(str, lengths))} tokens, padded to {padded}, with {pre_seq_len} of the prefix, did not "
+            f"fit. {what_is_kept(arguments)} Cheapest first:{numbered}"
+        )
+
+
+class CheckpointNotWritten(TrainingStopped):
+    """A checkpoint for which there was no room, or which could not be written for another reason."""
+
+    def __init__(self, name: str, needed: int, free: int, reason: str, arguments: TrainingArguments) -> None:
+        super().__init__(
+            f"{name} could not be written: {reason}. It needs about {_size(needed)}, and {_size(free)} are free at "
+            f"{arguments.output_dir}. {what_is_kept(arguments)} Make room (a lower --save_total_limit, another "
+            "--output_dir), then go on with --resume_from_checkpoint true."
+        )
+
+
+class Preempted(TrainingStopped):
+    """SIGTERM ended the run after its state was saved."""
+
+
+class ProcessLost(TrainingStopped):
+    """Another process of the job is gone, so that this one cannot go on."""
+
+    def __init__(self, error: BaseException, arguments: TrainingArguments) -> None:
+        reason = str(error).strip().splitlines()
+        super().__init__(
+            f"Process {arguments.process_index} of {arguments.world_size} has lost another process of the job, which "
+            "was killed or has failed: see what it and the launcher say (a killed one says nothing; often the system "
+            f"ran out of memory, see `dmesg`). {what_is_kept(arguments)} Go on with --resume_from_checkpoint true. "
+            f"({reason[0] if reason else type(error).__name__})"
+        )
+
+
+def what_is_kept(arguments: TrainingArguments) -> str:
+    """One sentence on the last checkpoint."""
+    checkpoint = last_checkpoint(arguments.output_dir)
+    return f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint was written yet."
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception, of whatever type, says that a device or the system has no memory left."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, Exception) and should_reduce_batch_size(error)
+    )
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether an exception comes from talking to a process that is gone."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _PEER_WORDS)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an exception from writing a file says that it did not fit."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    # torch.save and safetensors pass on no more than a text.
+    return any(
+        word in str(error) for word in ("file write failed", "No space left", "File too large", "unexpected pos")
+    )
+
+
+def _size(number: int) -> str:
+    return f"{number / 2**30:.1f} GB" if number >= 2**30 else f"{number / 2**20:.1f} MB"
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
