@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["deepspeed", "deepspeed.runtime.zero.stage3", "chatglm_ptuning.training.run", "peft"])
+_CONTEXT.set_forkserver_preload(
+    [
+        "deepspeed",
+        "deepspeed.runtime.zero.stage3",
+        "chatglm_ptuning.training.run",
+        "matplotlib.backends.backend_agg",
+        "matplotlib.pyplot",
+        "peft",
+    ]
+)
 
 
 @dataclass

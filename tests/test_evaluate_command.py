@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -190,7 +191,8 @@ def test_defaults_are_the_bundled_data():
 
 def test_the_script_works_from_another_folder_and_passes_arguments_on(base, prefix, test_file, tmp_path):
     environment = dict(os.environ, MODEL=str(base), CHECKPOINT=str(prefix), TEST_FILE=str(test_file), SKIP_INSTALL="1",
-                       MAX_TARGET_LENGTH="24", OUTPUT=str(tmp_path / "scores"))  # fmt: skip
+                       MAX_TARGET_LENGTH="24", OUTPUT=str(tmp_path / "scores"), VIRTUAL_ENV=sys.prefix,
+                       PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")  # fmt: skip
     command = ["bash", str(ROOT / "scripts" / "evaluate.sh"), "--max_predict_samples", "2", "--compare_base"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

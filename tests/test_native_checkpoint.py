@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, GlmConfig, GlmForCausalLM
 
 from chatglm_ptuning import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMForSequenceClassification
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
-from chatglm_ptuning.prefix.fingerprint import fingerprint_of
 
 # As the published glm-4-9b-chat-hf has it, with small sizes.
 CONFIG = {
@@ -115,7 +114,7 @@ def test_it_is_saved_in_the_official_layout_as_the_same_base(native, tmp_path, b
     assert not [name for name in names if "self_attn" in name or name.startswith("model.")]
     again = ChatGLMForConditionalGeneration.from_pretrained(tmp_path)
     assert torch.equal(again(**batch).logits, model(**batch).logits)
-    prints = [fingerprint_of(m.config, dict(m.transformer.named_parameters())) for m in (model, again)]
+    prints = [each.base_fingerprint() for each in (model, again)]
     assert prints[0] == prints[1]
 
 
