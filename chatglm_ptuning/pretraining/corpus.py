@@ -20,9 +20,14 @@ _LABELLED_TASKS = ("iflytek", "csldcp", "ocnli", "bustm", "chid", "csl")
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents to train on, instructions with labels, and documents held out."""
+    """Documents to train on, instructions with labels, and documents held out.
+
+    Attributes:
+        plain: documents that no instruction is made from.
+    """
 
     documents: list[str]
+    plain: frozenset[str]
     labelled: dict[str, list[dict]]
     held_out: list[str]
 
@@ -37,8 +42,11 @@ def read_jsonl(path: Path) -> list[dict]:
 def read_corpus(corpus_dir: Path, fewclue_dir: Path, held_out_documents: int = 1000) -> Corpus:
     """Reads the documents without any text of a development or test split.
 
+    The texts of the reviews' training split stay among them, without labels and as plain text only: the table in the
+    card of chatglm-nano is made with that split.
+
     Args:
-        corpus_dir: with `zh_documents`, `reviews_{dev,test}` and `peoples_daily_ner_{dev,test}`, each `.jsonl.gz`.
+        corpus_dir: with `zh_documents`, `reviews_{train,dev,test}`, `peoples_daily_ner_{dev,test}`, each `.jsonl.gz`.
         fewclue_dir: one folder per FewCLUE task.
     """
     excluded = {
@@ -65,7 +73,8 @@ def read_corpus(corpus_dir: Path, fewclue_dir: Path, held_out_documents: int = 1
     documents = sorted({text for text in documents if is_clean(text)})
     random.Random(0).shuffle(documents)
     labelled = {task: read_jsonl(fewclue_dir / task / "train_few_all.json") for task in _LABELLED_TASKS}
-    return Corpus(documents[held_out_documents:], labelled, documents[:held_out_documents])
+    plain = frozenset(row["text"] for row in read_jsonl(corpus_dir / "reviews_train.jsonl.gz"))
+    return Corpus(documents[held_out_documents:], plain, labelled, documents[:held_out_documents])
 
 
 def encode_document(vocabulary: SentencePieceVocabulary, text: str) -> list[int]:
@@ -100,7 +109,7 @@ def samples(
                 continue
             start = rng.randrange(max(1, len(content) - max_characters + 1))
             text = content[start : start + max_characters]
-            if rng.random() < instruction_share:
+            if content not in corpus.plain and rng.random() < instruction_share:
                 other = rng.choice(corpus.documents)[: len(text)]
                 pair = instructions.make(text, other, rng)
                 if pair is not None:

@@ -16,16 +16,31 @@ Pair = tuple[str, str]
 """A question and its answer."""
 
 _CLAUSE_END = re.compile(r"(?<=[，。！？；,!?;\n])")
-_OPINION_WORDS = """
-不错 很好 喜欢 满意 推荐 值得 精彩 感动 舒服 方便 干净 漂亮 实用 好看 优秀 很棒 完美 划算 温馨 热情 周到 清晰 给力
-失望 后悔 太差 很差 垃圾 不好 难看 糟糕 难用 麻烦 太贵 无聊 浪费 不值 上当 恶劣 破旧 骗人 郁闷 差劲 太吵 不满 难受 一般
+_PRAISE = """
+不错 很好 喜欢 满意 推荐 值得 精彩 感动 舒服 方便 干净 漂亮 实用 好看 优秀 很棒 太棒 完美 划算 温馨 热情 周到 清晰
+给力 超值 实惠 好评 好用 惊喜 开心 细心 可爱 有趣 爱不释手 性价比高 物美价廉
 """
-_OPINION = re.compile("|".join(_OPINION_WORDS.split()))
+_BLAME = """
+失望 后悔 太差 很差 垃圾 不好 难看 糟糕 难用 麻烦 太贵 无聊 浪费 不值 上当 恶劣 破旧 骗人 郁闷 差劲 太吵 不满 难受 一般
+差评 不行 无语 气愤 投诉 不爽 没用 太慢 恶心 冷淡 可惜 遗憾 不喜欢 不满意 不值得 不推荐 不舒服 不方便 不实用
+不干净 没意思
+"""
+_PRAISE_WORDS = frozenset(_PRAISE.split())
+# The longest first, so that a word with its negation is found before the word alone.
+_JUDGEMENT = re.compile("|".join(sorted([*_PRAISE_WORDS, *_BLAME.split()], key=len, reverse=True)))
+_NEGATED = re.compile(r"(不|没|没有|无|别|谁|哪|怎么|非)(很|太|是|让人|能|会|敢|觉得|够|那么|再|想|要)?$")
+_NEGATION_REACH = 5
 
 
 def clauses(text: str) -> list[str]:
     """The text cut behind its punctuation marks."""
     return [clause for clause in _CLAUSE_END.split(text) if clause.strip()]
+
+
+def judgements(text: str) -> list[re.Match[str]]:
+    """Words of praise or blame in a text, without those whose sense a word before them turns round."""
+    found = _JUDGEMENT.finditer(text)
+    return [m for m in found if not _NEGATED.search(text, max(0, m.start() - _NEGATION_REACH), m.start())]
 
 
 def _ask(rng: random.Random, phrasings: list[str], text: str) -> str:
@@ -56,12 +71,12 @@ def fill_in(text: str, rng: random.Random, other: str) -> Pair | None:
 def opinion(text: str, rng: random.Random, other: str) -> Pair | None:
     """A review without the clause that holds its judgement; the answer is that judgement, as a word or a clause."""
     parts = clauses(text)
-    found = [(place, match.group()) for place, part in enumerate(parts) if (match := _OPINION.search(part))]
+    found = [(place, match.group()) for place, part in enumerate(parts) for match in judgements(part)[:1]]
     if not found or len(parts) < 2:
         return None
     place, word = rng.choice(found)
     rest = "".join(parts[:place] + parts[place + 1 :])
-    if rng.random() < 0.6:
+    if rng.random() < 0.7:
         return _ask(
             rng, ["作者觉得怎么样？用一个词回答", "用一个词评价", "写这段话的人是什么态度", "总体感受如何"], rest
         ), word
@@ -69,12 +84,31 @@ def opinion(text: str, rng: random.Random, other: str) -> Pair | None:
 
 
 def blank_opinion(text: str, rng: random.Random, other: str) -> Pair | None:
-    """A review with the word of judgement left out; the answer is the word."""
-    match = _OPINION.search(text)
-    if not match:
+    """A review with its words of judgement left out; the answer is the first of them."""
+    found = judgements(text)
+    if not found:
         return None
-    blanked = _OPINION.sub("____", text)
-    return _ask(rng, ["请填上表示评价的词", "空格里是什么评价", "填空"], blanked), match.group()
+    blanked, end = "", 0
+    for match in found:
+        blanked += text[end : match.start()] + "____"
+        end = match.end()
+    return _ask(rng, ["请填上表示评价的词", "空格里是什么评价", "填空"], blanked + text[end:]), found[0].group()
+
+
+def praise_or_blame(text: str, rng: random.Random, other: str) -> Pair | None:
+    """Which of two words fits a review whose words of judgement all point one way; often without the first of them."""
+    found = judgements(text)
+    praised = {match.group() in _PRAISE_WORDS for match in found}
+    if len(praised) != 1:
+        return None
+    if rng.random() < 0.5:
+        text = text[: found[0].start()] + text[found[0].end() :]
+    pair = rng.choice(
+        (("喜欢", "不喜欢"), ("夸奖", "抱怨"), ("正面", "负面"), ("值得买", "不值得买"), ("高兴", "生气"))
+    )
+    first, second = rng.sample(pair, 2)
+    question = rng.choice((f"{first}还是{second}？", f"选一个：{first}，{second}", f"作者的态度是{first}还是{second}"))
+    return _ask(rng, [question], text), pair[0 if praised.pop() else 1]
 
 
 def first_or_last(text: str, rng: random.Random, other: str) -> Pair | None:
@@ -119,11 +153,14 @@ def keywords(text: str, rng: random.Random, other: str) -> Pair | None:
     return _ask(rng, ["列出关键词", "这条新闻的关键词是什么", "提取关键词"], title), words.replace(",", "，")
 
 
-KINDS: list[tuple[Callable[[str, random.Random, str], Pair | None], float]] = [
-    (continue_text, 1.0), (fill_in, 1.5), (opinion, 3.0), (blank_opinion, 1.5), (first_or_last, 0.5), (keywords, 1.0),
-    (contains, 0.5), (same_text, 0.7),
+Kinds = list[tuple[Callable[[str, random.Random, str], Pair | None], float]]
+
+KINDS: Kinds = [
+    (continue_text, 1.0), (fill_in, 1.5), (first_or_last, 0.5), (keywords, 1.0), (contains, 0.5), (same_text, 0.7),
 ]  # fmt: skip
 """Every kind with how often it is tried."""
+KINDS_OF_JUDGEMENT: Kinds = [*KINDS, (opinion, 6.0), (blank_opinion, 2.0), (praise_or_blame, 2.0)]
+"""The same for texts that hold a judgement."""
 
 _TRIES = 4
 
@@ -134,7 +171,7 @@ def make(text: str, other: str, rng: random.Random) -> Pair | None:
     Args:
         other: another text, for the kinds that compare.
     """
-    kinds, weights = zip(*KINDS, strict=True)
+    kinds, weights = zip(*(KINDS_OF_JUDGEMENT if judgements(text) else KINDS), strict=True)
     for _ in range(_TRIES):
         pair = rng.choices(kinds, weights)[0](text, rng, other)
         if pair is not None:

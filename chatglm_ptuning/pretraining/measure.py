@@ -35,12 +35,17 @@ _GROUPED_BATCHES = 16
 
 @dataclass
 class Method:
-    """A way of tuning: what is trained, how it answers, and its settings."""
+    """A way of tuning: what is trained, how it answers, and its settings.
+
+    Attributes:
+        head_learning_rate: of the linear head where it is another than that of the rest.
+    """
 
     head: bool
     tunes: str
     learning_rate: float
     steps: int
+    head_learning_rate: float | None = None
 
 
 METHODS = {
@@ -49,7 +54,7 @@ METHODS = {
     "prompt tuning (input only)": Method(False, "prompt", 5e-2, 800),
     "P-Tuning v2, verbaliser": Method(False, "prefix", 3e-2, 800),
     "linear head, no prefix": Method(True, "head", 1e-2, 800),
-    "P-Tuning v2, linear head": Method(True, "prefix", 3e-2, 800),
+    "P-Tuning v2, linear head": Method(True, "prefix", 3e-2, 800, head_learning_rate=3e-3),
     "full fine-tuning, verbaliser": Method(False, "all", 5e-4, 800),
     "full fine-tuning, linear head": Method(True, "all", 5e-4, 800),
 }
@@ -132,7 +137,8 @@ def build(method: Method, reviews: Reviews, arguments: argparse.Namespace, seed:
     torch.manual_seed(seed)
     length = arguments.pre_seq_len
     prefix = method.tunes == "prefix"
-    model = load_model(arguments.model, pre_seq_len=length if prefix else None)
+    # No dropout: all that a prefix of 16 can learn of one pass over the data it does not overfit.
+    model = load_model(arguments.model, pre_seq_len=length if prefix else None, prefix_dropout=0.0)
     hidden_size = model.config.hidden_size
     if not prefix:
         model.requires_grad_(method.tunes == "all")
@@ -160,8 +166,13 @@ def build(method: Method, reviews: Reviews, arguments: argparse.Namespace, seed:
 
 def train(classifier: Classifier, method: Method, rows: list, seed: int, batch_size: int) -> None:
     """AdamW with a short warm-up and a linear decay."""
-    trained = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=method.learning_rate, weight_decay=0.0)
+    head = [] if classifier.head is None else list(classifier.head.parameters())
+    tuned = [parameter for parameter in classifier.model.parameters() if parameter.requires_grad]
+    trained = tuned + head
+    groups = [(tuned, method.learning_rate), (head, method.head_learning_rate or method.learning_rate)]
+    optimizer = torch.optim.AdamW(
+        [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters], weight_decay=0.0
+    )
     warmup = 20
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / warmup) * (1 - step / method.steps)
