@@ -18,9 +18,9 @@ DS_CONFIG=${DS_CONFIG:-$ROOT/ds_config/zero2.json}
 launch train \
     --do_train \
     --model_name_or_path "${MODEL:-$ROOT/data/chatglm-nano}" \
-    --train_file "${TRAIN_FILE:-$ROOT/data/advertisement/train.json}" \
-    --prompt_column "${PROMPT_COLUMN:-content}" \
-    --response_column "${RESPONSE_COLUMN:-summary}" \
+    --train_file "${TRAIN_FILE:-$ROOT/data/news_topic/train.json}" \
+    --prompt_column "${PROMPT_COLUMN:-text}" \
+    --response_column "${RESPONSE_COLUMN:-label}" \
     --output_dir "${OUTPUT:-$CHATGLM_PTUNING_OUTPUT/deepspeed}" \
     --max_source_length 128 \
     --max_target_length 128 \

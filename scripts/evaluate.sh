@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Scores a prefix, or the plain base. With nothing set: the prefix trained last, on the bundled advertisements.
+# Scores a prefix, or the plain base. With nothing set: the prefix trained last, on the bundled headlines.
 #
 #   CHECKPOINT=output/my-run TEST_FILE=test.json bash scripts/evaluate.sh
 #   MODEL=/path/to/chatglm3-6b CHECKPOINT=none bash scripts/evaluate.sh --compare_base --num_beams 4
@@ -11,7 +11,7 @@ ensure_environment
 
 MODEL=${MODEL:-$ROOT/data/chatglm-nano}
 CHECKPOINT=${CHECKPOINT:-}                     # a prefix; none: the plain base; empty: the prefix trained last
-TEST_FILE=${TEST_FILE:-$ROOT/data/advertisement/dev.json}
+TEST_FILE=${TEST_FILE:-$ROOT/data/news_topic/dev.json}
 MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-128}
 MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-128}
 BATCH=${BATCH:-8}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains a P-Tuning v2 prefix. With nothing set: on the bundled chatglm-nano and the bundled advertisements.
+# Trains a P-Tuning v2 prefix. With nothing set: on the bundled chatglm-nano and the bundled headlines, whose topics it learns to name.
 #
 #   MODEL=/path/to/chatglm3-6b bash scripts/train.sh
 #   MODEL=/path/to/chatglm3-6b TRAIN_FILE=train.json VALIDATION_FILE=dev.json NUM_GPUS=8 bash scripts/train.sh
@@ -25,16 +25,26 @@ BATCH=${BATCH:-${NANO_DEFAULTS:+16}}
 BATCH=${BATCH:-4}
 ACCUMULATION=${ACCUMULATION:-${NANO_DEFAULTS:+1}}
 ACCUMULATION=${ACCUMULATION:-4}
-MAX_STEPS=${MAX_STEPS:-250}
-SAVE_STEPS=${SAVE_STEPS:-125}
-TRAIN_FILE=${TRAIN_FILE:-$ROOT/data/advertisement/train.json}
-VALIDATION_FILE=${VALIDATION_FILE:-$ROOT/data/advertisement/dev.json}
+if [ -z "${TRAIN_FILE:-}" ]; then
+    BUNDLED_DATA=1
+    TRAIN_FILE="$ROOT/data/news_topic/train.json"
+    VALIDATION_FILE="${VALIDATION_FILE:-$ROOT/data/news_topic/dev.json}"
+fi
+MAX_STEPS=${MAX_STEPS:-${BUNDLED_DATA:+600}}
+MAX_STEPS=${MAX_STEPS:-3000}
+SAVE_STEPS=${SAVE_STEPS:-$(((MAX_STEPS + 3) / 4))}
 MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-128}
 MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-128}
 if _several_processes; then
     DS_CONFIG=${DS_CONFIG:-$ROOT/ds_config/zero1.json}
 fi
 OUTPUT=${OUTPUT:-$CHATGLM_PTUNING_OUTPUT/$(basename "$MODEL")-$(basename "$(dirname "$TRAIN_FILE")")-$PRE_SEQ_LEN}
+
+# Without rows to validate on, training is all there is to do.
+STAGES=(--do_train)
+if [ -n "${VALIDATION_FILE:-}" ]; then
+    STAGES+=(--do_eval --do_predict --compare_base --validation_file "$VALIDATION_FILE")
+fi
 
 # What is not named is told by the fields of the rows.
 COLUMNS_FLAGS=()
@@ -46,10 +56,9 @@ for column in prompt:PROMPT_COLUMN response:RESPONSE_COLUMN history:HISTORY_COLU
 done
 
 launch train \
-    --do_train --do_eval --do_predict --compare_base \
+    "${STAGES[@]}" \
     --model_name_or_path "$MODEL" \
     --train_file "$TRAIN_FILE" \
-    --validation_file "$VALIDATION_FILE" \
     ${COLUMNS_FLAGS[@]+"${COLUMNS_FLAGS[@]}"} \
     --output_dir "$OUTPUT" \
     --overwrite_output_dir \

@@ -185,7 +185,7 @@ def test_wrong_flags_end_with_code_2(wrong):
 
 def test_defaults_are_the_bundled_data():
     args = EvaluationArguments()
-    assert args.test_file == [str(ROOT / "data" / "advertisement" / "dev.json")]
+    assert args.test_file == [str(ROOT / "data" / "news_topic" / "dev.json")]
     assert args.columns() == Columns()
 
 

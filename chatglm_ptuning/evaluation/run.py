@@ -25,7 +25,7 @@ from chatglm_ptuning.prefix.checkpoint import kit_version
 from chatglm_ptuning.prefix.files import write_atomically
 from chatglm_ptuning.prefix.latest import find_latest_prefix, runs_folder
 
-DEFAULT_TEST_FILE = str(Path(DEFAULT_MODEL).parent / "advertisement" / "dev.json")
+DEFAULT_TEST_FILE = str(Path(DEFAULT_MODEL).parent / "news_topic" / "dev.json")
 """What is scored when no file is named: bundled with the sources, columns `content` and `summary`."""
 METRICS_FILE = "metrics.json"
 PREDICTIONS_FILE = "predictions.jsonl"
@@ -54,7 +54,7 @@ class EvaluationArguments(InferenceBaseArguments):
                   "(default: the prefix trained last, if there is one)"},
     )  # fmt: skip
     test_file: list[str] | None = field(
-        default=None, metadata={"help": "data files to score (default: the bundled advertisements)"}
+        default=None, metadata={"help": "data files to score (default: the bundled headlines)"}
     )
     data_form: str | None = field(
         default=None, metadata={"help": f"form of the rows: {', '.join(FORMS)} (default: told by their fields)"}
