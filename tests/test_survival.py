@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -119,7 +120,7 @@ def script(base, data, tmp_path, name="train.sh", **env):
     settings = {
         "MODEL": base, "TRAIN_FILE": data, "VALIDATION_FILE": data, "OUTPUT": tmp_path / "run", "PRE_SEQ_LEN": "5",
         "BATCH": "2", "ACCUMULATION": "1", "MAX_TARGET_LENGTH": "8", "NUM_GPUS": "2", "OMP_NUM_THREADS": "1",
-        "MASTER_PORT": str(20000 + os.getpid() % 20000), "SKIP_INSTALL": "1", "VIRTUAL_ENV": sys.prefix,
+        "MASTER_PORT": free_port(), "SKIP_INSTALL": "1", "VIRTUAL_ENV": sys.prefix,
         "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}", **env,
     }  # fmt: skip
     environment = os.environ | {key: str(value) for key, value in settings.items()}
@@ -135,13 +136,16 @@ def workers(script_process):
     found = []
     for child in psutil.Process(script_process.pid).children(recursive=True):
         command = child.cmdline()
-        if (
-            "train" in command
-            and "chatglm_ptuning" in command
-            and not any("launch" in word or "distributed" in word for word in command)
-        ):
+        launches = any(word.startswith(("deepspeed.launcher", "torch.distributed")) for word in command)
+        if "train" in command and "chatglm_ptuning" in command and not launches:
             found.append(child)
     return found
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 @pytest.mark.slow
@@ -179,7 +183,8 @@ def test_sigterm_to_the_script_reaches_all_processes(base, data, tmp_path, launc
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "slurm"])
 def test_two_machines(base, data, tmp_path, launcher):
     """Two 'machines' are two calls of the script here, as each of two machines would make it."""
-    shared = {"LAUNCHER": launcher, "NNODES": 2, "MASTER_ADDR": "127.0.0.1", "MAX_STEPS": "4", "SAVE_STEPS": "4"}
+    shared = {"LAUNCHER": launcher, "NNODES": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
+              "MAX_STEPS": "4", "SAVE_STEPS": "4"}  # fmt: skip
     nodes = []
     for node in range(2):
         env = {"NODE_RANK": node}
