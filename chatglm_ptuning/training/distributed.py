@@ -14,7 +14,7 @@ from transformers.utils import logging
 from chatglm_ptuning.model.loading import best_device, choose_dtype
 
 if TYPE_CHECKING:
-    from chatglm_ptuning.training.arguments import PrefixTrainingArguments
+    from transformers import TrainingArguments
 
 logger = logging.get_logger(__name__)
 
@@ -22,7 +22,7 @@ RISKY_FP16_LEARNING_RATE = 2e-2
 """The official learning rate, at which losses of 0 and NaN were reported most often."""
 
 
-def prepare_processes(args: PrefixTrainingArguments) -> None:
+def prepare_processes(args: TrainingArguments) -> None:
     """Prepares this process for the job that its launcher started it in; to be called before the arguments' own setup.
 
     - `--deepspeed` without a launcher is a job of one process.
@@ -100,7 +100,7 @@ def everywhere(value: Any) -> list[Any]:
     return values
 
 
-def match_precision(args: PrefixTrainingArguments, dtype: str, quantization_bit: int | None) -> None:
+def match_precision(args: TrainingArguments, dtype: str, quantization_bit: int | None) -> None:
     """Sets DeepSpeed's 16-bit mode to what the base and the prefix need; warns of float16 with a high learning rate.
 
     The prefix is trained in float32 beside a base of any type. Only where ZeRO-3 partitions the base does DeepSpeed
@@ -138,7 +138,7 @@ def match_precision(args: PrefixTrainingArguments, dtype: str, quantization_bit:
     _rebuild_deepspeed_config(args, bf16, fp16)
 
 
-def _rebuild_deepspeed_config(args: PrefixTrainingArguments, bf16: bool, fp16: bool) -> None:
+def _rebuild_deepspeed_config(args: TrainingArguments, bf16: bool, fp16: bool) -> None:
     """As the Trainer itself does when its arguments have changed after they were made."""
     from accelerate.utils import DeepSpeedPlugin
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
