@@ -19,8 +19,8 @@ launch train \
     --do_train \
     --model_name_or_path "${MODEL:-$ROOT/data/chatglm-nano}" \
     --train_file "${TRAIN_FILE:-$ROOT/data/news_topic/train.json}" \
-    --prompt_column "${PROMPT_COLUMN:-text}" \
-    --response_column "${RESPONSE_COLUMN:-label}" \
+    ${PROMPT_COLUMN:+--prompt_column "$PROMPT_COLUMN"} \
+    ${RESPONSE_COLUMN:+--response_column "$RESPONSE_COLUMN"} \
     --output_dir "${OUTPUT:-$CHATGLM_PTUNING_OUTPUT/deepspeed}" \
     --max_source_length 128 \
     --max_target_length 128 \

@@ -68,6 +68,16 @@ def test_chatglm3_tool_calls_learn_the_call_and_not_its_result(chatglm3):
     )
 
 
+def test_chatglm3_an_answer_ends_as_in_the_whole_conversation_when_the_rest_is_not_learned(chatglm3):
+    messages = [user("甲"), answer("想"), answer("f()", "get", loss=False), Message("observation", "雨")]
+    for end, role in ((4, "assistant"), (3, "assistant")):
+        (part,) = split_for_training(Conversation(messages[:end]), chatglm3)
+        found = render(part, chatglm3)
+        assert spell_marked(chatglm3, found.input_ids, found.loss_mask) == (
+            f"[gMASK]sop<|user|>▁\n▁甲<|assistant|>【▁\n▁想<|{role}|>】"
+        )
+
+
 def test_chatglm3_does_not_learn_to_open_a_system_message(chatglm3):
     messages = [user("甲"), answer("乙"), Message("system", "公园"), user("丙"), answer("丁")]
     assert "【▁\n▁乙】<|system|>" in marked(messages, chatglm3)
@@ -161,7 +171,7 @@ def test_splitting_keeps_every_answer_to_be_learned_once(chatglm2, chatglm3):
         "[gMASK]sop▁请问[Round▁1]\n\n问：甲\n\n答：【▁乙</s>】",
         "[gMASK]sop▁请问[Round▁1]\n\n问：甲\n\n答：乙\n\n[Round▁2]\n\n问：丙\n\n答：丁\n\n[Round▁3]\n\n问：戊\n\n答：【▁己</s>】",
     ]
-    assert split_for_training(whole, chatglm3) == [Conversation(messages[:-1], "请问")]
+    assert split_for_training(whole, chatglm3) == [Conversation(messages[:-1], "请问", followed_by="user")]
     silent = Conversation([user("甲"), answer("乙", loss=False)])
     assert split_for_training(silent, chatglm2) == split_for_training(silent, chatglm3) == []
 

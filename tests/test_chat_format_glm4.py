@@ -92,6 +92,14 @@ def test_glm4_a_tool_call_at_the_end_is_ended_by_the_role_of_its_result(glm4):
     assert {glm4.get_command("<|user|>"), ids[-1]} <= set(stop_ids(glm4))
 
 
+def test_glm4_a_call_spelled_by_its_metadata_ends_like_any_other(glm4):
+    ids, _ = rendered([user("天气"), answer('{"city": "北京"}', "get_weather")], glm4)
+    assert ids[-1] == glm4.get_command("<|observation|>")
+    followed = Conversation([user("甲"), answer("我查查"), answer("{}", "get_weather", loss=False)])
+    ids = render(followed.until_last_learned(), glm4).input_ids
+    assert ids[-1] == glm4.get_command("<|assistant|>")
+
+
 @pytest.mark.parametrize("content", ["", "你是助手"])
 def test_glm4_prompts_are_those_of_the_chat_template(glm4, content):
     tools = [{"type": "function", "function": WEATHER}]

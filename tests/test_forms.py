@@ -143,6 +143,26 @@ def test_openai_tool_calls_are_followed_each_by_its_result():
     ]  # fmt: skip
 
 
+def test_openai_results_belong_to_the_calls_in_front_of_them_though_ids_come_again():
+    def turn(*cities: str) -> list[dict]:
+        calls = [
+            {"id": str(place), "type": "function", "function": {"name": "f", "arguments": json.dumps({"c": city})}}
+            for place, city in enumerate(cities)
+        ]
+        results = [{"role": "tool", "tool_call_id": str(place), "content": city} for place, city in enumerate(cities)]
+        return [{"role": "user", "content": "问"}, {"role": "assistant", "tool_calls": calls}, *results]
+
+    found = read(row(messages=turn("a", "b") + turn("c") + turn("d", "e")), "messages").messages
+    expected = []
+    for cities in ("ab", "c", "de"):
+        expected.append(user("问"))
+        for city in cities:
+            expected += [call("f", {"c": city}), seen(city)]
+    assert found == expected
+    strange = {"role": "tool", "tool_call_id": ["1"], "content": "晴"}
+    assert read(row(messages=[*turn("a", "b"), strange]), "messages").messages[-1] == seen("晴")
+
+
 def test_openai_old_function_calls():
     turns = [
         {"role": "user", "content": "天气"},
@@ -227,7 +247,7 @@ def test_a_named_form_needs_no_telling_apart():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (row(标题="问", 正文="答"), "no form of data has these fields: '标题', '正文'. The forms, which --data_form"),
+        (row(标题="问", 正文="答"), "no form of data has these fields: '标题', '正文'.\nThe forms, which --data_form"),
         (row(content="问", summary="答", prompt="甲", response="乙"), "the fields 'content', 'summary', 'prompt', "
          "'response' fit several forms (content and summary; prompt and response)."),
         (row(instruction="问", output="答", messages=[]), "the fields 'instruction', 'output', 'messages' fit several "

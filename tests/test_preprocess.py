@@ -78,7 +78,7 @@ def test_prompt_columns(chatglm2, chatglm3):
 def test_a_conversation_is_one_example_or_one_for_each_answer(chatglm2, chatglm3):
     rows = [turns("甲", "乙", "丙", "丁", "戊")]
     shown, report = trained(chatglm3, rows, 100, 10)
-    assert shown == ["[gMASK]sop<|user|>▁\n▁甲<|assistant|>【▁\n▁乙<|user|>】▁\n▁丙<|assistant|>【▁\n▁丁</s>】"]
+    assert shown == ["[gMASK]sop<|user|>▁\n▁甲<|assistant|>【▁\n▁乙<|user|>】▁\n▁丙<|assistant|>【▁\n▁丁<|user|>】"]
     assert counted(report) == {"rows": 1, "used": 1, "examples": 1}
     shown, report = trained(chatglm2, rows, 100, 10)
     assert [text.split("问：")[-1] for text in shown] == ["甲\n\n答：【▁乙</s>】", "丙\n\n答：【▁丁</s>】"]
@@ -254,7 +254,7 @@ def refusal(tokenizer, rows: list[Row], columns: Columns = HISTORY) -> str:
 def test_faults_name_file_line_and_flag(chatglm2):
     good = row(prompt="甲", response="乙", history=[])
     assert refusal(chatglm2, [good, row(7, content="甲", response="乙")]).startswith(
-        "rows.json:7: no form of data has these fields: 'content', 'response'. The forms, which --data_form names:\n"
+        "rows.json:7: no form of data has these fields: 'content', 'response'.\nThe forms, which --data_form names:\n"
     )
     assert refusal(chatglm2, [good, row(7, content="甲", response="乙")], Columns("prompt", "response")) == (
         "rows.json:7: there is no column 'prompt' (the row has 'content', 'response'); name the right one with "

@@ -52,16 +52,20 @@ class Conversation:
         source_prefix: text in front of the whole conversation (the official `--source_prefix`); the chat format
             decides where it stands.
         tools: definitions of tools that stand beside the messages; the chat format decides where they are shown.
+        followed_by: role of the message that stood behind the last one, where messages were left out at the end.
     """
 
     messages: list[Message]
     source_prefix: str = ""
     tools: tuple[Any, ...] = ()
+    followed_by: str | None = None
 
     def until_last_learned(self) -> Conversation:
         """The conversation without what follows the last answer to be learned; without messages if there is none."""
         end = max((index + 1 for index, message in enumerate(self.messages) if message.loss), default=0)
-        return replace(self, messages=self.messages[:end])
+        if end == len(self.messages):
+            return self
+        return replace(self, messages=self.messages[:end], followed_by=self.messages[end].role)
 
     def not_learned(self) -> Conversation:
         """The same conversation with nothing to be learned in it."""

@@ -51,20 +51,24 @@ def render(asked: Conversation, answer: Message | None, tokenizer: ChatGLMTokeni
     header: list[int] = []
     if answer:
         header, body = _body(answer, "", tokenizer)
-        ids += [*header, *body, end_token(answer, tokenizer)]
+        ids += [*header, *body, end_token(answer, asked.followed_by, tokenizer)]
         mask += [answer.loss] * (len(ids) - start)
     return Rendered(ids, mask, start, len(header))
 
 
-def end_token(answer: Message, tokenizer: ChatGLMTokenizer) -> int:
-    """The id that ends the last answer of a conversation: what the official fine-tuning code puts there.
+def end_token(answer: Message, followed_by: str | None, tokenizer: ChatGLMTokenizer) -> int:
+    """The id that ends the last answer to be learned.
 
-    `</s>` in ChatGLM3. GLM-4's chat models stop by the role of who speaks next (the later versions of
+    The role of the message behind it, if the conversation went on. At its end, what the official fine-tuning code puts
+    there: `</s>` in ChatGLM3; GLM-4's chat models stop by the role of who speaks next (the later versions of
     finetune_demo/finetune.py), so it is `<|user|>`, and `<|observation|>` behind a tool call.
     """
+    if followed_by in _ENDS_AN_ANSWER:
+        return tokenizer.convert_tokens_to_ids(f"<|{followed_by}|>")
     if tokenizer.chat_format == "chatglm3":
         return tokenizer.eos_token_id
-    return tokenizer.convert_tokens_to_ids("<|user|>" if answer.arguments is None else "<|observation|>")
+    calls = answer.arguments is not None or answer.metadata
+    return tokenizer.convert_tokens_to_ids("<|observation|>" if calls else "<|user|>")
 
 
 def written_out(message: Message, chat_format: str) -> Message:

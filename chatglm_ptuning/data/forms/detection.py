@@ -90,9 +90,9 @@ def find_form(row: Mapping[str, Any], columns: Columns) -> str:
     if len(found) == 1:
         return found[0]
     if not found:
-        fail(row, f"no form of data has these fields: {names(row)}. {_known()}")
+        fail(row, f"no form of data has these fields: {names(row)}.\n{_known()}")
     fits = [" and ".join(pair) for pair in pairs] + [form for form in found if form != "columns"]
-    fail(row, f"the fields {names(row)} fit several forms ({'; '.join(fits)}). {_known()}")
+    fail(row, f"the fields {names(row)} fit several forms ({'; '.join(fits)}).\n{_known()}")
 
 
 def understand(
@@ -146,7 +146,7 @@ def _pairs(row: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _form_of_messages(row: Mapping[str, Any]) -> str | None:
     present = [field for field in ("conversations", "messages") if row.get(field) is not None]
     if len(present) == 2:
-        fail(row, f"it has both 'conversations' and 'messages'; say which with --data_form. {_known()}")
+        fail(row, f"it has both 'conversations' and 'messages'; say which with --data_form.\n{_known()}")
     if not present:
         return None
     if present == ["messages"]:

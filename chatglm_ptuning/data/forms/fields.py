@@ -65,6 +65,8 @@ def turns_of(row: Mapping[str, Any], field: str) -> list[tuple[dict[str, Any], s
         ValueError: if the field is no list of objects.
     """
     turns = parsed(row.get(field))
+    if isinstance(turns, str) and turns.lstrip()[:1] in ("[", "{"):
+        fail(row, f"{field!r} holds text that is not valid JSON: {shown(turns)}")
     if not isinstance(turns, list):
         fail(row, f"{field!r} must be a list of messages, not {type(turns).__name__}.")
     named = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from chatglm_ptuning.data.conversation import ROLES, Conversation, Message
@@ -45,29 +45,38 @@ def messages(row: Mapping[str, Any], source_prefix: str, field: str) -> Conversa
         ValueError: naming file, line and message, for what is not understood, such as images.
     """
     turns = turns_of(row, field)
-    results = {
-        turn["tool_call_id"]: (turn, what)
-        for turn, what in turns
-        if turn.get("role") == "tool" and isinstance(turn.get("tool_call_id"), str)
-    }
     said: list[Message] = []
-    placed: set[str] = set()
-    for turn, what in turns:
+    placed: set[int] = set()
+    for place, (turn, what) in enumerate(turns):
         role = turn.get("role")
-        if role == "tool" and turn.get("tool_call_id") in placed:
+        if place in placed:
             continue
         loss = learns(row, turn, what)
         calls = _calls(row, turn, what) if role == "assistant" else []
         known = (*ROLES, *_SAME_ROLE)
         if not calls or _content(row, turn, what).strip():
             said.append(_message(row, turn, what, loss, known, content_optional=role == "assistant"))
+        results = _results_behind(turns, place) if len(calls) > 1 else {}
         for identity, name, arguments in calls:
             said.append(tool_call(row, name, arguments, what, loss))
-            if len(calls) > 1 and identity in results:
-                said.append(_message(row, *results[identity], False, known))
-                placed.add(identity)
+            found = results.pop(identity, None) if isinstance(identity, str) else None
+            if found is not None:
+                said.append(_message(row, *turns[found], False, known))
+                placed.add(found)
     tools = row.get("tools") if row.get("tools") is not None else row.get("functions")
     return Conversation(said, source_prefix, tool_list(row, tools, "'tools'"))
+
+
+def _results_behind(turns: Sequence[tuple[Mapping[str, Any], str]], place: int) -> dict[str, int]:
+    """The `tool` messages directly behind a message, by their `tool_call_id`: ids may come again in later turns."""
+    results: dict[str, int] = {}
+    for index in range(place + 1, len(turns)):
+        turn = turns[index][0]
+        if turn.get("role") != "tool":
+            break
+        if isinstance(turn.get("tool_call_id"), str):
+            results.setdefault(turn["tool_call_id"], index)
+    return results
 
 
 def _message(
