@@ -316,7 +316,10 @@ class PrefixTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
+            moved = self._point_to_best(run / name)
             if self.args.should_save:
+                if moved:
+                    self.state.save_to_json(str(self._staging / name / TRAINER_STATE_NAME))
                 self._publish(self._staging / name, run / name)
         except (OSError, RuntimeError, SafetensorError) as error:
             if not is_disk_full(error):
@@ -342,14 +345,16 @@ class PrefixTrainer(Trainer):
         if free < needed:
             raise CheckpointNotWritten(name, needed, free, "the disk is full", self.args)
 
-    def _publish(self, staged: Path, final: Path) -> None:
-        best = self.state.best_model_checkpoint
+    def _point_to_best(self, final: Path) -> bool:
+        """Lets every process look for the best checkpoint where it is going to be; whether that changed anything."""
+        before = self.state.best_model_checkpoint
         if self.state.best_global_step:
             kept = final.parent / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
             if kept == final or kept.exists():
                 self.state.best_model_checkpoint = str(kept)
-        if self.state.best_model_checkpoint != best:
-            self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+        return self.state.best_model_checkpoint != before
+
+    def _publish(self, staged: Path, final: Path) -> None:
         replaced = final.parent / REPLACED_FOLDER
         shutil.rmtree(replaced, ignore_errors=True)
         if final.exists():
