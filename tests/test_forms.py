@@ -159,6 +159,10 @@ def test_openai_results_belong_to_the_calls_in_front_of_them_though_ids_come_aga
         for city in cities:
             expected += [call("f", {"c": city}), seen(city)]
     assert found == expected
+    without_result = turn("a", "b")[:-1]
+    found = read(row(messages=without_result + turn("c", "d")), "messages").messages
+    assert found[:5] == [user("问"), call("f", {"c": "a"}), seen("a"), call("f", {"c": "b"}), user("问")]
+    assert found[-2:] == [call("f", {"c": "d"}), seen("d")]
     strange = {"role": "tool", "tool_call_id": ["1"], "content": "晴"}
     assert read(row(messages=[*turn("a", "b"), strange]), "messages").messages[-1] == seen("晴")
 
