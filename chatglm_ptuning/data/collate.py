@@ -34,7 +34,9 @@ class PaddingCollator:
         """The batch, int64 on the CPU, every tensor `[batch, seq_len]`.
 
         - `input_ids`; `attention_mask`, 1 on real tokens; `position_ids`, 0, 1, 2, ... on real tokens and 0 on pads.
-        - `labels`, if the examples have them, -100 on pads.
+        - `labels`, if the examples have them, -100 on pads; `[batch]` if they are numbers, and float32 `[batch,
+          num_labels]` if they are lists of floating-point numbers, one for each class of a linear head.
+        - `start_positions`, `end_positions`, if the examples have them, `[batch]`.
 
         Other keys of the examples (`reference`) stay out.
 
@@ -46,15 +48,25 @@ class PaddingCollator:
             "attention_mask": self._pad([[1] * len(example["input_ids"]) for example in examples], 0),
             "position_ids": self._pad([range(len(example["input_ids"])) for example in examples], 0),
         }
+        for name in ("start_positions", "end_positions"):
+            if name in examples[0]:
+                batch[name] = torch.tensor([example[name] for example in examples])
         if any("labels" in example for example in examples):
-            for index, example in enumerate(examples):
-                if len(example.get("labels", ())) != len(example["input_ids"]):
-                    raise ValueError(
-                        f"example {index} of the batch has {len(example['input_ids'])} ids and "
-                        f"{len(example.get('labels', ()))} labels; they must be equally many"
-                    )
-            batch["labels"] = self._pad([example["labels"] for example in examples], IGNORED_LABEL)
+            batch["labels"] = self._labels(examples)
         return batch
+
+    def _labels(self, examples: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+        if all(_is_of_whole_row(example.get("labels")) for example in examples):
+            return torch.tensor([example["labels"] for example in examples])
+        for index, example in enumerate(examples):
+            labels = example.get("labels")
+            count = len(labels) if isinstance(labels, Sequence) else 0
+            if count != len(example["input_ids"]):
+                raise ValueError(
+                    f"example {index} of the batch has {len(example['input_ids'])} ids and {count} labels; they must "
+                    "be equally many"
+                )
+        return self._pad([example["labels"] for example in examples], IGNORED_LABEL)
 
     def _pad(self, rows: list[Sequence[int]], value: int) -> torch.Tensor:
         length = max(len(row) for row in rows)
@@ -64,3 +76,10 @@ class PaddingCollator:
             place = slice(length - len(row), length) if self.padding_side == "left" else slice(len(row))
             target[place] = torch.as_tensor(row, dtype=torch.int64)
         return padded
+
+
+def _is_of_whole_row(labels: Any) -> bool:
+    """Whether this is a class, or a number for each class, and not a label for each token."""
+    return isinstance(labels, int) or (
+        isinstance(labels, Sequence) and len(labels) > 0 and isinstance(labels[0], float)
+    )

@@ -1,10 +1,10 @@
-"""Answers to many prompts by several processes: each generates a share, and all of them get all answers."""
+"""Work on many examples by several processes: each does a share, and all of them get all results."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import distributed
 
@@ -12,8 +12,50 @@ from chatglm_ptuning.evaluation.generate import generate_answers
 from chatglm_ptuning.model.zero3 import gathering_modules
 
 if TYPE_CHECKING:
-    from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
+    from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMPreTrainedModel
     from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def process_count() -> int:
+    """The processes of `torch.distributed`, 1 without it."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that prints and writes."""
+    return process_count() == 1 or distributed.get_rank() == 0
+
+
+def do_together(
+    items: Sequence[Item],
+    work: Callable[[Sequence[Item]], Sequence[Result]],
+    model: ChatGLMPreTrainedModel,
+    under_engine: bool = False,
+) -> list[Result]:
+    """The result of every item, in their order; the items are shared among the processes, if there are several.
+
+    Process `r` of `n` takes the items `r`, `r + n`, ... Where they do not come out even it takes one of its own twice,
+    as with a partitioned base (ZeRO-3) all processes have to compute equally often.
+
+    Args:
+        work: gives a result for each item it is given.
+        under_engine: a DeepSpeed engine manages the model already (it has been trained).
+    """
+    with nullcontext() if under_engine else gathering_modules(model):
+        world = process_count()
+        if world == 1:
+            return list(work(items))
+        rank = distributed.get_rank()
+        places = list(range(rank, len(items), world))
+        share = [items[place] for place in places] or [items[0]]
+        share += share[:1] * (-(-len(items) // world) - len(share))
+        gathered: list[list[tuple[int, Result]] | None] = [None] * world
+        distributed.all_gather_object(gathered, list(zip(places, work(share), strict=False)))
+    results = dict(pair for part in gathered for pair in part or ())
+    return [results[place] for place in range(len(items))]
 
 
 def generate_answers_together(
@@ -24,24 +66,11 @@ def generate_answers_together(
     under_engine: bool = False,
     **settings: Any,
 ) -> list[str]:
-    """As `generate_answers`, with the examples shared among the processes of `torch.distributed`, if there are several.
-
-    Process `r` of `n` takes the examples `r`, `r + n`, ... Where they do not come out even it takes one of its own
-    twice, as with a partitioned base (ZeRO-3) all processes have to compute equally often.
-
-    Args:
-        under_engine: a DeepSpeed engine manages the model already (it has been trained).
-    """
-    with nullcontext() if under_engine else gathering_modules(model):
-        if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
-            return generate_answers(model, tokenizer, examples, **settings)
-        world, rank = distributed.get_world_size(), distributed.get_rank()
-        places = list(range(rank, len(examples), world))
-        share = [examples[place] for place in places] or [examples[0]]
-        share += share[:1] * (-(-len(examples) // world) - len(share))
-        progress = settings.pop("progress", True) and rank == 0
-        mine = generate_answers(model, tokenizer, share, progress=progress, **settings)
-        gathered: list[list[tuple[int, str]] | None] = [None] * world
-        distributed.all_gather_object(gathered, list(zip(places, mine, strict=False)))
-    answers = dict(pair for part in gathered for pair in part or ())
-    return [answers[place] for place in range(len(examples))]
+    """As `generate_answers`, with the examples shared among the processes."""
+    progress = settings.pop("progress", True) and is_first_process()
+    return do_together(
+        examples,
+        lambda share: generate_answers(model, tokenizer, share, progress=progress, **settings),
+        model,
+        under_engine,
+    )

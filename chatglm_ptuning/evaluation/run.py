@@ -14,6 +14,7 @@ from chatglm_ptuning.data.files import BadRows, iterate_rows
 from chatglm_ptuning.data.forms import FORMS, Columns
 from chatglm_ptuning.data.preprocess import Preprocessor
 from chatglm_ptuning.data.report import PreparationReport
+from chatglm_ptuning.data.tasks.arguments import TaskArguments
 from chatglm_ptuning.evaluation.generate import generate_answers
 from chatglm_ptuning.evaluation.metrics import score
 from chatglm_ptuning.evaluation.table import print_scores
@@ -45,7 +46,7 @@ RETIRED_FLAGS = {
 
 
 @dataclass
-class EvaluationArguments(InferenceBaseArguments):
+class EvaluationArguments(TaskArguments, InferenceBaseArguments):
     """Flags of the command; the official names with their meaning."""
 
     ptuning_checkpoint: str | None = field(
@@ -78,9 +79,13 @@ class EvaluationArguments(InferenceBaseArguments):
         metadata={"help": f"folder for {METRICS_FILE} and {PREDICTIONS_FILE} (default: output/evaluation/PREFIX)"},
     )
     compare_base: bool = field(default=False, metadata={"help": "score the base without the prefix too"})
+    split: str | None = field(default=None, metadata={"help": "of the task, to predict (default: test)"})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        InferenceBaseArguments.__post_init__(self)
+        TaskArguments.__post_init__(self)
+        if self.task is not None and self.test_file:
+            raise ValueError("--task brings its own files: give --task_data and no --test_file")
         for name in ("max_target_length", "per_device_eval_batch_size", "num_beams", "max_predict_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -19,6 +19,7 @@ from chatglm_ptuning.data.tasks.examples import (
 )
 from chatglm_ptuning.data.tasks.prompt import render_prompt
 from chatglm_ptuning.data.tasks.schema import Task
+from chatglm_ptuning.data.tasks.submission import write_submission
 from chatglm_ptuning.data.tasks.token_readers import spans_of
 from chatglm_ptuning.evaluation.bootstrap import f1_interval, mean_interval
 from chatglm_ptuning.evaluation.classification import classification_scores, confusion_matrix, macro_f1_interval
@@ -26,6 +27,7 @@ from chatglm_ptuning.evaluation.entities import EntityScore, cluener_f1, entity_
 from chatglm_ptuning.evaluation.figures import draw_confusion_matrix, draw_entity_table
 from chatglm_ptuning.evaluation.metrics import score
 from chatglm_ptuning.evaluation.reading_comprehension import answer_f1, cmrc_scores, exact_match
+from chatglm_ptuning.evaluation.task_predictions import Prediction
 from chatglm_ptuning.prefix.files import write_atomically
 
 WORST_ERRORS = 20
@@ -118,6 +120,43 @@ def write_task_report(
     return scores
 
 
+def write_results(
+    folder: str | Path,
+    task: Task,
+    examples: Sequence[AnyExample],
+    predictions: Sequence[Prediction],
+    split: str,
+    variant: str | None = None,
+    *,
+    may_submit: bool = True,
+) -> TaskScores | None:
+    """All files about the predictions on a split: the report where it has gold, and the benchmark's submission.
+
+    Args:
+        variant: see `write_submission`.
+        may_submit: False if the examples are not the whole split, which no benchmark takes.
+
+    Returns:
+        The scores; None for a split without gold, of which `predictions.jsonl` is written without scores.
+
+    Raises:
+        ValueError: as `score_task` and `write_submission`.
+    """
+    values = [prediction.value for prediction in predictions]
+    sure = [prediction.confidence for prediction in predictions]
+    confidences = None if None in sure else sure
+    scores = None
+    if gold_of(examples[0]) is None:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_lines(folder / "predictions.jsonl", _rows(task, examples, values, None, confidences))
+    else:
+        scores = write_task_report(folder, task, examples, values, confidences)
+    if task.submission is not None and may_submit:
+        write_submission(task, examples, values, folder, split, variant)
+    return scores
+
+
 def worst_errors(rows: Sequence[dict[str, Any]], number: int = WORST_ERRORS) -> list[dict[str, Any]]:
     """The wrong rows (`score` below 1): the lowest scores first, and among equals the surest (`confidence`)."""
     wrong = [row for row in rows if row["score"] < 1]
@@ -182,7 +221,7 @@ def _rows(
     task: Task,
     examples: Sequence[AnyExample],
     predictions: Sequence[Any],
-    scores: TaskScores,
+    scores: TaskScores | None,
     confidences: Sequence[float] | None,
 ) -> list[dict[str, Any]]:
     rows = []
@@ -193,8 +232,9 @@ def _rows(
             "input": text,
             "gold": _readable(example, gold_of(example)),
             "prediction": _readable(example, prediction),
-            "score": scores.of_examples[place],
         }
+        if scores is not None:
+            row["score"] = scores.of_examples[place]
         if confidences is not None:
             row["confidence"] = float(confidences[place])
         rows.append(row)

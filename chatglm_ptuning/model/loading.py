@@ -12,7 +12,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.hub import find_base
-from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMPreTrainedModel
 from chatglm_ptuning.model.quantization import keep_layout, quantization_settings
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
@@ -65,8 +65,9 @@ def load_model(
     device_map: str | None = None,
     offload_folder: str | None = None,
     max_memory: dict[int | str, int | str] | None = None,
+    model_class: type[ChatGLMPreTrainedModel] = ChatGLMForConditionalGeneration,
     **config_overrides: Any,
-) -> ChatGLMForConditionalGeneration:
+) -> ChatGLMPreTrainedModel:
     """Loads a base once, in evaluation mode, onto this process's device unless `device_map` says otherwise.
 
     Args:
@@ -80,6 +81,7 @@ def load_model(
             for inference.
         offload_folder: for layers on the disk; by default a temporary folder that goes when the process ends.
         max_memory: of each device, as accelerate takes it; by default what is free.
+        model_class: the language model, or one of the classes with a linear head (`modeling_heads.HEAD_CLASSES`).
         config_overrides: fields of ChatGLMConfig to set.
 
     Raises:
@@ -104,7 +106,7 @@ def load_model(
     else:
         overrides |= {"device_map": device_map, "offload_folder": offload_folder or _temporary_folder()}
         overrides |= {"max_memory": max_memory} if max_memory else {}
-    model = ChatGLMForConditionalGeneration.from_pretrained(folder, dtype=chosen, **overrides)
+    model = model_class.from_pretrained(folder, dtype=chosen, **overrides)
     # Prefix checkpoints record it: a path in the hub's cache says little to others.
     model.config.name_or_path = str(model_name_or_path)
     if pre_seq_len and quantization is not None:

@@ -22,7 +22,11 @@ from transformers.utils import can_return_tuple
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.float32_module import Float32Module
 from chatglm_ptuning.model.losses import IGNORED_LABEL, cross_entropy
-from chatglm_ptuning.model.modeling_chatglm import ChatGLMModel, ChatGLMPreTrainedModel
+from chatglm_ptuning.model.modeling_chatglm import (
+    ChatGLMForConditionalGeneration,
+    ChatGLMModel,
+    ChatGLMPreTrainedModel,
+)
 
 
 class Head(Float32Module, nn.Linear):
@@ -75,7 +79,8 @@ class ChatGLMForSequenceClassification(_ChatGLMWithHead):
         Args:
             attention_mask: `[batch, seq_len]`, padded on either side. Without it, the pads are taken to be the
                 `pad_token_id`s at the end of a row.
-            labels: `[batch]` classes or numbers, or `[batch, num_labels]` for several classes or numbers at once.
+            labels: `[batch]` classes or numbers, or `[batch, num_labels]` for several classes or numbers at once; -100
+                where nothing is learned.
             num_items_in_batch: what the loss is divided by instead of the number of labels here.
 
         Raises:
@@ -124,11 +129,13 @@ class ChatGLMForSequenceClassification(_ChatGLMWithHead):
         if problem == "single_label_classification":
             return cross_entropy(logits, labels.reshape(-1), num_items_in_batch)
         labels = labels.reshape(logits.shape).to(logits.dtype)
+        known = labels != IGNORED_LABEL
         if problem == "regression":
             losses = functional.mse_loss(logits, labels, reduction="none")
         else:
             losses = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-        return losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch
+        items = known.sum() if num_items_in_batch is None else num_items_in_batch
+        return (losses * known).sum() / torch.as_tensor(items, device=losses.device).clamp(min=1)
 
 
 class ChatGLMForTokenClassification(_ChatGLMWithHead):
@@ -205,6 +212,16 @@ class ChatGLMForQuestionAnswering(_ChatGLMWithHead):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+HEAD_CLASSES: dict[str, type[ChatGLMPreTrainedModel]] = {
+    "generation": ChatGLMForConditionalGeneration,
+    "multiple_choice": ChatGLMForConditionalGeneration,
+    "sequence_classification": ChatGLMForSequenceClassification,
+    "token_classification": ChatGLMForTokenClassification,
+    "question_answering": ChatGLMForQuestionAnswering,
+}
+"""The class that solves a task with a head of that name; the first two are the language model itself."""
 
 
 def _inside(positions: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

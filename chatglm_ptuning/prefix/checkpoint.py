@@ -45,6 +45,8 @@ class PrefixMetadata:
         chat_format: the tokenizer's, of the training data.
         task: what it was trained for, in the user's words.
         training: a summary of the training run.
+        head: the name of the head trained beside it (`sequence_classification`, ...); None for the language model.
+        labels: what the head's outputs stand for, in their order.
         trained: False if it was saved with its random first values.
     """
 
@@ -58,6 +60,8 @@ class PrefixMetadata:
     chat_format: str | None = None
     task: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
+    head: str | None = None
+    labels: list[str] | None = None
     trained: bool = True
     kit_version: str | None = None
 

@@ -8,6 +8,7 @@ import torch
 from transformers import Seq2SeqTrainingArguments
 
 from chatglm_ptuning.data.forms import FORMS, Columns
+from chatglm_ptuning.data.tasks.arguments import TaskArguments
 from chatglm_ptuning.model.hub import BaseArguments
 from chatglm_ptuning.prefix.latest import runs_folder
 from chatglm_ptuning.training.distributed import prepare_processes
@@ -73,8 +74,8 @@ class ModelArguments(BaseArguments):
 
 
 @dataclass
-class DataArguments:
-    """Files, columns and lengths."""
+class DataArguments(TaskArguments):
+    """Files, columns and lengths; or a task instead of files."""
 
     train_file: list[str] | None = field(
         default=None, metadata={"help": "data files, folders, patterns or hub:OWNER/NAME to train on"}
@@ -115,8 +116,15 @@ class DataArguments:
     compare_base: bool = field(
         default=False, metadata={"help": "with --do_predict: score the base without prefix too, and show answers"}
     )
+    train_split: str | None = field(default=None, metadata={"help": "of the task, to train on (default: train)"})
+    eval_split: str | None = field(default=None, metadata={"help": "of the task, for --do_eval (default: dev)"})
+    predict_split: str | None = field(default=None, metadata={"help": "of the task, for --do_predict (default: test)"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.task is not None and (self.train_file or self.validation_file or self.test_file):
+            raise ValueError("--task brings its own files: give --task_data and no --train_file, --validation_file or "
+                             "--test_file")  # fmt: skip
         for name in ("max_source_length", "max_target_length"):
             if getattr(self, name) < 2:
                 raise ValueError(f"--{name} must be at least 2, got {getattr(self, name)}")

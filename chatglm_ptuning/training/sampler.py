@@ -89,8 +89,21 @@ class PaddedRows(Dataset):
             return self.rows[index]
         if index >= self.total:
             raise IndexError(index)
-        ids = self.rows[0]["input_ids"][:_FILLING_TOKENS]
-        return {"input_ids": ids, "labels": [IGNORED_LABEL] * len(ids)}
+        return nothing_to_learn_like(self.rows[0])
+
+
+def nothing_to_learn_like(row: dict[str, Any]) -> dict[str, Any]:
+    """The shortest row of the same columns that adds nothing to any loss."""
+    filling: dict[str, Any] = {"input_ids": row["input_ids"][:_FILLING_TOKENS]}
+    filling |= {name: IGNORED_LABEL for name in ("start_positions", "end_positions") if name in row}
+    labels = row.get("labels")
+    if isinstance(labels, int):
+        filling["labels"] = IGNORED_LABEL
+    elif labels is not None and isinstance(labels[0], float):
+        filling["labels"] = [float(IGNORED_LABEL)] * len(labels)
+    elif labels is not None:
+        filling["labels"] = [IGNORED_LABEL] * len(filling["input_ids"])
+    return filling
 
 
 def row_lengths(dataset: Any) -> list[int]:

@@ -1,0 +1,115 @@
+"""Flags about a task, for every command that trains or scores one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from chatglm_ptuning.data.tasks.encode import TaskEncoder, head_of
+from chatglm_ptuning.data.tasks.encode_tags import TOKEN_UNITS
+from chatglm_ptuning.data.tasks.examples import AnyExample
+from chatglm_ptuning.data.tasks.read import read_examples
+from chatglm_ptuning.data.tasks.registry import load_task
+from chatglm_ptuning.data.tasks.schema import HEADS, Task
+from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
+
+CANDIDATE_SCORES = ("sum", "mean", "calibrated")
+"""How candidates are ranked: by their log-likelihood, by it per token, or by what the text adds to it."""
+
+
+@dataclass
+class TaskArguments:
+    """Which task, where its files are, and how it is solved."""
+
+    task: str | None = field(
+        default=None, metadata={"help": "a task of the registry, or the YAML file of your own (chatglm-ptuning tasks)"}
+    )
+    task_data: str | None = field(
+        default=None,
+        metadata={"help": "folder with the task's published files; or huggingface, modelscope, huggingface:OWNER/NAME"},
+    )
+    head: str | None = field(
+        default=None, metadata={"help": f"how the task is solved: {', '.join(HEADS)} (default: the task's own)"}
+    )
+    subjects: list[str] | None = field(
+        default=None, metadata={"help": "of an examination, these subjects or categories alone"}
+    )
+    token_unit: str = field(
+        default="pieces",
+        metadata={"help": "what a tag stands on: pieces of the tokenizer, or characters (exact at every boundary)"},
+    )
+    candidate_scores: str = field(
+        default="sum",
+        metadata={"help": "how candidate answers are ranked: sum (log-likelihood), mean (per token), or calibrated "
+                  "(what the text adds to it)"},
+    )  # fmt: skip
+    max_answer_length: int = field(default=50, metadata={"help": "characters of an extracted answer at most"})
+    doc_stride: int = field(default=64, metadata={"help": "tokens by which the windows of a long text overlap"})
+
+    def __post_init__(self) -> None:
+        if self.token_unit not in TOKEN_UNITS:
+            raise ValueError(f"--token_unit must be {' or '.join(TOKEN_UNITS)}, got {self.token_unit!r}")
+        if self.candidate_scores not in CANDIDATE_SCORES:
+            raise ValueError(
+                f"--candidate_scores must be one of {', '.join(CANDIDATE_SCORES)}, got {self.candidate_scores!r}"
+            )
+        if self.max_answer_length < 1:
+            raise ValueError(f"--max_answer_length must be at least 1, got {self.max_answer_length}")
+        if self.doc_stride < 0:
+            raise ValueError(f"--doc_stride must not be negative, got {self.doc_stride}")
+        if self.task is not None and self.task_data is None:
+            raise ValueError("--task needs --task_data: the folder with its files, or huggingface or modelscope")
+        if self.task is None and (self.task_data or self.head or self.subjects):
+            raise ValueError("--task_data, --head and --subjects belong to a --task")
+
+    def chosen_task(self) -> Task:
+        """The task that --task names.
+
+        Raises:
+            ValueError: if there is none of that name, or its file is wrong.
+        """
+        return load_task(self.task or "")
+
+    def encoder(
+        self,
+        task: Task,
+        tokenizer: ChatGLMTokenizer,
+        max_source_length: int,
+        max_target_length: int,
+        head: str | None = None,
+    ) -> TaskEncoder:
+        """What makes model inputs of the task's examples.
+
+        Args:
+            head: instead of the one that the flags name.
+
+        Raises:
+            ValueError: if the head cannot solve the task.
+        """
+        return TaskEncoder(
+            task, tokenizer, head_of(task, head or self.head), max_source_length, max_target_length, self.doc_stride,
+            self.token_unit,
+        )  # fmt: skip
+
+    def examples(self, task: Task, split: str, limit: int | None = None) -> Sequence[AnyExample]:
+        """The first `limit` examples of a split, or all.
+
+        Raises:
+            ValueError: naming what is missing or wrong, see `read_examples`.
+        """
+        return read_examples(task, self.task_data or "", split, subjects=self.subjects)[:limit]
+
+
+def usual_split(task: Task, kind: str) -> str:
+    """The split that a task trains on, is watched by, or is tested on, where none is named.
+
+    Args:
+        kind: train, dev or test. Few-shot benchmarks have several of each: the whole (`train_few_all`) is meant then.
+
+    Raises:
+        ValueError: if the task has none of the kind.
+    """
+    for name in (kind, f"{kind}_few_all", f"{kind}_public", f"{kind}_0", *(("val", "trial") if kind == "dev" else ())):
+        if name in task.files:
+            return name
+    raise ValueError(f"The task {task.name} has no {kind} split; name one of {', '.join(task.files)}.")

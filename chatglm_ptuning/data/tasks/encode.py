@@ -1,0 +1,128 @@
+"""From a task's examples to rows of token ids for the head that solves it; one function pair for every head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from chatglm_ptuning.data.chat_format import render
+from chatglm_ptuning.data.conversation import Conversation, Message
+from chatglm_ptuning.data.tasks.encode_spans import encode_question
+from chatglm_ptuning.data.tasks.encode_tags import encode_tokens
+from chatglm_ptuning.data.tasks.examples import AnyExample, QuestionExample, TextExample, TokenExample, gold_of
+from chatglm_ptuning.data.tasks.prompt import answer_text, render_prompt
+from chatglm_ptuning.data.tasks.schema import Task
+from chatglm_ptuning.data.truncation import cut_source
+from chatglm_ptuning.model.losses import IGNORED_LABEL
+
+if TYPE_CHECKING:
+    from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
+
+ANSWERING_HEADS = ("generation", "multiple_choice")
+"""Heads that are the language model itself: what is learned is the text of the answer."""
+
+
+@dataclass(frozen=True)
+class TaskEncoder:
+    """Makes model inputs of the examples of one task for one head.
+
+    Texts to classify and questions to answer are prompts in the chat format of the tokenizer; a sequence
+    classification ends where the answer's text would begin, so that its last state is the one that would say it.
+    Texts to tag and contexts to search stand in the task's prompt without the chat's roles.
+
+    Attributes:
+        head: one of the task's heads.
+        max_source_length: tokens of a prompt at most. Longer prompts lose the middle of their text; texts to tag and
+            contexts to search are read in windows that overlap by `doc_stride` tokens.
+        max_target_length: tokens of an answer to learn at most.
+        token_unit: what a tag stands on: `characters` splits the tokenizer's pieces where a character of the file
+            ends, `pieces` leaves them whole.
+    """
+
+    task: Task
+    tokenizer: ChatGLMTokenizer
+    head: str
+    max_source_length: int = 1024
+    max_target_length: int = 128
+    doc_stride: int = 64
+    token_unit: str = "characters"
+
+    def training_rows(self, examples: Iterable[AnyExample]) -> list[dict[str, Any]]:
+        """Rows with `input_ids` and what is to be learned, for `PaddingCollator`:
+
+        - generation, multiple_choice: `labels` `[seq_len]`, -100 on the prompt;
+        - sequence_classification: `labels`, the number of the label, or for several at once 0.0 and 1.0 for each;
+        - token_classification: `labels` `[seq_len]`, the number of the tag on one token of each character, else -100;
+        - question_answering: `start_positions` and `end_positions`; 0 in a window without the answer.
+
+        Raises:
+            ValueError: naming the place in the file, for an example without gold, or too long a prompt.
+        """
+        rows = []
+        for example in examples:
+            if gold_of(example) is None:
+                raise ValueError(f"{example.where}: the example has no label or answer to learn.")
+            rows += self._training_rows_of(example)
+        return rows
+
+    def _training_rows_of(self, example: AnyExample) -> list[dict[str, Any]]:
+        if isinstance(example, TokenExample) and self.head == "token_classification":
+            return [
+                {"input_ids": window.input_ids, "labels": window.labels(example, self.task.tags)}
+                for window in encode_tokens(self, example)
+            ]
+        if isinstance(example, QuestionExample) and self.head == "question_answering":
+            return [
+                {"input_ids": window.input_ids} | window.positions(example.answers or ())
+                for window in encode_question(self, example)
+            ]
+        if isinstance(example, TextExample) and self.head == "sequence_classification":
+            return [{"input_ids": self.prompt_ids(example), "labels": list(self.task.labels).index(example.label)}]
+        prompt = self.prompt_ids(example)
+        asked = [Message("user", "？"), Message("assistant", answer_text(self.task, example) or "", loss=True)]
+        rendered = render(Conversation(asked), self.tokenizer)
+        answer = rendered.input_ids[rendered.answer_start :]
+        if len(answer) > self.max_target_length + 1:
+            answer = answer[: self.max_target_length]
+        return [{"input_ids": prompt + answer, "labels": [IGNORED_LABEL] * len(prompt) + answer}]
+
+    def prompt_ids(self, example: AnyExample) -> list[int]:
+        """The prompt of an example in the chat format, to its end or, for a linear head, to where the text begins.
+
+        Raises:
+            ValueError: if the prompt without any text is longer than `max_source_length`.
+        """
+        header = self._answer_header() if self.head == "sequence_classification" else []
+        conversation = Conversation([Message("user", render_prompt(self.task, example))])
+        cut = cut_source(conversation, self.max_source_length - len(header), self.tokenizer)
+        if cut is None:
+            raise ValueError(
+                f"{example.where}: the prompt does not fit into --max_source_length {self.max_source_length}."
+            )
+        return [*render(cut.conversation, self.tokenizer, for_generation=True).input_ids, *header]
+
+    def _answer_header(self) -> list[int]:
+        """What precedes the text of every answer: its line of metadata, in the formats that have one."""
+        rendered = render(Conversation([Message("user", "？"), Message("assistant", "。")]), self.tokenizer)
+        return rendered.input_ids[rendered.answer_start : rendered.answer_start + rendered.answer_header]
+
+
+def head_of(task: Task, head: str | None) -> str:
+    """The head to solve the task with: the one asked for, or the task's own.
+
+    Raises:
+        ValueError: if it cannot solve the task, naming those that can.
+    """
+    if head is None:
+        return task.head
+    if head not in task.heads:
+        raise ValueError(f"--head {head} cannot solve {task.name}; {' or '.join(task.heads)} can.")
+    return head
+
+
+def label_names(task: Task, head: str) -> Sequence[str] | None:
+    """The names of a linear head's outputs, in their order; None for heads without a fixed number of them."""
+    if head == "sequence_classification":
+        return list(task.labels)
+    return list(task.tags) if head == "token_classification" else None

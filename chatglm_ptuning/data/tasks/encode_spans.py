@@ -1,0 +1,72 @@
+"""Contexts to search for an answer, in windows with the question in each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from chatglm_ptuning.data.tasks.encode_windows import around, frame_ids, room_for, window_starts
+from chatglm_ptuning.data.tasks.examples import Answer, QuestionExample
+
+if TYPE_CHECKING:
+    from chatglm_ptuning.data.tasks.encode import TaskEncoder
+
+NO_ANSWER = 0
+"""The position that a window without the answer points to: the first token."""
+
+
+@dataclass(frozen=True)
+class SpanWindow:
+    """A part of a context with the question around it.
+
+    Attributes:
+        input_ids: `[seq_len]`.
+        offsets: `[seq_len]`; (first, last + 1) of the context's characters that the id stands for, None outside it.
+    """
+
+    input_ids: list[int]
+    offsets: list[tuple[int, int] | None]
+
+    def positions(self, answers: Sequence[Answer]) -> dict[str, int]:
+        """`start_positions` and `end_positions`: the ids that hold the first and last character of the first reference.
+
+        `NO_ANSWER` for both if it is not wholly inside, or if the context does not have it.
+        """
+        answer = answers[0] if answers else None
+        start = end = None
+        if answer is not None and answer.start is not None and answer.text:
+            start = self._holding(answer.start)
+            end = self._holding(answer.start + len(answer.text) - 1)
+        if start is None or end is None:
+            start = end = NO_ANSWER
+        return {"start_positions": start, "end_positions": end}
+
+    def _holding(self, character: int) -> int | None:
+        for position, offsets in enumerate(self.offsets):
+            if offsets is not None and offsets[0] <= character < offsets[1]:
+                return position
+        return None
+
+
+def encode_question(encoder: TaskEncoder, example: QuestionExample) -> list[SpanWindow]:
+    """The windows of a context; they overlap by `doc_stride` tokens.
+
+    Raises:
+        ValueError: if question and prompt leave no room for the context.
+    """
+    values = {"question": example.question, "context": example.context}
+    frame = frame_ids(encoder.tokenizer, *around(encoder.task.prompt, "context", values, example.where))
+    room = room_for(frame, encoder.max_source_length, example.where)
+    before, behind = frame
+    vocabulary = encoder.tokenizer.vocabulary
+    ids, offsets = vocabulary.encode(example.context), vocabulary.offsets(example.context)
+    windows = []
+    for start in window_starts(len(ids), room, encoder.doc_stride):
+        own = [(first, end) if end > first else None for first, end in offsets[start : start + room]]
+        windows.append(
+            SpanWindow(
+                [*before, *ids[start : start + room], *behind], [None] * len(before) + own + [None] * len(behind)
+            )
+        )
+    return windows

@@ -1,0 +1,122 @@
+"""Texts to tag: which token stands for which character of the file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from chatglm_ptuning.data.tasks.encode_windows import around, frame_ids, owner_of, room_for, window_starts
+from chatglm_ptuning.data.tasks.examples import TokenExample
+from chatglm_ptuning.model.losses import IGNORED_LABEL
+
+if TYPE_CHECKING:
+    from chatglm_ptuning.data.tasks.encode import TaskEncoder
+    from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
+
+TOKEN_UNITS = ("characters", "pieces")
+
+
+@dataclass(frozen=True)
+class TagWindow:
+    """A part of a text with the prompt around it.
+
+    Attributes:
+        input_ids: `[seq_len]`.
+        spans: `[seq_len]`; (first, last + 1) of the file's tokens that this id's tag decides, None for ids without
+            one. Over all windows of a text, every token of the file is decided once at most.
+    """
+
+    input_ids: list[int]
+    spans: list[tuple[int, int] | None]
+
+    def labels(self, example: TokenExample, tags: Sequence[str]) -> list[int]:
+        """`[seq_len]`, the number of the tag of the first token that an id decides, -100 where it decides none."""
+        gold = example.tags or ()
+        return [IGNORED_LABEL if span is None else tags.index(gold[span[0]]) for span in self.spans]
+
+
+def encode_tokens(encoder: TaskEncoder, example: TokenExample) -> list[TagWindow]:
+    """The windows of a text.
+
+    Raises:
+        ValueError: if the prompt leaves no room for the text.
+    """
+    values = {"labels": "、".join(encoder.task.labels.values()), "text": example.text}
+    frame = frame_ids(encoder.tokenizer, *around(encoder.task.prompt, "text", values, example.where))
+    room = room_for(frame, encoder.max_source_length, example.where)
+    split = _by_characters if encoder.token_unit == "characters" else _by_pieces
+    ids, spans = split(encoder.tokenizer, example.tokens)
+    starts = window_starts(len(ids), room, encoder.doc_stride)
+    before, behind = frame
+    windows = []
+    for window, start in enumerate(starts):
+        inside = range(start, min(start + room, len(ids)))
+        own = [spans[place] if owner_of(place, starts, room) == window else None for place in inside]
+        windows.append(
+            TagWindow(
+                [*before, *(ids[place] for place in inside), *behind],
+                [None] * len(before) + own + [None] * len(behind),
+            )
+        )
+    return windows
+
+
+def tags_of(windows: Sequence[TagWindow], predicted: Sequence[Sequence[str]], number_of_tokens: int) -> list[str]:
+    """Tags of all tokens of the file from those of all ids; `O` for a token that has no id of its own.
+
+    Where one id stands for several tokens, an entity that begins in it goes on to its end.
+
+    Args:
+        predicted: for every window, a tag for each id.
+    """
+    tags = ["O"] * number_of_tokens
+    for window, row in zip(windows, predicted, strict=True):
+        for span, tag in zip(window.spans, row, strict=True):
+            if span is not None:
+                first, end = span
+                inside = "O" if tag == "O" else "I-" + tag.partition("-")[2]
+                tags[first:end] = [tag, *[inside] * (end - first - 1)]
+    return tags
+
+
+def _by_characters(
+    tokenizer: ChatGLMTokenizer, tokens: Sequence[str]
+) -> tuple[list[int], list[tuple[int, int] | None]]:
+    """Every token of the file by itself; of several ids the last one decides, which has seen the whole token."""
+    ids: list[int] = []
+    spans: list[tuple[int, int] | None] = []
+    for place, token in enumerate(tokens):
+        own = _inner_ids(tokenizer, token)
+        ids += own
+        spans += [None] * (len(own) - 1) + [(place, place + 1)] * bool(own)
+    return ids, spans
+
+
+def _inner_ids(tokenizer: ChatGLMTokenizer, token: str) -> list[int]:
+    """The ids of a token as they stand inside a text: without what the tokenizer puts in front of every text."""
+    vocabulary = tokenizer.vocabulary
+    # A line feed is an id of its own in all vocabularies of the family, and never merged with a character behind it.
+    line, both = vocabulary.encode("\n"), vocabulary.encode("\n" + token)
+    return both[len(line) :] if both[: len(line)] == line else vocabulary.encode(token)
+
+
+def _by_pieces(tokenizer: ChatGLMTokenizer, tokens: Sequence[str]) -> tuple[list[int], list[tuple[int, int] | None]]:
+    """The tokenizer's own pieces; of several ids inside one token of the file the last one decides."""
+    text = "".join(tokens)
+    token_at = [place for place, token in enumerate(tokens) for _ in token]
+    spans: list[tuple[int, int] | None] = []
+    decided: dict[int, int] = {}
+    for place, (start, end) in enumerate(tokenizer.vocabulary.offsets(text)):
+        if end <= start:
+            spans.append(None)
+            continue
+        first, last = token_at[start], token_at[end - 1]
+        earlier = decided.get(first)
+        if earlier is not None:
+            # The token began in an earlier id. That one keeps what it has before it, this one decides from it on.
+            begun = spans[earlier]
+            spans[earlier] = (begun[0], first) if begun is not None and begun[0] < first else None
+        spans.append((first, last + 1))
+        decided |= dict.fromkeys(range(first, last + 1), place)
+    return tokenizer.vocabulary.encode(text), spans
