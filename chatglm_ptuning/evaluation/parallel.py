@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import distributed
 
 from chatglm_ptuning.evaluation.generate import generate_answers
@@ -27,6 +29,27 @@ def process_count() -> int:
 def is_first_process() -> bool:
     """Whether this is the process that prints and writes."""
     return process_count() == 1 or distributed.get_rank() == 0
+
+
+def print_once(text: str) -> None:
+    """Prints in the first process alone."""
+    if is_first_process():
+        print(text)
+
+
+@contextmanager
+def joined_processes() -> Iterator[None]:
+    """Inside, the processes that torchrun has started know one another, and each has its own accelerator."""
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1 or process_count() > 1:
+        yield
+        return
+    if torch.accelerator.is_available():
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK") or 0))
+    distributed.init_process_group()
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
 
 
 def do_together(

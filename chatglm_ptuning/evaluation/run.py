@@ -15,23 +15,26 @@ from chatglm_ptuning.data.forms import FORMS, Columns
 from chatglm_ptuning.data.preprocess import Preprocessor
 from chatglm_ptuning.data.report import PreparationReport
 from chatglm_ptuning.data.tasks.arguments import TaskArguments
-from chatglm_ptuning.evaluation.generate import generate_answers
+from chatglm_ptuning.evaluation.chosen_prefix import PLAIN_BASE, choose_prefix, load_chosen_prefix, short_name
 from chatglm_ptuning.evaluation.metrics import score
+from chatglm_ptuning.evaluation.parallel import (
+    generate_answers_together,
+    is_first_process,
+    joined_processes,
+    print_once,
+)
 from chatglm_ptuning.evaluation.table import print_scores
+from chatglm_ptuning.evaluation.task_run import evaluate_task
 from chatglm_ptuning.model.hub import DEFAULT_MODEL, InferenceBaseArguments
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
-from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
-from chatglm_ptuning.prefix.bank import PrefixSelection
 from chatglm_ptuning.prefix.checkpoint import kit_version
 from chatglm_ptuning.prefix.files import write_atomically
-from chatglm_ptuning.prefix.latest import find_latest_prefix, runs_folder
+from chatglm_ptuning.prefix.latest import runs_folder
 
 DEFAULT_TEST_FILE = str(Path(DEFAULT_MODEL).parent / "news_topic" / "dev.json")
 """What is scored when no file is named: bundled with the sources, columns `content` and `summary`."""
 METRICS_FILE = "metrics.json"
 PREDICTIONS_FILE = "predictions.jsonl"
-PLAIN_BASE = "none"
-"""As --ptuning_checkpoint: no prefix."""
 
 RETIRED_FLAGS = {
     "do_predict": "generating and scoring is all that evaluate does.",
@@ -110,7 +113,10 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
     Raises:
         ValueError, OSError, ImportError: for what is wrong with a file, a flag or the installation.
     """
-    prefix = _choose_prefix(args.ptuning_checkpoint)
+    prefix = choose_prefix(args.ptuning_checkpoint)
+    output = Path(args.output_dir) if args.output_dir else runs_folder() / "evaluation" / short_name(prefix)
+    if args.task is not None:
+        return evaluate_task(args, prefix, output)
     # Rows first: what is wrong with a file shows before minutes go into loading the base.
     bad_rows = BadRows(args.skip_bad_rows)
     rows = list(itertools.islice(iterate_rows(args.test_file, bad_rows), args.max_predict_samples))
@@ -120,8 +126,7 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
         tokenizer, args.columns(), args.max_source_length, args.max_target_length, source_prefix=args.source_prefix
     )
     examples, report = preprocessor.for_generation(rows, bad_rows)
-    print(f"{', '.join(args.test_file)}\n{report.summary()}")
-    output = Path(args.output_dir) if args.output_dir else runs_folder() / "evaluation" / _short_name(prefix)
+    print_once(f"{', '.join(args.test_file)}\n{report.summary()}")
     output.mkdir(parents=True, exist_ok=True)
     model = load_model(
         args.model_name_or_path,
@@ -130,12 +135,12 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
         device_map=args.device_map,
         **source,
     )
-    selected = None if prefix is None else _load_prefix(model, prefix, chosen=args.ptuning_checkpoint is not None)
+    selected = None if prefix is None else load_chosen_prefix(model, prefix, chosen=args.ptuning_checkpoint is not None)
     subject = "base" if prefix is None else "prefix"
     answers = {}
     for name in ("base", "prefix") if prefix is not None and args.compare_base else (subject,):
         model.set_prefix(selected if name == "prefix" else None)
-        answers[name] = generate_answers(
+        answers[name] = generate_answers_together(
             model,
             tokenizer,
             examples,
@@ -158,6 +163,8 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
             "kit_version": kit_version(),
         },
     }
+    if not is_first_process():
+        return results
     prompts = [tokenizer.decode(example["input_ids"]) for example in examples]
     _write_predictions(output / PREDICTIONS_FILE, prompts, references, answers, subject)
     with write_atomically(output / METRICS_FILE) as temporary:
@@ -177,46 +184,10 @@ def main(argv: Sequence[str]) -> None:
         RETIRED_FLAGS,
     )
     try:
-        evaluate(args)
+        with joined_processes():
+            evaluate(args)
     except (ValueError, OSError, ImportError) as error:
         fail(str(error))
-
-
-def _choose_prefix(named: str | None) -> Path | None:
-    """The prefix to score, None for the plain base; says which it is."""
-    if named is not None and named.lower() == PLAIN_BASE:
-        print("Scoring the plain base, without a prefix.")
-        return None
-    if named is not None:
-        print(f"Scoring the prefix in {named}.")
-        return Path(named)
-    newest = find_latest_prefix(runs_folder())
-    if newest is None:
-        print(f"Scoring the plain base: there is no trained prefix in {runs_folder()} (see --ptuning_checkpoint).")
-    else:
-        print(f"Scoring the prefix that was trained last, in {newest} (see --ptuning_checkpoint).")
-    return newest
-
-
-def _short_name(prefix: Path | None) -> str:
-    if prefix is None:
-        return "base"
-    folder = (prefix.parent if prefix.is_file() else prefix).resolve()
-    return f"{folder.parent.name}-{folder.name}" if folder.name.startswith("checkpoint-") else folder.name
-
-
-def _load_prefix(model: ChatGLMForConditionalGeneration, prefix: Path, chosen: bool) -> PrefixSelection:
-    """Loads the prefix and returns the name to select it by."""
-    try:
-        model.load_prefix(prefix)
-    except ValueError as error:
-        if chosen:
-            raise
-        raise ValueError(
-            f"{error}\nIt was taken for being the one trained last. Name another by --ptuning_checkpoint, its base by "
-            f"--model_name_or_path, or score the plain base by --ptuning_checkpoint {PLAIN_BASE}."
-        ) from error
-    return model.selected_prefix
 
 
 def _counts(report: PreparationReport) -> dict[str, Any]:

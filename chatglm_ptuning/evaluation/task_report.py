@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,7 @@ def write_task_report(
     examples: Sequence[AnyExample],
     predictions: Sequence[Any],
     confidences: Sequence[float] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> TaskScores:
     """Scores, and writes into the folder:
 
@@ -96,6 +97,7 @@ def write_task_report(
 
     Args:
         confidences: how sure the model was of each prediction.
+        settings: how the predictions were made; goes into `metrics.json`.
 
     Raises:
         ValueError: as `score_task`.
@@ -106,6 +108,8 @@ def write_task_report(
     rows = _rows(task, examples, predictions, scores, confidences)
     content: dict[str, Any] = {"task": task.name, "examples": len(examples), **asdict(scores)}
     content.pop("of_examples")
+    if settings is not None:
+        content["settings"] = dict(settings)
     if isinstance(examples[0], TextExample):
         matrix = confusion_matrix(predictions, [example.label for example in examples], list(task.labels))
         shown = draw_confusion_matrix(folder / "confusion_matrix.png", matrix, list(task.labels.values()), task.name)
@@ -129,12 +133,14 @@ def write_results(
     variant: str | None = None,
     *,
     may_submit: bool = True,
+    settings: Mapping[str, Any] | None = None,
 ) -> TaskScores | None:
     """All files about the predictions on a split: the report where it has gold, and the benchmark's submission.
 
     Args:
         variant: see `write_submission`.
         may_submit: False if the examples are not the whole split, which no benchmark takes.
+        settings: see `write_task_report`.
 
     Returns:
         The scores; None for a split without gold, of which `predictions.jsonl` is written without scores.
@@ -151,7 +157,7 @@ def write_results(
         folder.mkdir(parents=True, exist_ok=True)
         _write_lines(folder / "predictions.jsonl", _rows(task, examples, values, None, confidences))
     else:
-        scores = write_task_report(folder, task, examples, values, confidences)
+        scores = write_task_report(folder, task, examples, values, confidences, settings)
     if task.submission is not None and may_submit:
         write_submission(task, examples, values, folder, split, variant)
     return scores

@@ -1,0 +1,102 @@
+"""`chatglm-ptuning evaluate --task`: the predictions on a split of a task, their scores, and what went wrong."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chatglm_ptuning.data.tasks.arguments import usual_split
+from chatglm_ptuning.data.tasks.encode import ANSWERING_HEADS, head_of
+from chatglm_ptuning.evaluation.chosen_prefix import load_chosen_prefix
+from chatglm_ptuning.evaluation.parallel import is_first_process, print_once
+from chatglm_ptuning.evaluation.table import print_scores
+from chatglm_ptuning.evaluation.task_model import model_settings, recorded_head, recorded_metadata
+from chatglm_ptuning.evaluation.task_predictions import PredictionSettings, predict_together
+from chatglm_ptuning.evaluation.task_report import write_results
+from chatglm_ptuning.model.loading import load_model, load_tokenizer
+from chatglm_ptuning.prefix.checkpoint import kit_version
+
+if TYPE_CHECKING:
+    from chatglm_ptuning.evaluation.run import EvaluationArguments
+
+BASE_FOLDER = "base"
+"""Folder, inside the one of the results, for those of the base without the prefix (--compare_base)."""
+
+
+def evaluate_task(args: EvaluationArguments, prefix: Path | None, output: Path) -> dict[str, Any]:
+    """Predicts, scores, prints, and writes `write_results`' files into the folder.
+
+    Args:
+        prefix: None for the plain base.
+
+    Returns:
+        The scores of the subject, and of the base if it was to be compared: by `prefix` and `base`.
+
+    Raises:
+        ValueError, OSError, ImportError: for what is wrong with a file, a flag or the installation.
+    """
+    task = args.chosen_task()
+    split = args.split or usual_split(task, "test")
+    source = {"hub": args.hub, "revision": args.revision}
+    # Rows first: what is wrong with a file shows before minutes go into loading the base.
+    examples = args.examples(task, split, args.max_predict_samples)
+    if prefix is None:
+        head = head_of(task, args.head or next((name for name in task.heads if name in ANSWERING_HEADS), None))
+    else:
+        metadata = recorded_metadata(prefix, args.model_name_or_path, **source)
+        head = recorded_head(metadata, task, args.head, prefix)
+    if head not in ANSWERING_HEADS and (prefix is None or args.compare_base):
+        raise ValueError(
+            f"The plain base has no {head.replace('_', ' ')} head for {task.name}; it can be scored by "
+            f"{' or '.join(name for name in task.heads if name in ANSWERING_HEADS) or 'no head at all'}."
+        )
+    tokenizer = load_tokenizer(args.model_name_or_path, **source)
+    encoder = args.encoder(task, tokenizer, args.max_source_length, args.max_target_length, head)
+    print_once(f"{task.name} ({task.title}), {split} in {args.task_data}, head {head}: {len(examples)} examples")
+    model = load_model(
+        args.model_name_or_path,
+        quantization_bit=args.quantization_bit,
+        quantization_type=args.quantization_type,
+        device_map=args.device_map,
+        **source,
+        **model_settings(task, head),
+    )
+    selected = None if prefix is None else load_chosen_prefix(model, prefix, chosen=args.ptuning_checkpoint is not None)
+    subject = "base" if prefix is None else "prefix"
+    settings = PredictionSettings(
+        batch_size=args.per_device_eval_batch_size,
+        max_new_tokens=args.max_target_length,
+        num_beams=args.num_beams,
+        candidate_scores=args.candidate_scores,
+        max_answer_length=args.max_answer_length,
+    )
+    scores: dict[str, Any] = {}
+    for name in ("base", "prefix") if args.compare_base and prefix is not None else (subject,):
+        model.set_prefix(selected if name == "prefix" else None)
+        predictions = predict_together(model, encoder, examples, settings)
+        if not is_first_process():
+            continue
+        result = write_results(
+            output if name == subject else output / BASE_FOLDER,
+            task,
+            examples,
+            predictions,
+            split,
+            may_submit=args.max_predict_samples is None and args.subjects is None,
+            settings={
+                **asdict(args),
+                "ptuning_checkpoint": None if name == "base" or prefix is None else str(prefix),
+                "output_dir": str(output),
+                "split": split,
+                "head": head,
+                "chat_format": tokenizer.chat_format,
+                "kit_version": kit_version(),
+            },
+        )
+        if result is not None:
+            scores[name] = result.metrics
+    if scores:
+        print_scores(scores, f"{task.name}, {split} (%)")
+    print_once(f"The results are in {output}.")
+    return scores
