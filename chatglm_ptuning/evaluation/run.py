@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from chatglm_ptuning.evaluation.table import print_scores
 from chatglm_ptuning.model.hub import DEFAULT_MODEL, InferenceBaseArguments
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
-from chatglm_ptuning.prefix.bank import PrefixSelection
 from chatglm_ptuning.prefix.checkpoint import kit_version
 from chatglm_ptuning.prefix.files import write_atomically
 from chatglm_ptuning.prefix.latest import find_latest_prefix, runs_folder
+from chatglm_ptuning.tuning.load import load_tuned
+from chatglm_ptuning.tuning.tuning import Tuning
 
 DEFAULT_TEST_FILE = str(Path(DEFAULT_MODEL).parent / "news_topic" / "dev.json")
 """What is scored when no file is named: bundled with the sources, columns `content` and `summary`."""
@@ -50,8 +52,8 @@ class EvaluationArguments(InferenceBaseArguments):
 
     ptuning_checkpoint: str | None = field(
         default=None,
-        metadata={"help": f"the prefix, a folder of this kit, official or PEFT; '{PLAIN_BASE}' for the plain base "
-                  "(default: the prefix trained last, if there is one)"},
+        metadata={"help": "what was trained: a prefix (of this kit, official or PEFT) or a run by any --tuning; "
+                  f"'{PLAIN_BASE}' for the plain base (default: the prefix trained last, if there is one)"},
     )  # fmt: skip
     test_file: list[str] | None = field(
         default=None, metadata={"help": "data files to score (default: the bundled headlines)"}
@@ -125,19 +127,21 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
         device_map=args.device_map,
         **source,
     )
-    selected = None if prefix is None else _load_prefix(model, prefix, chosen=args.ptuning_checkpoint is not None)
+    tuned = None if prefix is None else _load_tuned(model, prefix, chosen=args.ptuning_checkpoint is not None)
+    if tuned is not None and args.compare_base and not tuned.keeps_base:
+        raise ValueError(f"--compare_base: {prefix} holds a whole tuned model, so score the base by itself.")
     subject = "base" if prefix is None else "prefix"
     answers = {}
     for name in ("base", "prefix") if prefix is not None and args.compare_base else (subject,):
-        model.set_prefix(selected if name == "prefix" else None)
-        answers[name] = generate_answers(
-            model,
-            tokenizer,
-            examples,
-            batch_size=args.per_device_eval_batch_size,
-            max_new_tokens=args.max_target_length,
-            num_beams=args.num_beams,
-        )
+        with nullcontext() if name == subject else tuned.plain_base():
+            answers[name] = generate_answers(
+                model,
+                tokenizer,
+                examples,
+                batch_size=args.per_device_eval_batch_size,
+                max_new_tokens=args.max_target_length,
+                num_beams=args.num_beams,
+            )
     references = [example["reference"] for example in examples]
     scores = {name: score(texts, references) for name, texts in answers.items()}
     results = {
@@ -200,10 +204,10 @@ def _short_name(prefix: Path | None) -> str:
     return f"{folder.parent.name}-{folder.name}" if folder.name.startswith("checkpoint-") else folder.name
 
 
-def _load_prefix(model: ChatGLMForConditionalGeneration, prefix: Path, chosen: bool) -> PrefixSelection:
-    """Loads the prefix and returns the name to select it by."""
+def _load_tuned(model: ChatGLMForConditionalGeneration, prefix: Path, chosen: bool) -> Tuning:
+    """Loads what was trained onto the base, and selects it."""
     try:
-        model.load_prefix(prefix)
+        return load_tuned(model, prefix)
     except ValueError as error:
         if chosen:
             raise
@@ -211,7 +215,6 @@ def _load_prefix(model: ChatGLMForConditionalGeneration, prefix: Path, chosen: b
             f"{error}\nIt was taken for being the one trained last. Name another by --ptuning_checkpoint, its base by "
             f"--model_name_or_path, or score the plain base by --ptuning_checkpoint {PLAIN_BASE}."
         ) from error
-    return model.selected_prefix
 
 
 def _counts(report: PreparationReport) -> dict[str, Any]:
