@@ -197,7 +197,7 @@ def test_learning_rates_are_those_of_the_method_unless_given(base, train_file, t
         assert saved["learning_rate"] == LEARNING_RATES[method] and saved["tuning"] == method
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "full"])
 def test_two_processes_train_as_one(base, train_file, tmp_path, method):
     more = ["--tuning", method, "--lora_dropout", "0", "--learning_rate", "5e-3", "--save_steps", "2"]
     processes.run(flags(base, train_file, tmp_path / "two", *more, steps=4), 2, tmp_path / "logs")
