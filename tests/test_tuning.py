@@ -52,7 +52,7 @@ def train_file(tmp_path_factory):
 def answers(base, checkpoint, train_file, folder, *more):
     evaluate(
         ["--model_name_or_path", str(base), "--ptuning_checkpoint", str(checkpoint), "--test_file", str(train_file),
-         "--prompt_column", "content", "--response_column", "summary", "--max_target_length", "12",
+         "--prompt_column", "content", "--response_column", "summary", "--max_target_length", "20",
          "--max_predict_samples", "4", "--output_dir", str(folder), *more]
     )  # fmt: skip
     lines = (folder / "predictions.jsonl").read_text("utf-8").splitlines()
@@ -73,7 +73,7 @@ def test_a_run_saves_what_it_trains_goes_on_exactly_and_is_evaluated(base, train
     assert digest(base) == before
     assert {path.name for path in (run / "checkpoint-20").iterdir()} == SAVED[method] | OF_A_RUN
     assert {path.name for path in run.iterdir() if path.is_file()} >= SAVED[method]
-    assert losses(run)[-1] < 0.7 * losses(run)[0]
+    assert losses(run)[-1] < 0.8 * losses(run)[0]
     results = json.loads((run / "all_results.json").read_text("utf-8"))
     model = ChatGLMForConditionalGeneration.from_pretrained(base)
     size = model.num_parameters()
@@ -186,8 +186,8 @@ def test_the_base_itself_is_not_overwritten(base, train_file, tmp_path, capsys):
     before = digest(own)
     with pytest.raises(SystemExit):
         main(flags(own, train_file, own, "--tuning", "full", steps=1))
-    assert "will not be overwritten" in capsys.readouterr().err
-    assert {name: value for name, value in digest(own).items() if name in before} == before
+    assert "holds the base" in capsys.readouterr().err
+    assert digest(own) == before
 
 
 def test_learning_rates_are_those_of_the_method_unless_given(base, train_file, tmp_path):
@@ -197,7 +197,7 @@ def test_learning_rates_are_those_of_the_method_unless_given(base, train_file, t
         assert saved["learning_rate"] == LEARNING_RATES[method] and saved["tuning"] == method
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "full"])
 def test_two_processes_train_as_one(base, train_file, tmp_path, method):
     more = ["--tuning", method, "--lora_dropout", "0", "--learning_rate", "5e-3", "--save_steps", "2"]
     processes.run(flags(base, train_file, tmp_path / "two", *more, steps=4), 2, tmp_path / "logs")

@@ -79,7 +79,7 @@ class VirtualTokens(Float32Module):
         self.prompt_encoder = prompt_encoder.float()
         self.pre_seq_len = pre_seq_len
         self._base = weakref.ref(base)
-        self._known: tuple[tuple[int, ...], torch.Tensor] | None = None
+        self._known: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(self) -> torch.Tensor:
         """The embeddings of the virtual tokens, float32 `[pre_seq_len, hidden_size]`."""
@@ -90,13 +90,14 @@ class VirtualTokens(Float32Module):
     def key_values(self) -> torch.Tensor:
         """As `PrefixEncoder.key_values`: `[pre_seq_len, num_layers * 2, groups, kv_channels]`, float32.
 
-        Where no gradient is wanted they are computed anew only after a change of the parameters.
+        Where no gradient is wanted, as at every token of a generation, they are computed anew only after a change.
         """
+        embeddings = self()
         if torch.is_grad_enabled():
-            return key_values_before(self._base(), self())
-        versions = tuple(parameter._version for parameter in self.parameters())
-        if self._known is None or self._known[0] != versions:
-            self._known = versions, key_values_before(self._base(), self())
+            return key_values_before(self._base(), embeddings)
+        # By value: a fused optimizer changes parameters without raising their version.
+        if self._known is None or not torch.equal(self._known[0], embeddings):
+            self._known = embeddings, key_values_before(self._base(), embeddings)
         return self._known[1]
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ from chatglm_ptuning.training.initialisation import first_ids, init_prefix
 from chatglm_ptuning.tuning.load import load_tuned, prepare_tuning
 from chatglm_ptuning.tuning.methods import PROMPT_METHODS
 from chatglm_ptuning.tuning.record import read_record
-from chatglm_ptuning.tuning.tuning import NoTuning, PrefixTuning, Tuning
+from chatglm_ptuning.tuning.tuning import NoTuning, PrefixTuning, Tuning, check_not_the_base
 
 if TYPE_CHECKING:
     from chatglm_ptuning.training.arguments import ModelArguments, PrefixTrainingArguments
@@ -58,6 +58,8 @@ def tuning_of_run(
             this model, or the checkpoint does not fit.
     """
     checkpoint = model_args.ptuning_checkpoint
+    if args.do_train and args.tuning == "full":
+        check_not_the_base(model, Path(args.output_dir))
     if checkpoint is not None:
         if args.tuning == "none":
             raise ValueError(f"--tuning none is the plain base: leave --ptuning_checkpoint {checkpoint} out.")

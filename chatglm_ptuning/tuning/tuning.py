@@ -206,9 +206,7 @@ class FullTuning(Tuning):
         Raises:
             ValueError: if the folder is the base's own.
         """
-        base = Path(self.model.config.name_or_path)
-        if base.exists() and folder.exists() and base.samefile(folder):
-            raise ValueError(f"{folder} holds the base that is being tuned, and will not be overwritten.")
+        check_not_the_base(self.model, folder)
         with write_together(folder, self.record(details)) as place:
             self.model.save_pretrained(place)
             if self.tokenizer is not None:
@@ -241,6 +239,17 @@ class FullTuning(Tuning):
         if own and record.base_fingerprint["shape"] == shape:
             return  # the checkpoint itself was loaded as the base
         super()._check_base(folder, record)
+
+
+def check_not_the_base(model: PreTrainedModel, folder: Path) -> None:
+    """Refuses to write a whole model into the folder that it was loaded from.
+
+    Raises:
+        ValueError: if that is the folder.
+    """
+    base = Path(model.config.name_or_path)
+    if base.exists() and folder.exists() and base.samefile(folder):
+        raise ValueError(f"{folder} holds the base that is being tuned: choose another folder for what comes of it.")
 
 
 def heads_of(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
