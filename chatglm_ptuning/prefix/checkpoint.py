@@ -32,6 +32,8 @@ OFFICIAL_FILES = (
 PEFT_METADATA_FILE = "adapter_config.json"
 PREFIX_KEY = "transformer.prefix_encoder."
 """In front of every parameter of the prefix encoder, in this kit's files as in the official ones."""
+SOURCE_ATTENTIONS = ("causal", "bidirectional")
+"""How the tokens of the source see each other: each those before it, or all of them (prefix language model)."""
 
 _CHECKPOINT_FOLDER = re.compile(r"checkpoint-(\d+)")
 
@@ -45,6 +47,7 @@ class PrefixMetadata:
         chat_format: the tokenizer's, of the training data.
         task: what it was trained for, in the user's words.
         training: a summary of the training run.
+        source_attention: one of SOURCE_ATTENTIONS, with which it was trained.
         trained: False if it was saved with its random first values.
     """
 
@@ -58,6 +61,7 @@ class PrefixMetadata:
     chat_format: str | None = None
     task: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
+    source_attention: str = "causal"
     trained: bool = True
     kit_version: str | None = None
 
@@ -214,6 +218,11 @@ def _read_metadata(source: Path) -> PrefixMetadata:
         value = getattr(metadata, name)
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{source}: {name} must be a positive integer, got {value!r}.")
+    if metadata.source_attention not in SOURCE_ATTENTIONS:
+        raise ValueError(
+            f"{source}: source_attention must be one of {', '.join(SOURCE_ATTENTIONS)}, got "
+            f"{metadata.source_attention!r}."
+        )
     fingerprint = metadata.base_fingerprint
     if fingerprint is not None and not (isinstance(fingerprint, dict) and fingerprint.keys() >= FINGERPRINT_FIELDS):
         raise ValueError(f"{source}: base_fingerprint must be null or hold {', '.join(sorted(FINGERPRINT_FIELDS))}.")

@@ -50,6 +50,11 @@ from chatglm_ptuning.training.failures import (
 )
 from chatglm_ptuning.training.initialisation import init_prefix
 from chatglm_ptuning.training.report import draw_loss_curve, print_samples
+from chatglm_ptuning.training.source_attention import (
+    choose_source_attention,
+    source_attention_of_base,
+    source_of_rows,
+)
 from chatglm_ptuning.training.trainer import PrefixTrainer
 
 if TYPE_CHECKING:
@@ -136,10 +141,12 @@ class TrainingRun:
             quantization_type=model_args.quantization_type,
             dtype=model_args.dtype,
             attn_implementation=model_args.attn_implementation,
+            **source_attention_of_base(model_args),
         )
         if model_args.ptuning_checkpoint is not None:
             self._check_wanted_length(model)
             model.load_prefix(model_args.ptuning_checkpoint)
+            choose_source_attention(model, model_args, trains)
         elif trains:
             init_prefix(
                 model,
@@ -183,7 +190,9 @@ class TrainingRun:
             args=self.args,
             train_dataset=self.train_examples or None,
             eval_dataset=self.eval_examples or None,
-            data_collator=PaddingCollator(self.tokenizer.pad_token_id, "right"),
+            data_collator=PaddingCollator(
+                self.tokenizer.pad_token_id, "right", source_length=source_of_rows(self.model, self.tokenizer)
+            ),
             details=details,
             generation_metrics=(lambda: self.answer_and_score()[1]) if wants_answers else None,
         )
