@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from chatglm_ptuning.data.collate import PaddingCollator
+from chatglm_ptuning.data.collate import PaddingCollator, row_length
 from chatglm_ptuning.data.tasks.encode import TaskEncoder
 from chatglm_ptuning.data.tasks.encode_spans import SpanWindow, encode_question
 from chatglm_ptuning.data.tasks.encode_tags import TagWindow, encode_tokens, tags_of
@@ -274,7 +274,8 @@ def _forward(
     what: str,
 ) -> Iterator[tuple[list[int], Mapping[str, torch.Tensor] | Any]]:
     """Outputs of a model with a linear head in batches, the longest rows first, with the places of their rows."""
-    collate: Callable[..., dict[str, torch.Tensor]] = PaddingCollator(encoder.tokenizer.pad_token_id, "right")
+    source = row_length if model.source_attention_of_row() == "bidirectional" else None
+    collate = PaddingCollator(encoder.tokenizer.pad_token_id, "right", source_length=source)
     order = sorted(range(len(rows)), key=lambda place: len(rows[place]), reverse=True)
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -10,6 +10,7 @@ from transformers import Seq2SeqTrainingArguments
 from chatglm_ptuning.data.forms import FORMS, Columns
 from chatglm_ptuning.data.tasks.arguments import TaskArguments
 from chatglm_ptuning.model.hub import BaseArguments
+from chatglm_ptuning.prefix.checkpoint import SOURCE_ATTENTIONS
 from chatglm_ptuning.prefix.latest import runs_folder
 from chatglm_ptuning.training.distributed import prepare_processes
 from chatglm_ptuning.training.initialisation import PREFIX_INITS
@@ -56,6 +57,13 @@ class ModelArguments(BaseArguments):
     init_prefix_text: str | None = field(
         default=None, metadata={"help": "start from the keys and values of this text (implies --prefix_init text)"}
     )
+    source_attention: str | None = field(
+        default=None,
+        metadata={
+            "help": "whether the tokens of a prompt see all of it (bidirectional) or those before them (default: the "
+            "checkpoint's, or causal)"
+        },
+    )
     dtype: str = field(default="auto", metadata={"help": "of the base: auto, float32, bfloat16, float16"})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "eager, sdpa, flash_attention_2 or flex_attention (default: sdpa)"}
@@ -69,6 +77,10 @@ class ModelArguments(BaseArguments):
             raise ValueError(f"--prefix_init must be one of {', '.join(PREFIX_INITS)}, got {self.prefix_init!r}")
         if self.prefix_init == "text" and not self.init_prefix_text:
             raise ValueError("--prefix_init text needs --init_prefix_text")
+        if self.source_attention not in (None, *SOURCE_ATTENTIONS):
+            raise ValueError(
+                f"--source_attention must be one of {', '.join(SOURCE_ATTENTIONS)}, got {self.source_attention!r}"
+            )
         if self.pre_seq_len is not None and self.pre_seq_len < 1:
             raise ValueError(f"--pre_seq_len must be at least 1, got {self.pre_seq_len}")
 

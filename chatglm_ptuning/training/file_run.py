@@ -30,6 +30,7 @@ from chatglm_ptuning.training.arguments import (
 from chatglm_ptuning.training.cost import peak_memory, trained_parameters
 from chatglm_ptuning.training.distributed import match_precision
 from chatglm_ptuning.training.report import draw_loss_curve, print_samples
+from chatglm_ptuning.training.source_attention import source_attention_of_base, source_of_rows
 from chatglm_ptuning.training.trainer import PrefixTrainer
 from chatglm_ptuning.training.tuning import base_dtype, prefix_length, tuning_of_run
 
@@ -125,6 +126,7 @@ class TrainingRun:
             quantization_type=model_args.quantization_type,
             dtype=base_dtype(self.args, model_args),
             attn_implementation=model_args.attn_implementation,
+            **source_attention_of_base(model_args),
             **self.model_settings(),
         )
         self.tuning = tuning_of_run(model, self.args, model_args, self.tokenizer, self.train_examples)
@@ -146,7 +148,9 @@ class TrainingRun:
             args=self.args,
             train_dataset=self.train_examples or None,
             eval_dataset=self.eval_examples or None,
-            data_collator=PaddingCollator(self.tokenizer.pad_token_id, "right"),
+            data_collator=PaddingCollator(
+                self.tokenizer.pad_token_id, "right", source_length=source_of_rows(self.model, self.tokenizer)
+            ),
             tuning=self.tuning,
             details=self.details(),
             generation_metrics=self.score_of_evaluation(),

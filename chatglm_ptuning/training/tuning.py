@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 from chatglm_ptuning.prefix.checkpoint import read_prefix
 from chatglm_ptuning.training.initialisation import first_ids, init_prefix
+from chatglm_ptuning.training.source_attention import choose_source_attention
 from chatglm_ptuning.tuning.load import load_tuned, prepare_tuning
 from chatglm_ptuning.tuning.methods import PROMPT_METHODS
 from chatglm_ptuning.tuning.record import read_record
@@ -66,7 +67,9 @@ def tuning_of_run(
         _check_wanted_length(model, model_args)
     if not args.do_train:
         if checkpoint is not None:
-            return load_tuned(model, checkpoint)
+            tuning = load_tuned(model, checkpoint)
+            choose_source_attention(model, model_args, trains=False)
+            return tuning
         if model_args.pre_seq_len and args.tuning != "none":
             raise ValueError(
                 f"--pre_seq_len {model_args.pre_seq_len} without --do_train needs a --ptuning_checkpoint: an untrained "
@@ -77,6 +80,7 @@ def tuning_of_run(
     if args.tuning == "ptuning_v2":
         if checkpoint is not None:
             model.load_prefix(checkpoint)
+            choose_source_attention(model, model_args, trains=True)
         else:
             init_prefix(model, tokenizer, model_args.prefix_init, **initialisation)
         return PrefixTuning(model)
