@@ -49,6 +49,7 @@ from chatglm_ptuning.training.failures import (
     what_is_kept,
 )
 from chatglm_ptuning.training.initialisation import init_prefix
+from chatglm_ptuning.training.preservation import PreservationArguments, Replay, drift_report, read_general_rows
 from chatglm_ptuning.training.report import draw_loss_curve, print_samples
 from chatglm_ptuning.training.trainer import PrefixTrainer
 
@@ -63,8 +64,14 @@ _SAMPLES_SHOWN = 3
 class TrainingRun:
     """One run of the command: what was read, the model, and the steps that the flags ask for."""
 
-    def __init__(self, model_args: ModelArguments, data_args: DataArguments, args: PrefixTrainingArguments) -> None:
-        self.model_args, self.data_args, self.args = model_args, data_args, args
+    def __init__(
+        self,
+        model_args: ModelArguments,
+        data_args: DataArguments,
+        preserve_args: PreservationArguments,
+        args: PrefixTrainingArguments,
+    ) -> None:
+        self.model_args, self.data_args, self.preserve_args, self.args = model_args, data_args, preserve_args, args
         self.output = Path(args.output_dir)
         self.tokenizer: ChatGLMTokenizer = load_tokenizer(
             model_args.model_name_or_path, hub=model_args.hub, revision=model_args.revision
@@ -83,6 +90,14 @@ class TrainingRun:
         self.eval_examples = self._examples("validation_file", data_args.max_eval_samples) if args.do_eval else []
         self._warn_of_shared_rows()
         self.test_rows = self._test_rows()
+        self.general = read_general_rows(
+            preserve_args,
+            self.tokenizer,
+            self.cache,
+            replays=args.do_train and preserve_args.preserve_base > 0,
+            measures=preserve_args.report_drift
+            and (args.do_train or (args.do_eval and model_args.ptuning_checkpoint is not None)),
+        )
         self.model = self._load_model()
         self._under_engine = False
 
@@ -186,6 +201,18 @@ class TrainingRun:
             data_collator=PaddingCollator(self.tokenizer.pad_token_id, "right"),
             details=details,
             generation_metrics=(lambda: self.answer_and_score()[1]) if wants_answers else None,
+            replay=self._replay(),
+        )
+
+    def _replay(self) -> Replay | None:
+        if self.general.replayed is None:
+            return None
+        return Replay(
+            self.general.replayed,
+            self.preserve_args.preserve_base,
+            self.tokenizer.pad_token_id,
+            batch_size=self.preserve_args.preserve_batch_size,
+            seed=self.args.seed,
         )
 
     def train(self, trainer: PrefixTrainer, checkpoint: Path | None) -> None:
@@ -207,6 +234,19 @@ class TrainingRun:
         metrics = trainer.evaluate()
         self._under_engine = trainer.deepspeed is not None
         self._keep("eval", metrics, trainer)
+
+    def measure_drift(self, trainer: PrefixTrainer) -> None:
+        """How far the prefix has moved the model from its base on general rows."""
+        metrics = drift_report(
+            self.model,
+            self.general.held_out,
+            self.tokenizer,
+            self.args.per_device_eval_batch_size,
+            under_engine=self._under_engine,
+        )
+        if self.args.do_train:
+            metrics["preserve_base"] = self.preserve_args.preserve_base
+        self._keep("general", metrics, trainer)
 
     def answer_and_score(self) -> tuple[list[str], dict[str, float]]:
         """Answers to the test rows under the selected prefix, and their scores."""
@@ -317,10 +357,10 @@ def _was_restarted() -> bool:
 
 def main(argv: Sequence[str]) -> None:
     """Entry of the command; errors that users can mend end it with a message and exit code 1, SIGTERM with 143."""
-    model_args, data_args, args = parse_arguments(
+    model_args, data_args, preserve_args, args = parse_arguments(
         "chatglm-ptuning train",
         "Train a P-Tuning v2 prefix, evaluate it, and generate with it.",
-        (ModelArguments, DataArguments, PrefixTrainingArguments),
+        (ModelArguments, DataArguments, PreservationArguments, PrefixTrainingArguments),
         argv,
         RETIRED_FLAGS,
     )
@@ -331,7 +371,7 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(level)
     logging.get_logger(__name__.partition(".")[0]).setLevel(level)
     try:
-        output = _run(model_args, data_args, args)
+        output = _run(model_args, data_args, preserve_args, args)
     except Preempted as stop:
         print(stop, file=sys.stderr)
         raise SystemExit(SIGTERM_EXIT_CODE) from stop
@@ -354,9 +394,14 @@ def main(argv: Sequence[str]) -> None:
         print(f"Everything of this run is in {output}.")
 
 
-def _run(model_args: ModelArguments, data_args: DataArguments, args: PrefixTrainingArguments) -> Path:
+def _run(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    preserve_args: PreservationArguments,
+    args: PrefixTrainingArguments,
+) -> Path:
     checkpoint = prepare_output(args)
-    run = TrainingRun(model_args, data_args, args)
+    run = TrainingRun(model_args, data_args, preserve_args, args)
     trainer = run.trainer()
     if args.do_train:
         run.train(trainer, checkpoint)
@@ -364,4 +409,6 @@ def _run(model_args: ModelArguments, data_args: DataArguments, args: PrefixTrain
         run.evaluate(trainer)
     if args.do_predict:
         run.predict(trainer)
+    if run.general.held_out is not None:
+        run.measure_drift(trainer)
     return run.output
