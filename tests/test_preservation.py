@@ -22,7 +22,7 @@ from chatglm_ptuning.training.run import main
 CONFIGS = Path(__file__).resolve().parents[1] / "ds_config"
 TOLERANCE = {"rtol": 5e-4, "atol": 5e-5}
 ROWS = [{"content": "今天天气好吗", "summary": "甲乙丙丁"}, {"content": "你是谁", "summary": "戊己"},
-        {"content": "天气", "summary": "很好，我想去公园散步"}] * 2  # fmt: skip
+        {"content": "天气", "summary": "很好，我想去公园散步"}, {"content": "甲乙", "summary": "丙"}] * 2  # fmt: skip
 GENERAL = [{"prompt": prompt, "response": answer} for prompt, answer in tiny_base.ANSWERS.items()]
 HELD_OUT = [{"prompt": "今天有雨吗", "response": "今天有雨"}, {"text": "我想去公园散步，天气很好"},
             {"prompt": "请问你好吗", "response": "你好"}]  # fmt: skip
@@ -239,7 +239,7 @@ def test_a_run_can_do_without_the_report(base, files, tmp_path):
         (["--preserve_base", "-0.5"], 2, "--preserve_base must be 0 or a positive number, got -0.5"),
         (["--preserve_base", "nan"], 2, "--preserve_base must be 0 or a positive number, got nan"),
         (["--preserve_batch_size", "0"], 2, "--preserve_batch_size must be at least 1, got 0"),
-        (["--preserve_max_length", "8"], 2, "--preserve_max_length must be at least 32, got 8"),
+        (["--preserve_max_length", "8"], 2, "--preserve_max_length must be at least 64, got 8"),
         (["--preserve_file", "missing.json"], 1, "missing.json does not exist"),
         (["--preserve_eval_file", "GENERAL"], 1, "6 rows of --preserve_eval_file are in --preserve_file too"),
         (["--preserve_file", "BROKEN"], 1, "broken.json:2"),

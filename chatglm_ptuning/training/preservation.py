@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 _BUNDLED = Path(__file__).resolve().parents[2] / "data" / "general_prompts"
-_SHORTEST = 32
+_SHORTEST = 64
 """Tokens that a replayed row may have at least, so that the shortest question fits every chat format."""
 
 
@@ -120,7 +120,8 @@ class Replay:
 
     The rows of a step depend on the seed, the step and how many rows a step has on all processes, accumulation
     included. So a resumed run replays the same rows, and so do other numbers of processes with the same product, as
-    each takes its share; the mean is over all tokens of the step.
+    each takes its share; the mean is over all tokens of the step. Only a step that the end of an epoch cuts short
+    replays fewer, as many as it has batches, and that number depends on the processes.
 
     Args:
         rows: examples with `input_ids`.
