@@ -29,10 +29,18 @@ from chatglm_ptuning.training.arguments import (
 )
 from chatglm_ptuning.training.cost import peak_memory, trained_parameters
 from chatglm_ptuning.training.distributed import match_precision
+from chatglm_ptuning.training.preservation import (
+    GeneralRows,
+    PreservationArguments,
+    Replay,
+    drift_report,
+    read_general_rows,
+)
 from chatglm_ptuning.training.report import draw_loss_curve, print_samples
 from chatglm_ptuning.training.source_attention import source_attention_of_base, source_of_rows
 from chatglm_ptuning.training.trainer import PrefixTrainer
 from chatglm_ptuning.training.tuning import base_dtype, prefix_length, tuning_of_run
+from chatglm_ptuning.tuning.methods import PREFIX_METHODS
 
 if TYPE_CHECKING:
     import datasets
@@ -45,14 +53,23 @@ _SAMPLES_SHOWN = 3
 class TrainingRun:
     """One run of the command: what was read, the model, and the steps that the flags ask for."""
 
-    def __init__(self, model_args: ModelArguments, data_args: DataArguments, args: PrefixTrainingArguments) -> None:
+    def __init__(
+        self,
+        model_args: ModelArguments,
+        data_args: DataArguments,
+        args: PrefixTrainingArguments,
+        preserve_args: PreservationArguments | None = None,
+    ) -> None:
         self.model_args, self.data_args, self.args = model_args, data_args, args
+        self.preserve_args = preserve_args or PreservationArguments()
         self.output = Path(args.output_dir)
         self.tokenizer: ChatGLMTokenizer = load_tokenizer(
             model_args.model_name_or_path, hub=model_args.hub, revision=model_args.revision
         )
+        self.cache = TokenCache(data_args.data_cache_dir, data_args.overwrite_cache)
         # Rows first: what is wrong with a file shows before minutes go into loading the base.
         self.read_data()
+        self.general = self._read_general_rows()
         self.model = self._load_model()
         self.under_engine = False
 
@@ -71,11 +88,27 @@ class TrainingRun:
             source_prefix=data_args.source_prefix,
             num_workers=data_args.preprocessing_num_workers,
         )
-        self.cache = TokenCache(data_args.data_cache_dir, data_args.overwrite_cache)
         self.train_examples = self._examples("train_file", data_args.max_train_samples) if args.do_train else []
         self.eval_examples = self._examples("validation_file", data_args.max_eval_samples) if args.do_eval else []
         self._warn_of_shared_rows()
         self.test_rows = self._test_rows()
+
+    def _read_general_rows(self) -> GeneralRows:
+        args, preserve_args = self.args, self.preserve_args
+        has_prefix = args.tuning in PREFIX_METHODS
+        if preserve_args.preserve_base > 0 and not has_prefix:
+            raise ValueError(
+                f"--preserve_base needs the base beside what is tuned: --tuning {', '.join(PREFIX_METHODS)}, not "
+                f"{args.tuning}."
+            )
+        tuned = args.do_train or (args.do_eval and self.model_args.ptuning_checkpoint is not None)
+        return read_general_rows(
+            preserve_args,
+            self.tokenizer,
+            self.cache,
+            replays=args.do_train and preserve_args.preserve_base > 0,
+            measures=preserve_args.report_drift and has_prefix and tuned,
+        )
 
     def _named(self, flag: str) -> list[str]:
         names = getattr(self.data_args, flag)
@@ -151,9 +184,21 @@ class TrainingRun:
             data_collator=PaddingCollator(
                 self.tokenizer.pad_token_id, "right", source_length=source_of_rows(self.model, self.tokenizer)
             ),
+            replay=self._replay(),
             tuning=self.tuning,
             details=self.details(),
             generation_metrics=self.score_of_evaluation(),
+        )
+
+    def _replay(self) -> Replay | None:
+        if self.general.replayed is None:
+            return None
+        return Replay(
+            self.general.replayed,
+            self.preserve_args.preserve_base,
+            self.tokenizer.pad_token_id,
+            batch_size=self.preserve_args.preserve_batch_size,
+            seed=self.args.seed,
         )
 
     def details(self) -> dict[str, Any]:
@@ -195,6 +240,19 @@ class TrainingRun:
         metrics = trainer.evaluate()
         self.under_engine = trainer.deepspeed is not None
         self.keep("eval", metrics, trainer)
+
+    def measure_drift(self, trainer: PrefixTrainer) -> None:
+        """How far the prefix has moved the model from its base on general rows."""
+        metrics = drift_report(
+            self.model,
+            self.general.held_out,
+            self.tokenizer,
+            self.args.per_device_eval_batch_size,
+            under_engine=self.under_engine,
+        )
+        if self.args.do_train:
+            metrics["preserve_base"] = self.preserve_args.preserve_base
+        self.keep("general", metrics, trainer)
 
     def answer_and_score(self) -> tuple[list[str], dict[str, float]]:
         """Answers to the test rows under the selected prefix, and their scores."""

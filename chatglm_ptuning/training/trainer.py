@@ -37,6 +37,7 @@ from chatglm_ptuning.training.failures import (
     is_disk_full,
     is_out_of_memory,
 )
+from chatglm_ptuning.training.preservation import Replay
 from chatglm_ptuning.training.sampler import SAMPLING_STRATEGIES, EpochSampler, PaddedRows, row_lengths
 from chatglm_ptuning.tuning.tuning import PrefixTuning, Tuning
 
@@ -56,6 +57,7 @@ class PrefixTrainer(Trainer):
         tuning: what is trained, on the same model; by default its prefix.
         details: what every prefix checkpoint records beside the weights: chat format, task, training.
         generation_metrics: called after an evaluation, for metrics that need generated answers.
+        replay: what holds the model to its base on general rows.
         kwargs: as for transformers' Trainer.
     """
 
@@ -65,12 +67,16 @@ class PrefixTrainer(Trainer):
         tuning: Tuning | None = None,
         details: dict[str, Any] | None = None,
         generation_metrics: Callable[[], dict[str, float]] | None = None,
+        replay: Replay | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.tuning = tuning or PrefixTuning(self.model)
         self.details = details or {}
         self.generation_metrics = generation_metrics
+        self.replay = replay
+        self._replay_step, self._replay_batches, self._replay_steps = -1, 0, 0
+        self._replay_sum: torch.Tensor | None = None
         self._staging: Path | None = None
         self._optimizer_groups: list[dict[str, Any]] = []
         self._trained: list[torch.nn.Parameter] = []
@@ -114,6 +120,7 @@ class PrefixTrainer(Trainer):
         return self._epoch_sampler
 
     def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
+        self._replay_step = -1
         # The Trainer itself does not reach the sampler when it resumes in the middle of an epoch on several processes.
         if self._epoch_sampler is not None:
             self._epoch_sampler.set_epoch(epoch)
@@ -184,6 +191,53 @@ class PrefixTrainer(Trainer):
         if not torch.isfinite(loss):
             raise TrainingDiverged(f"The loss became {loss.item()}", step, self.args)
         return loss
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """As the Trainer's; in training with the divergence from the base, if it is to be preserved."""
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.replay is None or not model.training:
+            return result
+        term = self.replay.weight * self._divergence_from_base()
+        # Gradients and logged losses are means over the processes, and the term is this process's part of a sum.
+        term = term * self.args.world_size
+        if num_items_in_batch is None or not self.model_accepts_loss_kwargs:
+            term = term * self.current_gradient_accumulation_steps  # by which the Trainer is going to divide
+        if return_outputs:
+            return result[0] + term, result[1]
+        return result + term
+
+    def _divergence_from_base(self) -> torch.Tensor:
+        """This batch's part of the step's mean KL per token, noted for the log."""
+        step, world = self.state.global_step, self.args.world_size
+        if step != self._replay_step:
+            self._replay_step, self._replay_batches = step, 0
+            self._replay_steps += 1
+        divergence = self.replay.divergence(
+            self._prefix_model,
+            step,
+            self._train_batch_size,
+            part=self._replay_batches * world + self.args.process_index,
+            parts=self.current_gradient_accumulation_steps * world,
+            whole_parts=self.args.gradient_accumulation_steps * world,
+        )
+        self._replay_batches += 1
+        noted = divergence.detach().double()
+        self._replay_sum = noted if self._replay_sum is None else self._replay_sum + noted
+        return divergence
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's; the entries of training also have the mean KL from the base since the entry before."""
+        if "loss" in logs and self._replay_sum is not None:
+            total = self.accelerator.reduce(self._replay_sum, "sum").item()
+            logs = {**logs, "preserve_kl": total / self._replay_steps}
+            self._replay_sum, self._replay_steps = None, 0
+        super().log(logs, *args, **kwargs)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
