@@ -107,6 +107,34 @@ def draw_entity_table(path: Path, table: Mapping[str, EntityScore], names: Mappi
     save_figure(figure, path)
 
 
+def draw_accuracies(
+    path: Path, columns: Mapping[str, Mapping[str, float]], names: Mapping[str, str], title: str
+) -> None:
+    """Writes a PNG with a bar for every subject and category of an examination, one beside the other for each model.
+
+    Args:
+        columns: model -> subject or category -> accuracy in percent; the same ones for all.
+        names: subject -> its name to be read; used if a font has its characters, else the subject alone.
+    """
+    font = find_font([*names.values(), title])
+    options: dict[str, Any] = {"fontproperties": font} if font else {}
+    rows = list(next(iter(columns.values())))
+    labels = [f"{names[row]} {row}" if font and row in names else row for row in rows]
+    figure, axes = new_figure(9, 0.25 * len(rows) * len(columns) + 1.5)
+    thickness = 0.8 / len(columns)
+    for place, (model, accuracies) in enumerate(columns.items()):
+        heights = [row + (place - (len(columns) - 1) / 2) * thickness for row in range(len(rows))]
+        bars = axes.barh(heights, [accuracies[row] for row in rows], thickness, label=model)
+        axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
+    axes.axvline(25, color="grey", linestyle=":", label="chance")
+    axes.set_yticks(range(len(rows)), labels, **options)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 105), xlabel="accuracy (%)")
+    axes.set_title(title if font else "", **options)
+    axes.legend()
+    save_figure(figure, path)
+
+
 def new_figure(width: float, height: float) -> tuple[Figure, Any]:
     """A figure of so many inches with one pair of axes, which needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -41,7 +41,7 @@ class TaskScores:
         metrics: in percent; the task's own metric is among them.
         intervals: metric -> 95 % bootstrap interval, in percent.
         of_examples: the score of each example, from 0 to 1.
-        groups: subject or category of an examination -> accuracy in percent.
+        groups: subject, category or further group of an examination -> accuracy in percent.
         entities: type -> its scores.
     """
 
@@ -69,7 +69,7 @@ def score_task(task: Task, examples: Sequence[AnyExample], predictions: Sequence
         return _score_labels(predictions, gold, list(task.labels))
     if isinstance(examples[0], ChoiceExample):
         hits = [left == right for left, right in zip(predictions, gold, strict=True)]
-        return _of_hits({"accuracy": 100 * sum(hits) / len(hits)}, hits, _group_accuracy(examples, hits))
+        return _of_hits({"accuracy": 100 * sum(hits) / len(hits)}, hits, _group_accuracy(task, examples, hits))
     if isinstance(examples[0], TokenExample):
         return _score_tags(task, examples, predictions, gold)
     if isinstance(examples[0], QuestionExample):
@@ -181,8 +181,11 @@ def _of_hits(metrics: dict[str, float], hits: list[bool], groups: dict[str, floa
     return TaskScores(metrics, {"accuracy": _percent(mean_interval(each))}, each, groups or {})
 
 
-def _group_accuracy(examples: Sequence[ChoiceExample], hits: Sequence[bool]) -> dict[str, float]:
-    """Accuracy by subject, and by category as the mean over its subjects, which is how C-Eval and CMMLU average."""
+def _group_accuracy(task: Task, examples: Sequence[ChoiceExample], hits: Sequence[bool]) -> dict[str, float]:
+    """Accuracy by subject, and by category as the mean over its subjects, which is how C-Eval and CMMLU average.
+
+    The task's further groups are there if all of their subjects are.
+    """
     subjects: dict[str, list[bool]] = {}
     categories: dict[str, dict[str, None]] = {}
     for example, hit in zip(examples, hits, strict=True):
@@ -191,6 +194,9 @@ def _group_accuracy(examples: Sequence[ChoiceExample], hits: Sequence[bool]) -> 
             categories.setdefault(example.category or "", {})[example.subject] = None
     groups = {subject: 100 * sum(own) / len(own) for subject, own in subjects.items()}
     means = {category: sum(groups[name] for name in names) / len(names) for category, names in categories.items()}
+    for name, members in task.groups.items():
+        if all(member in groups for member in members):
+            means[name] = sum(groups[member] for member in members) / len(members)
     overall = {"mean of subjects": sum(groups.values()) / len(groups)} if groups else {}
     return groups | means | overall
 

@@ -146,6 +146,7 @@ class Task:
         drop_labels: rows with these are left out, as the benchmark says.
         letters: the prompt lists candidates as A, B, C, ..., and the letter is the answer.
         subjects: of an examination, by their names in its files.
+        groups: of an examination, further sets of subjects that the benchmark reports, across its categories.
         hub: `huggingface` or `modelscope` -> where it is there.
         source: paper or page of the data set.
         aliases: other names.
@@ -168,6 +169,7 @@ class Task:
     drop_labels: tuple[str, ...] = ()
     letters: bool = False
     subjects: Mapping[str, Subject] = field(default_factory=dict)
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     hub: Mapping[str, HubSource] = field(default_factory=dict)
     submission: Submission | None = None
     source: str = ""
@@ -260,6 +262,7 @@ class _Checker:
             drop_labels=self.texts(content.get("drop_labels", ()), "drop_labels"),
             letters=self.flag(content.get("letters", False), "letters"),
             subjects=self.subjects(content.get("subjects", {}), reader),
+            groups=self.groups(content.get("groups", {}), content.get("subjects", {})),
             hub=self.hub(content.get("hub", {})),
             submission=self.submission(content.get("submission"), reader),
             source=self.text(content.get("source", "-"), "source"),
@@ -372,6 +375,17 @@ class _Checker:
                 self.fail(f"the subject '{name}' must be [Chinese title, category], found {entry!r}.")
             subjects[self.text(name, "subjects")] = Subject(*(self.text(part, f"subjects.{name}") for part in entry))
         return subjects
+
+    def groups(self, value: Any, subjects: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+        taken = {*subjects, *(category for _, category in subjects.values())}
+        groups = {}
+        for name, members in self.mapping(value, "'groups'").items():
+            groups[self.text(name, "groups")] = self.texts(members, f"groups.{name}")
+            if name in taken:
+                self.fail(f"the group '{name}' has the name of a subject or category.")
+            for member in groups[name]:
+                self.one_of(member, subjects, f"subject in groups.{name}")
+        return groups
 
     def hub(self, value: Any) -> dict[str, HubSource]:
         sources = {}
