@@ -49,7 +49,13 @@ from chatglm_ptuning.training.failures import (
     what_is_kept,
 )
 from chatglm_ptuning.training.initialisation import init_prefix
-from chatglm_ptuning.training.preservation import PreservationArguments, Replay, drift_report, read_general_rows
+from chatglm_ptuning.training.preservation import (
+    PreservationArguments,
+    Replay,
+    check_preservation,
+    drift_report,
+    read_general_rows,
+)
 from chatglm_ptuning.training.report import draw_loss_curve, print_samples
 from chatglm_ptuning.training.trainer import PrefixTrainer
 
@@ -72,6 +78,7 @@ class TrainingRun:
         args: PrefixTrainingArguments,
     ) -> None:
         self.model_args, self.data_args, self.preserve_args, self.args = model_args, data_args, preserve_args, args
+        check_preservation(preserve_args, args)
         self.output = Path(args.output_dir)
         self.tokenizer: ChatGLMTokenizer = load_tokenizer(
             model_args.model_name_or_path, hub=model_args.hub, revision=model_args.revision
