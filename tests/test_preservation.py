@@ -221,11 +221,17 @@ def test_a_resumed_run_replays_the_same_rows(base, files, runs, tmp_path):
     assert_same(tmp_path / "run", runs / "w1")
 
 
-@pytest.mark.parametrize("stage", [None, 1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2, 3))])
+@pytest.mark.parametrize("stage", [None, 1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2))])
 def test_two_processes_replay_as_one(base, files, runs, tmp_path, stage):
     more = [] if stage is None else ["--deepspeed", CONFIGS / f"zero{stage}.json"]
     processes.run(flags(base, files, tmp_path / "run", 1, *more, accumulation=1), 2, tmp_path)
     assert_same(tmp_path / "run", runs / "w1")
+
+
+def test_zero3_is_refused(base, files, tmp_path):
+    more = ["--deepspeed", CONFIGS / "zero3.json"]
+    (ended,) = processes.start(flags(base, files, tmp_path / "run", 1, *more), 1, tmp_path).wait()
+    assert ended.code == 1 and "--preserve_base does not work with ZeRO-3" in ended.output
 
 
 def test_a_run_can_do_without_the_report(base, files, tmp_path):

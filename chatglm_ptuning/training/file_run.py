@@ -33,6 +33,7 @@ from chatglm_ptuning.training.preservation import (
     GeneralRows,
     PreservationArguments,
     Replay,
+    check_preservation,
     drift_report,
     read_general_rows,
 )
@@ -62,6 +63,7 @@ class TrainingRun:
     ) -> None:
         self.model_args, self.data_args, self.args = model_args, data_args, args
         self.preserve_args = preserve_args or PreservationArguments()
+        check_preservation(self.preserve_args, args)
         self.output = Path(args.output_dir)
         self.tokenizer: ChatGLMTokenizer = load_tokenizer(
             model_args.model_name_or_path, hub=model_args.hub, revision=model_args.revision

@@ -23,6 +23,7 @@ from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
 if TYPE_CHECKING:
     import datasets
+    from transformers import TrainingArguments
 
 logger = logging.get_logger(__name__)
 
@@ -62,6 +63,19 @@ class PreservationArguments:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
+
+
+def check_preservation(arguments: PreservationArguments, training: TrainingArguments) -> None:
+    """Refuses what `--preserve_base` cannot do.
+
+    Raises:
+        ValueError: with ZeRO-3, which takes the output layer away before the backward pass computes logits again.
+    """
+    if arguments.preserve_base and training.deepspeed and training.hf_deepspeed_config.is_zero3():
+        raise ValueError(
+            "--preserve_base does not work with ZeRO-3, which partitions the base: use ds_config/zero2.json, with "
+            "--quantization_bit 4 or 8 if the base does not fit one GPU, or --preserve_base 0."
+        )
 
 
 @dataclass
