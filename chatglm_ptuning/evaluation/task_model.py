@@ -12,6 +12,11 @@ from chatglm_ptuning.model.hub import find_base
 from chatglm_ptuning.model.modeling_heads import HEAD_CLASSES
 from chatglm_ptuning.prefix.checkpoint import PrefixMetadata, read_prefix
 
+TOKEN_UNIT = "token_unit"
+"""Key of `PrefixMetadata.training`: what a tag stood on, of a prefix for tags."""
+TRAIN_SPLIT = "split"
+"""Key of `PrefixMetadata.training`: the split of the task that it was trained on."""
+
 
 def model_settings(task: Task, head: str) -> dict[str, Any]:
     """What `load_model` is to be told: the class, and what the outputs of a linear head stand for."""
@@ -41,7 +46,8 @@ def recorded_head(metadata: PrefixMetadata, task: Task, asked: str | None, sourc
     """
     if metadata.head is None or metadata.head in ANSWERING_HEADS:
         answering = [head for head in task.heads if head in ANSWERING_HEADS]
-        head = asked or metadata.head or (task.head if task.head in ANSWERING_HEADS else (answering or [task.head])[0])
+        own = [head for head in (metadata.head, task.head) if head in answering]
+        head = asked or (own or answering or [task.head])[0]
     else:
         head = metadata.head
     if asked is not None and asked != head:
@@ -64,6 +70,11 @@ def recorded_head(metadata: PrefixMetadata, task: Task, asked: str | None, sourc
             f"{task.name} has {_listed(names)}."
         )
     return head
+
+
+def recorded_token_unit(metadata: PrefixMetadata) -> str | None:
+    """What a tag stood on when the prefix was trained (`TaskEncoder.token_unit`); None if it does not say."""
+    return metadata.training.get(TOKEN_UNIT)
 
 
 def _listed(names: Any) -> str:

@@ -29,8 +29,6 @@ from chatglm_ptuning.evaluation.parallel import do_together, is_first_process
 if TYPE_CHECKING:
     from chatglm_ptuning.model.modeling_chatglm import ChatGLMPreTrainedModel
 
-_BEST_ENDS = 20
-
 
 @dataclass(frozen=True)
 class Prediction:
@@ -247,22 +245,20 @@ def _best_span(
     start_logits: torch.Tensor, end_logits: torch.Tensor, window: SpanWindow, max_length: int
 ) -> tuple[float, int, int] | None:
     """Log-probability, first and last + 1 character of a window's likeliest span; None if it holds no context."""
-    starts, ends = start_logits.log_softmax(-1).cpu(), end_logits.log_softmax(-1).cpu()
-    inside = torch.tensor([offsets is not None for offsets in window.offsets])
+    inside = [position for position, offsets in enumerate(window.offsets) if offsets is not None]
+    starts = start_logits.log_softmax(-1).cpu()[inside]
+    ends = end_logits.log_softmax(-1).cpu()[inside]
+    places = torch.tensor([offsets for offsets in window.offsets if offsets is not None]).reshape(-1, 2)
     best = None
-    for start in starts.masked_fill(~inside, float("-inf")).topk(min(_BEST_ENDS, len(starts))).indices.tolist():
-        if window.offsets[start] is None:
-            continue
-        first = window.offsets[start][0]
-        for end in range(start, len(ends)):
-            offsets = window.offsets[end]
-            if offsets is None:
-                continue
-            if offsets[1] - first > max_length:
-                break
-            score = float(starts[start] + ends[end])
-            if best is None or score > best[0]:
-                best = (score, first, offsets[1])
+    for further in range(len(inside)):  # how many ids the end is behind the start
+        count = len(inside) - further
+        fits = places[further:, 1] - places[:count, 0] <= max_length
+        if not fits.any():
+            break  # spans of more ids are longer still
+        scores = (starts[:count] + ends[further:]).masked_fill(~fits, float("-inf"))
+        start = int(scores.argmax())
+        if best is None or float(scores[start]) > best[0]:
+            best = (float(scores[start]), int(places[start, 0]), int(places[start + further, 1]))
     return best
 
 
