@@ -24,6 +24,8 @@ def model_settings(task: Task, head: str) -> dict[str, Any]:
     names = label_names(task, head)
     if names is not None:
         settings |= {"id2label": dict(enumerate(names)), "label2id": {name: place for place, name in enumerate(names)}}
+    if task.multi_label:
+        settings["problem_type"] = "multi_label_classification"
     return settings
 
 

@@ -35,7 +35,7 @@ class Prediction:
     """What a model predicts for one example.
 
     Attributes:
-        value: a label, an index of a candidate, tags, or a text.
+        value: a label, or the list of all labels of a multi-label task, an index of a candidate, tags, or a text.
         confidence: its probability, of tags the least of them; None for written texts.
     """
 
@@ -78,7 +78,8 @@ def predict(
 
     - generation and multiple_choice: the candidate answer (verbalisers, or the example's own) of the highest score
       (`score_candidates`); where there are no candidates, a text written by beam or greedy search;
-    - sequence_classification: the label of the highest logit;
+    - sequence_classification: the label of the highest logit; of a multi-label task all whose sigmoid is above 0.5,
+      which are taken to be independent for the confidence;
     - token_classification: the tag of the highest logit for every token of the file;
     - question_answering: the span of the context, over all windows, whose first and last token are likeliest in their
       window, the window's own position for "no answer" left out.
@@ -178,10 +179,15 @@ def _classify(
     rows = [encoder.prompt_ids(example) for example in examples]
     predictions: list[Prediction] = [Prediction(None)] * len(rows)
     for places, output in _forward(model, encoder, rows, settings, "classifying"):
-        probabilities = output.logits.softmax(-1)
-        for place, row in zip(places, probabilities.cpu(), strict=True):
-            best = int(row.argmax())
-            predictions[place] = Prediction(names[best], float(row[best]))
+        for place, logits in zip(places, output.logits.cpu(), strict=True):
+            if encoder.task.multi_label:
+                row = logits.sigmoid()
+                chosen = [name for name, value in zip(names, row.tolist(), strict=True) if value > 0.5]
+                predictions[place] = Prediction(chosen, float(row.maximum(1 - row).prod()))
+            else:
+                row = logits.softmax(-1)
+                best = int(row.argmax())
+                predictions[place] = Prediction(names[best], float(row[best]))
     return predictions
 
 

@@ -94,7 +94,7 @@ class TaskEncoder:
                 for window in encode_question(self, example)
             ]
         if isinstance(example, TextExample) and self.head == "sequence_classification":
-            return [{"input_ids": self.prompt_ids(example), "labels": list(self.task.labels).index(example.label)}]
+            return [{"input_ids": self.prompt_ids(example), "labels": self._label_number(example)}]
         prompt = self.prompt_ids(example)
         asked = [Message("user", "？"), Message("assistant", answer_text(self.task, example) or "", loss=True)]
         rendered = render(Conversation(asked), self.tokenizer)
@@ -102,6 +102,11 @@ class TaskEncoder:
         if len(answer) > self.max_target_length + 1:
             answer = answer[: self.max_target_length]
         return [{"input_ids": prompt + answer, "labels": [IGNORED_LABEL] * len(prompt) + answer}]
+
+    def _label_number(self, example: TextExample) -> int | list[float]:
+        if self.task.multi_label:
+            return [float(key in (example.labels or ())) for key in self.task.labels]
+        return list(self.task.labels).index(example.label or "")
 
     def prompt_ids(self, example: AnyExample) -> list[int]:
         """The prompt of an example in the chat format, to its end or, for a linear head, to where the text begins.

@@ -78,10 +78,12 @@ def candidate_answers(task: Task, example: AnyExample) -> list[str]:
 
 
 def answer_text(task: Task, example: AnyExample) -> str | None:
-    """What is to be answered: a verbaliser, a candidate or its letter, a target, or the first reference.
+    """What is to be answered: a verbaliser (or several), a candidate or its letter, a target, or the first reference.
 
     None in a split without it, and for tags, which have no text.
     """
+    if isinstance(example, TextExample) and example.labels is not None:
+        return "、".join(task.labels[key] for key in example.labels)
     if isinstance(example, TextExample):
         return None if example.label is None else task.labels[example.label]
     if isinstance(example, ChoiceExample):
