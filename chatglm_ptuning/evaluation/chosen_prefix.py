@@ -30,12 +30,13 @@ def choose_prefix(named: str | None) -> Path | None:
     return newest
 
 
-def short_name(prefix: Path | None) -> str:
-    """The name of a folder for results about a prefix: that of its run, and of the step."""
+def results_folder(prefix: Path | None) -> Path:
+    """The folder for results about a prefix, where none is named: by its run, and the step."""
     if prefix is None:
-        return "base"
+        return runs_folder() / "evaluation" / "base"
     folder = (prefix.parent if prefix.is_file() else prefix).resolve()
-    return f"{folder.parent.name}-{folder.name}" if folder.name.startswith("checkpoint-") else folder.name
+    name = f"{folder.parent.name}-{folder.name}" if folder.name.startswith("checkpoint-") else folder.name
+    return runs_folder() / "evaluation" / name
 
 
 def load_chosen(model: ChatGLMPreTrainedModel, prefix: Path, chosen: bool) -> Tuning:

@@ -16,7 +16,7 @@ from chatglm_ptuning.data.forms import FORMS, Columns
 from chatglm_ptuning.data.preprocess import Preprocessor
 from chatglm_ptuning.data.report import PreparationReport
 from chatglm_ptuning.data.tasks.arguments import TaskArguments
-from chatglm_ptuning.evaluation.chosen_prefix import PLAIN_BASE, choose_prefix, load_chosen, short_name
+from chatglm_ptuning.evaluation.chosen_prefix import PLAIN_BASE, choose_prefix, load_chosen, results_folder
 from chatglm_ptuning.evaluation.metrics import score
 from chatglm_ptuning.evaluation.parallel import (
     generate_answers_together,
@@ -30,7 +30,6 @@ from chatglm_ptuning.model.hub import DEFAULT_MODEL, InferenceBaseArguments
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.prefix.checkpoint import kit_version
 from chatglm_ptuning.prefix.files import write_atomically
-from chatglm_ptuning.prefix.latest import runs_folder
 
 DEFAULT_TEST_FILE = str(Path(DEFAULT_MODEL).parent / "news_topic" / "dev.json")
 """What is scored when no file is named: bundled with the sources, columns `content` and `summary`."""
@@ -80,23 +79,31 @@ class EvaluationArguments(TaskArguments, InferenceBaseArguments):
     skip_bad_rows: int = field(default=0, metadata={"help": "leave out so many rows that cannot be understood"})
     output_dir: str | None = field(
         default=None,
-        metadata={"help": f"folder for {METRICS_FILE} and {PREDICTIONS_FILE} (default: output/evaluation/PREFIX)"},
+        metadata={
+            "help": f"folder for {METRICS_FILE} and {PREDICTIONS_FILE} (default: output/evaluation/PREFIX; of a "
+            "task output/evaluation/PREFIX/TASK-SPLIT)"
+        },
     )
     compare_base: bool = field(default=False, metadata={"help": "score the base without the prefix too"})
-    split: str | None = field(default=None, metadata={"help": "of the task, to predict (default: test)"})
+    split: str | None = field(
+        default=None, metadata={"help": "of the task, to predict (default: test, or dev where there is no test)"}
+    )
 
     def __post_init__(self) -> None:
         InferenceBaseArguments.__post_init__(self)
         TaskArguments.__post_init__(self)
         if self.task is not None and self.test_file:
             raise ValueError("--task brings its own files: give --task_data and no --test_file")
+        if self.task is None and self.split:
+            raise ValueError("--split belongs to a --task; name files by --test_file")
         for name in ("max_target_length", "per_device_eval_batch_size", "num_beams", "max_predict_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
         if self.skip_bad_rows < 0:
             raise ValueError(f"--skip_bad_rows must not be negative, got {self.skip_bad_rows}")
-        self.test_file = self.test_file or [DEFAULT_TEST_FILE]
+        if self.task is None:
+            self.test_file = self.test_file or [DEFAULT_TEST_FILE]
         self.columns()
 
     def columns(self) -> Columns:
@@ -115,9 +122,9 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
         ValueError, OSError, ImportError: for what is wrong with a file, a flag or the installation.
     """
     prefix = choose_prefix(args.ptuning_checkpoint)
-    output = Path(args.output_dir) if args.output_dir else runs_folder() / "evaluation" / short_name(prefix)
     if args.task is not None:
-        return evaluate_task(args, prefix, output)
+        return evaluate_task(args, prefix)
+    output = Path(args.output_dir) if args.output_dir else results_folder(prefix)
     # Rows first: what is wrong with a file shows before minutes go into loading the base.
     bad_rows = BadRows(args.skip_bad_rows)
     rows = list(itertools.islice(iterate_rows(args.test_file, bad_rows), args.max_predict_samples))
@@ -181,7 +188,7 @@ def main(argv: Sequence[str]) -> None:
     """Entry of the command; errors that users can mend end it with a message and exit code 1."""
     (args,) = parse_arguments(
         "chatglm-ptuning evaluate",
-        "Generate answers to the rows of a file and score them.",
+        "Predict a split of a task, or generate answers to the rows of a file, and score that.",
         (EvaluationArguments,),
         argv,
         RETIRED_FLAGS,

@@ -14,6 +14,11 @@ from chatglm_ptuning.model.modeling_heads import HEAD_CLASSES
 from chatglm_ptuning.prefix.checkpoint import read_prefix
 from chatglm_ptuning.tuning.record import read_record
 
+TOKEN_UNIT = "token_unit"
+"""Key of `PrefixMetadata.training`: what a tag stood on, of a prefix for tags."""
+TRAIN_SPLIT = "split"
+"""Key of `PrefixMetadata.training`: the split of the task that it was trained on."""
+
 
 def model_settings(task: Task, head: str) -> dict[str, Any]:
     """What `load_model` is to be told: the class, and what the outputs of a linear head stand for."""
@@ -21,6 +26,8 @@ def model_settings(task: Task, head: str) -> dict[str, Any]:
     names = label_names(task, head)
     if names is not None:
         settings |= {"id2label": dict(enumerate(names)), "label2id": {name: place for place, name in enumerate(names)}}
+    if task.multi_label:
+        settings["problem_type"] = "multi_label_classification"
     return settings
 
 
@@ -35,7 +42,8 @@ def recorded_details(checkpoint: str | Path, base: str, hub: str = "hf", revisio
         return record.details
     config = ChatGLMConfig.from_pretrained(find_base(base, hub, revision, weights=False))
     metadata = read_prefix(checkpoint, config).metadata
-    return {"task": metadata.task, "head": metadata.head, "labels": metadata.labels}
+    return {"task": metadata.task, "head": metadata.head, "labels": metadata.labels,
+            "training": metadata.training}  # fmt: skip
 
 
 def recorded_head(details: Mapping[str, Any], task: Task, asked: str | None, source: str | Path) -> str:
@@ -48,7 +56,8 @@ def recorded_head(details: Mapping[str, Any], task: Task, asked: str | None, sou
     recorded, labels = details.get("head"), details.get("labels")
     if recorded is None or recorded in ANSWERING_HEADS:
         answering = [head for head in task.heads if head in ANSWERING_HEADS]
-        head = asked or recorded or (task.head if task.head in ANSWERING_HEADS else (answering or [task.head])[0])
+        own = [head for head in (recorded, task.head) if head in answering]
+        head = asked or (own or answering or [task.head])[0]
     else:
         head = recorded
     if asked is not None and asked != head:
@@ -71,6 +80,11 @@ def recorded_head(details: Mapping[str, Any], task: Task, asked: str | None, sou
             f"{task.name} has {_listed(names)}."
         )
     return head
+
+
+def recorded_token_unit(details: Mapping[str, Any]) -> str | None:
+    """What a tag stood on when the prefix was trained (`TaskEncoder.token_unit`); None if it does not say."""
+    return details.get("training", {}).get(TOKEN_UNIT)
 
 
 def _listed(names: Any) -> str:

@@ -7,12 +7,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatglm_ptuning.data.tasks.arguments import usual_split
+from chatglm_ptuning.data.tasks.arguments import submission_variant, usual_split
 from chatglm_ptuning.data.tasks.encode import ANSWERING_HEADS, head_of
-from chatglm_ptuning.evaluation.chosen_prefix import load_chosen
+from chatglm_ptuning.evaluation.chosen_prefix import load_chosen, results_folder
 from chatglm_ptuning.evaluation.parallel import is_first_process, print_once
 from chatglm_ptuning.evaluation.table import print_scores
-from chatglm_ptuning.evaluation.task_model import model_settings, recorded_details, recorded_head
+from chatglm_ptuning.evaluation.task_model import (
+    TRAIN_SPLIT,
+    model_settings,
+    recorded_details,
+    recorded_head,
+    recorded_token_unit,
+)
 from chatglm_ptuning.evaluation.task_predictions import PredictionSettings, predict_together
 from chatglm_ptuning.evaluation.task_report import write_results
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
@@ -25,7 +31,7 @@ BASE_FOLDER = "base"
 """Folder, inside the one of the results, for those of the base without the prefix (--compare_base)."""
 
 
-def evaluate_task(args: EvaluationArguments, prefix: Path | None, output: Path) -> dict[str, Any]:
+def evaluate_task(args: EvaluationArguments, prefix: Path | None) -> dict[str, Any]:
     """Predicts, scores, prints, and writes `write_results`' files into the folder.
 
     Args:
@@ -39,21 +45,26 @@ def evaluate_task(args: EvaluationArguments, prefix: Path | None, output: Path) 
     """
     task = args.chosen_task()
     split = args.split or usual_split(task, "test")
+    output = Path(args.output_dir) if args.output_dir else results_folder(prefix) / f"{task.name}-{split}"
     source = {"hub": args.hub, "revision": args.revision}
     # Rows first: what is wrong with a file shows before minutes go into loading the base.
     examples = args.examples(task, split, args.max_predict_samples)
+    unit, variant = None, None
     if prefix is None:
         head = head_of(task, args.head or next((name for name in task.heads if name in ANSWERING_HEADS), None))
     else:
         details = recorded_details(prefix, args.model_name_or_path, **source)
         head = recorded_head(details, task, args.head, prefix)
+        unit = recorded_token_unit(details)
+        if details.get("task") == task.name:
+            variant = submission_variant(task, details.get("training", {}).get(TRAIN_SPLIT))
     if head not in ANSWERING_HEADS and (prefix is None or args.compare_base):
         raise ValueError(
             f"The plain base has no {head.replace('_', ' ')} head for {task.name}; it can be scored by "
             f"{' or '.join(name for name in task.heads if name in ANSWERING_HEADS) or 'no head at all'}."
         )
     tokenizer = load_tokenizer(args.model_name_or_path, **source)
-    encoder = args.encoder(task, tokenizer, args.max_source_length, args.max_target_length, head)
+    encoder = args.encoder(task, tokenizer, args.max_source_length, args.max_target_length, head, unit)
     print_once(f"{task.name} ({task.title}), {split} in {args.task_data}, head {head}: {len(examples)} examples")
     model = load_model(
         args.model_name_or_path,
@@ -86,6 +97,7 @@ def evaluate_task(args: EvaluationArguments, prefix: Path | None, output: Path) 
             examples,
             predictions,
             split,
+            variant if name == "prefix" else None,
             may_submit=args.max_predict_samples is None and args.subjects is None,
             settings={
                 **asdict(args),
@@ -93,6 +105,7 @@ def evaluate_task(args: EvaluationArguments, prefix: Path | None, output: Path) 
                 "output_dir": str(output),
                 "split": split,
                 "head": head,
+                "token_unit": encoder.token_unit,
                 "chat_format": tokenizer.chat_format,
                 "kit_version": kit_version(),
             },

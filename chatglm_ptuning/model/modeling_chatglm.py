@@ -28,6 +28,7 @@ from chatglm_ptuning.model.attention_mask import causal_mask_with_prefix, positi
 from chatglm_ptuning.model.chat_mixin import ChatMixin
 from chatglm_ptuning.model.checkpoint_forms import register_conversions
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
+from chatglm_ptuning.model.first_values import FirstValues
 from chatglm_ptuning.model.losses import next_token_loss
 from chatglm_ptuning.model.packed_weights import check_unpacked, packed_dtype_plan
 from chatglm_ptuning.model.placement import execution_device, layer_devices, out_of_offload
@@ -335,6 +336,10 @@ class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
             module.mark_untrained()
         elif not getattr(module, "_is_hf_initialized", False):
             super()._init_weights(module)
+            if isinstance(module, FirstValues) and not all(
+                getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()
+            ):
+                module.mark_untrained()
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):

@@ -12,6 +12,7 @@ import torch
 from transformers.utils import logging
 
 from chatglm_ptuning.model.base_weights import read_weight
+from chatglm_ptuning.model.first_values import FirstValues
 from chatglm_ptuning.model.prefix_encoder import PrefixEncoder
 from chatglm_ptuning.model.prefix_switch import TRAINABLE_PREFIX, PrefixSwitch
 from chatglm_ptuning.model.rotary import rotate_prefix_keys
@@ -192,7 +193,7 @@ class PrefixMixin:
             base_model_name=config.name_or_path or None,
             base_fingerprint=self.base_fingerprint(),
             source_attention=self.source_attention_of_row(),
-            trained=trained,
+            trained=trained and not self._untrained_heads(),
             **details,
         )
         write_prefix(path, metadata, parameters, self._heads())
@@ -237,7 +238,7 @@ class PrefixMixin:
         self._switch.mark_changed(TRAINABLE_PREFIX)
 
     def check_prefix_is_trained(self) -> None:
-        """Refuses inference with a prefix that still has its random first values.
+        """Refuses inference with a prefix or a linear head that still has its random first values.
 
         Raises:
             ValueError: in that case.
@@ -253,6 +254,21 @@ class PrefixMixin:
                     f"The prefix {name!r} was saved untrained: its values are random. Load a trained one by "
                     "load_prefix(path), or use the plain base by set_prefix(None)."
                 )
+        untrained = self._untrained_heads()
+        if untrained:
+            raise ValueError(
+                f"The {', '.join(untrained)} of {type(self).__name__} is untrained: its values are random. Train it, "
+                "or load a prefix with its head by load_prefix(path)."
+            )
+
+    def _untrained_heads(self) -> list[str]:
+        """Names of the linear heads that nobody has trained or loaded."""
+        encoder = self._trainable
+        return [
+            name
+            for name, module in self.named_modules()
+            if isinstance(module, FirstValues) and module is not encoder and module.is_untrained
+        ]
 
     def _check_loaded(self, name: str) -> None:
         if name not in self.prefix_names:

@@ -130,13 +130,17 @@ class DataArguments(TaskArguments):
     )
     train_split: str | None = field(default=None, metadata={"help": "of the task, to train on (default: train)"})
     eval_split: str | None = field(default=None, metadata={"help": "of the task, for --do_eval (default: dev)"})
-    predict_split: str | None = field(default=None, metadata={"help": "of the task, for --do_predict (default: test)"})
+    predict_split: str | None = field(
+        default=None, metadata={"help": "of the task, for --do_predict (default: test, or dev where there is no test)"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.task is not None and (self.train_file or self.validation_file or self.test_file):
             raise ValueError("--task brings its own files: give --task_data and no --train_file, --validation_file or "
                              "--test_file")  # fmt: skip
+        if self.task is None and (self.train_split or self.eval_split or self.predict_split):
+            raise ValueError("--train_split, --eval_split and --predict_split belong to a --task")
         for name in ("max_source_length", "max_target_length"):
             if getattr(self, name) < 2:
                 raise ValueError(f"--{name} must be at least 2, got {getattr(self, name)}")

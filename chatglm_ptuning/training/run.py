@@ -7,7 +7,6 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import set_seed
@@ -35,9 +34,6 @@ from chatglm_ptuning.training.failures import (
 from chatglm_ptuning.training.file_run import TrainingRun
 from chatglm_ptuning.training.preservation import PreservationArguments
 from chatglm_ptuning.training.task_run import TaskRun
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.get_logger(__name__)
 

@@ -239,6 +239,13 @@ class PrefixTrainer(Trainer):
             self._replay_sum, self._replay_steps = None, 0
         super().log(logs, *args, **kwargs)
 
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], *args: Any, **kwargs: Any) -> Any:
+        # Answers in a text have positions instead of labels; else each process would take a mean of its own.
+        counted = [
+            {"labels": batch["start_positions"]} if "start_positions" in batch else batch for batch in batch_samples
+        ]
+        return super()._get_num_items_in_batch(counted, *args, **kwargs)
+
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
         if norm is None:  # without ZeRO, DeepSpeed does not tell the norm
