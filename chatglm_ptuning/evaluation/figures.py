@@ -67,7 +67,7 @@ def draw_confusion_matrix(path: Path, matrix: np.ndarray, names: Sequence[str], 
     columns = [*shown, NO_LABEL][: matrix.shape[1]]
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     side = min(max(4.0, 0.35 * len(names) + 2), 24.0)
-    figure, axes = _new_figure(side + 1, side)
+    figure, axes = new_figure(side + 1, side)
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(picture, ax=axes, fraction=0.046, label="share of the expected label")
     step = -(-len(names) // _ALL_NAMES)
@@ -81,7 +81,7 @@ def draw_confusion_matrix(path: Path, matrix: np.ndarray, names: Sequence[str], 
             if count:
                 colour = "white" if shares[row, column] > 0.5 else "black"
                 axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
     return shown
 
 
@@ -99,15 +99,16 @@ def draw_entity_table(path: Path, table: Mapping[str, EntityScore], names: Mappi
         f"R {score.recall:.1f}  F1 {score.f1:.1f}  n {score.support}"
         for entity, score in rows
     ]
-    figure, axes = _new_figure(9, 0.4 * len(rows) + 1.5)
+    figure, axes = new_figure(9, 0.4 * len(rows) + 1.5)
     axes.barh(range(len(rows)), [score.f1 for _, score in rows], color="#4878a8")
     axes.set_yticks(range(len(rows)), labels, **options)
     axes.set(xlim=(0, 100), xlabel="F1 (%)")
     axes.set_title(title if font else "", **options)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _new_figure(width: float, height: float) -> tuple[Figure, Any]:
+def new_figure(width: float, height: float) -> tuple[Figure, Any]:
+    """A figure of a size in inches, and its axes; it needs no display and nothing to close it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -116,6 +117,7 @@ def _new_figure(width: float, height: float) -> tuple[Figure, Any]:
     return figure, figure.add_subplot()
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure as a PNG, whole or not at all."""
     with write_atomically(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
