@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from chatglm_ptuning.data.forms import FORMS, Columns
 from chatglm_ptuning.data.preprocess import Preprocessor
 from chatglm_ptuning.data.report import PreparationReport
 from chatglm_ptuning.data.tasks.arguments import TaskArguments
-from chatglm_ptuning.evaluation.chosen_prefix import PLAIN_BASE, choose_prefix, load_chosen_prefix, short_name
+from chatglm_ptuning.evaluation.chosen_prefix import PLAIN_BASE, choose_prefix, load_chosen, short_name
 from chatglm_ptuning.evaluation.metrics import score
 from chatglm_ptuning.evaluation.parallel import (
     generate_answers_together,
@@ -54,8 +55,8 @@ class EvaluationArguments(TaskArguments, InferenceBaseArguments):
 
     ptuning_checkpoint: str | None = field(
         default=None,
-        metadata={"help": f"the prefix, a folder of this kit, official or PEFT; '{PLAIN_BASE}' for the plain base "
-                  "(default: the prefix trained last, if there is one)"},
+        metadata={"help": "what was trained: a prefix (of this kit, official or PEFT) or a run by any --tuning; "
+                  f"'{PLAIN_BASE}' for the plain base (default: the prefix trained last, if there is one)"},
     )  # fmt: skip
     test_file: list[str] | None = field(
         default=None, metadata={"help": "data files to score (default: the bundled headlines)"}
@@ -135,19 +136,21 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
         device_map=args.device_map,
         **source,
     )
-    selected = None if prefix is None else load_chosen_prefix(model, prefix, chosen=args.ptuning_checkpoint is not None)
+    tuned = None if prefix is None else load_chosen(model, prefix, chosen=args.ptuning_checkpoint is not None)
+    if tuned is not None and args.compare_base and not tuned.keeps_base:
+        raise ValueError(f"--compare_base: {prefix} holds a whole tuned model, so score the base by itself.")
     subject = "base" if prefix is None else "prefix"
     answers = {}
     for name in ("base", "prefix") if prefix is not None and args.compare_base else (subject,):
-        model.set_prefix(selected if name == "prefix" else None)
-        answers[name] = generate_answers_together(
-            model,
-            tokenizer,
-            examples,
-            batch_size=args.per_device_eval_batch_size,
-            max_new_tokens=args.max_target_length,
-            num_beams=args.num_beams,
-        )
+        with nullcontext() if name == subject else tuned.plain_base():
+            answers[name] = generate_answers_together(
+                model,
+                tokenizer,
+                examples,
+                batch_size=args.per_device_eval_batch_size,
+                max_new_tokens=args.max_target_length,
+                num_beams=args.num_beams,
+            )
     references = [example["reference"] for example in examples]
     scores = {name: score(texts, references) for name, texts in answers.items()}
     results = {

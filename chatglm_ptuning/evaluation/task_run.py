@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatglm_ptuning.data.tasks.arguments import usual_split
 from chatglm_ptuning.data.tasks.encode import ANSWERING_HEADS, head_of
-from chatglm_ptuning.evaluation.chosen_prefix import load_chosen_prefix
+from chatglm_ptuning.evaluation.chosen_prefix import load_chosen
 from chatglm_ptuning.evaluation.parallel import is_first_process, print_once
 from chatglm_ptuning.evaluation.table import print_scores
-from chatglm_ptuning.evaluation.task_model import model_settings, recorded_head, recorded_metadata
+from chatglm_ptuning.evaluation.task_model import model_settings, recorded_details, recorded_head
 from chatglm_ptuning.evaluation.task_predictions import PredictionSettings, predict_together
 from chatglm_ptuning.evaluation.task_report import write_results
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
@@ -44,8 +45,8 @@ def evaluate_task(args: EvaluationArguments, prefix: Path | None, output: Path) 
     if prefix is None:
         head = head_of(task, args.head or next((name for name in task.heads if name in ANSWERING_HEADS), None))
     else:
-        metadata = recorded_metadata(prefix, args.model_name_or_path, **source)
-        head = recorded_head(metadata, task, args.head, prefix)
+        details = recorded_details(prefix, args.model_name_or_path, **source)
+        head = recorded_head(details, task, args.head, prefix)
     if head not in ANSWERING_HEADS and (prefix is None or args.compare_base):
         raise ValueError(
             f"The plain base has no {head.replace('_', ' ')} head for {task.name}; it can be scored by "
@@ -62,7 +63,9 @@ def evaluate_task(args: EvaluationArguments, prefix: Path | None, output: Path) 
         **source,
         **model_settings(task, head),
     )
-    selected = None if prefix is None else load_chosen_prefix(model, prefix, chosen=args.ptuning_checkpoint is not None)
+    tuned = None if prefix is None else load_chosen(model, prefix, chosen=args.ptuning_checkpoint is not None)
+    if tuned is not None and args.compare_base and not tuned.keeps_base:
+        raise ValueError(f"--compare_base: {prefix} holds a whole tuned model, so score the base by itself.")
     subject = "base" if prefix is None else "prefix"
     settings = PredictionSettings(
         batch_size=args.per_device_eval_batch_size,
@@ -73,8 +76,8 @@ def evaluate_task(args: EvaluationArguments, prefix: Path | None, output: Path) 
     )
     scores: dict[str, Any] = {}
     for name in ("base", "prefix") if args.compare_base and prefix is not None else (subject,):
-        model.set_prefix(selected if name == "prefix" else None)
-        predictions = predict_together(model, encoder, examples, settings)
+        with nullcontext() if name == subject else tuned.plain_base():
+            predictions = predict_together(model, encoder, examples, settings)
         if not is_first_process():
             continue
         result = write_results(

@@ -93,6 +93,10 @@ class PrefixEncoder(Float32Module):
         """
         return self().view(self.pre_seq_len, *self.kv_shape)
 
+    def saved_parameters(self) -> dict[str, torch.Tensor]:
+        """What a prefix checkpoint holds: all parameters by their names."""
+        return self.state_dict()
+
     @torch.no_grad()
     def set_key_values(self, key_values: torch.Tensor) -> None:
         """Sets the parameters so that `key_values()` returns `key_values`.

@@ -15,6 +15,7 @@ from chatglm_ptuning.model.base_weights import read_weight
 from chatglm_ptuning.model.prefix_encoder import PrefixEncoder
 from chatglm_ptuning.model.prefix_switch import TRAINABLE_PREFIX, PrefixSwitch
 from chatglm_ptuning.model.rotary import rotate_prefix_keys
+from chatglm_ptuning.model.virtual_tokens import key_values_before
 from chatglm_ptuning.model.zero3 import gathered, gathering_modules, is_partitioned
 from chatglm_ptuning.prefix.bank import PrefixSelection
 from chatglm_ptuning.prefix.checkpoint import PrefixCheckpoint, PrefixMetadata, read_prefix, write_prefix
@@ -156,7 +157,7 @@ class PrefixMixin:
         if not isinstance(name, str):
             raise ValueError(f"save_prefix writes one prefix; select it by set_prefix first (selected: {name}).")
         if self._is_trainable(name):
-            parameters, trained = self._trainable.state_dict(), not self._trainable.is_untrained
+            parameters, trained = self._trainable.saved_parameters(), not self._trainable.is_untrained
         else:
             bank = self._switch.bank
             parameters, trained = {"embedding.weight": bank[name].flatten(1)}, not bank.is_untrained(name)
@@ -211,21 +212,11 @@ class PrefixMixin:
         if encoder is None or input_ids.shape != (encoder.pre_seq_len,):
             length = None if encoder is None else encoder.pre_seq_len
             raise ValueError(f"Got {tuple(input_ids.shape)} tokens for a trainable prefix of length {length}.")
-        base, selection = self.base_model, self.selected_prefix
-        was_training = base.training
-        base.eval()
-        self.set_prefix(None)
-        try:
-            with gathering_modules(base):
-                cache = base(input_ids[None].to(base.device), use_cache=True).past_key_values
-        finally:
-            self.set_prefix(selection)
-            base.train(was_training)
-        per_layer = [states[0].float().cpu() for layer in cache.layers for states in (layer.keys, layer.values)]
-        key_values = torch.stack(per_layer).permute(2, 0, 1, 3)
-        # The tokens stood at 0, 1, ...; the ones to come start at 0 again.
+        base = self.base_model
+        with gathering_modules(base):
+            key_values = key_values_before(base, base.embedding(input_ids.to(base.device)))
         with gathered(encoder.parameters(), modify=True):
-            encoder.set_key_values(rotate_prefix_keys(key_values, -encoder.pre_seq_len, base.config))
+            encoder.set_key_values(key_values)
         self._switch.mark_changed(TRAINABLE_PREFIX)
 
     def check_prefix_is_trained(self) -> None:

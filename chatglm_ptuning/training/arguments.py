@@ -13,8 +13,8 @@ from chatglm_ptuning.model.hub import BaseArguments
 from chatglm_ptuning.prefix.latest import runs_folder
 from chatglm_ptuning.training.distributed import prepare_processes
 from chatglm_ptuning.training.initialisation import PREFIX_INITS
-
-DEFAULT_PRE_SEQ_LEN = 128
+from chatglm_ptuning.training.tuning import DEFAULT_PRE_SEQ_LEN
+from chatglm_ptuning.training.tuning_arguments import TuningArguments
 
 RETIRED_FLAGS = {
     "use_fast_tokenizer": "the family has one tokenizer.",
@@ -142,14 +142,13 @@ class DataArguments(TaskArguments):
 
 
 @dataclass
-class PrefixTrainingArguments(Seq2SeqTrainingArguments):
-    """transformers' own training arguments with defaults that suit a prefix."""
+class PrefixTrainingArguments(TuningArguments, Seq2SeqTrainingArguments):
+    """transformers' own training arguments with defaults that suit a prefix, and what is trained instead of one."""
 
     output_dir: str | None = field(default=None, metadata={"help": "folder of the run (default: output/prefix)"})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "start anew in a folder that holds an earlier run, deleting its checkpoints"}
     )
-    learning_rate: float = field(default=1e-2, metadata={"help": "of the prefix; the official script has 2e-2"})
     logging_steps: float = field(default=10, metadata={"help": "steps between two log entries"})
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "group_by_length, random or sequential"}
@@ -164,5 +163,13 @@ class PrefixTrainingArguments(Seq2SeqTrainingArguments):
     def __post_init__(self) -> None:
         if self.output_dir is None:
             self.output_dir = str(runs_folder() / "prefix")
+        TuningArguments.__post_init__(self)
+        if self.tuning == "none" and self.do_train:
+            raise ValueError("--tuning none trains nothing: leave --do_train out, or choose another --tuning.")
+        if self.deepspeed and self.tuning != "ptuning_v2":
+            raise ValueError(
+                f"--deepspeed works with --tuning ptuning_v2 alone. Train {self.tuning} in one process or in several "
+                "(scripts/launch.sh without --deepspeed)."
+            )
         prepare_processes(self)
-        super().__post_init__()
+        Seq2SeqTrainingArguments.__post_init__(self)

@@ -21,18 +21,17 @@ from chatglm_ptuning.evaluation.table import print_scores
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
-from chatglm_ptuning.prefix.checkpoint import read_prefix
 from chatglm_ptuning.prefix.files import write_atomically
 from chatglm_ptuning.training.arguments import (
-    DEFAULT_PRE_SEQ_LEN,
     DataArguments,
     ModelArguments,
     PrefixTrainingArguments,
 )
+from chatglm_ptuning.training.cost import peak_memory, trained_parameters
 from chatglm_ptuning.training.distributed import match_precision
-from chatglm_ptuning.training.initialisation import init_prefix
 from chatglm_ptuning.training.report import draw_loss_curve, print_samples
 from chatglm_ptuning.training.trainer import PrefixTrainer
+from chatglm_ptuning.training.tuning import base_dtype, prefix_length, tuning_of_run
 
 if TYPE_CHECKING:
     import datasets
@@ -113,53 +112,32 @@ class TrainingRun:
         return list(itertools.islice(rows, self.data_args.max_predict_samples))
 
     def _load_model(self) -> ChatGLMForConditionalGeneration:
-        model_args, trains = self.model_args, self.args.do_train
+        model_args = self.model_args
         match_precision(self.args, model_args.dtype, model_args.quantization_bit)
-        pre_seq_len = (model_args.pre_seq_len or DEFAULT_PRE_SEQ_LEN) if trains else None
         model = load_model(
             model_args.model_name_or_path,
             hub=model_args.hub,
             revision=model_args.revision,
-            pre_seq_len=pre_seq_len,
+            pre_seq_len=prefix_length(self.args, model_args),
             prefix_projection=model_args.prefix_projection,
             prefix_dropout=model_args.prefix_dropout,
             quantization_bit=model_args.quantization_bit,
             quantization_type=model_args.quantization_type,
-            dtype=model_args.dtype,
+            dtype=base_dtype(self.args, model_args),
             attn_implementation=model_args.attn_implementation,
             **self.model_settings(),
         )
-        if model_args.ptuning_checkpoint is not None:
-            self._check_wanted_length(model)
-            model.load_prefix(model_args.ptuning_checkpoint)
-        elif trains:
-            init_prefix(
-                model,
-                self.tokenizer,
-                model_args.prefix_init,
-                text=model_args.init_prefix_text,
-                examples=self.train_examples,
-                seed=self.args.seed,
-            )
-        elif model_args.pre_seq_len:
+        self.tuning = tuning_of_run(model, self.args, model_args, self.tokenizer, self.train_examples)
+        if self.data_args.compare_base and not self.tuning.keeps_base:
             raise ValueError(
-                f"--pre_seq_len {model_args.pre_seq_len} without --do_train needs a --ptuning_checkpoint: an untrained "
-                "prefix is random. Without --pre_seq_len the plain base is used."
+                "--compare_base needs the plain base, which --tuning full changes: score it in a run of its own, with "
+                "--tuning none."
             )
         return model
 
     def model_settings(self) -> dict[str, Any]:
         """What `load_model` is to be told besides the flags: class and outputs of a linear head."""
         return {}
-
-    def _check_wanted_length(self, model: ChatGLMForConditionalGeneration) -> None:
-        wanted, path = self.model_args.pre_seq_len, self.model_args.ptuning_checkpoint
-        found = read_prefix(path, model.config).metadata.pre_seq_len
-        if wanted is not None and found != wanted:
-            raise ValueError(
-                f"--pre_seq_len is {wanted}, but the prefix in {path} has {found} virtual tokens. Leave --pre_seq_len "
-                "out: the size is read from the checkpoint."
-            )
 
     def trainer(self) -> PrefixTrainer:
         """The Trainer of this run."""
@@ -169,6 +147,7 @@ class TrainingRun:
             train_dataset=self.train_examples or None,
             eval_dataset=self.eval_examples or None,
             data_collator=PaddingCollator(self.tokenizer.pad_token_id, "right"),
+            tuning=self.tuning,
             details=self.details(),
             generation_metrics=self.score_of_evaluation(),
         )
@@ -179,6 +158,7 @@ class TrainingRun:
             "chat_format": self.tokenizer.chat_format,
             "task": self.data_args.train_file and Path(self.data_args.train_file[0]).stem,
             "training": {
+                "tuning": self.args.tuning,
                 "rows": len(self.train_examples),
                 "learning_rate": self.args.learning_rate,
                 "prefix_init": self.model_args.prefix_init,
@@ -198,6 +178,7 @@ class TrainingRun:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         trainer.save_model()
         metrics = dict(result.metrics, train_samples=len(self.train_examples))
+        metrics |= trained_parameters(self.model) | peak_memory()
         if losses:
             metrics["final_loss"] = losses[-1]
         self.keep("train", metrics, trainer)
@@ -229,15 +210,12 @@ class TrainingRun:
         """Generates answers, writes them as the official script does, and compares with the base if asked to."""
         examples, _ = self.preprocessor.for_generation(self.test_rows, BadRows(self.data_args.skip_bad_rows))
         answers, scores = self.answer_and_score()
-        columns, texts = {"with prefix": scores}, {"with prefix": answers}
+        name = self.tuning.described
+        columns, texts = {name: scores}, {name: answers}
         metrics = {f"predict_{name}": value for name, value in scores.items()}
-        if self.data_args.compare_base and self.model.selected_prefix is not None:
-            selected = self.model.selected_prefix
-            self.model.set_prefix(None)
-            try:
+        if self.data_args.compare_base and self.tuning.method != "none":
+            with self.tuning.plain_base():
                 base_answers, base_scores = self.answer_and_score()
-            finally:
-                self.model.set_prefix(selected)
             columns = {"base": base_scores, **columns}
             texts = {"base": base_answers, **texts}
             metrics |= {f"base_{name}": value for name, value in base_scores.items()}

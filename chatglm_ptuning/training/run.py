@@ -1,4 +1,4 @@
-"""`chatglm-ptuning train`: from files to a prefix, its scores and its report."""
+"""`chatglm-ptuning train`: from files to a prefix, or what else is tuned, its scores and its report."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def main(argv: Sequence[str]) -> None:
     """Entry of the command; errors that users can mend end it with a message and exit code 1, SIGTERM with 143."""
     model_args, data_args, args = parse_arguments(
         "chatglm-ptuning train",
-        "Train a P-Tuning v2 prefix, evaluate it, and generate with it.",
+        "Train a P-Tuning v2 prefix, or by another --tuning; evaluate it, and generate with it.",
         (ModelArguments, DataArguments, PrefixTrainingArguments),
         argv,
         RETIRED_FLAGS,

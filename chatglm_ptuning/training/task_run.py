@@ -9,11 +9,12 @@ from chatglm_ptuning.data.tasks.arguments import usual_split
 from chatglm_ptuning.data.tasks.encode import ANSWERING_HEADS, TaskEncoder, head_of, label_names
 from chatglm_ptuning.data.tasks.examples import AnyExample, gold_of
 from chatglm_ptuning.evaluation.table import print_scores
-from chatglm_ptuning.evaluation.task_model import model_settings, recorded_head, recorded_metadata
+from chatglm_ptuning.evaluation.task_model import model_settings, recorded_details, recorded_head
 from chatglm_ptuning.evaluation.task_predictions import Prediction, PredictionSettings, predict_together
 from chatglm_ptuning.evaluation.task_report import TaskScores, score_task, write_results
 from chatglm_ptuning.training.file_run import TrainingRun
 from chatglm_ptuning.training.trainer import PrefixTrainer
+from chatglm_ptuning.tuning.methods import PREFIX_METHODS
 
 
 class TaskRun(TrainingRun):
@@ -43,16 +44,19 @@ class TaskRun(TrainingRun):
             print(f"{self.task.name} ({self.task.title}) in {flags.task_data}, head {self.encoder.head}: {shown}")
 
     def _use_defaults_of_task(self) -> None:
-        if self.model_args.pre_seq_len is None and self.model_args.ptuning_checkpoint is None and self.args.do_train:
-            self.model_args.pre_seq_len = self.task.pre_seq_len
+        model_args, args = self.model_args, self.args
+        if args.do_train and args.tuning in PREFIX_METHODS and model_args.ptuning_checkpoint is None:
+            model_args.pre_seq_len = model_args.pre_seq_len or self.task.pre_seq_len
+        if args.tuning == "ptuning_v2" and args.learning_rate_is_default:
+            args.learning_rate = self.task.learning_rate
 
     def _head(self) -> str:
         checkpoint = self.model_args.ptuning_checkpoint
         if checkpoint is None:
             return head_of(self.task, self.data_args.head)
         model_args = self.model_args
-        metadata = recorded_metadata(checkpoint, model_args.model_name_or_path, model_args.hub, model_args.revision)
-        return recorded_head(metadata, self.task, self.data_args.head, checkpoint)
+        details = recorded_details(checkpoint, model_args.model_name_or_path, model_args.hub, model_args.revision)
+        return recorded_head(details, self.task, self.data_args.head, checkpoint)
 
     def _split(self, kind: str, named: str | None, limit: int | None) -> Sequence[AnyExample]:
         return self.data_args.examples(self.task, named or usual_split(self.task, kind), limit)
@@ -94,12 +98,12 @@ class TaskRun(TrainingRun):
         columns: dict[str, dict[str, float]] = {}
         metrics: dict[str, Any] = {"predict_samples": len(self.tested)}
         labelled = gold_of(self.tested[0]) is not None
-        if labelled and flags.compare_base and self.model.selected_prefix is not None:
+        if labelled and flags.compare_base and self.tuning.method != "none":
             columns["base"] = self._score_base()
             metrics |= {f"base_{name}": value for name, value in columns["base"].items()}
         if labelled:
             scores = score_task(self.task, self.tested, [prediction.value for prediction in predictions])
-            columns["with prefix"] = scores.metrics
+            columns[self.tuning.described] = scores.metrics
             metrics |= {f"predict_{name}": value for name, value in scores.metrics.items()}
         self.keep("predict", metrics, trainer)
         if not self.args.should_save:
@@ -122,9 +126,5 @@ class TaskRun(TrainingRun):
                 f"--compare_base: the base has no {self.encoder.head.replace('_', ' ')} head; compare it by "
                 "--head generation."
             )
-        selected = self.model.selected_prefix
-        self.model.set_prefix(None)
-        try:
+        with self.tuning.plain_base():
             return self._score(self.tested).metrics
-        finally:
-            self.model.set_prefix(selected)

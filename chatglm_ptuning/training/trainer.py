@@ -1,4 +1,4 @@
-"""transformers' Trainer for a prefix: only the prefix is saved, a checkpoint appears whole or not at all."""
+"""transformers' Trainer for a prefix or what else is tuned: that alone is saved, and whole or not at all."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ from chatglm_ptuning.training.failures import (
     is_out_of_memory,
 )
 from chatglm_ptuning.training.sampler import SAMPLING_STRATEGIES, EpochSampler, PaddedRows, row_lengths
+from chatglm_ptuning.tuning.tuning import PrefixTuning, Tuning
 
 logger = logging.get_logger(__name__)
 
@@ -49,9 +50,10 @@ _ROOM_FOR_SMALL_FILES = 2**20
 
 
 class PrefixTrainer(Trainer):
-    """Trains the prefix of a ChatGLM model.
+    """Trains the prefix of a ChatGLM model, or what another way of tuning trains.
 
     Args:
+        tuning: what is trained, on the same model; by default its prefix.
         details: what every prefix checkpoint records beside the weights: chat format, task, training.
         generation_metrics: called after an evaluation, for metrics that need generated answers.
         kwargs: as for transformers' Trainer.
@@ -60,11 +62,13 @@ class PrefixTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
+        tuning: Tuning | None = None,
         details: dict[str, Any] | None = None,
         generation_metrics: Callable[[], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.tuning = tuning or PrefixTuning(self.model)
         self.details = details or {}
         self.generation_metrics = generation_metrics
         self._staging: Path | None = None
@@ -239,13 +243,13 @@ class PrefixTrainer(Trainer):
     # ---- saving ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the prefix, never the base; every process must take part, the first one writes."""
+        """Writes what is trained, nothing of a frozen base; every process must take part, the first one writes."""
         folder = Path(output_dir or self.args.output_dir)
         model = self._prefix_model
         model.base_fingerprint()  # which every process has to help with, if the base is partitioned
         with self._in_full_precision(model):
             if self.args.should_save:
-                model.save_prefix(folder, **self.details)
+                self.tuning.save(folder, self.details)
                 with write_atomically(folder / ARGUMENTS_FILE) as temporary:
                     text = json.dumps(self.args.to_sanitized_dict(), indent=2, ensure_ascii=False)
                     temporary.write_text(text + "\n", "utf-8")
@@ -275,11 +279,24 @@ class PrefixTrainer(Trainer):
         """As the Trainer's; remembers what is trained, in the order of the saved state."""
         optimizer = super().create_optimizer(model)
         if not isinstance(optimizer, AcceleratedOptimizer):
+            self._set_head_learning_rate(optimizer)
             # DeepSpeed leaves empty groups out (a table has no biases); then the schedule's state has the same form.
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
             self._trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             self._optimizer_groups = optimizer.state_dict()["param_groups"]
         return optimizer
+
+    def _set_head_learning_rate(self, optimizer: torch.optim.Optimizer) -> None:
+        """Moves the linear head into groups of its own, behind the others."""
+        rate = getattr(self.args, "head_learning_rate", None)
+        if rate is None:
+            return
+        head = {id(parameter) for parameter in self.tuning.heads().values()}
+        for group in list(optimizer.param_groups):
+            of_head = [parameter for parameter in group["params"] if id(parameter) in head]
+            if of_head:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in head]
+                optimizer.add_param_group({**group, "params": of_head, "lr": rate})
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_deepspeed_enabled:
@@ -402,7 +419,9 @@ class PrefixTrainer(Trainer):
         optimizer_state.restore_full_precision(trained, values)
 
     def _warn_of_learning_rate(self, checkpoint: str) -> None:
-        used = max(getattr(self.lr_scheduler, "base_lrs", None) or [self.args.learning_rate])
+        used = (getattr(self.lr_scheduler, "base_lrs", None) or [self.args.learning_rate])[0]
+        if self.tuning.method == "head_only":
+            return
         if not math.isclose(used, self.args.learning_rate, rel_tol=1e-6):
             logger.warning(
                 f"--learning_rate {self.args.learning_rate:g} is not used: the run goes on from {checkpoint} with its "
@@ -411,9 +430,9 @@ class PrefixTrainer(Trainer):
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        self.accelerator.unwrap_model(model or self.model).load_prefix(resume_from_checkpoint)
+        self.tuning.load(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        self._prefix_model.load_prefix(self.state.best_model_checkpoint)
+        self.tuning.load(Path(self.state.best_model_checkpoint))
         if self.is_deepspeed_enabled:
             self._restore_full_precision(Path(self.state.best_model_checkpoint))
