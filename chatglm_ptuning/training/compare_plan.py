@@ -17,6 +17,7 @@ from chatglm_ptuning.data.tasks.registry import load_task, read_yaml
 from chatglm_ptuning.data.tasks.schema import Task
 from chatglm_ptuning.evaluation.task_report import score_task
 from chatglm_ptuning.training.arguments import DataArguments, ModelArguments, PrefixTrainingArguments
+from chatglm_ptuning.training.tuning_arguments import TuningArguments
 
 DEFAULT_SEEDS = (1, 2, 3)
 RUN_DEFAULTS = {"save_strategy": "no", "disable_tqdm": True}
@@ -272,14 +273,16 @@ def _check_cell(
 ) -> Cell | str:
     """The cell, or why it cannot be run."""
     definition = load_task(str(flags["task"]))
-    trains = flags.get("tuning") != "none"
-    head = _head(definition, flags.get("head"), trains)
-    if not trains and head not in ANSWERING_HEADS:
+    tuning = flags.get("tuning", "ptuning_v2")
+    head = _head(definition, flags.get("head"), tuning != "none")
+    if tuning == "none" and head not in ANSWERING_HEADS:
         return f"the plain base has no {head.replace('_', ' ')} head"
+    if tuning == "head_only" and head in ANSWERING_HEADS:
+        return f"{head} has no head to train alone"
     flags = {**flags, "head": head}
-    kinds = (ModelArguments, DataArguments)
-    _, data = checker.values({**flags, "model_name_or_path": plan.base}, kinds)
-    predict_split = rows.read(task, definition, data, trains)
+    kinds = (ModelArguments, DataArguments, TuningArguments)
+    _, data, _ = checker.values({**flags, "model_name_or_path": plan.base}, kinds)
+    predict_split = rows.read(task, definition, data, tuning != "none")
     return Cell(task, method, definition, head, predict_split, flags)
 
 
