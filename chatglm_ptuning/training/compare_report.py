@@ -288,7 +288,10 @@ def print_comparison(rows: Sequence[Row], reference: str | None) -> None:
 
 
 def _draw(path: Path, rows: Sequence[Row]) -> None:
-    """Grouped bars: a group for every task, a bar for every method, its deviation as a line."""
+    """Grouped bars: a group for every task, a bar for every method, its deviation as a line.
+
+    Names that no font of this machine can show are numbered, in the order of the table.
+    """
     tasks = _by_task(rows)
     methods = [method for method in dict.fromkeys(row.method for row in rows) if method != MAJORITY]
     font = find_font([*tasks, *methods])
@@ -302,9 +305,9 @@ def _draw(path: Path, rows: Sequence[Row]) -> None:
             [index + (place - (len(methods) - 1) / 2) * width for index, _ in found],
             [row.mean for _, row in found],
             width * 0.95,
-            yerr=[row.deviation or 0.0 for _, row in found],
+            yerr=[np.nan if row.deviation is None else row.deviation for _, row in found],
             capsize=3,
-            label=method if font else f"method {place + 1}",
+            label=method if font or method.isascii() else f"method {place + 1}",
             color=f"C{place % 10}",
         )
     for index, of_task in enumerate(tasks.values()):
@@ -312,8 +315,10 @@ def _draw(path: Path, rows: Sequence[Row]) -> None:
             if row.method == MAJORITY:
                 label = MAJORITY if index == 0 else None
                 axes.hlines(row.mean, index - 0.45, index + 0.45, colors="black", linestyles="dashed", label=label)
-    names = [f"{task}\n{of_task[0].metric}" if font else f"task {index + 1}" for index, (task, of_task) in
-             enumerate(tasks.items())]  # fmt: skip
+    names = [
+        (task if font or task.isascii() else f"task {index + 1}") + f"\n{of_task[0].metric}"
+        for index, (task, of_task) in enumerate(tasks.items())
+    ]
     axes.set_xticks(range(len(tasks)), names, **options)
     axes.set(ylabel="score (%)", ylim=(0, None))
     axes.grid(axis="y", alpha=0.3)
