@@ -88,7 +88,7 @@ def test_the_more_particular_flag_overrides_the_more_general():
         ({"seeds": [1, 1]}, "'seeds' has a number twice"),
         ({"seeds": [1, "two"]}, "'seeds' must be a list of whole numbers"),
         ({"methods": ["lora", "lora"]}, "'methods' names lora twice"),
-        ({"tasks": {"weather": {"methods": {"prefx": {}}}}}, "unknown method in tasks.weather.methods 'prefx' .did you"),
+        ({"tasks": {"weather": {"methods": {"prefx": {}}}}}, "unknown method in tasks.weather.methods 'prefx' .did"),
         ({"common": 5}, "'common' must be a mapping"),
     ],
 )  # fmt: skip
