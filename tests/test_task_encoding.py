@@ -128,9 +128,7 @@ def test_windows_cover_overlap_and_are_owned_by_the_one_with_most_around():
     for length, room, stride in [(30, 10, 4), (31, 7, 0), (100, 16, 15), (17, 16, 8)]:
         starts = window_starts(length, room, stride)
         assert starts[-1] + room == length
-        assert all(
-            right - left <= room - min(stride, room - 1) for left, right in itertools.pairwise(starts)
-        )
+        assert all(right - left <= room - min(stride, room - 1) for left, right in itertools.pairwise(starts))
         for place in range(length):
             around = [min(place - start, start + room - 1 - place) for start in starts]
             assert around[owner_of(place, starts, room)] == max(around) >= 0
