@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "train": ("chatglm_ptuning.training.run", "train a prefix on your data"),
+    "search": ("chatglm_ptuning.training.search", "search prompt length and learning rate for a task"),
     "evaluate": ("chatglm_ptuning.evaluation.run", "score a prefix, or the plain base"),
     "data": ("chatglm_ptuning.data.command", "show a row as the model sees it, check data files"),
     "chat": ("chatglm_ptuning.serving.terminal", "chat with the base and its prefixes in a terminal"),
