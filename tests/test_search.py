@@ -14,14 +14,19 @@ from statistics import fmean, stdev
 
 import pytest
 import tiny_base
+import torch
 
 pytest.importorskip("optuna")
 
 import optuna
 
 from chatglm_ptuning.cli import main as command
+from chatglm_ptuning.command_line import parse_arguments
+from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.model.modeling_heads import ChatGLMForSequenceClassification
-from chatglm_ptuning.training.search_arguments import SearchArguments
+from chatglm_ptuning.training.search_arguments import TRAIN_ARGUMENTS, SearchArguments, Setting
+from chatglm_ptuning.training.search_trial import run_flags
+from chatglm_ptuning.training.task_run import TaskRun
 
 TASK = """
 name: weather
@@ -110,6 +115,23 @@ def test_every_setting_is_tried_with_every_seed_and_the_best_command_repeats_the
         points = found["best"]["seeds"][seed]["points"]
         assert results["eval_accuracy"] == found["best"]["seeds"][seed]["score"]
         assert results["eval_loss"] == points[-1][2]
+
+
+def test_a_run_from_init_prefix_text_starts_as_the_base_with_that_text_in_front(base, task, tmp_path):
+    text = "请问今天天气"
+    tokenizer = load_tokenizer(str(base))
+    front = tokenizer.encode(text, add_special_tokens=False)
+    setting = Setting(len(front), 1e-2, False, "text")
+    common = ["--task", str(task), "--task_data", str(task.parent), "--model_name_or_path", str(base)]
+    asked = [*run_flags(common, setting, text, seed=1, max_steps=2, eval_steps=2), "--output_dir", str(tmp_path)]
+    model = TaskRun(*parse_arguments("chatglm-ptuning train", "", TRAIN_ARGUMENTS, asked)).model.eval()
+    plain = load_model(str(base), model_class=ChatGLMForSequenceClassification)
+    plain.classifier_head.load_state_dict(model.classifier_head.state_dict())
+    row = tokenizer.encode("天气很好")
+    with torch.no_grad():
+        expected = plain(torch.tensor([front + row])).logits
+        assert (plain(torch.tensor([row])).logits - expected).abs().max() > 1e-2
+        torch.testing.assert_close(model(torch.tensor([row])).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_grid_is_every_combination_once():
