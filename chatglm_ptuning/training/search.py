@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import os
 import shutil
 import sys
@@ -192,7 +193,10 @@ class Search:
             self._put_back(number)
 
     def _put_back(self, number: int, **attributes: Any) -> None:
-        kept = dict(self.study.get_trials(deepcopy=False)[number].user_attrs)
+        trial = self.study.get_trials(deepcopy=False)[number]
+        if trial.state.is_finished():
+            return
+        kept = dict(trial.user_attrs)
         self.end(number, "put_back", True)
         setting = kept.pop("setting", None)
         if setting is not None:
@@ -242,7 +246,10 @@ class Search:
                     return
                 trial.set_user_attr(name, ending)
             scores.append(trial.user_attrs[name]["score"])
-        self.study.tell(trial, fmean(scores), state=optuna.trial.TrialState.COMPLETE)
+        if math.isfinite(mean := fmean(scores)):
+            self.study.tell(trial, mean, state=optuna.trial.TrialState.COMPLETE)
+        else:
+            self.end(trial.number, "error", f"its {self.metric} is {mean}")
 
     def _run(self, trial: optuna.Trial, setting: Setting, seed: int) -> dict[str, Any] | None:
         """What the run with one seed has shown; None if that has ended the trial."""
