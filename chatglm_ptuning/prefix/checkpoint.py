@@ -32,6 +32,8 @@ OFFICIAL_FILES = (
 PEFT_METADATA_FILE = "adapter_config.json"
 PREFIX_KEY = "transformer.prefix_encoder."
 """In front of every parameter of the prefix encoder, in this kit's files as in the official ones."""
+SOURCE_ATTENTIONS = ("causal", "bidirectional")
+"""How the tokens of the source see each other: each those before it, or all of them (prefix language model)."""
 
 _CHECKPOINT_FOLDER = re.compile(r"checkpoint-(\d+)")
 
@@ -47,6 +49,7 @@ class PrefixMetadata:
         training: a summary of the training run.
         head: the name of the head trained beside it (`sequence_classification`, ...); None for the language model.
         labels: what the head's outputs stand for, in their order.
+        source_attention: one of SOURCE_ATTENTIONS, with which it was trained.
         trained: False if it was saved with its random first values.
     """
 
@@ -62,6 +65,7 @@ class PrefixMetadata:
     training: dict[str, Any] = field(default_factory=dict)
     head: str | None = None
     labels: list[str] | None = None
+    source_attention: str = "causal"
     trained: bool = True
     kit_version: str | None = None
 
@@ -218,6 +222,11 @@ def _read_metadata(source: Path) -> PrefixMetadata:
         value = getattr(metadata, name)
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{source}: {name} must be a positive integer, got {value!r}.")
+    if metadata.source_attention not in SOURCE_ATTENTIONS:
+        raise ValueError(
+            f"{source}: source_attention must be one of {', '.join(SOURCE_ATTENTIONS)}, got "
+            f"{metadata.source_attention!r}."
+        )
     fingerprint = metadata.base_fingerprint
     if fingerprint is not None and not (isinstance(fingerprint, dict) and fingerprint.keys() >= FINGERPRINT_FIELDS):
         raise ValueError(f"{source}: base_fingerprint must be null or hold {', '.join(sorted(FINGERPRINT_FIELDS))}.")

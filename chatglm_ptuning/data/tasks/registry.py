@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Hashable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -43,15 +44,27 @@ def read_task_file(path: Path) -> Task:
     Raises:
         ValueError: if the file is missing, not YAML, or not a task, naming the file and the key.
     """
+    content = read_yaml(path, "task file")
+    return parse_task(content, str(path))
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """What a YAML file holds; a key that stands twice in a mapping is refused.
+
+    Args:
+        what: kind of file, for messages.
+
+    Raises:
+        ValueError: if the file cannot be read, or is not YAML, naming it and the line.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"The task file {path} cannot be read: {error}.") from error
+        raise ValueError(f"The {what} {path} cannot be read: {error}.") from error
     try:
-        content = yaml.load(text, Loader=_UniqueKeyLoader)
+        return yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
-    return parse_task(content, str(path))
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
