@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from chatglm_ptuning.prefix.latest import runs_folder
 from chatglm_ptuning.training.arguments import DataArguments, ModelArguments, PrefixTrainingArguments
 from chatglm_ptuning.training.initialisation import PREFIX_INITS
+from chatglm_ptuning.training.preservation import PreservationArguments
 
 if TYPE_CHECKING:
     import optuna
 
-TRAIN_ARGUMENTS = (ModelArguments, DataArguments, PrefixTrainingArguments)
+TRAIN_ARGUMENTS = (ModelArguments, DataArguments, PrefixTrainingArguments, PreservationArguments)
 PROJECTIONS = {"false": (False,), "true": (True,), "both": (False, True)}
 LEARNING_RATE_SCALES = ("values", "log", "linear")
 PRUNERS = ("halving", "none")

@@ -101,12 +101,12 @@ def train_once(flags: Sequence[str], metric: str, course: Course, tell: Callable
         TrainingStopped: if the run cannot go on.
     """
     began = time.monotonic()
-    model_args, data_args, args = parse_arguments(
+    model_args, data_args, args, preserve_args = parse_arguments(
         "chatglm-ptuning search", "", TRAIN_ARGUMENTS, [*flags, *WHILE_SEARCHING]
     )
     set_seed(args.seed)
     try:
-        run = TaskRun(model_args, data_args, args)
+        run = TaskRun(model_args, data_args, args, preserve_args)
         trainer = run.trainer()
         for printing in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(printing)
