@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from statistics import fmean, stdev
 
+import processes
 import pytest
 import tiny_base
 import torch
@@ -218,13 +216,6 @@ def test_tpe_draws_from_a_range_and_repeats_itself(base, task, tmp_path):
     assert settings(tmp_path / "a")[:2] == settings(tmp_path / "b") and len(settings(tmp_path / "a")) == 3
 
 
-def start(arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", "chatglm_ptuning", *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
-    )  # fmt: skip
-
-
 def running(folder):
     if not (folder / "study.db").exists():
         return False
@@ -237,21 +228,21 @@ def running(folder):
 
 def test_two_workers_share_the_settings_and_a_killed_ones_is_taken_over(base, task, tmp_path):
     lengths = [2, 3, 4, 5]
-    killed = start(flags(base, task, tmp_path, "--pre_seq_len", *lengths, "--max_steps", 8))
+    (tmp_path / "logs").mkdir()
+    arguments = flags(base, task, tmp_path, "--pre_seq_len", *lengths, "--max_steps", 8)
+    killed = processes.Job((command, (arguments,)), 1, tmp_path / "logs", {})
     deadline = time.monotonic() + 300
-    while not running(tmp_path) and killed.poll() is None and time.monotonic() < deadline:
+    while not running(tmp_path) and killed.processes[0].is_alive() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert killed.poll() is None, killed.communicate()[0]
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    both = [start(flags(base, task, tmp_path, "--pre_seq_len", *lengths, "--max_steps", 8)) for _ in range(2)]
-    outputs = [worker.communicate(timeout=600)[0] for worker in both]
-    assert [worker.returncode for worker in both] == [0, 0], outputs
+    killed.processes[0].kill()
+    assert killed.wait()[0].code == -signal.SIGKILL
+    both = [processes.Job((command, (arguments,)), 1, tmp_path / "logs", {}) for _ in range(2)]
+    ended = [worker.wait()[0] for worker in both]
+    assert [worker.code for worker in ended] == [0, 0], ended
     assert sorted(length for length, _ in settings(tmp_path)) == lengths
     study = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / 'study.db'}")
     assert [trial.user_attrs.get("put_back") for trial in study.trials if trial.state.name == "FAIL"] == [True]
-    done = [output.count("\ntrial ") + output.startswith("trial ") for output in outputs]
-    assert sum(done) == 4
+    assert sum(line.startswith("trial ") for worker in ended for line in worker.output.splitlines()) == 4
 
 
 @pytest.mark.parametrize(

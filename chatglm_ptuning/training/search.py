@@ -160,7 +160,7 @@ class Search:
         setting = Setting(**queued)
         # For whoever looks into the study with optuna's own tools.
         trial.suggest_int("pre_seq_len", 1, 2**31)
-        trial.suggest_float("learning_rate", 0.0, 1e9)
+        trial.suggest_float("learning_rate", 0.0, 1e300)
         trial.suggest_categorical("prefix_projection", (False, True))
         trial.suggest_categorical("prefix_init", ("data", "text", "small", "official"))
         return setting
