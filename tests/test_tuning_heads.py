@@ -116,3 +116,13 @@ def test_the_head_has_a_learning_rate_of_its_own(tiny_base, tmp_path, batch_of):
         }
         assert {rate for name, rate in of.items() if "classifier_head" not in name} == {1e-3}
         assert json.loads((tmp_path / method / "training_arguments.json").read_text())["head_learning_rate"] == 5e-2
+
+
+def test_a_head_that_lora_trains_is_not_taken_for_a_random_one(tiny_base):
+    model = load(tiny_base, ChatGLMForSequenceClassification)
+    prepare_tuning(model, "lora")
+    with pytest.raises(ValueError, match="untrained"):
+        model.check_prefix_is_trained()
+    with torch.no_grad():
+        model.classifier_head.modules_to_save["default"].weight.add_(1.0)
+    model.check_prefix_is_trained()

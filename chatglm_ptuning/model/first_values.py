@@ -21,6 +21,10 @@ class FirstValues(nn.Module):
         """Remembers the present values as those that nobody has trained or set yet."""
         self._untrained = self._sample()
 
+    def forget_first_values(self) -> None:
+        """Says that the values need not be trained, as nothing uses them."""
+        self._untrained = None
+
     @property
     def has_first_values(self) -> bool:
         """Whether `mark_untrained` has been called, so since the parameters were drawn at random."""

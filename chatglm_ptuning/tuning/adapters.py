@@ -50,6 +50,7 @@ class LoraTuning(Tuning):
 
     def __init__(self, model: PreTrainedModel, settings: LoraSettings | PeftConfig) -> None:
         from peft import get_peft_model
+        from peft.utils import ModulesToSaveWrapper
 
         super().__init__(model)
         if isinstance(settings, LoraSettings):
@@ -58,6 +59,10 @@ class LoraTuning(Tuning):
         _for_training(model)
         model.requires_grad_(False)
         self.adapter = get_peft_model(model, settings)
+        for wrapper in self.adapter.modules():
+            if isinstance(wrapper, ModulesToSaveWrapper):
+                # PEFT trains a copy of the head; nobody is going to train or use the one it was made from.
+                wrapper.original_module.forget_first_values()
 
     def settings(self) -> dict[str, Any]:
         """As `Tuning.settings`."""
