@@ -37,10 +37,12 @@ def short_name(prefix: Path | None) -> str:
     return f"{folder.parent.name}-{folder.name}" if folder.name.startswith("checkpoint-") else folder.name
 
 
-def load_chosen_prefix(model: ChatGLMPreTrainedModel, prefix: Path, chosen: bool) -> PrefixSelection:
-    """Loads the prefix and returns the name to select it by."""
+def load_chosen_prefix(
+    model: ChatGLMPreTrainedModel, prefix: Path, chosen: bool, task: str | None = None
+) -> PrefixSelection:
+    """Loads the prefix, with the head of the task where several share it, and returns the name to select it by."""
     try:
-        model.load_prefix(prefix)
+        model.load_prefix(prefix, task=task)
     except ValueError as error:
         if chosen:
             raise

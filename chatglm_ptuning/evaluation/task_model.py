@@ -39,6 +39,7 @@ def recorded_head(metadata: PrefixMetadata, task: Task, asked: str | None, sourc
         ValueError: if another one is asked for, if it cannot solve the task, or if its labels are not the task's; the
             message names both sides.
     """
+    metadata = metadata.of_task(task.name)
     if metadata.head is None or metadata.head in ANSWERING_HEADS:
         answering = [head for head in task.heads if head in ANSWERING_HEADS]
         head = asked or metadata.head or (task.head if task.head in ANSWERING_HEADS else (answering or [task.head])[0])
@@ -55,7 +56,8 @@ def recorded_head(metadata: PrefixMetadata, task: Task, asked: str | None, sourc
     names = label_names(task, head)
     if names is not None and metadata.labels is None:
         raise ValueError(
-            f"The prefix in {source} has no linear head, and --head {head} needs one: train it with --task {task.name} "
+            f"The prefix in {source} has no linear head for {task.name}{_of_tasks(metadata)}, and --head {head} needs "
+            f"one: train it with --task {task.name} "
             f"--head {head}, or score it by --head generation where the task takes that."
         )
     if names is not None and list(names) != list(metadata.labels or ()):
@@ -64,6 +66,10 @@ def recorded_head(metadata: PrefixMetadata, task: Task, asked: str | None, sourc
             f"{task.name} has {_listed(names)}."
         )
     return head
+
+
+def _of_tasks(metadata: PrefixMetadata) -> str:
+    return f" (it is shared by {', '.join(metadata.tasks)})" if metadata.tasks else ""
 
 
 def _listed(names: Any) -> str:

@@ -62,7 +62,9 @@ def evaluate_task(args: EvaluationArguments, prefix: Path | None, output: Path) 
         **source,
         **model_settings(task, head),
     )
-    selected = None if prefix is None else load_chosen_prefix(model, prefix, chosen=args.ptuning_checkpoint is not None)
+    selected = None
+    if prefix is not None:
+        selected = load_chosen_prefix(model, prefix, args.ptuning_checkpoint is not None, task.name)
     subject = "base" if prefix is None else "prefix"
     settings = PredictionSettings(
         batch_size=args.per_device_eval_batch_size,

@@ -56,6 +56,10 @@ class ModelArguments(BaseArguments):
     init_prefix_text: str | None = field(
         default=None, metadata={"help": "start from the keys and values of this text (implies --prefix_init text)"}
     )
+    init_prefix: str | None = field(
+        default=None,
+        metadata={"help": "start from a trained prefix, such as one that several tasks share (--task_mixture)"},
+    )
     dtype: str = field(default="auto", metadata={"help": "of the base: auto, float32, bfloat16, float16"})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "eager, sdpa, flash_attention_2 or flex_attention (default: sdpa)"}
@@ -69,6 +73,9 @@ class ModelArguments(BaseArguments):
             raise ValueError(f"--prefix_init must be one of {', '.join(PREFIX_INITS)}, got {self.prefix_init!r}")
         if self.prefix_init == "text" and not self.init_prefix_text:
             raise ValueError("--prefix_init text needs --init_prefix_text")
+        if self.init_prefix is not None and (self.ptuning_checkpoint is not None or self.prefix_init == "text"):
+            raise ValueError("--init_prefix, --ptuning_checkpoint and --init_prefix_text each say what the prefix "
+                             "starts from; give one of them")  # fmt: skip
         if self.pre_seq_len is not None and self.pre_seq_len < 1:
             raise ValueError(f"--pre_seq_len must be at least 1, got {self.pre_seq_len}")
 
@@ -120,8 +127,15 @@ class DataArguments(TaskArguments):
     eval_split: str | None = field(default=None, metadata={"help": "of the task, for --do_eval (default: dev)"})
     predict_split: str | None = field(default=None, metadata={"help": "of the task, for --do_predict (default: test)"})
 
+    task_mixture: str | None = field(
+        default=None, metadata={"help": "YAML file that names several tasks to train one prefix on (docs/tasks.md)"}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.task_mixture is not None and (self.task or self.train_file or self.validation_file or self.test_file):
+            raise ValueError("--task_mixture names its own tasks and files: give no --task, --train_file, "
+                             "--validation_file or --test_file")  # fmt: skip
         if self.task is not None and (self.train_file or self.validation_file or self.test_file):
             raise ValueError("--task brings its own files: give --task_data and no --train_file, --validation_file or "
                              "--test_file")  # fmt: skip

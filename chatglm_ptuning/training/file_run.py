@@ -18,8 +18,9 @@ from chatglm_ptuning.data.token_cache import TokenCache
 from chatglm_ptuning.evaluation.metrics import score
 from chatglm_ptuning.evaluation.parallel import generate_answers_together
 from chatglm_ptuning.evaluation.table import print_scores
+from chatglm_ptuning.evaluation.task_model import recorded_metadata
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
-from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMPreTrainedModel
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 from chatglm_ptuning.prefix.checkpoint import read_prefix
 from chatglm_ptuning.prefix.files import write_atomically
@@ -30,7 +31,7 @@ from chatglm_ptuning.training.arguments import (
     PrefixTrainingArguments,
 )
 from chatglm_ptuning.training.distributed import match_precision
-from chatglm_ptuning.training.initialisation import init_prefix
+from chatglm_ptuning.training.initialisation import init_from_checkpoint, init_prefix
 from chatglm_ptuning.training.report import draw_loss_curve, print_samples
 from chatglm_ptuning.training.trainer import PrefixTrainer
 
@@ -115,8 +116,8 @@ class TrainingRun:
     def _load_model(self) -> ChatGLMForConditionalGeneration:
         model_args, trains = self.model_args, self.args.do_train
         match_precision(self.args, model_args.dtype, model_args.quantization_bit)
-        pre_seq_len = (model_args.pre_seq_len or DEFAULT_PRE_SEQ_LEN) if trains else None
-        model = load_model(
+        pre_seq_len = self._wanted_length() if trains else None
+        loaded = load_model(
             model_args.model_name_or_path,
             hub=model_args.hub,
             revision=model_args.revision,
@@ -129,9 +130,12 @@ class TrainingRun:
             attn_implementation=model_args.attn_implementation,
             **self.model_settings(),
         )
+        model = self.make_model(loaded)
         if model_args.ptuning_checkpoint is not None:
             self._check_wanted_length(model)
-            model.load_prefix(model_args.ptuning_checkpoint)
+            self.load_checkpoint(model)
+        elif trains and model_args.init_prefix is not None:
+            self.start_from(model, model_args.init_prefix)
         elif trains:
             init_prefix(
                 model,
@@ -141,6 +145,8 @@ class TrainingRun:
                 examples=self.train_examples,
                 seed=self.args.seed,
             )
+        elif model_args.init_prefix is not None:
+            raise ValueError("--init_prefix is what a training starts from: give --do_train, or --ptuning_checkpoint.")
         elif model_args.pre_seq_len:
             raise ValueError(
                 f"--pre_seq_len {model_args.pre_seq_len} without --do_train needs a --ptuning_checkpoint: an untrained "
@@ -151,6 +157,33 @@ class TrainingRun:
     def model_settings(self) -> dict[str, Any]:
         """What `load_model` is to be told besides the flags: class and outputs of a linear head."""
         return {}
+
+    def make_model(self, loaded: ChatGLMPreTrainedModel) -> ChatGLMPreTrainedModel:
+        """The model to train, of the one that was loaded."""
+        return loaded
+
+    def load_checkpoint(self, model: ChatGLMPreTrainedModel) -> None:
+        """Loads what --ptuning_checkpoint names, to go on from or to evaluate."""
+        model.load_prefix(self.model_args.ptuning_checkpoint)
+
+    def start_from(self, model: ChatGLMPreTrainedModel, prefix: str) -> None:
+        """Gives the trainable prefix its first values from what --init_prefix names."""
+        init_from_checkpoint(model, prefix)
+        if self.args.should_save:
+            print(f"The prefix starts from {prefix}.")
+
+    def _wanted_length(self) -> int:
+        model_args = self.model_args
+        if model_args.init_prefix is None:
+            return model_args.pre_seq_len or DEFAULT_PRE_SEQ_LEN
+        base = (model_args.model_name_or_path, model_args.hub, model_args.revision)
+        found = recorded_metadata(model_args.init_prefix, *base).pre_seq_len
+        if model_args.pre_seq_len not in (None, found):
+            raise ValueError(
+                f"--pre_seq_len is {model_args.pre_seq_len}, but --init_prefix {model_args.init_prefix} "
+                f"has {found} virtual tokens. Leave --pre_seq_len out: the size is read from the checkpoint."
+            )
+        return found
 
     def _check_wanted_length(self, model: ChatGLMForConditionalGeneration) -> None:
         wanted, path = self.model_args.pre_seq_len, self.model_args.ptuning_checkpoint
@@ -181,7 +214,7 @@ class TrainingRun:
             "training": {
                 "rows": len(self.train_examples),
                 "learning_rate": self.args.learning_rate,
-                "prefix_init": self.model_args.prefix_init,
+                "prefix_init": self.model_args.init_prefix or self.model_args.prefix_init,
                 "seed": self.args.seed,
             },
         }

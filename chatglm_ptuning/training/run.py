@@ -33,6 +33,7 @@ from chatglm_ptuning.training.failures import (
     what_is_kept,
 )
 from chatglm_ptuning.training.file_run import TrainingRun
+from chatglm_ptuning.training.mixture_run import MixtureRun
 from chatglm_ptuning.training.task_run import TaskRun
 
 if TYPE_CHECKING:
@@ -138,7 +139,8 @@ def main(argv: Sequence[str]) -> None:
 
 def _run(model_args: ModelArguments, data_args: DataArguments, args: PrefixTrainingArguments) -> Path:
     checkpoint = prepare_output(args)
-    run = (TaskRun if data_args.task else TrainingRun)(model_args, data_args, args)
+    kind = MixtureRun if data_args.task_mixture else TaskRun if data_args.task else TrainingRun
+    run = kind(model_args, data_args, args)
     trainer = run.trainer()
     if args.do_train:
         run.train(trainer, checkpoint)

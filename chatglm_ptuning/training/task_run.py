@@ -12,7 +12,10 @@ from chatglm_ptuning.evaluation.table import print_scores
 from chatglm_ptuning.evaluation.task_model import model_settings, recorded_head, recorded_metadata
 from chatglm_ptuning.evaluation.task_predictions import Prediction, PredictionSettings, predict_together
 from chatglm_ptuning.evaluation.task_report import TaskScores, score_task, write_results
+from chatglm_ptuning.model.modeling_chatglm import ChatGLMPreTrainedModel
+from chatglm_ptuning.training.arguments import DataArguments, PrefixTrainingArguments
 from chatglm_ptuning.training.file_run import TrainingRun
+from chatglm_ptuning.training.initialisation import init_from_checkpoint
 from chatglm_ptuning.training.trainer import PrefixTrainer
 
 
@@ -43,7 +46,8 @@ class TaskRun(TrainingRun):
             print(f"{self.task.name} ({self.task.title}) in {flags.task_data}, head {self.encoder.head}: {shown}")
 
     def _use_defaults_of_task(self) -> None:
-        if self.model_args.pre_seq_len is None and self.model_args.ptuning_checkpoint is None and self.args.do_train:
+        given = (self.model_args.pre_seq_len, self.model_args.ptuning_checkpoint, self.model_args.init_prefix)
+        if given == (None, None, None) and self.args.do_train:
             self.model_args.pre_seq_len = self.task.pre_seq_len
 
     def _head(self) -> str:
@@ -61,6 +65,17 @@ class TaskRun(TrainingRun):
         """Class and outputs of the task's head."""
         return model_settings(self.task, self.encoder.head)
 
+    def load_checkpoint(self, model: ChatGLMPreTrainedModel) -> None:
+        """As `TrainingRun.load_checkpoint`; of a prefix that several tasks share, with the head of this one."""
+        model.load_prefix(self.model_args.ptuning_checkpoint, task=self.task.name)
+
+    def start_from(self, model: ChatGLMPreTrainedModel, prefix: str) -> None:
+        """As `TrainingRun.start_from`, with the head if it was trained for this task."""
+        names = label_names(self.task, self.encoder.head)
+        with_head = init_from_checkpoint(model, prefix, self.task.name, self.encoder.head, names)
+        if self.args.should_save:
+            print(f"The prefix{' and the head start' if with_head else ' starts'} from {prefix}.")
+
     def details(self) -> dict[str, Any]:
         """What the prefix checkpoint records of this run."""
         names = label_names(self.task, self.encoder.head)
@@ -76,14 +91,7 @@ class TaskRun(TrainingRun):
         return score_task(self.task, examples, values)
 
     def _predict(self, examples: Sequence[AnyExample]) -> list[Prediction]:
-        flags = self.data_args
-        settings = PredictionSettings(
-            batch_size=self.args.per_device_eval_batch_size,
-            max_new_tokens=flags.val_max_target_length or flags.max_target_length,
-            num_beams=flags.num_beams or self.args.generation_num_beams or 1,
-            candidate_scores=flags.candidate_scores,
-            max_answer_length=flags.max_answer_length,
-        )
+        settings = prediction_settings(self.data_args, self.args)
         return predict_together(self.model, self.encoder, examples, settings, under_engine=self.under_engine)
 
     def predict(self, trainer: PrefixTrainer) -> None:
@@ -128,3 +136,14 @@ class TaskRun(TrainingRun):
             return self._score(self.tested).metrics
         finally:
             self.model.set_prefix(selected)
+
+
+def prediction_settings(flags: DataArguments, args: PrefixTrainingArguments) -> PredictionSettings:
+    """How the flags want predictions to be made."""
+    return PredictionSettings(
+        batch_size=args.per_device_eval_batch_size,
+        max_new_tokens=flags.val_max_target_length or flags.max_target_length,
+        num_beams=flags.num_beams or args.generation_num_beams or 1,
+        candidate_scores=flags.candidate_scores,
+        max_answer_length=flags.max_answer_length,
+    )
