@@ -10,11 +10,8 @@ from torch.utils.data import Dataset, Sampler
 
 from chatglm_ptuning.data.collate import PaddingCollator
 from chatglm_ptuning.training.mixture_sampler import MixtureSampler
-from chatglm_ptuning.training.sampler import row_lengths
+from chatglm_ptuning.training.sampler import TASK_KEY, row_lengths
 from chatglm_ptuning.training.trainer import PrefixTrainer
-
-TASK_KEY = "task"
-"""In every row, and in the batch: the task it belongs to."""
 
 
 class OneTaskCollator:
