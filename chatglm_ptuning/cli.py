@@ -10,9 +10,12 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": ("chatglm_ptuning.training.run", "train a prefix on your data"),
     "evaluate": ("chatglm_ptuning.evaluation.run", "score a prefix, or the plain base"),
+    "lm_eval": ("chatglm_ptuning.evaluation.harness", "C-Eval, CMMLU and others through lm-evaluation-harness"),
+    "compare": ("chatglm_ptuning.training.compare", "compare ways of tuning on tasks, over seeds"),
     "data": ("chatglm_ptuning.data.command", "show a row as the model sees it, check data files"),
     "chat": ("chatglm_ptuning.serving.terminal", "chat with the base and its prefixes in a terminal"),
     "estimate": ("chatglm_ptuning.estimation.run", "compute memory and time of a run, without weights"),
+    "tradeoff": ("chatglm_ptuning.evaluation.tradeoff", "draw score against forgetting, over runs of --preserve_base"),
     "tasks": ("chatglm_ptuning.data.tasks.command", "list the Chinese tasks, or show how one's files are read"),
 }
 """Command -> (module with `main(argv)`, one line of help). A module is imported when its command is given."""

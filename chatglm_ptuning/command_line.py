@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +22,13 @@ class _Parser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\nAll flags: {self.prog} --help\n")
+
+
+class _RaisingParser(HfArgumentParser):
+    """As transformers', but it raises what is wrong instead of ending the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
 
 
 def parse_arguments(
@@ -93,15 +100,58 @@ def _flags_from_file(parser: _Parser, path: str, known: set[str]) -> list[str]:
         parser.error(f"the configuration {path} is malformed: {error}")
     if not isinstance(content, dict):
         parser.error(f"the configuration {path} must be a mapping of flags to values.")
-    flags = []
-    for name, value in content.items():
+    for name in content:
         if name not in known:
             parser.error(f"{path}: {_unknown([f'--{name}'], known)}")
+    return flag_words(content)
+
+
+def flag_words(flags: Mapping[str, Any]) -> list[str]:
+    """Flags with their values as they stand on a command line; a flag whose value is None is left out."""
+    words = []
+    for name, value in flags.items():
         if value is None:
             continue
         values = value if isinstance(value, list) else [value]
-        flags += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in values)]
-    return flags
+        words += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in values)]
+    return words
+
+
+class FlagChecker:
+    """Checks the flags that a file holds for a command which is started later, before anything is.
+
+    Attributes:
+        names: of all flags of the command.
+    """
+
+    def __init__(self, dataclass_types: Sequence[type]) -> None:
+        self._parser = _RaisingParser(list(dataclass_types), allow_abbrev=False, add_help=False)
+        self.names = {option.lstrip("-") for action in self._parser._actions for option in action.option_strings}
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Refuses what is no flag of the command.
+
+        Raises:
+            ValueError: naming it and the nearest flag.
+        """
+        unknown = [f"--{name}" for name in names if name not in self.names]
+        if unknown:
+            raise ValueError(_unknown(unknown, self.names))
+
+    def values(self, flags: Mapping[str, Any], dataclass_types: Sequence[type]) -> tuple[Any, ...]:
+        """Instances of some of the command's dataclasses, as the flags make them.
+
+        Raises:
+            ValueError: if there is no such flag, or a value does not fit its flag.
+        """
+        self.check_names(flags)
+        namespace, rest = self._parser.parse_known_args(flag_words(flags))
+        if rest:
+            raise ValueError(_unknown(rest, self.names))
+        return tuple(
+            kind(**{field.name: getattr(namespace, field.name) for field in dataclasses.fields(kind) if field.init})
+            for kind in dataclass_types
+        )
 
 
 def _without_retired(argv: list[str], retired: Mapping[str, str]) -> list[str]:

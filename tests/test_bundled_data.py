@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from chatglm_ptuning.data.files import read_rows
-from chatglm_ptuning.data.forms import Columns, to_conversation
+from chatglm_ptuning.data.forms import Columns, to_conversation, understand
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"
@@ -36,6 +36,14 @@ def test_train_and_dev_are_apart_and_no_row_repeats(name):
     )
     assert len(set(train)) == len(train) and len(set(dev)) == len(dev)
     assert not set(train) & set(dev)
+
+
+def test_general_rows_are_understood_and_those_to_measure_on_are_apart():
+    replayed, held_out = (read_rows(DATA / "general_prompts" / f"{split}.json") for split in ("train", "held_out"))
+    texts = [[row.get("text") or row["prompt"] for row in rows] for rows in (replayed, held_out)]
+    assert len({*texts[0], *texts[1]}) == len(replayed) + len(held_out) == 192
+    for row in (*replayed, *held_out):
+        assert understand(row, Columns())[1].missing_side() is None, row.where
 
 
 @pytest.mark.parametrize("name", sorted(LABELS))

@@ -338,7 +338,8 @@ def test_an_official_prefix_is_a_start_as_well(folder, run, tmp_path):
         (["--pre_seq_len", "5"], r"--pre_seq_len is 5, but --init_prefix .* has 3 virtual tokens"),
         (["--ptuning_checkpoint", "x"], "each say what the prefix starts from"),
         (["--init_prefix_text", "你好"], "each say what the prefix starts from"),
-        (["--do_train", "false", "--do_eval"], "give --do_train"),
+        (["--do_train", "false", "--do_eval"], "it needs --do_train"),
+        (["--tuning", "lora"], "--tuning ptuning_v2"),
         (["--model_name_or_path", "OTHER"], "was trained on another base"),
     ],
 )

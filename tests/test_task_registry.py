@@ -77,6 +77,18 @@ def test_a_task_is_added_by_a_file_alone(tmp_path):
     assert (unlabelled.text, unlabelled.label) == ("好，\n真好", None)
 
 
+def test_groups_across_categories_are_those_the_benchmarks_publish(tmp_path):
+    sizes = [{group: len(own) for group, own in load_task(name).groups.items()} for name in ("ceval", "cmmlu")]
+    assert sizes == [{"Hard": 8}, {"China specific": 15}]
+    text = Path(load_task("ceval").origin).read_text("utf-8")
+    for old, new, message in (
+        ("[advanced_mathematics, dis", "[advanced_maths, dis", "subject in groups.Hard 'advanced_maths' .did you mean"),
+        ("  Hard:", "  STEM:", "the group 'STEM' has the name of a subject or category"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_task(write(tmp_path, text.replace(old, new)))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

@@ -82,8 +82,15 @@ def _turns(messages: list[Message]) -> tuple[list[Message], list[list[Message]]]
     return messages[:first], turns
 
 
-def _without_middle(message: Message, length: int) -> Message:
-    if message.role == "assistant" or len(message.content) <= length:
-        return message
+def without_middle(text: str, length: int) -> str:
+    """The text, if it has more than `length` characters without so much of its middle that it has as many."""
+    if len(text) <= length:
+        return text
     head, tail = (length + 1) // 2, length // 2
-    return replace(message, content=message.content[:head] + message.content[len(message.content) - tail :])
+    return text[:head] + text[len(text) - tail :]
+
+
+def _without_middle(message: Message, length: int) -> Message:
+    if message.role == "assistant":
+        return message
+    return replace(message, content=without_middle(message.content, length))

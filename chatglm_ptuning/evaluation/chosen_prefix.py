@@ -6,8 +6,9 @@ from pathlib import Path
 
 from chatglm_ptuning.evaluation.parallel import print_once
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMPreTrainedModel
-from chatglm_ptuning.prefix.bank import PrefixSelection
 from chatglm_ptuning.prefix.latest import find_latest_prefix, runs_folder
+from chatglm_ptuning.tuning.load import load_tuned
+from chatglm_ptuning.tuning.tuning import Tuning
 
 PLAIN_BASE = "none"
 """As --ptuning_checkpoint: no prefix."""
@@ -29,20 +30,24 @@ def choose_prefix(named: str | None) -> Path | None:
     return newest
 
 
-def short_name(prefix: Path | None) -> str:
-    """The name of a folder for results about a prefix: that of its run, and of the step."""
+def results_folder(prefix: Path | None) -> Path:
+    """The folder for results about a prefix, where none is named: by its run, and the step."""
     if prefix is None:
-        return "base"
+        return runs_folder() / "evaluation" / "base"
     folder = (prefix.parent if prefix.is_file() else prefix).resolve()
-    return f"{folder.parent.name}-{folder.name}" if folder.name.startswith("checkpoint-") else folder.name
+    name = f"{folder.parent.name}-{folder.name}" if folder.name.startswith("checkpoint-") else folder.name
+    return runs_folder() / "evaluation" / name
 
 
-def load_chosen_prefix(
-    model: ChatGLMPreTrainedModel, prefix: Path, chosen: bool, task: str | None = None
-) -> PrefixSelection:
-    """Loads the prefix, with the head of the task where several share it, and returns the name to select it by."""
+def load_chosen(model: ChatGLMPreTrainedModel, prefix: Path, chosen: bool, task: str | None = None) -> Tuning:
+    """Loads what was trained onto the base, and selects it.
+
+    Args:
+        chosen: whether the user has named it.
+        task: whose head is meant where several tasks share a prefix.
+    """
     try:
-        model.load_prefix(prefix, task=task)
+        return load_tuned(model, prefix, task)
     except ValueError as error:
         if chosen:
             raise
@@ -50,4 +55,3 @@ def load_chosen_prefix(
             f"{error}\nIt was taken for being the one trained last. Name another by --ptuning_checkpoint, its base by "
             f"--model_name_or_path, or score the plain base by --ptuning_checkpoint {PLAIN_BASE}."
         ) from error
-    return model.selected_prefix

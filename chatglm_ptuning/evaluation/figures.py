@@ -67,7 +67,7 @@ def draw_confusion_matrix(path: Path, matrix: np.ndarray, names: Sequence[str], 
     columns = [*shown, NO_LABEL][: matrix.shape[1]]
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     side = min(max(4.0, 0.35 * len(names) + 2), 24.0)
-    figure, axes = _new_figure(side + 1, side)
+    figure, axes = new_figure(side + 1, side)
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(picture, ax=axes, fraction=0.046, label="share of the expected label")
     step = -(-len(names) // _ALL_NAMES)
@@ -81,7 +81,7 @@ def draw_confusion_matrix(path: Path, matrix: np.ndarray, names: Sequence[str], 
             if count:
                 colour = "white" if shares[row, column] > 0.5 else "black"
                 axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
     return shown
 
 
@@ -99,15 +99,44 @@ def draw_entity_table(path: Path, table: Mapping[str, EntityScore], names: Mappi
         f"R {score.recall:.1f}  F1 {score.f1:.1f}  n {score.support}"
         for entity, score in rows
     ]
-    figure, axes = _new_figure(9, 0.4 * len(rows) + 1.5)
+    figure, axes = new_figure(9, 0.4 * len(rows) + 1.5)
     axes.barh(range(len(rows)), [score.f1 for _, score in rows], color="#4878a8")
     axes.set_yticks(range(len(rows)), labels, **options)
     axes.set(xlim=(0, 100), xlabel="F1 (%)")
     axes.set_title(title if font else "", **options)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _new_figure(width: float, height: float) -> tuple[Figure, Any]:
+def draw_accuracies(
+    path: Path, columns: Mapping[str, Mapping[str, float]], names: Mapping[str, str], title: str
+) -> None:
+    """Writes a PNG with a bar for every subject and category of an examination, one beside the other for each model.
+
+    Args:
+        columns: model -> subject or category -> accuracy in percent; the same ones for all.
+        names: subject -> its name to be read; used if a font has its characters, else the subject alone.
+    """
+    font = find_font([*names.values(), title])
+    options: dict[str, Any] = {"fontproperties": font} if font else {}
+    rows = list(next(iter(columns.values())))
+    labels = [f"{names[row]} {row}" if font and row in names else row for row in rows]
+    figure, axes = new_figure(9, 0.25 * len(rows) * len(columns) + 1.5)
+    thickness = 0.8 / len(columns)
+    for place, (model, accuracies) in enumerate(columns.items()):
+        heights = [row + (place - (len(columns) - 1) / 2) * thickness for row in range(len(rows))]
+        bars = axes.barh(heights, [accuracies[row] for row in rows], thickness, label=model)
+        axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
+    axes.axvline(25, color="grey", linestyle=":", label="chance")
+    axes.set_yticks(range(len(rows)), labels, **options)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 105), xlabel="accuracy (%)")
+    axes.set_title(title if font else "", **options)
+    axes.legend()
+    save_figure(figure, path)
+
+
+def new_figure(width: float, height: float) -> tuple[Figure, Any]:
+    """A figure of so many inches with one pair of axes, which needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -116,6 +145,7 @@ def _new_figure(width: float, height: float) -> tuple[Figure, Any]:
     return figure, figure.add_subplot()
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure as a PNG."""
     with write_atomically(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

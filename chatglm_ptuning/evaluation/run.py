@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from chatglm_ptuning.data.forms import FORMS, Columns
 from chatglm_ptuning.data.preprocess import Preprocessor
 from chatglm_ptuning.data.report import PreparationReport
 from chatglm_ptuning.data.tasks.arguments import TaskArguments
-from chatglm_ptuning.evaluation.chosen_prefix import PLAIN_BASE, choose_prefix, load_chosen_prefix, short_name
+from chatglm_ptuning.evaluation.chosen_prefix import PLAIN_BASE, choose_prefix, load_chosen, results_folder
 from chatglm_ptuning.evaluation.metrics import score
 from chatglm_ptuning.evaluation.parallel import (
     generate_answers_together,
@@ -29,7 +30,6 @@ from chatglm_ptuning.model.hub import DEFAULT_MODEL, InferenceBaseArguments
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.prefix.checkpoint import kit_version
 from chatglm_ptuning.prefix.files import write_atomically
-from chatglm_ptuning.prefix.latest import runs_folder
 
 DEFAULT_TEST_FILE = str(Path(DEFAULT_MODEL).parent / "news_topic" / "dev.json")
 """What is scored when no file is named: bundled with the sources, columns `content` and `summary`."""
@@ -54,8 +54,8 @@ class EvaluationArguments(TaskArguments, InferenceBaseArguments):
 
     ptuning_checkpoint: str | None = field(
         default=None,
-        metadata={"help": f"the prefix, a folder of this kit, official or PEFT; '{PLAIN_BASE}' for the plain base "
-                  "(default: the prefix trained last, if there is one)"},
+        metadata={"help": "what was trained: a prefix (of this kit, official or PEFT) or a run by any --tuning; "
+                  f"'{PLAIN_BASE}' for the plain base (default: the prefix trained last, if there is one)"},
     )  # fmt: skip
     test_file: list[str] | None = field(
         default=None, metadata={"help": "data files to score (default: the bundled headlines)"}
@@ -79,23 +79,31 @@ class EvaluationArguments(TaskArguments, InferenceBaseArguments):
     skip_bad_rows: int = field(default=0, metadata={"help": "leave out so many rows that cannot be understood"})
     output_dir: str | None = field(
         default=None,
-        metadata={"help": f"folder for {METRICS_FILE} and {PREDICTIONS_FILE} (default: output/evaluation/PREFIX)"},
+        metadata={
+            "help": f"folder for {METRICS_FILE} and {PREDICTIONS_FILE} (default: output/evaluation/PREFIX; of a "
+            "task output/evaluation/PREFIX/TASK-SPLIT)"
+        },
     )
     compare_base: bool = field(default=False, metadata={"help": "score the base without the prefix too"})
-    split: str | None = field(default=None, metadata={"help": "of the task, to predict (default: test)"})
+    split: str | None = field(
+        default=None, metadata={"help": "of the task, to predict (default: test, or dev where there is no test)"}
+    )
 
     def __post_init__(self) -> None:
         InferenceBaseArguments.__post_init__(self)
         TaskArguments.__post_init__(self)
         if self.task is not None and self.test_file:
             raise ValueError("--task brings its own files: give --task_data and no --test_file")
+        if self.task is None and self.split:
+            raise ValueError("--split belongs to a --task; name files by --test_file")
         for name in ("max_target_length", "per_device_eval_batch_size", "num_beams", "max_predict_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
         if self.skip_bad_rows < 0:
             raise ValueError(f"--skip_bad_rows must not be negative, got {self.skip_bad_rows}")
-        self.test_file = self.test_file or [DEFAULT_TEST_FILE]
+        if self.task is None:
+            self.test_file = self.test_file or [DEFAULT_TEST_FILE]
         self.columns()
 
     def columns(self) -> Columns:
@@ -114,9 +122,9 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
         ValueError, OSError, ImportError: for what is wrong with a file, a flag or the installation.
     """
     prefix = choose_prefix(args.ptuning_checkpoint)
-    output = Path(args.output_dir) if args.output_dir else runs_folder() / "evaluation" / short_name(prefix)
     if args.task is not None:
-        return evaluate_task(args, prefix, output)
+        return evaluate_task(args, prefix)
+    output = Path(args.output_dir) if args.output_dir else results_folder(prefix)
     # Rows first: what is wrong with a file shows before minutes go into loading the base.
     bad_rows = BadRows(args.skip_bad_rows)
     rows = list(itertools.islice(iterate_rows(args.test_file, bad_rows), args.max_predict_samples))
@@ -135,19 +143,21 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
         device_map=args.device_map,
         **source,
     )
-    selected = None if prefix is None else load_chosen_prefix(model, prefix, chosen=args.ptuning_checkpoint is not None)
+    tuned = None if prefix is None else load_chosen(model, prefix, chosen=args.ptuning_checkpoint is not None)
+    if tuned is not None and args.compare_base and not tuned.keeps_base:
+        raise ValueError(f"--compare_base: {prefix} holds a whole tuned model, so score the base by itself.")
     subject = "base" if prefix is None else "prefix"
     answers = {}
     for name in ("base", "prefix") if prefix is not None and args.compare_base else (subject,):
-        model.set_prefix(selected if name == "prefix" else None)
-        answers[name] = generate_answers_together(
-            model,
-            tokenizer,
-            examples,
-            batch_size=args.per_device_eval_batch_size,
-            max_new_tokens=args.max_target_length,
-            num_beams=args.num_beams,
-        )
+        with nullcontext() if name == subject else tuned.plain_base():
+            answers[name] = generate_answers_together(
+                model,
+                tokenizer,
+                examples,
+                batch_size=args.per_device_eval_batch_size,
+                max_new_tokens=args.max_target_length,
+                num_beams=args.num_beams,
+            )
     references = [example["reference"] for example in examples]
     scores = {name: score(texts, references) for name, texts in answers.items()}
     results = {
@@ -178,7 +188,7 @@ def main(argv: Sequence[str]) -> None:
     """Entry of the command; errors that users can mend end it with a message and exit code 1."""
     (args,) = parse_arguments(
         "chatglm-ptuning evaluate",
-        "Generate answers to the rows of a file and score them.",
+        "Predict a split of a task, or generate answers to the rows of a file, and score that.",
         (EvaluationArguments,),
         argv,
         RETIRED_FLAGS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,13 @@ from chatglm_ptuning.data.tasks.schema import Task
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.hub import find_base
 from chatglm_ptuning.model.modeling_heads import HEAD_CLASSES
-from chatglm_ptuning.prefix.checkpoint import PrefixMetadata, read_prefix
+from chatglm_ptuning.prefix.checkpoint import read_prefix
+from chatglm_ptuning.tuning.record import read_record
+
+TOKEN_UNIT = "token_unit"
+"""Key of `PrefixMetadata.training`: what a tag stood on, of a prefix for tags."""
+TRAIN_SPLIT = "split"
+"""Key of `PrefixMetadata.training`: the split of the task that it was trained on."""
 
 
 def model_settings(task: Task, head: str) -> dict[str, Any]:
@@ -19,57 +26,72 @@ def model_settings(task: Task, head: str) -> dict[str, Any]:
     names = label_names(task, head)
     if names is not None:
         settings |= {"id2label": dict(enumerate(names)), "label2id": {name: place for place, name in enumerate(names)}}
+    if task.multi_label:
+        settings["problem_type"] = "multi_label_classification"
     return settings
 
 
-def recorded_metadata(prefix: str | Path, base: str, hub: str = "hf", revision: str | None = None) -> PrefixMetadata:
-    """What a prefix checkpoint says of itself, read before the base's weights are.
+def recorded_details(checkpoint: str | Path, base: str, hub: str = "hf", revision: str | None = None) -> dict[str, Any]:
+    """What a checkpoint of any --tuning says of its task, head and labels, read before the base's weights are.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_prefix` and `find_base`.
+        FileNotFoundError, ValueError: as `read_prefix`, `read_record` and `find_base`.
     """
+    record = read_record(checkpoint)
+    if record is not None:
+        return record.details
     config = ChatGLMConfig.from_pretrained(find_base(base, hub, revision, weights=False))
-    return read_prefix(prefix, config).metadata
+    metadata = read_prefix(checkpoint, config).metadata
+    return {"task": metadata.task, "head": metadata.head, "labels": metadata.labels,
+            "tasks": metadata.tasks, "training": metadata.training}  # fmt: skip
 
 
-def recorded_head(metadata: PrefixMetadata, task: Task, asked: str | None, source: str | Path) -> str:
+def recorded_head(details: Mapping[str, Any], task: Task, asked: str | None, source: str | Path) -> str:
     """The head to use with a prefix: the one that was trained beside it, or the language model.
 
     Raises:
         ValueError: if another one is asked for, if it cannot solve the task, or if its labels are not the task's; the
             message names both sides.
     """
-    metadata = metadata.of_task(task.name)
-    if metadata.head is None or metadata.head in ANSWERING_HEADS:
+    shared = details.get("tasks") or {}
+    details = {**details, **shared.get(task.name, {})}
+    recorded, labels = details.get("head"), details.get("labels")
+    if recorded is None or recorded in ANSWERING_HEADS:
         answering = [head for head in task.heads if head in ANSWERING_HEADS]
-        head = asked or metadata.head or (task.head if task.head in ANSWERING_HEADS else (answering or [task.head])[0])
+        own = [head for head in (recorded, task.head) if head in answering]
+        head = asked or (own or answering or [task.head])[0]
     else:
-        head = metadata.head
+        head = recorded
     if asked is not None and asked != head:
-        raise ValueError(f"--head {asked}: the prefix in {source} was trained with the head {head}.")
+        raise ValueError(f"--head {asked}: what is in {source} was trained with the head {head}.")
     if head not in task.heads:
         raise ValueError(
-            f"The prefix in {source} was trained with the head {head}, for {metadata.task or 'an unnamed task'}; "
+            f"What is in {source} was trained with the head {head}, for {details.get('task') or 'an unnamed task'}; "
             f"{task.name} takes {' or '.join(task.heads)}."
         )
     head = head_of(task, head)
     names = label_names(task, head)
-    if names is not None and metadata.labels is None:
+    if names is not None and labels is None:
         raise ValueError(
-            f"The prefix in {source} has no linear head for {task.name}{_of_tasks(metadata)}, and --head {head} needs "
-            f"one: train it with --task {task.name} "
-            f"--head {head}, or score it by --head generation where the task takes that."
+            f"The prefix in {source} has no linear head for {task.name}{_of_tasks(shared)}, and --head {head} needs "
+            f"one: train it with --task {task.name} --head {head}, or score it by --head generation where the task takes "
+            "that."
         )
-    if names is not None and list(names) != list(metadata.labels or ()):
+    if names is not None and list(names) != list(labels or ()):
         raise ValueError(
-            f"The head in {source} was trained for the labels {_listed(metadata.labels or ())} (task {metadata.task}); "
+            f"The head in {source} was trained for the labels {_listed(labels or ())} (task {details.get('task')}); "
             f"{task.name} has {_listed(names)}."
         )
     return head
 
 
-def _of_tasks(metadata: PrefixMetadata) -> str:
-    return f" (it is shared by {', '.join(metadata.tasks)})" if metadata.tasks else ""
+def recorded_token_unit(details: Mapping[str, Any]) -> str | None:
+    """What a tag stood on when the prefix was trained (`TaskEncoder.token_unit`); None if it does not say."""
+    return details.get("training", {}).get(TOKEN_UNIT)
+
+
+def _of_tasks(shared: Mapping[str, Any]) -> str:
+    return f" (it is shared by {', '.join(shared)})" if shared else ""
 
 
 def _listed(names: Any) -> str:

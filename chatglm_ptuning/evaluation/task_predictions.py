@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from chatglm_ptuning.data.collate import PaddingCollator
+from chatglm_ptuning.data.collate import PaddingCollator, row_length
 from chatglm_ptuning.data.tasks.encode import TaskEncoder
 from chatglm_ptuning.data.tasks.encode_spans import SpanWindow, encode_question
 from chatglm_ptuning.data.tasks.encode_tags import TagWindow, encode_tokens, tags_of
@@ -29,15 +29,13 @@ from chatglm_ptuning.evaluation.parallel import do_together, is_first_process
 if TYPE_CHECKING:
     from chatglm_ptuning.model.modeling_chatglm import ChatGLMPreTrainedModel
 
-_BEST_ENDS = 20
-
 
 @dataclass(frozen=True)
 class Prediction:
     """What a model predicts for one example.
 
     Attributes:
-        value: a label, an index of a candidate, tags, or a text.
+        value: a label, or the list of all labels of a multi-label task, an index of a candidate, tags, or a text.
         confidence: its probability, of tags the least of them; None for written texts.
     """
 
@@ -80,7 +78,8 @@ def predict(
 
     - generation and multiple_choice: the candidate answer (verbalisers, or the example's own) of the highest score
       (`score_candidates`); where there are no candidates, a text written by beam or greedy search;
-    - sequence_classification: the label of the highest logit;
+    - sequence_classification: the label of the highest logit; of a multi-label task all whose sigmoid is above 0.5,
+      which are taken to be independent for the confidence;
     - token_classification: the tag of the highest logit for every token of the file;
     - question_answering: the span of the context, over all windows, whose first and last token are likeliest in their
       window, the window's own position for "no answer" left out.
@@ -180,10 +179,15 @@ def _classify(
     rows = [encoder.prompt_ids(example) for example in examples]
     predictions: list[Prediction] = [Prediction(None)] * len(rows)
     for places, output in _forward(model, encoder, rows, settings, "classifying"):
-        probabilities = output.logits.softmax(-1)
-        for place, row in zip(places, probabilities.cpu(), strict=True):
-            best = int(row.argmax())
-            predictions[place] = Prediction(names[best], float(row[best]))
+        for place, logits in zip(places, output.logits.cpu(), strict=True):
+            if encoder.task.multi_label:
+                row = logits.sigmoid()
+                chosen = [name for name, value in zip(names, row.tolist(), strict=True) if value > 0.5]
+                predictions[place] = Prediction(chosen, float(row.maximum(1 - row).prod()))
+            else:
+                row = logits.softmax(-1)
+                best = int(row.argmax())
+                predictions[place] = Prediction(names[best], float(row[best]))
     return predictions
 
 
@@ -247,22 +251,20 @@ def _best_span(
     start_logits: torch.Tensor, end_logits: torch.Tensor, window: SpanWindow, max_length: int
 ) -> tuple[float, int, int] | None:
     """Log-probability, first and last + 1 character of a window's likeliest span; None if it holds no context."""
-    starts, ends = start_logits.log_softmax(-1).cpu(), end_logits.log_softmax(-1).cpu()
-    inside = torch.tensor([offsets is not None for offsets in window.offsets])
+    inside = [position for position, offsets in enumerate(window.offsets) if offsets is not None]
+    starts = start_logits.log_softmax(-1).cpu()[inside]
+    ends = end_logits.log_softmax(-1).cpu()[inside]
+    places = torch.tensor([offsets for offsets in window.offsets if offsets is not None]).reshape(-1, 2)
     best = None
-    for start in starts.masked_fill(~inside, float("-inf")).topk(min(_BEST_ENDS, len(starts))).indices.tolist():
-        if window.offsets[start] is None:
-            continue
-        first = window.offsets[start][0]
-        for end in range(start, len(ends)):
-            offsets = window.offsets[end]
-            if offsets is None:
-                continue
-            if offsets[1] - first > max_length:
-                break
-            score = float(starts[start] + ends[end])
-            if best is None or score > best[0]:
-                best = (score, first, offsets[1])
+    for further in range(len(inside)):  # how many ids the end is behind the start
+        count = len(inside) - further
+        fits = places[further:, 1] - places[:count, 0] <= max_length
+        if not fits.any():
+            break  # spans of more ids are longer still
+        scores = (starts[:count] + ends[further:]).masked_fill(~fits, float("-inf"))
+        start = int(scores.argmax())
+        if best is None or float(scores[start]) > best[0]:
+            best = (float(scores[start]), int(places[start, 0]), int(places[start + further, 1]))
     return best
 
 
@@ -274,7 +276,8 @@ def _forward(
     what: str,
 ) -> Iterator[tuple[list[int], Mapping[str, torch.Tensor] | Any]]:
     """Outputs of a model with a linear head in batches, the longest rows first, with the places of their rows."""
-    collate: Callable[..., dict[str, torch.Tensor]] = PaddingCollator(encoder.tokenizer.pad_token_id, "right")
+    source = row_length if model.source_attention_of_row() == "bidirectional" else None
+    collate = PaddingCollator(encoder.tokenizer.pad_token_id, "right", source_length=source)
     order = sorted(range(len(rows)), key=lambda place: len(rows[place]), reverse=True)
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -26,6 +26,7 @@ from chatglm_ptuning.evaluation.classification import classification_scores, con
 from chatglm_ptuning.evaluation.entities import EntityScore, cluener_f1, entity_scores
 from chatglm_ptuning.evaluation.figures import draw_confusion_matrix, draw_entity_table
 from chatglm_ptuning.evaluation.metrics import score
+from chatglm_ptuning.evaluation.multi_label import counts_of_texts, multi_label_scores
 from chatglm_ptuning.evaluation.reading_comprehension import answer_f1, cmrc_scores, exact_match
 from chatglm_ptuning.evaluation.task_predictions import Prediction
 from chatglm_ptuning.prefix.files import write_atomically
@@ -41,8 +42,9 @@ class TaskScores:
         metrics: in percent; the task's own metric is among them.
         intervals: metric -> 95 % bootstrap interval, in percent.
         of_examples: the score of each example, from 0 to 1.
-        groups: subject or category of an examination -> accuracy in percent.
+        groups: subject, category or further group of an examination -> accuracy in percent.
         entities: type -> its scores.
+        labels: of a multi-label task, label -> its scores.
     """
 
     metrics: dict[str, float]
@@ -50,10 +52,11 @@ class TaskScores:
     of_examples: list[float]
     groups: dict[str, float] = field(default_factory=dict)
     entities: dict[str, EntityScore] = field(default_factory=dict)
+    labels: dict[str, EntityScore] = field(default_factory=dict)
 
 
 def score_task(task: Task, examples: Sequence[AnyExample], predictions: Sequence[Any]) -> TaskScores:
-    """Scores predictions: labels, indices of candidates, tags, or texts, one for each example.
+    """Scores predictions: labels, lists of labels, indices of candidates, tags, or texts, one for each example.
 
     Raises:
         ValueError: if there is nothing to score, the numbers differ, or an example has no gold answer.
@@ -65,11 +68,13 @@ def score_task(task: Task, examples: Sequence[AnyExample], predictions: Sequence
         raise ValueError(
             f"{examples[gold.index(None)].where}: there is nothing to score against, the split is unlabelled."
         )
+    if task.multi_label:
+        return _score_label_sets(predictions, gold, list(task.labels))
     if isinstance(examples[0], TextExample):
         return _score_labels(predictions, gold, list(task.labels))
     if isinstance(examples[0], ChoiceExample):
         hits = [left == right for left, right in zip(predictions, gold, strict=True)]
-        return _of_hits({"accuracy": 100 * sum(hits) / len(hits)}, hits, _group_accuracy(examples, hits))
+        return _of_hits({"accuracy": 100 * sum(hits) / len(hits)}, hits, _group_accuracy(task, examples, hits))
     if isinstance(examples[0], TokenExample):
         return _score_tags(task, examples, predictions, gold)
     if isinstance(examples[0], QuestionExample):
@@ -93,7 +98,8 @@ def write_task_report(
     - `metrics.json`: scores, intervals, groups, the label of each number in the picture;
     - `predictions.jsonl`: input, gold, prediction, score, and the confidence if given;
     - `worst_errors.jsonl`: the 20 worst, the surest first, or where no confidences are given those of lowest score;
-    - `confusion_matrix.png`, or `entities.png` for tags.
+    - `confusion_matrix.png`, or a table with a bar for each: `entities.png` for tags, `labels.png` for a multi-label
+      task.
 
     Args:
         confidences: how sure the model was of each prediction.
@@ -110,7 +116,9 @@ def write_task_report(
     content.pop("of_examples")
     if settings is not None:
         content["settings"] = dict(settings)
-    if isinstance(examples[0], TextExample):
+    if scores.labels:
+        draw_entity_table(folder / "labels.png", scores.labels, task.labels, task.name)
+    elif isinstance(examples[0], TextExample):
         matrix = confusion_matrix(predictions, [example.label for example in examples], list(task.labels))
         shown = draw_confusion_matrix(folder / "confusion_matrix.png", matrix, list(task.labels.values()), task.name)
         content["labels_in_picture"] = dict(zip(shown, task.labels.values(), strict=True))
@@ -176,13 +184,25 @@ def _score_labels(predictions: Sequence[str], gold: list[Any], labels: list[str]
     return scores
 
 
+def _score_label_sets(predictions: Sequence[list[str]], gold: list[Any], labels: list[str]) -> TaskScores:
+    metrics, table = multi_label_scores(predictions, gold, labels)
+    counts = counts_of_texts(predictions, gold)
+    each = [2 * hits / (found + expected) if found + expected else 1.0 for hits, found, expected in counts]
+    exact = [float(hits == found == expected) for hits, found, expected in counts]
+    intervals = {"micro_f1": f1_interval(counts), "subset_accuracy": _percent(mean_interval(exact))}
+    return TaskScores(metrics, intervals, each, labels=table)
+
+
 def _of_hits(metrics: dict[str, float], hits: list[bool], groups: dict[str, float] | None = None) -> TaskScores:
     each = [float(hit) for hit in hits]
     return TaskScores(metrics, {"accuracy": _percent(mean_interval(each))}, each, groups or {})
 
 
-def _group_accuracy(examples: Sequence[ChoiceExample], hits: Sequence[bool]) -> dict[str, float]:
-    """Accuracy by subject, and by category as the mean over its subjects, which is how C-Eval and CMMLU average."""
+def _group_accuracy(task: Task, examples: Sequence[ChoiceExample], hits: Sequence[bool]) -> dict[str, float]:
+    """Accuracy by subject, and by category as the mean over its subjects, which is how C-Eval and CMMLU average.
+
+    The task's further groups are there if all of their subjects are.
+    """
     subjects: dict[str, list[bool]] = {}
     categories: dict[str, dict[str, None]] = {}
     for example, hit in zip(examples, hits, strict=True):
@@ -191,6 +211,9 @@ def _group_accuracy(examples: Sequence[ChoiceExample], hits: Sequence[bool]) -> 
             categories.setdefault(example.category or "", {})[example.subject] = None
     groups = {subject: 100 * sum(own) / len(own) for subject, own in subjects.items()}
     means = {category: sum(groups[name] for name in names) / len(names) for category, names in categories.items()}
+    for name, members in task.groups.items():
+        if all(member in groups for member in members):
+            means[name] = sum(groups[member] for member in members) / len(members)
     overall = {"mean of subjects": sum(groups.values()) / len(groups)} if groups else {}
     return groups | means | overall
 

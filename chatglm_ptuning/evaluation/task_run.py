@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatglm_ptuning.data.tasks.arguments import usual_split
+from chatglm_ptuning.data.tasks.arguments import submission_variant, usual_split
 from chatglm_ptuning.data.tasks.encode import ANSWERING_HEADS, head_of
-from chatglm_ptuning.evaluation.chosen_prefix import load_chosen_prefix
+from chatglm_ptuning.evaluation.chosen_prefix import load_chosen, results_folder
 from chatglm_ptuning.evaluation.parallel import is_first_process, print_once
 from chatglm_ptuning.evaluation.table import print_scores
-from chatglm_ptuning.evaluation.task_model import model_settings, recorded_head, recorded_metadata
+from chatglm_ptuning.evaluation.task_model import (
+    TRAIN_SPLIT,
+    model_settings,
+    recorded_details,
+    recorded_head,
+    recorded_token_unit,
+)
 from chatglm_ptuning.evaluation.task_predictions import PredictionSettings, predict_together
 from chatglm_ptuning.evaluation.task_report import write_results
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
@@ -24,7 +31,7 @@ BASE_FOLDER = "base"
 """Folder, inside the one of the results, for those of the base without the prefix (--compare_base)."""
 
 
-def evaluate_task(args: EvaluationArguments, prefix: Path | None, output: Path) -> dict[str, Any]:
+def evaluate_task(args: EvaluationArguments, prefix: Path | None) -> dict[str, Any]:
     """Predicts, scores, prints, and writes `write_results`' files into the folder.
 
     Args:
@@ -38,21 +45,26 @@ def evaluate_task(args: EvaluationArguments, prefix: Path | None, output: Path) 
     """
     task = args.chosen_task()
     split = args.split or usual_split(task, "test")
+    output = Path(args.output_dir) if args.output_dir else results_folder(prefix) / f"{task.name}-{split}"
     source = {"hub": args.hub, "revision": args.revision}
     # Rows first: what is wrong with a file shows before minutes go into loading the base.
     examples = args.examples(task, split, args.max_predict_samples)
+    unit, variant = None, None
     if prefix is None:
         head = head_of(task, args.head or next((name for name in task.heads if name in ANSWERING_HEADS), None))
     else:
-        metadata = recorded_metadata(prefix, args.model_name_or_path, **source)
-        head = recorded_head(metadata, task, args.head, prefix)
+        details = recorded_details(prefix, args.model_name_or_path, **source)
+        head = recorded_head(details, task, args.head, prefix)
+        unit = recorded_token_unit(details)
+        if details.get("task") == task.name:
+            variant = submission_variant(task, details.get("training", {}).get(TRAIN_SPLIT))
     if head not in ANSWERING_HEADS and (prefix is None or args.compare_base):
         raise ValueError(
             f"The plain base has no {head.replace('_', ' ')} head for {task.name}; it can be scored by "
             f"{' or '.join(name for name in task.heads if name in ANSWERING_HEADS) or 'no head at all'}."
         )
     tokenizer = load_tokenizer(args.model_name_or_path, **source)
-    encoder = args.encoder(task, tokenizer, args.max_source_length, args.max_target_length, head)
+    encoder = args.encoder(task, tokenizer, args.max_source_length, args.max_target_length, head, unit)
     print_once(f"{task.name} ({task.title}), {split} in {args.task_data}, head {head}: {len(examples)} examples")
     model = load_model(
         args.model_name_or_path,
@@ -62,9 +74,9 @@ def evaluate_task(args: EvaluationArguments, prefix: Path | None, output: Path) 
         **source,
         **model_settings(task, head),
     )
-    selected = None
-    if prefix is not None:
-        selected = load_chosen_prefix(model, prefix, args.ptuning_checkpoint is not None, task.name)
+    tuned = None if prefix is None else load_chosen(model, prefix, args.ptuning_checkpoint is not None, task.name)
+    if tuned is not None and args.compare_base and not tuned.keeps_base:
+        raise ValueError(f"--compare_base: {prefix} holds a whole tuned model, so score the base by itself.")
     subject = "base" if prefix is None else "prefix"
     settings = PredictionSettings(
         batch_size=args.per_device_eval_batch_size,
@@ -75,8 +87,8 @@ def evaluate_task(args: EvaluationArguments, prefix: Path | None, output: Path) 
     )
     scores: dict[str, Any] = {}
     for name in ("base", "prefix") if args.compare_base and prefix is not None else (subject,):
-        model.set_prefix(selected if name == "prefix" else None)
-        predictions = predict_together(model, encoder, examples, settings)
+        with nullcontext() if name == subject else tuned.plain_base():
+            predictions = predict_together(model, encoder, examples, settings)
         if not is_first_process():
             continue
         result = write_results(
@@ -85,6 +97,7 @@ def evaluate_task(args: EvaluationArguments, prefix: Path | None, output: Path) 
             examples,
             predictions,
             split,
+            variant if name == "prefix" else None,
             may_submit=args.max_predict_samples is None and args.subjects is None,
             settings={
                 **asdict(args),
@@ -92,6 +105,7 @@ def evaluate_task(args: EvaluationArguments, prefix: Path | None, output: Path) 
                 "output_dir": str(output),
                 "split": split,
                 "head": head,
+                "token_unit": encoder.token_unit,
                 "chat_format": tokenizer.chat_format,
                 "kit_version": kit_version(),
             },

@@ -13,6 +13,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.hub import find_base
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMPreTrainedModel
+from chatglm_ptuning.model.modeling_heads import head_to_come
 from chatglm_ptuning.model.quantization import keep_layout, quantization_settings
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
@@ -106,7 +107,8 @@ def load_model(
     else:
         overrides |= {"device_map": device_map, "offload_folder": offload_folder or _temporary_folder()}
         overrides |= {"max_memory": max_memory} if max_memory else {}
-    model = model_class.from_pretrained(folder, dtype=chosen, **overrides)
+    with head_to_come():
+        model = model_class.from_pretrained(folder, dtype=chosen, **overrides)
     # Prefix checkpoints record it: a path in the hub's cache says little to others.
     model.config.name_or_path = str(model_name_or_path)
     if pre_seq_len and quantization is not None:

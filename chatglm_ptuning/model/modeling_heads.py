@@ -6,6 +6,9 @@ With `pre_seq_len` the base is frozen, and the head is trained beside the prefix
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +23,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
+from chatglm_ptuning.model.first_values import FirstValues
 from chatglm_ptuning.model.float32_module import Float32Module
 from chatglm_ptuning.model.losses import IGNORED_LABEL, cross_entropy
 from chatglm_ptuning.model.modeling_chatglm import (
@@ -28,8 +32,23 @@ from chatglm_ptuning.model.modeling_chatglm import (
     ChatGLMPreTrainedModel,
 )
 
+_head_to_come: ContextVar[bool] = ContextVar("head_to_come", default=False)
 
-class Head(Float32Module, nn.Linear):
+
+@contextmanager
+def head_to_come() -> Iterator[None]:
+    """Inside, a base is loaded without a warning that its head is random: it is going to be trained or loaded.
+
+    `check_prefix_is_trained` refuses one that is neither.
+    """
+    token = _head_to_come.set(True)
+    try:
+        yield
+    finally:
+        _head_to_come.reset(token)
+
+
+class Head(Float32Module, FirstValues, nn.Linear):
     """A linear layer with bias, in float32 and outside autocast."""
 
     def __init__(self, config: ChatGLMConfig, outputs: int) -> None:
@@ -66,6 +85,11 @@ class ChatGLMWithHead(ChatGLMPreTrainedModel):
 
     def _outputs(self) -> int:
         return self.config.num_labels
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        if _head_to_come.get() or self.config.pre_seq_len:
+            loading_info.missing_keys -= set(self._heads())
 
 
 class ChatGLMForSequenceClassification(ChatGLMWithHead):

@@ -25,10 +25,12 @@ class TaskHead:
     Attributes:
         kind: a key of `HEAD_CLASSES`.
         labels: what the outputs of a linear head stand for, in their order.
+        problem_type: of a sequence classification, as in the configuration.
     """
 
     kind: str
     labels: Sequence[str] | None = None
+    problem_type: str | None = None
 
 
 class ChatGLMForMultipleTasks(ChatGLMPreTrainedModel):
@@ -58,11 +60,13 @@ class ChatGLMForMultipleTasks(ChatGLMPreTrainedModel):
             if "." in name or hasattr(self.heads, name):
                 raise ValueError(f"A task with a linear head cannot have the name '{name}'.")
             config = copy(self.config)
+            config.problem_type = head.problem_type
             if head.labels is not None:
                 config.id2label = dict(enumerate(head.labels))
                 config.label2id = {label: place for place, label in enumerate(head.labels)}
             model = model_class(config, self.transformer).to(language_model.device)
             self.heads[name] = getattr(model, model.head_name)
+            self.heads[name].mark_set()  # the run is scored from its start, when some task may not have had its turn
             self._of_task[name] = model
         for name in _OF_LOADING:
             if hasattr(language_model, name):

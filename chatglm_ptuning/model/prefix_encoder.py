@@ -6,12 +6,11 @@ import torch
 from torch import nn
 
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
+from chatglm_ptuning.model.first_values import FirstValues
 from chatglm_ptuning.model.float32_module import Float32Module
 
-_NUMBERS_PER_PARAMETER = 64
 
-
-class PrefixEncoder(Float32Module):
+class PrefixEncoder(Float32Module, FirstValues):
     """Makes the keys and values of `pre_seq_len` virtual tokens for every layer.
 
     Without projection it is a table `embedding` `[pre_seq_len, kv_size]`, where
@@ -31,7 +30,6 @@ class PrefixEncoder(Float32Module):
             raise ValueError(f"PrefixEncoder needs pre_seq_len of at least 1, got {config.pre_seq_len!r}.")
         self.pre_seq_len = config.pre_seq_len
         self.prefix_projection = config.prefix_projection
-        self._untrained: torch.Tensor | None = None
         self.kv_shape = (config.num_layers * 2, config.multi_query_group_num, config.kv_channels)
         kv_size = config.prefix_kv_size
         self.embedding = nn.Embedding(self.pre_seq_len, kv_size, dtype=torch.float32)
@@ -41,35 +39,6 @@ class PrefixEncoder(Float32Module):
                 nn.Tanh(),
                 nn.Linear(config.hidden_size, kv_size, dtype=torch.float32),
             )
-
-    def mark_untrained(self) -> None:
-        """Remembers the present values as those of a prefix that nobody has trained or set yet."""
-        self._untrained = self._sample()
-
-    @property
-    def has_first_values(self) -> bool:
-        """Whether `mark_untrained` has been called, so since the parameters were drawn at random."""
-        return self._untrained is not None
-
-    @property
-    def is_untrained(self) -> bool:
-        """Whether the parameters still are the random numbers that they were created with."""
-        if self._untrained is None:
-            return False
-        now = self._sample()
-        return now is not None and torch.equal(now, self._untrained)
-
-    @torch.no_grad()
-    def _sample(self) -> torch.Tensor | None:
-        """Some numbers of every parameter; any training step, copy or load changes them."""
-        numbers = []
-        for parameter in self.parameters():
-            # Nothing can be said of a meta tensor, or of one that DeepSpeed has partitioned away.
-            if parameter.is_meta or parameter.numel() == 0:
-                return None
-            step = max(1, parameter.numel() // _NUMBERS_PER_PARAMETER)
-            numbers.append(parameter.detach().reshape(-1)[::step].float().cpu())
-        return torch.cat(numbers)
 
     def forward(self, prefix: torch.Tensor | None = None) -> torch.Tensor:
         """Returns the prefix in float32, `[pre_seq_len, kv_size]`.
@@ -92,6 +61,10 @@ class PrefixEncoder(Float32Module):
         Layer `l` takes slice `2 * l` of the second axis as keys and `2 * l + 1` as values.
         """
         return self().view(self.pre_seq_len, *self.kv_shape)
+
+    def saved_parameters(self) -> dict[str, torch.Tensor]:
+        """What a prefix checkpoint holds: all parameters by their names."""
+        return self.state_dict()
 
     @torch.no_grad()
     def set_key_values(self, key_values: torch.Tensor) -> None:

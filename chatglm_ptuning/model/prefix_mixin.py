@@ -12,9 +12,11 @@ import torch
 from transformers.utils import logging
 
 from chatglm_ptuning.model.base_weights import read_weight
+from chatglm_ptuning.model.first_values import FirstValues
 from chatglm_ptuning.model.prefix_encoder import PrefixEncoder
 from chatglm_ptuning.model.prefix_switch import TRAINABLE_PREFIX, PrefixSwitch
 from chatglm_ptuning.model.rotary import rotate_prefix_keys
+from chatglm_ptuning.model.virtual_tokens import key_values_before
 from chatglm_ptuning.model.zero3 import gathered, gathering_modules, is_partitioned
 from chatglm_ptuning.prefix.bank import PrefixSelection
 from chatglm_ptuning.prefix.checkpoint import PrefixCheckpoint, PrefixMetadata, read_prefix, write_prefix
@@ -57,6 +59,21 @@ class PrefixMixin:
     def selected_prefix(self) -> PrefixSelection:
         """What `set_prefix` chose last: a name, None, or a tuple with one of these per batch row."""
         return self._switch.selection
+
+    def source_attention_of_row(self, row: int = 0) -> str:
+        """How the prefix that is selected for a batch row reads the source: `causal` or `bidirectional`.
+
+        A loaded prefix reads it as it was trained to, the trainable one as `config.source_attention` says, and so does
+        a model without a trainable prefix; the plain base under one is causal. `chat` and evaluation follow it; a
+        forward pass and `generate` do what their `source_mask` says.
+        """
+        selection = self.selected_prefix
+        name = selection[row] if isinstance(selection, tuple) else selection
+        if name is None and self._trainable is not None:
+            return "causal"
+        if name is None or self._is_trainable(name):
+            return self.base_model.config.source_attention
+        return self._switch.bank.source_attention(name)
 
     def set_prefix(self, name: str | Sequence[str | None] | None) -> None:
         """Chooses the prefix of the following calls, and the head that was loaded with it.
@@ -117,7 +134,8 @@ class PrefixMixin:
             if self._is_trainable(name):
                 self._replace_trainable(encoder, checkpoint)
             else:
-                self._switch.bank.add(name, encoder.key_values(), checkpoint.metadata.trained)
+                metadata = checkpoint.metadata
+                self._switch.bank.add(name, encoder.key_values(), metadata.trained, metadata.source_attention)
             self._switch.mark_changed(name)
             self.set_prefix(name)
             heads = {key: checkpoint.heads[key] for key in self._heads()}
@@ -159,7 +177,7 @@ class PrefixMixin:
         if not isinstance(name, str):
             raise ValueError(f"save_prefix writes one prefix; select it by set_prefix first (selected: {name}).")
         if self._is_trainable(name):
-            parameters, trained = self._trainable.state_dict(), not self._trainable.is_untrained
+            parameters, trained = self._trainable.saved_parameters(), not self._trainable.is_untrained
         else:
             bank = self._switch.bank
             parameters, trained = {"embedding.weight": bank[name].flatten(1)}, not bank.is_untrained(name)
@@ -177,7 +195,8 @@ class PrefixMixin:
             kv_channels=config.kv_channels,
             base_model_name=config.name_or_path or None,
             base_fingerprint=self.base_fingerprint(),
-            trained=trained,
+            source_attention=self.source_attention_of_row(),
+            trained=trained and not self._untrained_heads(),
             **details,
         )
         write_prefix(path, metadata, parameters, self._heads())
@@ -214,25 +233,15 @@ class PrefixMixin:
         if encoder is None or input_ids.shape != (encoder.pre_seq_len,):
             length = None if encoder is None else encoder.pre_seq_len
             raise ValueError(f"Got {tuple(input_ids.shape)} tokens for a trainable prefix of length {length}.")
-        base, selection = self.base_model, self.selected_prefix
-        was_training = base.training
-        base.eval()
-        self.set_prefix(None)
-        try:
-            with gathering_modules(base):
-                cache = base(input_ids[None].to(base.device), use_cache=True).past_key_values
-        finally:
-            self.set_prefix(selection)
-            base.train(was_training)
-        per_layer = [states[0].float().cpu() for layer in cache.layers for states in (layer.keys, layer.values)]
-        key_values = torch.stack(per_layer).permute(2, 0, 1, 3)
-        # The tokens stood at 0, 1, ...; the ones to come start at 0 again.
+        base = self.base_model
+        with gathering_modules(base):
+            key_values = key_values_before(base, base.embedding(input_ids.to(base.device)))
         with gathered(encoder.parameters(), modify=True):
-            encoder.set_key_values(rotate_prefix_keys(key_values, -encoder.pre_seq_len, base.config))
+            encoder.set_key_values(key_values)
         self._switch.mark_changed(TRAINABLE_PREFIX)
 
     def check_prefix_is_trained(self) -> None:
-        """Refuses inference with a prefix that still has its random first values.
+        """Refuses inference with a prefix or a linear head that still has its random first values.
 
         Raises:
             ValueError: in that case.
@@ -248,6 +257,21 @@ class PrefixMixin:
                     f"The prefix {name!r} was saved untrained: its values are random. Load a trained one by "
                     "load_prefix(path), or use the plain base by set_prefix(None)."
                 )
+        untrained = self._untrained_heads()
+        if untrained:
+            raise ValueError(
+                f"The {', '.join(untrained)} of {type(self).__name__} is untrained: its values are random. Train it, "
+                "or load a prefix with its head by load_prefix(path)."
+            )
+
+    def _untrained_heads(self) -> list[str]:
+        """Names of the linear heads that nobody has trained or loaded."""
+        encoder = self._trainable
+        return [
+            name
+            for name, module in self.named_modules()
+            if isinstance(module, FirstValues) and module is not encoder and module.is_untrained
+        ]
 
     def _check_loaded(self, name: str) -> None:
         if name not in self.prefix_names:
@@ -297,6 +321,7 @@ class PrefixMixin:
             base.config.pre_seq_len = encoder.pre_seq_len
             base.config.prefix_projection = encoder.prefix_projection
             base.prefix_encoder = encoder.to(before.embedding.weight.device).train(before.training)
+        base.config.source_attention = checkpoint.metadata.source_attention
         if not checkpoint.metadata.trained:
             self._trainable.mark_untrained()
 

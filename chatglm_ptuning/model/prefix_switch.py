@@ -53,6 +53,15 @@ class PrefixSwitch:
         finally:
             self._rows_may_repeat = before
 
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Inside, the plain base is in use, whatever is selected; selection and heads are not touched."""
+        before, self.selection = self.selection, None
+        try:
+            yield
+        finally:
+            self.selection = before
+
     def active(
         self,
         encoder: PrefixEncoder | None,

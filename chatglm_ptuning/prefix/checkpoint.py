@@ -34,6 +34,8 @@ PREFIX_KEY = "transformer.prefix_encoder."
 """In front of every parameter of the prefix encoder, in this kit's files as in the official ones."""
 HEADS_KEY = "heads."
 """In front of a task's name and the parameters of its head, where several tasks share a prefix."""
+SOURCE_ATTENTIONS = ("causal", "bidirectional")
+"""How the tokens of the source see each other: each those before it, or all of them (prefix language model)."""
 
 _CHECKPOINT_FOLDER = re.compile(r"checkpoint-(\d+)")
 
@@ -50,6 +52,7 @@ class PrefixMetadata:
         head: the name of the head trained beside it (`sequence_classification`, ...); None for the language model.
         labels: what the head's outputs stand for, in their order.
         tasks: of a prefix that several tasks share, each task's `head` and `labels` by its name.
+        source_attention: one of SOURCE_ATTENTIONS, with which it was trained.
         trained: False if it was saved with its random first values.
     """
 
@@ -66,6 +69,7 @@ class PrefixMetadata:
     head: str | None = None
     labels: list[str] | None = None
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    source_attention: str = "causal"
     trained: bool = True
     kit_version: str | None = None
 
@@ -247,6 +251,11 @@ def _read_metadata(source: Path) -> PrefixMetadata:
     tasks = metadata.tasks
     if not (isinstance(tasks, dict) and all(isinstance(entry, dict) and "head" in entry for entry in tasks.values())):
         raise ValueError(f"{source}: tasks must map names to objects that have a head.")
+    if metadata.source_attention not in SOURCE_ATTENTIONS:
+        raise ValueError(
+            f"{source}: source_attention must be one of {', '.join(SOURCE_ATTENTIONS)}, got "
+            f"{metadata.source_attention!r}."
+        )
     fingerprint = metadata.base_fingerprint
     if fingerprint is not None and not (isinstance(fingerprint, dict) and fingerprint.keys() >= FINGERPRINT_FIELDS):
         raise ValueError(f"{source}: base_fingerprint must be null or hold {', '.join(sorted(FINGERPRINT_FIELDS))}.")

@@ -10,11 +10,12 @@ from transformers import Seq2SeqTrainingArguments
 from chatglm_ptuning.data.forms import FORMS, Columns
 from chatglm_ptuning.data.tasks.arguments import TaskArguments
 from chatglm_ptuning.model.hub import BaseArguments
+from chatglm_ptuning.prefix.checkpoint import SOURCE_ATTENTIONS
 from chatglm_ptuning.prefix.latest import runs_folder
 from chatglm_ptuning.training.distributed import prepare_processes
 from chatglm_ptuning.training.initialisation import PREFIX_INITS
-
-DEFAULT_PRE_SEQ_LEN = 128
+from chatglm_ptuning.training.tuning import DEFAULT_PRE_SEQ_LEN
+from chatglm_ptuning.training.tuning_arguments import TuningArguments
 
 RETIRED_FLAGS = {
     "use_fast_tokenizer": "the family has one tokenizer.",
@@ -60,6 +61,13 @@ class ModelArguments(BaseArguments):
         default=None,
         metadata={"help": "start from a trained prefix, such as one that several tasks share (--task_mixture)"},
     )
+    source_attention: str | None = field(
+        default=None,
+        metadata={
+            "help": "whether the tokens of a prompt see all of it (bidirectional) or those before them (default: the "
+            "checkpoint's, or causal)"
+        },
+    )
     dtype: str = field(default="auto", metadata={"help": "of the base: auto, float32, bfloat16, float16"})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "eager, sdpa, flash_attention_2 or flex_attention (default: sdpa)"}
@@ -76,6 +84,10 @@ class ModelArguments(BaseArguments):
         if self.init_prefix is not None and (self.ptuning_checkpoint is not None or self.prefix_init == "text"):
             raise ValueError("--init_prefix, --ptuning_checkpoint and --init_prefix_text each say what the prefix "
                              "starts from; give one of them")  # fmt: skip
+        if self.source_attention not in (None, *SOURCE_ATTENTIONS):
+            raise ValueError(
+                f"--source_attention must be one of {', '.join(SOURCE_ATTENTIONS)}, got {self.source_attention!r}"
+            )
         if self.pre_seq_len is not None and self.pre_seq_len < 1:
             raise ValueError(f"--pre_seq_len must be at least 1, got {self.pre_seq_len}")
 
@@ -125,7 +137,9 @@ class DataArguments(TaskArguments):
     )
     train_split: str | None = field(default=None, metadata={"help": "of the task, to train on (default: train)"})
     eval_split: str | None = field(default=None, metadata={"help": "of the task, for --do_eval (default: dev)"})
-    predict_split: str | None = field(default=None, metadata={"help": "of the task, for --do_predict (default: test)"})
+    predict_split: str | None = field(
+        default=None, metadata={"help": "of the task, for --do_predict (default: test, or dev where there is no test)"}
+    )
 
     task_mixture: str | None = field(
         default=None, metadata={"help": "YAML file that names several tasks to train one prefix on (docs/tasks.md)"}
@@ -139,6 +153,8 @@ class DataArguments(TaskArguments):
         if self.task is not None and (self.train_file or self.validation_file or self.test_file):
             raise ValueError("--task brings its own files: give --task_data and no --train_file, --validation_file or "
                              "--test_file")  # fmt: skip
+        if self.task is None and (self.train_split or self.eval_split or self.predict_split):
+            raise ValueError("--train_split, --eval_split and --predict_split belong to a --task")
         for name in ("max_source_length", "max_target_length"):
             if getattr(self, name) < 2:
                 raise ValueError(f"--{name} must be at least 2, got {getattr(self, name)}")
@@ -156,14 +172,13 @@ class DataArguments(TaskArguments):
 
 
 @dataclass
-class PrefixTrainingArguments(Seq2SeqTrainingArguments):
-    """transformers' own training arguments with defaults that suit a prefix."""
+class PrefixTrainingArguments(TuningArguments, Seq2SeqTrainingArguments):
+    """transformers' own training arguments with defaults that suit a prefix, and what is trained instead of one."""
 
     output_dir: str | None = field(default=None, metadata={"help": "folder of the run (default: output/prefix)"})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "start anew in a folder that holds an earlier run, deleting its checkpoints"}
     )
-    learning_rate: float = field(default=1e-2, metadata={"help": "of the prefix; the official script has 2e-2"})
     logging_steps: float = field(default=10, metadata={"help": "steps between two log entries"})
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "group_by_length, random or sequential"}
@@ -178,5 +193,13 @@ class PrefixTrainingArguments(Seq2SeqTrainingArguments):
     def __post_init__(self) -> None:
         if self.output_dir is None:
             self.output_dir = str(runs_folder() / "prefix")
+        TuningArguments.__post_init__(self)
+        if self.tuning == "none" and self.do_train:
+            raise ValueError("--tuning none trains nothing: leave --do_train out, or choose another --tuning.")
+        if self.deepspeed and self.tuning != "ptuning_v2":
+            raise ValueError(
+                f"--deepspeed works with --tuning ptuning_v2 alone. Train {self.tuning} in one process or in several "
+                "(scripts/launch.sh without --deepspeed)."
+            )
         prepare_processes(self)
-        super().__post_init__()
+        Seq2SeqTrainingArguments.__post_init__(self)

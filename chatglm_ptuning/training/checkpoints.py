@@ -7,12 +7,12 @@ from pathlib import Path
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from chatglm_ptuning.prefix.checkpoint import METADATA_FILE, WEIGHTS_FILE
+from chatglm_ptuning.tuning.record import is_complete
 
 
 def is_whole(folder: str | Path) -> bool:
     """Whether a `checkpoint-N` has what a run needs to go on from it."""
-    return all((Path(folder) / name).exists() for name in (TRAINER_STATE_NAME, METADATA_FILE, WEIGHTS_FILE))
+    return (Path(folder) / TRAINER_STATE_NAME).exists() and is_complete(folder)
 
 
 def last_checkpoint(run_folder: str | Path) -> Path | None:

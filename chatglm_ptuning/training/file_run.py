@@ -18,22 +18,30 @@ from chatglm_ptuning.data.token_cache import TokenCache
 from chatglm_ptuning.evaluation.metrics import score
 from chatglm_ptuning.evaluation.parallel import generate_answers_together
 from chatglm_ptuning.evaluation.table import print_scores
-from chatglm_ptuning.evaluation.task_model import recorded_metadata
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMPreTrainedModel
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
-from chatglm_ptuning.prefix.checkpoint import read_prefix
 from chatglm_ptuning.prefix.files import write_atomically
 from chatglm_ptuning.training.arguments import (
-    DEFAULT_PRE_SEQ_LEN,
     DataArguments,
     ModelArguments,
     PrefixTrainingArguments,
 )
+from chatglm_ptuning.training.cost import peak_memory, trained_parameters
 from chatglm_ptuning.training.distributed import match_precision
-from chatglm_ptuning.training.initialisation import init_from_checkpoint, init_prefix
+from chatglm_ptuning.training.preservation import (
+    GeneralRows,
+    PreservationArguments,
+    Replay,
+    check_preservation,
+    drift_report,
+    read_general_rows,
+)
 from chatglm_ptuning.training.report import draw_loss_curve, print_samples
+from chatglm_ptuning.training.source_attention import source_attention_of_base, source_of_rows
 from chatglm_ptuning.training.trainer import PrefixTrainer
+from chatglm_ptuning.training.tuning import base_dtype, prefix_length, tuning_of_run
+from chatglm_ptuning.tuning.methods import PREFIX_METHODS
 
 if TYPE_CHECKING:
     import datasets
@@ -46,14 +54,24 @@ _SAMPLES_SHOWN = 3
 class TrainingRun:
     """One run of the command: what was read, the model, and the steps that the flags ask for."""
 
-    def __init__(self, model_args: ModelArguments, data_args: DataArguments, args: PrefixTrainingArguments) -> None:
+    def __init__(
+        self,
+        model_args: ModelArguments,
+        data_args: DataArguments,
+        args: PrefixTrainingArguments,
+        preserve_args: PreservationArguments | None = None,
+    ) -> None:
         self.model_args, self.data_args, self.args = model_args, data_args, args
+        self.preserve_args = preserve_args or PreservationArguments()
+        check_preservation(self.preserve_args, args)
         self.output = Path(args.output_dir)
         self.tokenizer: ChatGLMTokenizer = load_tokenizer(
             model_args.model_name_or_path, hub=model_args.hub, revision=model_args.revision
         )
+        self.cache = TokenCache(data_args.data_cache_dir, data_args.overwrite_cache)
         # Rows first: what is wrong with a file shows before minutes go into loading the base.
         self.read_data()
+        self.general = self._read_general_rows()
         self.model = self._load_model()
         self.under_engine = False
 
@@ -72,11 +90,27 @@ class TrainingRun:
             source_prefix=data_args.source_prefix,
             num_workers=data_args.preprocessing_num_workers,
         )
-        self.cache = TokenCache(data_args.data_cache_dir, data_args.overwrite_cache)
         self.train_examples = self._examples("train_file", data_args.max_train_samples) if args.do_train else []
         self.eval_examples = self._examples("validation_file", data_args.max_eval_samples) if args.do_eval else []
         self._warn_of_shared_rows()
         self.test_rows = self._test_rows()
+
+    def _read_general_rows(self) -> GeneralRows:
+        args, preserve_args = self.args, self.preserve_args
+        has_prefix = args.tuning in PREFIX_METHODS
+        if preserve_args.preserve_base > 0 and not has_prefix:
+            raise ValueError(
+                f"--preserve_base needs the base beside what is tuned: --tuning {', '.join(PREFIX_METHODS)}, not "
+                f"{args.tuning}."
+            )
+        tuned = args.do_train or (args.do_eval and self.model_args.ptuning_checkpoint is not None)
+        return read_general_rows(
+            preserve_args,
+            self.tokenizer,
+            self.cache,
+            replays=args.do_train and preserve_args.preserve_base > 0,
+            measures=preserve_args.report_drift and has_prefix and tuned,
+        )
 
     def _named(self, flag: str) -> list[str]:
         names = getattr(self.data_args, flag)
@@ -114,43 +148,30 @@ class TrainingRun:
         return list(itertools.islice(rows, self.data_args.max_predict_samples))
 
     def _load_model(self) -> ChatGLMForConditionalGeneration:
-        model_args, trains = self.model_args, self.args.do_train
+        model_args = self.model_args
         match_precision(self.args, model_args.dtype, model_args.quantization_bit)
-        pre_seq_len = self._wanted_length() if trains else None
         loaded = load_model(
             model_args.model_name_or_path,
             hub=model_args.hub,
             revision=model_args.revision,
-            pre_seq_len=pre_seq_len,
+            pre_seq_len=prefix_length(self.args, model_args),
             prefix_projection=model_args.prefix_projection,
             prefix_dropout=model_args.prefix_dropout,
             quantization_bit=model_args.quantization_bit,
             quantization_type=model_args.quantization_type,
-            dtype=model_args.dtype,
+            dtype=base_dtype(self.args, model_args),
             attn_implementation=model_args.attn_implementation,
+            **source_attention_of_base(model_args),
             **self.model_settings(),
         )
         model = self.make_model(loaded)
-        if model_args.ptuning_checkpoint is not None:
-            self._check_wanted_length(model)
-            self.load_checkpoint(model)
-        elif trains and model_args.init_prefix is not None:
-            self.start_from(model, model_args.init_prefix)
-        elif trains:
-            init_prefix(
-                model,
-                self.tokenizer,
-                model_args.prefix_init,
-                text=model_args.init_prefix_text,
-                examples=self.train_examples,
-                seed=self.args.seed,
-            )
-        elif model_args.init_prefix is not None:
-            raise ValueError("--init_prefix is what a training starts from: give --do_train, or --ptuning_checkpoint.")
-        elif model_args.pre_seq_len:
+        self.tuning = tuning_of_run(
+            model, self.args, model_args, self.tokenizer, self.train_examples, details=self.details()
+        )
+        if self.data_args.compare_base and not self.tuning.keeps_base:
             raise ValueError(
-                f"--pre_seq_len {model_args.pre_seq_len} without --do_train needs a --ptuning_checkpoint: an untrained "
-                "prefix is random. Without --pre_seq_len the plain base is used."
+                "--compare_base needs the plain base, which --tuning full changes: score it in a run of its own, with "
+                "--tuning none."
             )
         return model
 
@@ -162,38 +183,6 @@ class TrainingRun:
         """The model to train, of the one that was loaded."""
         return loaded
 
-    def load_checkpoint(self, model: ChatGLMPreTrainedModel) -> None:
-        """Loads what --ptuning_checkpoint names, to go on from or to evaluate."""
-        model.load_prefix(self.model_args.ptuning_checkpoint)
-
-    def start_from(self, model: ChatGLMPreTrainedModel, prefix: str) -> None:
-        """Gives the trainable prefix its first values from what --init_prefix names."""
-        init_from_checkpoint(model, prefix)
-        if self.args.should_save:
-            print(f"The prefix starts from {prefix}.")
-
-    def _wanted_length(self) -> int:
-        model_args = self.model_args
-        if model_args.init_prefix is None:
-            return model_args.pre_seq_len or DEFAULT_PRE_SEQ_LEN
-        base = (model_args.model_name_or_path, model_args.hub, model_args.revision)
-        found = recorded_metadata(model_args.init_prefix, *base).pre_seq_len
-        if model_args.pre_seq_len not in (None, found):
-            raise ValueError(
-                f"--pre_seq_len is {model_args.pre_seq_len}, but --init_prefix {model_args.init_prefix} "
-                f"has {found} virtual tokens. Leave --pre_seq_len out: the size is read from the checkpoint."
-            )
-        return found
-
-    def _check_wanted_length(self, model: ChatGLMForConditionalGeneration) -> None:
-        wanted, path = self.model_args.pre_seq_len, self.model_args.ptuning_checkpoint
-        found = read_prefix(path, model.config).metadata.pre_seq_len
-        if wanted is not None and found != wanted:
-            raise ValueError(
-                f"--pre_seq_len is {wanted}, but the prefix in {path} has {found} virtual tokens. Leave --pre_seq_len "
-                "out: the size is read from the checkpoint."
-            )
-
     def trainer(self) -> PrefixTrainer:
         """The Trainer of this run."""
         return PrefixTrainer(
@@ -201,9 +190,24 @@ class TrainingRun:
             args=self.args,
             train_dataset=self.train_examples or None,
             eval_dataset=self.eval_examples or None,
-            data_collator=PaddingCollator(self.tokenizer.pad_token_id, "right"),
+            data_collator=PaddingCollator(
+                self.tokenizer.pad_token_id, "right", source_length=source_of_rows(self.model, self.tokenizer)
+            ),
+            replay=self._replay(),
+            tuning=self.tuning,
             details=self.details(),
             generation_metrics=self.score_of_evaluation(),
+        )
+
+    def _replay(self) -> Replay | None:
+        if self.general.replayed is None:
+            return None
+        return Replay(
+            self.general.replayed,
+            self.preserve_args.preserve_base,
+            self.tokenizer.pad_token_id,
+            batch_size=self.preserve_args.preserve_batch_size,
+            seed=self.args.seed,
         )
 
     def details(self) -> dict[str, Any]:
@@ -212,6 +216,7 @@ class TrainingRun:
             "chat_format": self.tokenizer.chat_format,
             "task": self.data_args.train_file and Path(self.data_args.train_file[0]).stem,
             "training": {
+                "tuning": self.args.tuning,
                 "rows": len(self.train_examples),
                 "learning_rate": self.args.learning_rate,
                 "prefix_init": self.model_args.init_prefix or self.model_args.prefix_init,
@@ -231,6 +236,7 @@ class TrainingRun:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         trainer.save_model()
         metrics = dict(result.metrics, train_samples=len(self.train_examples))
+        metrics |= trained_parameters(self.model) | peak_memory()
         if losses:
             metrics["final_loss"] = losses[-1]
         self.keep("train", metrics, trainer)
@@ -243,6 +249,19 @@ class TrainingRun:
         metrics = trainer.evaluate()
         self.under_engine = trainer.deepspeed is not None
         self.keep("eval", metrics, trainer)
+
+    def measure_drift(self, trainer: PrefixTrainer) -> None:
+        """How far the prefix has moved the model from its base on general rows."""
+        metrics = drift_report(
+            self.model,
+            self.general.held_out,
+            self.tokenizer,
+            self.args.per_device_eval_batch_size,
+            under_engine=self.under_engine,
+        )
+        if self.args.do_train:
+            metrics["preserve_base"] = self.preserve_args.preserve_base
+        self.keep("general", metrics, trainer)
 
     def answer_and_score(self) -> tuple[list[str], dict[str, float]]:
         """Answers to the test rows under the selected prefix, and their scores."""
@@ -262,15 +281,12 @@ class TrainingRun:
         """Generates answers, writes them as the official script does, and compares with the base if asked to."""
         examples, _ = self.preprocessor.for_generation(self.test_rows, BadRows(self.data_args.skip_bad_rows))
         answers, scores = self.answer_and_score()
-        columns, texts = {"with prefix": scores}, {"with prefix": answers}
+        name = self.tuning.described
+        columns, texts = {name: scores}, {name: answers}
         metrics = {f"predict_{name}": value for name, value in scores.items()}
-        if self.data_args.compare_base and self.model.selected_prefix is not None:
-            selected = self.model.selected_prefix
-            self.model.set_prefix(None)
-            try:
+        if self.data_args.compare_base and self.tuning.method != "none":
+            with self.tuning.plain_base():
                 base_answers, base_scores = self.answer_and_score()
-            finally:
-                self.model.set_prefix(selected)
             columns = {"base": base_scores, **columns}
             texts = {"base": base_answers, **texts}
             metrics |= {f"base_{name}": value for name, value in base_scores.items()}

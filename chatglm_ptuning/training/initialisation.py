@@ -46,16 +46,38 @@ def init_prefix(
         with torch.no_grad():
             (encoder.trans[2] if encoder.prefix_projection else encoder.embedding).weight.mul_(_SMALL_STD)
         return
+    model.init_prefix_from_ids(
+        first_ids(tokenizer, method, encoder.pre_seq_len, text=text, examples=examples, seed=seed)
+    )
+
+
+def first_ids(
+    tokenizer: ChatGLMTokenizer,
+    method: str,
+    length: int,
+    *,
+    text: str | None = None,
+    examples: Sequence[dict[str, list[int]]] = (),
+    seed: int = 42,
+) -> torch.Tensor:
+    """The real tokens that a prefix or prompt starts from, int64 `[length]`.
+
+    Args:
+        method: `text` or `data`; the rest as in `init_prefix`.
+
+    Raises:
+        ValueError: if the method is another one, or has no text or rows to work with.
+    """
     if method == "text":
         ids = tokenizer.encode(text or "", add_special_tokens=False)
         if not ids:
             raise ValueError("The text to start the prefix from has no tokens.")
-        ids = ids * -(-encoder.pre_seq_len // len(ids))
+        ids = ids * -(-length // len(ids))
     elif method == "data":
-        ids = _ids_of_rows(examples, encoder.pre_seq_len, seed)
+        ids = _ids_of_rows(examples, length, seed)
     else:
         raise ValueError(f"Unknown prefix_init {method!r}; there are {', '.join(PREFIX_INITS)}.")
-    model.init_prefix_from_ids(torch.tensor(ids[: encoder.pre_seq_len]))
+    return torch.tensor(ids[:length])
 
 
 def init_from_checkpoint(

@@ -12,6 +12,7 @@ from chatglm_ptuning.data.tasks.arguments import TaskArguments, usual_split
 from chatglm_ptuning.data.tasks.encode import TaskEncoder, label_names
 from chatglm_ptuning.data.tasks.examples import AnyExample
 from chatglm_ptuning.data.tasks.mixture import MixedTask, read_mixture
+from chatglm_ptuning.evaluation.task_model import TOKEN_UNIT
 from chatglm_ptuning.evaluation.task_predictions import predict_together
 from chatglm_ptuning.evaluation.task_report import score_task
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMPreTrainedModel
@@ -19,6 +20,7 @@ from chatglm_ptuning.model.modeling_tasks import ChatGLMForMultipleTasks, TaskHe
 from chatglm_ptuning.training.file_run import TrainingRun
 from chatglm_ptuning.training.mixture_trainer import MixtureTrainer, OneTaskCollator
 from chatglm_ptuning.training.sampler import TASK_KEY
+from chatglm_ptuning.training.source_attention import source_of_rows
 from chatglm_ptuning.training.task_run import prediction_settings
 from chatglm_ptuning.training.trainer import PrefixTrainer
 
@@ -41,6 +43,8 @@ class MixtureRun(TrainingRun):
                 "--task_mixture does not go with --do_predict: score each task by `chatglm-ptuning evaluate --task "
                 "NAME --task_data FOLDER --ptuning_checkpoint OUTPUT_DIR`."
             )
+        if args.tuning != "ptuning_v2":
+            raise ValueError(f"--task_mixture trains a prefix: --tuning ptuning_v2, not {args.tuning}.")
         self.mixture = read_mixture(flags.task_mixture or "")
         if self._takes_length_from_tasks():
             self.model_args.pre_seq_len = max(entry.task.pre_seq_len for entry in self.mixture.tasks)
@@ -95,7 +99,12 @@ class MixtureRun(TrainingRun):
     def make_model(self, loaded: ChatGLMForConditionalGeneration) -> ChatGLMPreTrainedModel:
         """The base with a head for each task that needs one."""
         heads = {
-            entry.task.name: TaskHead(entry.head, label_names(entry.task, entry.head)) for entry in self.mixture.tasks
+            entry.task.name: TaskHead(
+                entry.head,
+                label_names(entry.task, entry.head),
+                "multi_label_classification" if entry.task.multi_label else None,
+            )
+            for entry in self.mixture.tasks
         }
         return ChatGLMForMultipleTasks(loaded, heads)
 
@@ -106,7 +115,9 @@ class MixtureRun(TrainingRun):
             args=self.args,
             train_dataset=self.train_examples or None,
             eval_dataset=self.eval_examples or None,
-            data_collator=OneTaskCollator(PaddingCollator(self.tokenizer.pad_token_id, "right")),
+            data_collator=OneTaskCollator({name: self._padding(name) for name in self.encoders}),
+            replay=self._replay(),
+            tuning=self.tuning,
             details=self.details(),
             train_sizes=self.train_sizes,
             probabilities=self.probabilities,
@@ -114,10 +125,15 @@ class MixtureRun(TrainingRun):
             score=self._score,
         )
 
+    def _padding(self, name: str) -> PaddingCollator:
+        source = source_of_rows(self.model.for_task(name), self.tokenizer)
+        return PaddingCollator(self.tokenizer.pad_token_id, "right", source_length=source)
+
     def details(self) -> dict[str, Any]:
         """What the prefix checkpoint records of this run."""
         details = super().details()
         details["task"] = Path(self.data_args.task_mixture or "").stem
+        details["training"][TOKEN_UNIT] = next(iter(self.encoders.values())).token_unit
         details["tasks"] = {
             entry.task.name: {"head": entry.head, "labels": label_names(entry.task, entry.head)}
             for entry in self.mixture.tasks

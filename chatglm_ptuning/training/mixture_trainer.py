@@ -7,17 +7,21 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset, Sampler
+from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
 
 from chatglm_ptuning.data.collate import PaddingCollator
 from chatglm_ptuning.training.mixture_sampler import MixtureSampler
 from chatglm_ptuning.training.sampler import TASK_KEY, row_lengths
 from chatglm_ptuning.training.trainer import PrefixTrainer
 
+logger = logging.get_logger(__name__)
+
 
 class OneTaskCollator:
-    """As the padding collator, with the task that all rows of the batch belong to."""
+    """As the padding collator of a task, with the task that all rows of the batch belong to."""
 
-    def __init__(self, padding: PaddingCollator) -> None:
+    def __init__(self, padding: Mapping[str, PaddingCollator]) -> None:
         self.padding = padding
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -29,7 +33,8 @@ class OneTaskCollator:
         tasks = {example[TASK_KEY] for example in examples}
         if len(tasks) != 1:
             raise ValueError(f"a batch must be of one task, got rows of {', '.join(sorted(tasks))}")
-        return self.padding(examples) | {TASK_KEY: tasks.pop()}
+        task = tasks.pop()
+        return self.padding[task](examples) | {TASK_KEY: task}
 
 
 class MixtureTrainer(PrefixTrainer):
@@ -57,6 +62,7 @@ class MixtureTrainer(PrefixTrainer):
         self.probabilities = probabilities
         self.eval_rows = eval_rows
         self.score = score
+        self._drawn: set[str] = set()
         self._losses = torch.zeros(2, len(self.train_sizes), dtype=torch.float64)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
@@ -73,9 +79,18 @@ class MixtureTrainer(PrefixTrainer):
 
     # ---- losses ----
 
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As the PrefixTrainer's; warns of tasks whose turn never came."""
+        result = super().train(*args, **kwargs)
+        missed = [task for task in self.train_sizes if task not in self._drawn]
+        if missed:
+            logger.warning(f"No step was of {', '.join(missed)}: train for longer, or draw it more often.")
+        return result
+
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the PrefixTrainer's; adds the loss up by task."""
         loss = super().training_step(model, inputs, *args, **kwargs)
+        self._drawn.add(inputs[TASK_KEY])
         place = list(self.train_sizes).index(inputs[TASK_KEY])
         self._losses[0, place] += float(loss)
         self._losses[1, place] += 1 / self.args.gradient_accumulation_steps

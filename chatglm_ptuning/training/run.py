@@ -1,4 +1,4 @@
-"""`chatglm-ptuning train`: from files to a prefix, its scores and its report."""
+"""`chatglm-ptuning train`: from files to a prefix, or what else is tuned, its scores and its report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import set_seed
@@ -34,10 +33,8 @@ from chatglm_ptuning.training.failures import (
 )
 from chatglm_ptuning.training.file_run import TrainingRun
 from chatglm_ptuning.training.mixture_run import MixtureRun
+from chatglm_ptuning.training.preservation import PreservationArguments
 from chatglm_ptuning.training.task_run import TaskRun
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.get_logger(__name__)
 
@@ -100,10 +97,10 @@ def _was_restarted() -> bool:
 
 def main(argv: Sequence[str]) -> None:
     """Entry of the command; errors that users can mend end it with a message and exit code 1, SIGTERM with 143."""
-    model_args, data_args, args = parse_arguments(
+    model_args, data_args, args, preserve_args = parse_arguments(
         "chatglm-ptuning train",
-        "Train a P-Tuning v2 prefix, evaluate it, and generate with it.",
-        (ModelArguments, DataArguments, PrefixTrainingArguments),
+        "Train a P-Tuning v2 prefix, or by another --tuning; evaluate it, and generate with it.",
+        (ModelArguments, DataArguments, PrefixTrainingArguments, PreservationArguments),
         argv,
         RETIRED_FLAGS,
     )
@@ -114,7 +111,7 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(level)
     logging.get_logger(__name__.partition(".")[0]).setLevel(level)
     try:
-        output = _run(model_args, data_args, args)
+        output = _run(model_args, data_args, args, preserve_args)
     except Preempted as stop:
         print(stop, file=sys.stderr)
         raise SystemExit(SIGTERM_EXIT_CODE) from stop
@@ -137,10 +134,15 @@ def main(argv: Sequence[str]) -> None:
         print(f"Everything of this run is in {output}.")
 
 
-def _run(model_args: ModelArguments, data_args: DataArguments, args: PrefixTrainingArguments) -> Path:
+def _run(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: PrefixTrainingArguments,
+    preserve_args: PreservationArguments,
+) -> Path:
     checkpoint = prepare_output(args)
     kind = MixtureRun if data_args.task_mixture else TaskRun if data_args.task else TrainingRun
-    run = kind(model_args, data_args, args)
+    run = kind(model_args, data_args, args, preserve_args)
     trainer = run.trainer()
     if args.do_train:
         run.train(trainer, checkpoint)
@@ -148,4 +150,6 @@ def _run(model_args: ModelArguments, data_args: DataArguments, args: PrefixTrain
         run.evaluate(trainer)
     if args.do_predict:
         run.predict(trainer)
+    if run.general.held_out is not None:
+        run.measure_drift(trainer)
     return run.output

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from chatglm_ptuning.data.tasks.arguments import usual_split
+from chatglm_ptuning.data.tasks.arguments import submission_variant, usual_split
 from chatglm_ptuning.data.tasks.encode import ANSWERING_HEADS, TaskEncoder, head_of, label_names
 from chatglm_ptuning.data.tasks.examples import AnyExample, gold_of
 from chatglm_ptuning.evaluation.table import print_scores
-from chatglm_ptuning.evaluation.task_model import model_settings, recorded_head, recorded_metadata
+from chatglm_ptuning.evaluation.task_model import (
+    TOKEN_UNIT,
+    TRAIN_SPLIT,
+    model_settings,
+    recorded_details,
+    recorded_head,
+    recorded_token_unit,
+)
 from chatglm_ptuning.evaluation.task_predictions import Prediction, PredictionSettings, predict_together
 from chatglm_ptuning.evaluation.task_report import TaskScores, score_task, write_results
-from chatglm_ptuning.model.modeling_chatglm import ChatGLMPreTrainedModel
+from chatglm_ptuning.prefix.checkpoint import kit_version
 from chatglm_ptuning.training.arguments import DataArguments, PrefixTrainingArguments
 from chatglm_ptuning.training.file_run import TrainingRun
-from chatglm_ptuning.training.initialisation import init_from_checkpoint
 from chatglm_ptuning.training.trainer import PrefixTrainer
+from chatglm_ptuning.tuning.methods import PREFIX_METHODS
 
 
 class TaskRun(TrainingRun):
@@ -32,9 +40,14 @@ class TaskRun(TrainingRun):
         flags, args = self.data_args, self.args
         self.task = flags.chosen_task()
         self._use_defaults_of_task()
+        head, unit = self._head_and_unit()
         self.encoder: TaskEncoder = flags.encoder(
-            self.task, self.tokenizer, flags.max_source_length, flags.max_target_length, self._head()
+            self.task, self.tokenizer, flags.max_source_length, flags.max_target_length, head, unit
         )
+        if flags.compare_base and args.do_predict and head not in ANSWERING_HEADS:
+            raise ValueError(
+                f"--compare_base: the base has no {head.replace('_', ' ')} head; compare it by --head generation."
+            )
         training = self._split("train", flags.train_split, flags.max_train_samples) if args.do_train else []
         self.watched = self._split("dev", flags.eval_split, flags.max_eval_samples) if args.do_eval else []
         self.tested = self._split("test", flags.predict_split, flags.max_predict_samples) if args.do_predict else []
@@ -46,41 +59,41 @@ class TaskRun(TrainingRun):
             print(f"{self.task.name} ({self.task.title}) in {flags.task_data}, head {self.encoder.head}: {shown}")
 
     def _use_defaults_of_task(self) -> None:
-        given = (self.model_args.pre_seq_len, self.model_args.ptuning_checkpoint, self.model_args.init_prefix)
-        if given == (None, None, None) and self.args.do_train:
-            self.model_args.pre_seq_len = self.task.pre_seq_len
+        model_args, args = self.model_args, self.args
+        start = model_args.ptuning_checkpoint or model_args.init_prefix
+        if args.do_train and args.tuning in PREFIX_METHODS and start is None:
+            model_args.pre_seq_len = model_args.pre_seq_len or self.task.pre_seq_len
+        if args.tuning == "ptuning_v2" and args.learning_rate_is_default:
+            args.learning_rate = self.task.learning_rate
 
-    def _head(self) -> str:
+    def _head_and_unit(self) -> tuple[str, str | None]:
         checkpoint = self.model_args.ptuning_checkpoint
         if checkpoint is None:
-            return head_of(self.task, self.data_args.head)
+            return head_of(self.task, self.data_args.head), None
         model_args = self.model_args
-        metadata = recorded_metadata(checkpoint, model_args.model_name_or_path, model_args.hub, model_args.revision)
-        return recorded_head(metadata, self.task, self.data_args.head, checkpoint)
+        details = recorded_details(checkpoint, model_args.model_name_or_path, model_args.hub, model_args.revision)
+        return recorded_head(details, self.task, self.data_args.head, checkpoint), recorded_token_unit(details)
 
     def _split(self, kind: str, named: str | None, limit: int | None) -> Sequence[AnyExample]:
-        return self.data_args.examples(self.task, named or usual_split(self.task, kind), limit)
+        return self.data_args.examples(self.task, self._split_name(kind, named), limit)
+
+    def _split_name(self, kind: str, named: str | None) -> str:
+        return named or usual_split(self.task, kind)
 
     def model_settings(self) -> dict[str, Any]:
         """Class and outputs of the task's head."""
         return model_settings(self.task, self.encoder.head)
 
-    def load_checkpoint(self, model: ChatGLMPreTrainedModel) -> None:
-        """As `TrainingRun.load_checkpoint`; of a prefix that several tasks share, with the head of this one."""
-        model.load_prefix(self.model_args.ptuning_checkpoint, task=self.task.name)
-
-    def start_from(self, model: ChatGLMPreTrainedModel, prefix: str) -> None:
-        """As `TrainingRun.start_from`, with the head if it was trained for this task."""
-        names = label_names(self.task, self.encoder.head)
-        with_head = init_from_checkpoint(model, prefix, self.task.name, self.encoder.head, names)
-        if self.args.should_save:
-            print(f"The prefix{' and the head start' if with_head else ' starts'} from {prefix}.")
-
     def details(self) -> dict[str, Any]:
         """What the prefix checkpoint records of this run."""
         names = label_names(self.task, self.encoder.head)
+        details = super().details()
+        if self.args.do_train:
+            details["training"][TRAIN_SPLIT] = self._split_name("train", self.data_args.train_split)
+        if self.encoder.head == "token_classification":
+            details["training"][TOKEN_UNIT] = self.encoder.token_unit
         recorded = {"task": self.task.name, "head": self.encoder.head, "labels": None if names is None else list(names)}
-        return super().details() | recorded
+        return details | recorded
 
     def score_of_evaluation(self) -> Callable[[], dict[str, float]] | None:
         """The task's scores on the examples that the run is watched by."""
@@ -97,17 +110,17 @@ class TaskRun(TrainingRun):
     def predict(self, trainer: PrefixTrainer) -> None:
         """Predicts the split, and writes report and submission into the run's folder `predict`."""
         flags = self.data_args
-        split = flags.predict_split or usual_split(self.task, "test")
+        split = self._split_name("test", flags.predict_split)
         predictions = self._predict(self.tested)
         columns: dict[str, dict[str, float]] = {}
         metrics: dict[str, Any] = {"predict_samples": len(self.tested)}
         labelled = gold_of(self.tested[0]) is not None
-        if labelled and flags.compare_base and self.model.selected_prefix is not None:
+        if labelled and flags.compare_base and self.tuning.method != "none":
             columns["base"] = self._score_base()
             metrics |= {f"base_{name}": value for name, value in columns["base"].items()}
         if labelled:
             scores = score_task(self.task, self.tested, [prediction.value for prediction in predictions])
-            columns["with prefix"] = scores.metrics
+            columns[self.tuning.described] = scores.metrics
             metrics |= {f"predict_{name}": value for name, value in scores.metrics.items()}
         self.keep("predict", metrics, trainer)
         if not self.args.should_save:
@@ -118,24 +131,27 @@ class TaskRun(TrainingRun):
             self.tested,
             predictions,
             split,
-            may_submit=flags.max_predict_samples is None,
+            submission_variant(self.task, flags.train_split) if self.args.do_train else None,
+            may_submit=flags.max_predict_samples is None and flags.subjects is None,
+            settings={
+                **asdict(flags),
+                **asdict(prediction_settings(self.data_args, self.args)),
+                **asdict(self.model_args),
+                "output_dir": str(self.output),
+                "split": split,
+                "head": self.encoder.head,
+                "token_unit": self.encoder.token_unit,
+                "chat_format": self.tokenizer.chat_format,
+                "kit_version": kit_version(),
+            },
         )
         if columns:
             print_scores(columns)
         print(f"The predictions on {split} are in {self.output / 'predict'}.")
 
     def _score_base(self) -> dict[str, float]:
-        if self.encoder.head not in ANSWERING_HEADS:
-            raise ValueError(
-                f"--compare_base: the base has no {self.encoder.head.replace('_', ' ')} head; compare it by "
-                "--head generation."
-            )
-        selected = self.model.selected_prefix
-        self.model.set_prefix(None)
-        try:
+        with self.tuning.plain_base():
             return self._score(self.tested).metrics
-        finally:
-            self.model.set_prefix(selected)
 
 
 def prediction_settings(flags: DataArguments, args: PrefixTrainingArguments) -> PredictionSettings:

@@ -1,4 +1,4 @@
-"""transformers' Trainer for a prefix: only the prefix is saved, a checkpoint appears whole or not at all."""
+"""transformers' Trainer for a prefix or what else is tuned: that alone is saved, and whole or not at all."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ from chatglm_ptuning.training.failures import (
     is_disk_full,
     is_out_of_memory,
 )
+from chatglm_ptuning.training.preservation import Replay
 from chatglm_ptuning.training.sampler import SAMPLING_STRATEGIES, EpochSampler, PaddedRows, row_lengths
+from chatglm_ptuning.tuning.tuning import PrefixTuning, Tuning
 
 logger = logging.get_logger(__name__)
 
@@ -49,24 +51,32 @@ _ROOM_FOR_SMALL_FILES = 2**20
 
 
 class PrefixTrainer(Trainer):
-    """Trains the prefix of a ChatGLM model.
+    """Trains the prefix of a ChatGLM model, or what another way of tuning trains.
 
     Args:
+        tuning: what is trained, on the same model; by default its prefix.
         details: what every prefix checkpoint records beside the weights: chat format, task, training.
         generation_metrics: called after an evaluation, for metrics that need generated answers.
+        replay: what holds the model to its base on general rows.
         kwargs: as for transformers' Trainer.
     """
 
     def __init__(
         self,
         *args: Any,
+        tuning: Tuning | None = None,
         details: dict[str, Any] | None = None,
         generation_metrics: Callable[[], dict[str, float]] | None = None,
+        replay: Replay | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.tuning = tuning or PrefixTuning(self.model)
         self.details = details or {}
         self.generation_metrics = generation_metrics
+        self.replay = replay
+        self._replay_step, self._replay_batches, self._replay_steps = -1, 0, 0
+        self._replay_sum: torch.Tensor | None = None
         self._staging: Path | None = None
         self._optimizer_groups: list[dict[str, Any]] = []
         self._trained: list[torch.nn.Parameter] = []
@@ -110,6 +120,7 @@ class PrefixTrainer(Trainer):
         return self._epoch_sampler
 
     def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
+        self._replay_step = -1
         # The Trainer itself does not reach the sampler when it resumes in the middle of an epoch on several processes.
         if self._epoch_sampler is not None:
             self._epoch_sampler.set_epoch(epoch)
@@ -181,6 +192,60 @@ class PrefixTrainer(Trainer):
             raise TrainingDiverged(f"The loss became {loss.item()}", step, self.args)
         return loss
 
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """As the Trainer's; in training with the divergence from the base, if it is to be preserved."""
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.replay is None or not model.training:
+            return result
+        term = self.replay.weight * self._divergence_from_base()
+        # Gradients and logged losses are means over the processes, and the term is this process's part of a sum.
+        term = term * self.args.world_size
+        if num_items_in_batch is None or not self.model_accepts_loss_kwargs:
+            term = term * self.current_gradient_accumulation_steps  # by which the Trainer is going to divide
+        if return_outputs:
+            return result[0] + term, result[1]
+        return result + term
+
+    def _divergence_from_base(self) -> torch.Tensor:
+        """This batch's part of the step's mean KL per token, noted for the log."""
+        step, world = self.state.global_step, self.args.world_size
+        if step != self._replay_step:
+            self._replay_step, self._replay_batches = step, 0
+            self._replay_steps += 1
+        divergence = self.replay.divergence(
+            self._prefix_model,
+            step,
+            self._train_batch_size,
+            part=self._replay_batches * world + self.args.process_index,
+            parts=self.current_gradient_accumulation_steps * world,
+            whole_parts=self.args.gradient_accumulation_steps * world,
+        )
+        self._replay_batches += 1
+        noted = divergence.detach().double()
+        self._replay_sum = noted if self._replay_sum is None else self._replay_sum + noted
+        return divergence
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's; the entries of training also have the mean KL from the base since the entry before."""
+        if "loss" in logs and self._replay_sum is not None:
+            total = self.accelerator.reduce(self._replay_sum, "sum").item()
+            logs = {**logs, "preserve_kl": total / self._replay_steps}
+            self._replay_sum, self._replay_steps = None, 0
+        super().log(logs, *args, **kwargs)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], *args: Any, **kwargs: Any) -> Any:
+        # Answers in a text have positions instead of labels; else each process would take a mean of its own.
+        counted = [
+            {"labels": batch["start_positions"]} if "start_positions" in batch else batch for batch in batch_samples
+        ]
+        return super()._get_num_items_in_batch(counted, *args, **kwargs)
+
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
         if norm is None:  # without ZeRO, DeepSpeed does not tell the norm
@@ -239,13 +304,13 @@ class PrefixTrainer(Trainer):
     # ---- saving ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the prefix, never the base; every process must take part, the first one writes."""
+        """Writes what is trained, nothing of a frozen base; every process must take part, the first one writes."""
         folder = Path(output_dir or self.args.output_dir)
         model = self._prefix_model
         model.base_fingerprint()  # which every process has to help with, if the base is partitioned
         with self._in_full_precision(model):
             if self.args.should_save:
-                model.save_prefix(folder, **self.details)
+                self.tuning.save(folder, self.details)
                 with write_atomically(folder / ARGUMENTS_FILE) as temporary:
                     text = json.dumps(self.args.to_sanitized_dict(), indent=2, ensure_ascii=False)
                     temporary.write_text(text + "\n", "utf-8")
@@ -275,11 +340,24 @@ class PrefixTrainer(Trainer):
         """As the Trainer's; remembers what is trained, in the order of the saved state."""
         optimizer = super().create_optimizer(model)
         if not isinstance(optimizer, AcceleratedOptimizer):
+            self._set_head_learning_rate(optimizer)
             # DeepSpeed leaves empty groups out (a table has no biases); then the schedule's state has the same form.
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
             self._trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             self._optimizer_groups = optimizer.state_dict()["param_groups"]
         return optimizer
+
+    def _set_head_learning_rate(self, optimizer: torch.optim.Optimizer) -> None:
+        """Moves the linear head into groups of its own, behind the others."""
+        rate = getattr(self.args, "head_learning_rate", None)
+        if rate is None:
+            return
+        head = {id(parameter) for parameter in self.tuning.heads().values()}
+        for group in list(optimizer.param_groups):
+            of_head = [parameter for parameter in group["params"] if id(parameter) in head]
+            if of_head:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in head]
+                optimizer.add_param_group({**group, "params": of_head, "lr": rate})
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_deepspeed_enabled:
@@ -402,7 +480,9 @@ class PrefixTrainer(Trainer):
         optimizer_state.restore_full_precision(trained, values)
 
     def _warn_of_learning_rate(self, checkpoint: str) -> None:
-        used = max(getattr(self.lr_scheduler, "base_lrs", None) or [self.args.learning_rate])
+        used = (getattr(self.lr_scheduler, "base_lrs", None) or [self.args.learning_rate])[0]
+        if self.tuning.method == "head_only":
+            return
         if not math.isclose(used, self.args.learning_rate, rel_tol=1e-6):
             logger.warning(
                 f"--learning_rate {self.args.learning_rate:g} is not used: the run goes on from {checkpoint} with its "
@@ -411,9 +491,17 @@ class PrefixTrainer(Trainer):
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        self.accelerator.unwrap_model(model or self.model).load_prefix(resume_from_checkpoint)
+        loaded = self.accelerator.unwrap_model(model or self.model)
+        wanted = loaded.source_attention_of_row()
+        self.tuning.load(Path(resume_from_checkpoint))
+        found = loaded.source_attention_of_row()
+        if found != wanted:
+            raise ValueError(
+                f"{resume_from_checkpoint} was trained with --source_attention {found}, this run has {wanted}: give "
+                "the same, or start a new run from that prefix by --ptuning_checkpoint and another --output_dir."
+            )
 
     def _load_best_model(self) -> None:
-        self._prefix_model.load_prefix(self.state.best_model_checkpoint)
+        self.tuning.load(Path(self.state.best_model_checkpoint))
         if self.is_deepspeed_enabled:
             self._restore_full_precision(Path(self.state.best_model_checkpoint))

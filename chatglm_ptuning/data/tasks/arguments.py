@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from chatglm_ptuning.data.tasks.encode import TaskEncoder, head_of
-from chatglm_ptuning.data.tasks.encode_tags import TOKEN_UNITS
+from chatglm_ptuning.data.tasks.encode_tags import DEFAULT_TOKEN_UNIT, TOKEN_UNITS
 from chatglm_ptuning.data.tasks.examples import AnyExample
 from chatglm_ptuning.data.tasks.read import read_examples
 from chatglm_ptuning.data.tasks.registry import load_task
@@ -34,10 +34,11 @@ class TaskArguments:
     subjects: list[str] | None = field(
         default=None, metadata={"help": "of an examination, these subjects or categories alone"}
     )
-    token_unit: str = field(
-        default="pieces",
-        metadata={"help": "what a tag stands on: pieces of the tokenizer, or characters (exact at every boundary)"},
-    )
+    token_unit: str | None = field(
+        default=None,
+        metadata={"help": "what a tag stands on: pieces of the tokenizer, or characters (exact at every boundary) "
+                  f"(default: as the prefix was trained, else {DEFAULT_TOKEN_UNIT})"},
+    )  # fmt: skip
     candidate_scores: str = field(
         default="sum",
         metadata={"help": "how candidate answers are ranked: sum (log-likelihood), mean (per token), or calibrated "
@@ -47,7 +48,7 @@ class TaskArguments:
     doc_stride: int = field(default=64, metadata={"help": "tokens by which the windows of a long text overlap"})
 
     def __post_init__(self) -> None:
-        if self.token_unit not in TOKEN_UNITS:
+        if self.token_unit is not None and self.token_unit not in TOKEN_UNITS:
             raise ValueError(f"--token_unit must be {' or '.join(TOKEN_UNITS)}, got {self.token_unit!r}")
         if self.candidate_scores not in CANDIDATE_SCORES:
             raise ValueError(
@@ -77,18 +78,20 @@ class TaskArguments:
         max_source_length: int,
         max_target_length: int,
         head: str | None = None,
+        token_unit: str | None = None,
     ) -> TaskEncoder:
         """What makes model inputs of the task's examples.
 
         Args:
             head: instead of the one that the flags name.
+            token_unit: where the flags name none.
 
         Raises:
             ValueError: if the head cannot solve the task.
         """
         return TaskEncoder(
             task, tokenizer, head_of(task, head or self.head), max_source_length, max_target_length, self.doc_stride,
-            self.token_unit,
+            self.token_unit or token_unit or DEFAULT_TOKEN_UNIT,
         )  # fmt: skip
 
     def examples(self, task: Task, split: str, limit: int | None = None) -> Sequence[AnyExample]:
@@ -100,16 +103,24 @@ class TaskArguments:
         return read_examples(task, self.task_data or "", split, subjects=self.subjects)[:limit]
 
 
+def submission_variant(task: Task, train_split: str | None) -> str | None:
+    """What FewCLUE adds to a submission's name, `0` for a model that was trained on `train_0`; None elsewhere."""
+    variant = (train_split or "").removeprefix("train_")
+    return variant if f"train_{variant}" == train_split and f"dev_{variant}" in task.files else None
+
+
 def usual_split(task: Task, kind: str) -> str:
     """The split that a task trains on, is watched by, or is tested on, where none is named.
 
     Args:
         kind: train, dev or test. Few-shot benchmarks have several of each: the whole (`train_few_all`) is meant then.
+            Where a task has no test split, the dev split is tested on.
 
     Raises:
         ValueError: if the task has none of the kind.
     """
-    for name in (kind, f"{kind}_few_all", f"{kind}_public", f"{kind}_0", *(("val", "trial") if kind == "dev" else ())):
+    others = {"dev": ("val", "trial"), "test": ("dev", "dev_few_all", "val")}.get(kind, ())
+    for name in (kind, f"{kind}_few_all", f"{kind}_public", f"{kind}_0", *others):
         if name in task.files:
             return name
     raise ValueError(f"The task {task.name} has no {kind} split; name one of {', '.join(task.files)}.")

@@ -114,7 +114,7 @@ def _gold_counts(task: Task, examples: Sequence[AnyExample]) -> str:
     counts: Counter[str] = Counter()
     for example in examples:
         if isinstance(example, TextExample):
-            counts[task.labels[example.label or ""]] += 1
+            counts.update(task.labels[key] for key in example.labels or [example.label] if key is not None)
         elif isinstance(example, TokenExample):
             counts.update(kind for kind, _, _ in spans_of(example.tags or ()))
         elif isinstance(example, ChoiceExample):

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from transformers.utils import logging
+
 from chatglm_ptuning.data.chat_format import render
 from chatglm_ptuning.data.conversation import Conversation, Message
-from chatglm_ptuning.data.tasks.encode_spans import encode_question
-from chatglm_ptuning.data.tasks.encode_tags import encode_tokens
+from chatglm_ptuning.data.tasks.encode_spans import encode_question, learned_answer
+from chatglm_ptuning.data.tasks.encode_tags import DEFAULT_TOKEN_UNIT, encode_tokens
 from chatglm_ptuning.data.tasks.examples import AnyExample, QuestionExample, TextExample, TokenExample, gold_of
-from chatglm_ptuning.data.tasks.prompt import answer_text, render_prompt
+from chatglm_ptuning.data.tasks.prompt import answer_text, longest_text, render_prompt, with_texts_of
 from chatglm_ptuning.data.tasks.schema import Task
-from chatglm_ptuning.data.truncation import cut_source
 from chatglm_ptuning.model.losses import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
+
+logger = logging.get_logger(__name__)
 
 ANSWERING_HEADS = ("generation", "multiple_choice")
 """Heads that are the language model itself: what is learned is the text of the answer."""
@@ -33,8 +37,9 @@ class TaskEncoder:
 
     Attributes:
         head: one of the task's heads.
-        max_source_length: tokens of a prompt at most. Longer prompts lose the middle of their text; texts to tag and
-            contexts to search are read in windows that overlap by `doc_stride` tokens.
+        max_source_length: tokens of a prompt at most. For longer ones the longest texts of the example lose their
+            middle, what the task asks stays whole; texts to tag and contexts to search are read in windows that
+            overlap by `doc_stride` tokens.
         max_target_length: tokens of an answer to learn at most.
         token_unit: what a tag stands on: `characters` splits the tokenizer's pieces where a character of the file
             ends, `pieces` leaves them whole.
@@ -46,7 +51,7 @@ class TaskEncoder:
     max_source_length: int = 1024
     max_target_length: int = 128
     doc_stride: int = 64
-    token_unit: str = "characters"
+    token_unit: str = DEFAULT_TOKEN_UNIT
 
     def training_rows(self, examples: Iterable[AnyExample]) -> list[dict[str, Any]]:
         """Rows with `input_ids` and what is to be learned, for `PaddingCollator`:
@@ -54,16 +59,25 @@ class TaskEncoder:
         - generation, multiple_choice: `labels` `[seq_len]`, -100 on the prompt;
         - sequence_classification: `labels`, the number of the label, or for several at once 0.0 and 1.0 for each;
         - token_classification: `labels` `[seq_len]`, the number of the tag on one token of each character, else -100;
-        - question_answering: `start_positions` and `end_positions`; 0 in a window without the answer.
+        - question_answering: `start_positions` and `end_positions`; 0 in a window without the answer. A question of
+          which no reference stands in the context has no rows: that it has no answer would be wrong to learn.
 
         Raises:
-            ValueError: naming the place in the file, for an example without gold, or too long a prompt.
+            ValueError: naming the place in the file, for an example without gold, or too long a prompt; if there are
+                examples and none has rows.
         """
-        rows = []
+        rows, left_out = [], []
         for example in examples:
             if gold_of(example) is None:
                 raise ValueError(f"{example.where}: the example has no label or answer to learn.")
-            rows += self._training_rows_of(example)
+            own = self._training_rows_of(example)
+            rows += own
+            left_out += [] if own else [example.where]
+        if left_out:
+            what = f"{len(left_out)} questions are left out: no reference stands in the context (first: {left_out[0]})."
+            if not rows:
+                raise ValueError(f"There is nothing to learn: {what}")
+            logger.warning(what)
         return rows
 
     def _training_rows_of(self, example: AnyExample) -> list[dict[str, Any]]:
@@ -73,12 +87,14 @@ class TaskEncoder:
                 for window in encode_tokens(self, example)
             ]
         if isinstance(example, QuestionExample) and self.head == "question_answering":
+            if learned_answer(example.answers or ()) is None:
+                return []
             return [
                 {"input_ids": window.input_ids} | window.positions(example.answers or ())
                 for window in encode_question(self, example)
             ]
         if isinstance(example, TextExample) and self.head == "sequence_classification":
-            return [{"input_ids": self.prompt_ids(example), "labels": list(self.task.labels).index(example.label)}]
+            return [{"input_ids": self.prompt_ids(example), "labels": self._label_number(example)}]
         prompt = self.prompt_ids(example)
         asked = [Message("user", "？"), Message("assistant", answer_text(self.task, example) or "", loss=True)]
         rendered = render(Conversation(asked), self.tokenizer)
@@ -87,6 +103,11 @@ class TaskEncoder:
             answer = answer[: self.max_target_length]
         return [{"input_ids": prompt + answer, "labels": [IGNORED_LABEL] * len(prompt) + answer}]
 
+    def _label_number(self, example: TextExample) -> int | list[float]:
+        if self.task.multi_label:
+            return [float(key in (example.labels or ())) for key in self.task.labels]
+        return list(self.task.labels).index(example.label or "")
+
     def prompt_ids(self, example: AnyExample) -> list[int]:
         """The prompt of an example in the chat format, to its end or, for a linear head, to where the text begins.
 
@@ -94,13 +115,27 @@ class TaskEncoder:
             ValueError: if the prompt without any text is longer than `max_source_length`.
         """
         header = self._answer_header() if self.head == "sequence_classification" else []
-        conversation = Conversation([Message("user", render_prompt(self.task, example))])
-        cut = cut_source(conversation, self.max_source_length - len(header), self.tokenizer)
-        if cut is None:
+
+        def ids_of(candidate: AnyExample) -> list[int]:
+            asked = Conversation([Message("user", render_prompt(self.task, candidate))])
+            return [*render(asked, self.tokenizer, for_generation=True).input_ids, *header]
+
+        ids = ids_of(example)
+        if len(ids) <= self.max_source_length:
+            return ids
+        longest = longest_text(example)
+        # The fewest characters off the longest text, as `cut_source` does it for a conversation.
+        taken = bisect_left(
+            range(longest),
+            True,
+            key=lambda count: len(ids_of(with_texts_of(example, longest - count))) <= self.max_source_length,
+        )
+        ids = ids_of(with_texts_of(example, longest - taken))
+        if len(ids) > self.max_source_length:
             raise ValueError(
                 f"{example.where}: the prompt does not fit into --max_source_length {self.max_source_length}."
             )
-        return [*render(cut.conversation, self.tokenizer, for_generation=True).input_ids, *header]
+        return ids
 
     def _answer_header(self) -> list[int]:
         """What precedes the text of every answer: its line of metadata, in the formats that have one."""

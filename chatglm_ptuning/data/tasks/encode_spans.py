@@ -29,24 +29,38 @@ class SpanWindow:
     offsets: list[tuple[int, int] | None]
 
     def positions(self, answers: Sequence[Answer]) -> dict[str, int]:
-        """`start_positions` and `end_positions`: the ids that hold the first and last character of the first reference.
+        """`start_positions` and `end_positions` of `learned_answer`: the ids with the least text that holds it.
 
         `NO_ANSWER` for both if it is not wholly inside, or if the context does not have it.
         """
-        answer = answers[0] if answers else None
-        start = end = None
-        if answer is not None and answer.start is not None and answer.text:
-            start = self._holding(answer.start)
-            end = self._holding(answer.start + len(answer.text) - 1)
-        if start is None or end is None:
-            start = end = NO_ANSWER
-        return {"start_positions": start, "end_positions": end}
+        answer = learned_answer(answers)
+        if answer is None or answer.start is None:
+            return {"start_positions": NO_ANSWER, "end_positions": NO_ANSWER}
+        first, last = self._holding(answer.start), self._holding(answer.start + len(answer.text) - 1)
+        if not first or not last:
+            return {"start_positions": NO_ANSWER, "end_positions": NO_ANSWER}
+        # A character may stand in several ids, by its bytes: those that begin latest and end first hold least beside
+        # it. Of equals the answer has all, from the first byte to the last.
+        start = max(first, key=lambda position: self._span(position)[0])
+        end = min(reversed(last), key=lambda position: self._span(position)[1])
+        return {"start_positions": start, "end_positions": max(start, end)}
 
-    def _holding(self, character: int) -> int | None:
-        for position, offsets in enumerate(self.offsets):
-            if offsets is not None and offsets[0] <= character < offsets[1]:
-                return position
-        return None
+    def _holding(self, character: int) -> list[int]:
+        return [
+            position
+            for position, offsets in enumerate(self.offsets)
+            if offsets is not None and offsets[0] <= character < offsets[1]
+        ]
+
+    def _span(self, position: int) -> tuple[int, int]:
+        offsets = self.offsets[position]
+        assert offsets is not None
+        return offsets
+
+
+def learned_answer(answers: Sequence[Answer]) -> Answer | None:
+    """The reference that is learned: the first that stands in the context; None if none does."""
+    return next((answer for answer in answers if answer.start is not None and answer.text), None)
 
 
 def encode_question(encoder: TaskEncoder, example: QuestionExample) -> list[SpanWindow]:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
 TOKEN_UNITS = ("characters", "pieces")
+DEFAULT_TOKEN_UNIT = "pieces"
+_NOTHING = " "
+"""What is read in the place of a token of the file that has no ids, so that there is one to decide its tag."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def _by_characters(
     ids: list[int] = []
     spans: list[tuple[int, int] | None] = []
     for place, token in enumerate(tokens):
-        own = _inner_ids(tokenizer, token)
+        own = _inner_ids(tokenizer, token) or _inner_ids(tokenizer, _NOTHING)
         ids += own
         spans += [None] * (len(own) - 1) + [(place, place + 1)] * bool(own)
     return ids, spans
@@ -117,6 +120,9 @@ def _by_pieces(tokenizer: ChatGLMTokenizer, tokens: Sequence[str]) -> tuple[list
             # The token began in an earlier id. That one keeps what it has before it, this one decides from it on.
             begun = spans[earlier]
             spans[earlier] = (begun[0], first) if begun is not None and begun[0] < first else None
-        spans.append((first, last + 1))
+        behind = last + 1
+        while behind < len(tokens) and not tokens[behind]:
+            behind += 1  # a token without text belongs to the one before it
+        spans.append((first, behind))
         decided |= dict.fromkeys(range(first, last + 1), place)
     return tokenizer.vocabulary.encode(text), spans

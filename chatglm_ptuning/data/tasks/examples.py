@@ -26,12 +26,14 @@ class TextExample(Example):
 
     Attributes:
         label: a key of the task's labels; None in a split without labels.
+        labels: of a multi-label task instead, any number of keys in the order of the task; None likewise.
         fields: further fields of the row that the prompt of the task names.
     """
 
     text: str
     text_pair: str | None = None
     label: str | None = None
+    labels: tuple[str, ...] | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -112,12 +114,12 @@ AnyExample = TextExample | GenerationExample | TokenExample | QuestionExample | 
 
 
 def gold_of(example: AnyExample) -> object:
-    """What is to be predicted, in the form predictions have: a label, a target, tags, answer texts, or an index.
+    """What is to be predicted, in the form predictions have: a label or all of them, a target, tags, texts, an index.
 
     None in a split without it. For a question it is the list of all reference texts.
     """
     if isinstance(example, TextExample):
-        return example.label
+        return example.label if example.labels is None else list(example.labels)
     if isinstance(example, GenerationExample):
         return example.target
     if isinstance(example, TokenExample):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from string import ascii_uppercase
+from typing import Any
 
 from chatglm_ptuning.data.tasks.examples import (
     AnyExample,
@@ -13,6 +15,7 @@ from chatglm_ptuning.data.tasks.examples import (
     TokenExample,
 )
 from chatglm_ptuning.data.tasks.schema import Task
+from chatglm_ptuning.data.truncation import without_middle
 
 
 def render_prompt(task: Task, example: AnyExample) -> str:
@@ -33,6 +36,34 @@ def render_prompt(task: Task, example: AnyExample) -> str:
     return task.prompt.format(**values)
 
 
+def longest_text(example: AnyExample) -> int:
+    """Characters of the longest text that `with_texts_of` shortens."""
+    return max(map(len, _texts(example).values()), default=0)
+
+
+def with_texts_of(example: AnyExample, length: int) -> AnyExample:
+    """The example with each of its texts at most so many characters long; what is longer loses its middle.
+
+    What the task adds around them is no part of it, nor are candidates: what is asked stays whole.
+    """
+    changed: dict[str, Any] = {name: without_middle(text, length) for name, text in _texts(example).items()}
+    if isinstance(example, (TextExample, GenerationExample)):
+        changed = {name: text for name, text in changed.items() if name not in example.fields} | {
+            "fields": {name: changed[name] for name in example.fields}
+        }
+    return replace(example, **changed)
+
+
+def _texts(example: AnyExample) -> dict[str, str]:
+    if isinstance(example, TextExample) and example.text_pair is not None:
+        return {**example.fields, "text": example.text, "text_pair": example.text_pair}
+    if isinstance(example, (TextExample, GenerationExample)):
+        return {**example.fields, "text": example.text}
+    if isinstance(example, (QuestionExample, ChoiceExample)):
+        return {"context": example.context, "question": example.question}
+    return {}
+
+
 def candidate_answers(task: Task, example: AnyExample) -> list[str]:
     """The texts among which the answer is, in the order of the labels or of the example's candidates.
 
@@ -47,10 +78,12 @@ def candidate_answers(task: Task, example: AnyExample) -> list[str]:
 
 
 def answer_text(task: Task, example: AnyExample) -> str | None:
-    """What is to be answered: a verbaliser, a candidate or its letter, a target, or the first reference.
+    """What is to be answered: a verbaliser (or several), a candidate or its letter, a target, or the first reference.
 
     None in a split without it, and for tags, which have no text.
     """
+    if isinstance(example, TextExample) and example.labels is not None:
+        return "、".join(task.labels[key] for key in example.labels)
     if isinstance(example, TextExample):
         return None if example.label is None else task.labels[example.label]
     if isinstance(example, ChoiceExample):

@@ -39,7 +39,7 @@ def read_examples(
             the split; or a hub: `huggingface` or `modelscope` for the place that the registry knows, or
             `huggingface:OWNER/NAME`.
         split: one of `task.files`.
-        subjects: of an examination, these alone, or all of a category; by default all.
+        subjects: of an examination, these alone, or all of a category or group; by default all.
 
     Returns:
         Examples of the type that belongs to the task's reader. In splits whose name starts with `test` or `unlabel`
@@ -52,7 +52,7 @@ def read_examples(
     """
     hub, _, hub_id = str(source).partition(":")
     examples: list[AnyExample] = []
-    for subject in _subjects(task, subjects):
+    for subject in chosen_subjects(task, subjects):
         if hub in HUBS:
             rows, fields = read_hub(task, hub, hub_id, split, subject)
             found = SplitSource(task, split, hub_rows=rows, fields={**task.fields, **fields}, subject=subject)
@@ -66,7 +66,12 @@ def read_examples(
     return examples
 
 
-def _subjects(task: Task, chosen: Sequence[str] | None) -> list[str | None]:
+def chosen_subjects(task: Task, chosen: Sequence[str] | None) -> list[str | None]:
+    """The subjects of an examination that names of subjects, categories and groups choose; None for all of them.
+
+    Raises:
+        ValueError: if a name is unknown, or the task has no subjects: without a choice that is `[None]`.
+    """
     if not task.subjects:
         if chosen:
             raise ValueError(f"The task {task.name} is not divided into subjects.")
@@ -74,13 +79,15 @@ def _subjects(task: Task, chosen: Sequence[str] | None) -> list[str | None]:
     if chosen is None:
         return list(task.subjects)
     categories = {subject.category for subject in task.subjects.values()}
-    unknown = [name for name in chosen if name not in task.subjects and name not in categories]
+    known = {*task.subjects, *categories, *task.groups}
+    unknown = [name for name in chosen if name not in known]
     if unknown:
         raise ValueError(
             f"{task.name} has no subject or category {', '.join(unknown)}; its categories are "
-            f"{', '.join(sorted(categories))}, its subjects {', '.join(task.subjects)}."
+            f"{', '.join([*sorted(categories), *task.groups])}, its subjects {', '.join(task.subjects)}."
         )
-    return [name for name, subject in task.subjects.items() if name in chosen or subject.category in chosen]
+    named = {*chosen, *(member for name in chosen for member in task.groups.get(name, ()))}
+    return [name for name, subject in task.subjects.items() if name in named or subject.category in named]
 
 
 def _check_all_or_none(task: Task, split: str, examples: Sequence[AnyExample]) -> None:

@@ -60,6 +60,8 @@ READERS = {
 METRICS = {
     "accuracy": ("rows", "winograd", "chid", "c3", "choices", "exam"),
     "macro_f1": ("rows", "winograd"),
+    "micro_f1": ("rows",),
+    "subset_accuracy": ("rows",),
     "entity_f1": ("bio", "cluener"),
     "cluener_f1": ("cluener",),
     "cmrc_f1": ("squad",),
@@ -68,6 +70,9 @@ METRICS = {
     "bleu-4": ("pairs", "lcsts"),
 }
 """Metric -> the readers whose tasks it can score."""
+
+MULTI_LABEL_METRICS = ("micro_f1", "macro_f1", "subset_accuracy")
+"""Metrics of tasks whose texts have any number of labels; only the second serves others, too."""
 
 SUBMISSIONS = {
     "label_lines": ("rows", "winograd"),
@@ -145,8 +150,11 @@ class Task:
         fields: role -> column of the files; a dot goes into an object.
         labels: key in the files -> Chinese verbaliser. For tags, entity type -> its Chinese name.
         drop_labels: rows with these are left out, as the benchmark says.
+        multi_label: a text has any number of labels; its column is a list of them, or a text.
+        label_separator: between the labels of such a text.
         letters: the prompt lists candidates as A, B, C, ..., and the letter is the answer.
         subjects: of an examination, by their names in its files.
+        groups: of an examination, further sets of subjects that the benchmark reports, across its categories.
         hub: `huggingface` or `modelscope` -> where it is there.
         source: paper or page of the data set.
         aliases: other names.
@@ -167,8 +175,11 @@ class Task:
     fields: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     drop_labels: tuple[str, ...] = ()
+    multi_label: bool = False
+    label_separator: str = ","
     letters: bool = False
     subjects: Mapping[str, Subject] = field(default_factory=dict)
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     hub: Mapping[str, HubSource] = field(default_factory=dict)
     submission: Submission | None = None
     source: str = ""
@@ -183,7 +194,7 @@ class Task:
     @property
     def heads(self) -> tuple[str, ...]:
         """Every head that can solve it."""
-        return self.kind.heads
+        return ("sequence_classification",) if self.multi_label else self.kind.heads
 
     @property
     def tags(self) -> tuple[str, ...]:
@@ -253,8 +264,11 @@ class _Checker(FieldChecker):
             fields=self.fields(content.get("fields", {}), kind, reader),
             labels=self.labels(content.get("labels", {}), kind, reader),
             drop_labels=self.texts(content.get("drop_labels", ()), "drop_labels"),
+            multi_label=self.flag(content.get("multi_label", False), "multi_label"),
+            label_separator=self.separator(content),
             letters=self.flag(content.get("letters", False), "letters"),
             subjects=self.subjects(content.get("subjects", {}), reader),
+            groups=self.groups(content.get("groups", {}), content.get("subjects", {})),
             hub=self.hub(content.get("hub", {})),
             submission=self.submission(content.get("submission"), reader),
             source=self.text(content.get("source", "-"), "source"),
@@ -262,7 +276,28 @@ class _Checker(FieldChecker):
             origin=self.origin,
         )
         self.prompt(task)
+        self.multi_label(task)
         return task
+
+    def separator(self, content: Mapping[str, Any]) -> str:
+        value = content.get("label_separator", Task.label_separator)
+        if not isinstance(value, str) or not value:
+            self.fail(f"'label_separator' must be text, found {value!r}.")
+        if "label_separator" in content and content.get("multi_label") is not True:
+            self.fail("'label_separator' belongs to 'multi_label: true'.")
+        return value
+
+    def multi_label(self, task: Task) -> None:
+        if task.multi_label and task.reader != "rows":
+            self.fail(f"'multi_label' belongs to the reader 'rows', not to '{task.reader}'.")
+        if task.head not in task.heads:
+            self.fail(f"with 'multi_label' the head must be {' or '.join(task.heads)}, found '{task.head}'.")
+        if task.multi_label and task.metric not in MULTI_LABEL_METRICS:
+            self.fail(f"with 'multi_label' the metric must be one of {', '.join(MULTI_LABEL_METRICS)}.")
+        if not task.multi_label and task.metric in ("micro_f1", "subset_accuracy"):
+            self.fail(f"the metric '{task.metric}' belongs to 'multi_label: true'.")
+        if task.multi_label and task.drop_labels:
+            self.fail("'drop_labels' leaves out rows of one label; with 'multi_label' take them out of the files.")
 
     def metric(self, value: Any, reader: str) -> str:
         fitting = [name for name, readers in METRICS.items() if reader in readers]
@@ -321,6 +356,17 @@ class _Checker(FieldChecker):
                 self.fail(f"the subject '{name}' must be [Chinese title, category], found {entry!r}.")
             subjects[self.text(name, "subjects")] = Subject(*(self.text(part, f"subjects.{name}") for part in entry))
         return subjects
+
+    def groups(self, value: Any, subjects: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+        taken = {*subjects, *(category for _, category in subjects.values())}
+        groups = {}
+        for name, members in self.mapping(value, "'groups'").items():
+            groups[self.text(name, "groups")] = self.texts(members, f"groups.{name}")
+            if name in taken:
+                self.fail(f"the group '{name}' has the name of a subject or category.")
+            for member in groups[name]:
+                self.one_of(member, subjects, f"subject in groups.{name}")
+        return groups
 
     def hub(self, value: Any) -> dict[str, HubSource]:
         sources = {}

@@ -97,11 +97,32 @@ class SplitSource:
         value = self.get(row, "label")
         key = json.dumps(value) if isinstance(value, bool) else str(value)
         if value is None or value == "" or (key == "-1" and key not in self.task.labels):
-            if self.needs_gold and "label" not in self.fields:
-                raise ValueError(f"{self.task.origin}: 'fields' does not say which column is the label.")
-            if self.needs_gold:
-                self.missing(row, "label", self.fields["label"])
-            return None
+            return self._without_label(row)
+        return self._known_label(row, key)
+
+    def labels(self, row: Row) -> tuple[str, ...] | None:
+        """All labels of a row of a multi-label task, in the order of the task; None in a split that may go without.
+
+        An empty list is a text without any of the labels, and so is empty text where labels are needed.
+
+        Raises:
+            ValueError: as `label`.
+        """
+        value = self.get(row, "label")
+        if value is None or (value == "" and not self.needs_gold):
+            return self._without_label(row)
+        parts = value if isinstance(value, list) else str(value).split(self.task.label_separator)
+        keys = [json.dumps(part) if isinstance(part, bool) else str(part).strip() for part in parts]
+        known = {self._known_label(row, key) for key in keys if key}
+        return tuple(key for key in self.task.labels if key in known)
+
+    def _without_label(self, row: Row) -> None:
+        if self.needs_gold and "label" not in self.fields:
+            raise ValueError(f"{self.task.origin}: 'fields' does not say which column is the label.")
+        if self.needs_gold:
+            self.missing(row, "label", self.fields["label"])
+
+    def _known_label(self, row: Row, key: str) -> str:
         if key in self.task.labels or key in self.task.drop_labels:
             return key
         near = difflib.get_close_matches(key, self.task.labels, n=1, cutoff=0.5)

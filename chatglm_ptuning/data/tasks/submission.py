@@ -27,7 +27,8 @@ def write_submission(
 ) -> Path:
     """Writes the benchmark's submission file for the predictions on a split.
 
-    - `label_lines`: `{"id": ID, "label": "LABEL"}` a line, labels as in the benchmark's own files
+    - `label_lines`: `{"id": ID, "label": "LABEL"}` a line, labels as in the benchmark's own files; of a multi-label
+      task the list of them
     - `answer_lines`: `{"id": ID, "answer": INDEX}` a line (FewCLUE's ChID)
     - `choice_lines`: `{"id": ID, "label": INDEX}` a line (C3)
     - `idiom_map`: one object, `{"#idiom000000#": INDEX}` (CLUE's ChID)
@@ -37,7 +38,8 @@ def write_submission(
 
     Args:
         examples: of the whole split, in the order of its files.
-        predictions: one for each: a key of the labels, an index of a candidate, tags, or a text.
+        predictions: one for each: a key of the labels (of a multi-label task a list of them), an index of a candidate,
+            tags, or a text.
         variant: goes into the name of the file, for benchmarks that take a file for each training split: FewCLUE calls
             the predictions of a model trained on train_0 `bustm_predict_0.json`.
 
@@ -78,6 +80,9 @@ def _check(task: Task, example: AnyExample, prediction: Prediction) -> None:
         unknown = [tag for tag in prediction if tag not in task.tags]
         if unknown:
             raise ValueError(f"{where} has the unknown tag {unknown[0]!r}; known are {', '.join(task.tags)}.")
+    elif task.multi_label:
+        if not isinstance(prediction, list) or any(key not in task.labels for key in prediction):
+            raise ValueError(f"{where} must be a list of labels of {task.name}, found {prediction!r}.")
     elif task.labels and prediction not in task.labels:
         raise ValueError(f"{where} is {prediction!r}, which is no label of {task.name}.")
     elif not isinstance(prediction, str):

@@ -20,10 +20,11 @@ _LCSTS_RELEVANT = 3
 
 
 def read_texts(source: SplitSource) -> list[TextExample]:
-    """Rows with a text or two, and a label."""
+    """Rows with a text or two, and a label, or any number of them."""
     examples = []
     for index, row in enumerate(source.rows()):
-        label = source.label(row)
+        several = source.task.multi_label
+        label = None if several else source.label(row)
         if label is not None and label in source.task.drop_labels:
             continue
         pair = source.text(row, "text_pair") if "text_pair" in source.fields else None
@@ -34,6 +35,7 @@ def read_texts(source: SplitSource) -> list[TextExample]:
                 text=source.text(row, "text"),
                 text_pair=pair,
                 label=label,
+                labels=source.labels(row) if several else None,
                 fields={role: source.text(row, role) for role in source.task.extra_fields},
             )
         )

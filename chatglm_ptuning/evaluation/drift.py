@@ -1,0 +1,140 @@
+"""How far a prefix moves a model from its own base: KL divergence and perplexity on general text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from chatglm_ptuning.data.collate import PaddingCollator
+from chatglm_ptuning.model.losses import IGNORED_LABEL
+from chatglm_ptuning.model.modeling_chatglm import ChatGLMModel, ChatGLMPreTrainedModel
+from chatglm_ptuning.model.zero3 import gathering_modules
+
+_POSITIONS_AT_ONCE = 256
+"""Positions whose logits are in memory together: 256 of 65,024 numbers are 64 MiB in float32, of which the two
+distributions and the gradient take about five at a time."""
+
+
+def kl_from_base(model: ChatGLMPreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The sum of KL(base || tuned) over all real positions of a batch, a float32 scalar in nats.
+
+    The base is the same model with its prefix off, and gets no gradient. Both distributions of the next token are over
+    the whole vocabulary, by the output layer of the language model, also in a model with another head. The direction
+    punishes the tuned model where it finds unlikely what the base would say (forgetting), rather than what it says
+    anew. Neither pass has dropout on the prefix, so the value is that of the model as it will be used, and nothing
+    is drawn from the random state.
+
+    It costs a forward pass of the base and one of the tuned model, and the backward pass of the latter. Logits exist
+    for 256 positions at a time and are computed again in the backward pass; kept are the hidden states of both.
+
+    Args:
+        batch: `input_ids`, `attention_mask` and `position_ids`, each `[batch, seq_len]`.
+    """
+    base: ChatGLMModel = model.base_model
+    real = batch["attention_mask"].bool()
+    with _without_prefix_dropout(base):
+        with torch.no_grad(), base.prefixes.off():
+            theirs = _states(base, batch)[real]
+        ours = _states(base, batch)[real]
+    return sum(
+        checkpoint(_chunk_divergence, base, *chunks, use_reentrant=False)
+        for chunks in zip(theirs.split(_POSITIONS_AT_ONCE), ours.split(_POSITIONS_AT_ONCE), strict=True)
+    )
+
+
+def measure_drift(
+    model: ChatGLMPreTrainedModel,
+    examples: Sequence[Mapping[str, Any]],
+    pad_token_id: int,
+    batch_size: int,
+    *,
+    under_engine: bool = False,
+) -> dict[str, float]:
+    """How far the selected prefix has moved the model from its base on some examples.
+
+    Processes of `torch.distributed` share the examples, and all get the same numbers.
+
+    Args:
+        examples: with `input_ids` and `labels`, as for training.
+        under_engine: a DeepSpeed engine manages the model already (it has been trained).
+
+    Returns:
+        `kl`: KL(base || tuned) in nats per token, over every position. `perplexity_base` and `perplexity`: per token,
+        over the tokens that have labels (texts and answers), of the base and with the prefix. `tokens`: positions.
+    """
+    several = distributed.is_available() and distributed.is_initialized()
+    world, rank = (distributed.get_world_size(), distributed.get_rank()) if several else (1, 0)
+    share = list(range(rank, len(examples), world))
+    # With a partitioned base (ZeRO-3) all processes have to compute equally often.
+    filling = -(-len(examples) // world) - len(share)
+    rows = [examples[place] for place in share] + [examples[0]] * filling
+    counts = torch.tensor([True] * len(share) + [False] * filling)
+    collate = PaddingCollator(pad_token_id, "right")
+    sums = torch.zeros(5, dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), nullcontext() if under_engine else gathering_modules(model):
+            for start in range(0, len(rows), batch_size):
+                part = slice(start, start + batch_size)
+                batch = {name: value.to(model.device) for name, value in collate(rows[part]).items()}
+                sums += _sums(model.base_model, batch, counts[part].to(model.device)).cpu()
+    finally:
+        model.train(was_training)
+    if several:
+        shares: list[Any] = [None] * world
+        distributed.all_gather_object(shares, sums)
+        sums = sum(shares)
+    divergence, positions, base_loss, tuned_loss, labels = sums.tolist()
+    return {
+        "kl": divergence / positions,
+        "perplexity_base": math.exp(base_loss / labels),
+        "perplexity": math.exp(tuned_loss / labels),
+        "tokens": int(positions),
+    }
+
+
+@contextmanager
+def _without_prefix_dropout(base: ChatGLMModel) -> Iterator[None]:
+    # The flag of this module alone decides on it; the layers' own flags decide on gradient checkpointing, and stay.
+    before, base.training = base.training, False
+    try:
+        yield
+    finally:
+        base.training = before
+
+
+def _states(base: ChatGLMModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    return base(**inputs, use_cache=False).last_hidden_state
+
+
+def _chunk_divergence(base: ChatGLMModel, theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
+    """Hidden states `[positions, hidden_size]` of base and tuned model -> the sum of KL(base || tuned)."""
+    expected, found = (base.output_layer(states).float().log_softmax(-1) for states in (theirs, ours))
+    return functional.kl_div(found, expected, reduction="sum", log_target=True)
+
+
+def _sums(base: ChatGLMModel, batch: Mapping[str, torch.Tensor], counts: torch.Tensor) -> torch.Tensor:
+    """Sums of a batch, float64: divergence, positions, loss of the base and of the tuned model, labels."""
+    real = batch["attention_mask"].bool() & counts[:, None]
+    labels = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED_LABEL)[real]
+    with base.prefixes.off():
+        theirs = _states(base, batch)[real]
+    ours = _states(base, batch)[real]
+    sums = torch.zeros(5, dtype=torch.float64, device=labels.device)
+    # At least once, also for a batch of nothing but filling.
+    for one, other, wanted in zip(*(all_.split(_POSITIONS_AT_ONCE) for all_ in (theirs, ours, labels)), strict=True):
+        expected, found = (base.output_layer(states).float().log_softmax(-1) for states in (one, other))
+        losses = [functional.nll_loss(values, wanted, reduction="sum") for values in (expected, found)]
+        divergence = functional.kl_div(found, expected, reduction="sum", log_target=True)
+        numbers = (divergence, len(wanted), *losses, (wanted != IGNORED_LABEL).sum())
+        sums += torch.stack([torch.as_tensor(number, device=sums.device).double() for number in numbers])
+    return sums

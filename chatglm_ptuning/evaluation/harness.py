@@ -1,0 +1,219 @@
+"""`chatglm-ptuning lm_eval`: C-Eval, CMMLU and other tasks through lm-evaluation-harness, with and without a prefix."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chatglm_ptuning.command_line import fail, parse_arguments
+from chatglm_ptuning.evaluation.figures import draw_accuracies
+from chatglm_ptuning.evaluation.table import print_scores
+from chatglm_ptuning.evaluation.task_report import TaskScores, write_task_report
+from chatglm_ptuning.model.hub import InferenceBaseArguments
+from chatglm_ptuning.model.loading import load_model, load_tokenizer
+from chatglm_ptuning.prefix.checkpoint import kit_version
+from chatglm_ptuning.prefix.files import write_atomically
+from chatglm_ptuning.prefix.latest import runs_folder
+
+if TYPE_CHECKING:
+    from chatglm_ptuning.evaluation.harness_model import ChatGLMHarnessModel
+    from chatglm_ptuning.evaluation.harness_tasks import Exam, Selection
+
+METRICS_FILE = "metrics.json"
+RESULTS_FILE = "lm_eval_results.json"
+"""lm-eval's own results, in its own form."""
+
+
+@dataclass
+class HarnessArguments(InferenceBaseArguments):
+    """Flags of the command."""
+
+    ptuning_checkpoint: str | None = field(
+        default=None, metadata={"help": "the prefix, a folder of this kit, official or PEFT (default: the plain base)"}
+    )
+    tasks: list[str] | None = field(
+        default=None,
+        metadata={"help": "ceval, cmmlu, or any task of lm-eval by its name there (default: ceval)"},
+    )
+    num_fewshot: int | None = field(
+        default=None, metadata={"help": "solved examples in front, the first of the dev split (default: the task's)"}
+    )
+    data_dir: str | None = field(
+        default=None,
+        metadata={"help": "folder with the published CSV files of C-Eval and CMMLU, or modelscope (default: lm-eval "
+                  "loads them from the Hugging Face hub)"},
+    )  # fmt: skip
+    subjects: list[str] | None = field(
+        default=None, metadata={"help": "of ceval and cmmlu, these subjects, categories or groups (Hard) alone"}
+    )
+    include_path: list[str] | None = field(
+        default=None, metadata={"help": "folders with lm-eval task definitions of your own (YAML)"}
+    )
+    apply_chat_template: bool = field(
+        default=False, metadata={"help": "ask in the base's chat format; examples are earlier rounds"}
+    )
+    limit: int | None = field(default=None, metadata={"help": "the first so many questions of each task alone"})
+    per_device_eval_batch_size: int = field(default=8, metadata={"help": "requests computed together"})
+    compare_base: bool = field(default=False, metadata={"help": "score the base without the prefix too"})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "folder for the reports (default: output/lm_eval/PREFIX or BASE)"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("num_fewshot", 0), ("limit", 1), ("per_device_eval_batch_size", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name} must be at least {least}, got {value}")
+        if self.compare_base and self.ptuning_checkpoint is None:
+            raise ValueError("--compare_base compares a prefix with its base: name it by --ptuning_checkpoint")
+        self.tasks = self.tasks or ["ceval"]
+
+
+def run_harness(args: HarnessArguments) -> dict[str, Any]:
+    """Evaluates, prints and writes; returns what `metrics.json` holds.
+
+    In the output folder: `metrics.json`; `EXAM.png`, a bar for each subject and category; and for `prefix` and `base`
+    a folder with lm-eval's own results and a report for each examination (`write_task_report`).
+
+    Raises:
+        ValueError, OSError, ImportError: for what is wrong with a file, a flag or the installation.
+    """
+    _check_installation()
+    # Its warnings are about a loaded model, local data and examples in front: all of them are meant here.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    from chatglm_ptuning.evaluation.harness_model import ChatGLMHarnessModel
+    from chatglm_ptuning.evaluation.harness_tasks import load_harness_tasks, select_tasks
+
+    selection = select_tasks(args.tasks or (), args.subjects)
+    options: dict[str, Any] = {"data_dir": args.data_dir, "num_fewshot": args.num_fewshot}
+    options["include_path"] = args.include_path or ()
+    # Tasks first: what is wrong with a file shows before minutes go into loading the base.
+    tasks = load_harness_tasks(selection, **options)
+    source = {"hub": args.hub, "revision": args.revision}
+    tokenizer = load_tokenizer(args.model_name_or_path, **source)
+    model = load_model(
+        args.model_name_or_path,
+        quantization_bit=args.quantization_bit,
+        quantization_type=args.quantization_type,
+        device_map=args.device_map,
+        **source,
+    )
+    harness = ChatGLMHarnessModel(model, tokenizer, args.ptuning_checkpoint, batch_size=args.per_device_eval_batch_size)
+    subject = "base" if args.ptuning_checkpoint is None else "prefix"
+    chosen = Path(args.ptuning_checkpoint or args.model_name_or_path)
+    output = Path(args.output_dir) if args.output_dir else runs_folder() / "lm_eval" / chosen.resolve().name
+    output.mkdir(parents=True, exist_ok=True)
+    selected = model.selected_prefix
+    results = {}
+    for name in ("base", "prefix") if args.compare_base else (subject,):
+        model.set_prefix(selected if name == "prefix" else None)
+        # A task object holds the answers of its run.
+        results[name] = _evaluate(harness, tasks or load_harness_tasks(selection, **options), args)
+        tasks = []
+    model.set_prefix(selected)
+    return _report(args, selection, results, output, subject)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Entry of the command; errors that users can mend end it with a message and exit code 1."""
+    (args,) = parse_arguments(
+        "chatglm-ptuning lm_eval",
+        "Score a prefix, or the plain base, on tasks of lm-evaluation-harness.",
+        (HarnessArguments,),
+        argv,
+    )
+    try:
+        run_harness(args)
+    except (ValueError, OSError, ImportError) as error:
+        fail(str(error))
+
+
+def _check_installation() -> None:
+    try:
+        import lm_eval.models.huggingface  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"lm-evaluation-harness is needed ({error}): pip install 'lm-eval[hf]==0.4.13'.") from error
+
+
+def _evaluate(harness: ChatGLMHarnessModel, tasks: list[Any], args: HarnessArguments) -> dict[str, Any]:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    harness.cut_contexts = 0
+    results = simple_evaluate(
+        harness,
+        tasks=tasks,
+        num_fewshot=args.num_fewshot,
+        batch_size=args.per_device_eval_batch_size,
+        limit=args.limit,
+        apply_chat_template=args.apply_chat_template,
+        # The tasks are objects already; lm-eval's own manager would read thousands of definitions.
+        task_manager=TaskManager(include_defaults=False),
+    )
+    return {**results, "cut_contexts": harness.cut_contexts}
+
+
+def _report(
+    args: HarnessArguments, selection: Selection, results: Mapping[str, dict[str, Any]], output: Path, subject: str
+) -> dict[str, Any]:
+    content: dict[str, Any] = {"exams": {}, "other_tasks": {}}
+    for name, result in results.items():
+        (output / name).mkdir(exist_ok=True)
+        own = {key: value for key, value in result.items() if key not in ("samples", "cut_contexts")}
+        _write_json(output / name / RESULTS_FILE, own)
+    for exam, _ in selection.exams.values():
+        scores = {name: _write_exam_report(exam, result, output / name) for name, result in results.items()}
+        columns = {name: {"accuracy": entry.metrics["accuracy"], **entry.groups} for name, entry in scores.items()}
+        titles = {name: entry.title for name, entry in exam.task.subjects.items()}
+        draw_accuracies(output / f"{exam.task.name}.png", columns, titles, exam.task.title)
+        print_scores(columns, f"{exam.task.name}: accuracy (%)")
+        content["exams"][exam.task.name] = {
+            name: {"metrics": entry.metrics, "intervals": entry.intervals, "groups": entry.groups,
+                   "questions": len(entry.of_examples)}
+            for name, entry in scores.items()
+        }  # fmt: skip
+    of_exams = tuple(exam.prefix for exam, _ in selection.exams.values())
+    for name, result in results.items():
+        for task, values in result["results"].items():
+            if not (of_exams and task.startswith(of_exams)):
+                content["other_tasks"].setdefault(task, {})[name] = values
+    for task, columns in content["other_tasks"].items():
+        numbers = {
+            name: {key.removesuffix(",none"): value for key, value in values.items() if isinstance(value, float)}
+            for name, values in columns.items()
+        }
+        print_scores(numbers, task)
+    content["cut_contexts"] = {name: result["cut_contexts"] for name, result in results.items()}
+    content["settings"] = {**asdict(args), "output_dir": str(output), "kit_version": kit_version(),
+                           "lm_eval_version": results[subject]["lm_eval_version"]}  # fmt: skip
+    _write_json(output / METRICS_FILE, content)
+    if any(content["cut_contexts"].values()):
+        print(f"Some contexts were too long and lost their beginning: {content['cut_contexts']}.")
+    print(f"{METRICS_FILE}, pictures and lm-eval's own results are in {output}.")
+    return content
+
+
+def _write_exam_report(exam: Exam, result: Mapping[str, Any], folder: Path) -> TaskScores:
+    import torch
+
+    from chatglm_ptuning.evaluation.harness_tasks import scored_examples
+
+    scored = list(scored_examples(exam, result["samples"]))
+    likelihoods = torch.tensor([scores for _, scores in scored])
+    confidences = likelihoods.softmax(-1).max(-1).values.tolist()
+    examples = [example for example, _ in scored]
+    predictions = likelihoods.argmax(-1).tolist()
+    return write_task_report(folder / exam.task.name, exam.task, examples, predictions, confidences)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    from lm_eval.utils import handle_non_serializable
+
+    text = json.dumps(content, ensure_ascii=False, indent=2, default=handle_non_serializable)
+    with write_atomically(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,149 @@
+"""`chatglm-ptuning tradeoff`: the task's score against the distance from the base, over runs of `--preserve_base`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from chatglm_ptuning.command_line import fail, parse_arguments
+from chatglm_ptuning.evaluation.figures import new_figure, save_figure
+from chatglm_ptuning.prefix.files import write_atomically
+
+RESULTS_FILE = "all_results.json"
+_SCORES = ("predict_accuracy", "predict_macro_f1", "predict_exact_match", "predict_rouge-l", "eval_loss")
+"""What is drawn if nothing is named: the first that all runs have."""
+_DRIFT = ("preserve_base", "general_kl", "general_perplexity", "general_perplexity_base")
+
+
+@dataclass
+class TradeoffArguments:
+    """Flags of `tradeoff`."""
+
+    runs: list[str] = field(init=False)
+    output: str = field(default="tradeoff.png", metadata={"help": "picture to write; the numbers go into .json beside"})
+    score: str | None = field(
+        default=None, metadata={"help": f"which number of {RESULTS_FILE} (default: the first of {', '.join(_SCORES)})"}
+    )
+
+    def __post_init__(self) -> None:
+        if Path(self.output).suffix.lower() != ".png":
+            raise ValueError(f"--output must end in .png, got {self.output!r}")
+
+
+@dataclass(frozen=True)
+class TradeoffPoint:
+    """One run.
+
+    Attributes:
+        preserve_base: the weight it was trained with.
+        score: of the task.
+        general_kl: KL(base || tuned), nats per token of held-out general rows.
+        general_perplexity: of those rows with the prefix; general_perplexity_base: without.
+    """
+
+    run: str
+    preserve_base: float
+    score: float
+    general_kl: float
+    general_perplexity: float
+    general_perplexity_base: float
+
+
+def read_points(runs: Sequence[str], score: str | None = None) -> tuple[str, list[TradeoffPoint]]:
+    """The name of the score, and a point for every run, by weight.
+
+    Args:
+        runs: folders of `chatglm-ptuning train`.
+        score: as in `all_results.json`; None for the first of the usual ones that all runs have.
+
+    Raises:
+        ValueError: naming every run that lacks a number, and what it lacks.
+    """
+    results = {run: _read(Path(run)) for run in runs}
+    faults = [
+        f"{run} has no {', '.join(missing)}: train it with --report_drift true"
+        for run, found in results.items()
+        if (missing := [name for name in _DRIFT if not _is_number(found.get(name))])
+    ]
+    if score is None:
+        shared = [name for name in _SCORES if all(_is_number(found.get(name)) for found in results.values())]
+        if not shared:
+            faults.append(
+                f"the runs have none of {', '.join(_SCORES)} in common: train them with --do_eval or --do_predict, or "
+                "name another number by --score"
+            )
+        score = shared[0] if shared else ""
+    else:
+        for run, found in results.items():
+            if not _is_number(found.get(score)):
+                others = ", ".join(sorted(name for name, value in found.items() if _is_number(value)))
+                faults.append(f"{run} has no {score} (it has {others})")
+    if faults:
+        raise ValueError("; ".join(faults) + ".")
+    points = [TradeoffPoint(run, score=found[score], **{name: found[name] for name in _DRIFT})
+              for run, found in results.items()]  # fmt: skip
+    return score, sorted(points, key=lambda point: (point.preserve_base, point.run))
+
+
+def draw_tradeoff(path: Path, score: str, points: Sequence[TradeoffPoint]) -> None:
+    """Writes a PNG: score against KL, a point for every run, labelled by its weight."""
+    figure, axes = new_figure(7, 4.5)
+    axes.plot([point.general_kl for point in points], [point.score for point in points], "o-", color="#4878a8")
+    for point in points:
+        axes.annotate(
+            f"W = {point.preserve_base:g}",
+            (point.general_kl, point.score),
+            textcoords="offset points",
+            xytext=(6, 6),
+        )
+    axes.set(xlabel="KL(base || tuned) on held-out general rows (nats per token)", ylabel=score)
+    axes.margins(0.12)
+    axes.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Entry of the command; runs that lack the numbers end it with a message and exit code 1."""
+    (arguments,) = parse_arguments(
+        "chatglm-ptuning tradeoff",
+        "Draw the task's score against the distance from the base, for runs with different --preserve_base.",
+        (TradeoffArguments,),
+        argv,
+        positional="runs",
+    )
+    output = Path(arguments.output)
+    try:
+        score, points = read_points(arguments.runs, arguments.score)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        draw_tradeoff(output, score, points)
+        with write_atomically(output.with_suffix(".json")) as temporary:
+            content = {"score": score, "points": [asdict(point) for point in points]}
+            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    print(f"{'W':>6} {score:>20} {'KL':>8} {'perplexity':>11}  (base {points[0].general_perplexity_base:.2f})")
+    for point in points:
+        weight, value = f"{point.preserve_base:g}", f"{point.score:.4g}"
+        print(f"{weight:>6} {value:>20} {point.general_kl:>8.4f} {point.general_perplexity:>11.2f}  {point.run}")
+    print(f"Written: {output}, {output.with_suffix('.json')}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _read(run: Path) -> dict[str, Any]:
+    path = run / RESULTS_FILE
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{run} is no finished run: it has no {RESULTS_FILE}.") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold an object of numbers, not a {type(found).__name__}.")
+    return found

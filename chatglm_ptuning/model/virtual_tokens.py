@@ -1,0 +1,106 @@
+"""Prompt tuning: trained embeddings in front of the input, computed as the prefix that they amount to."""
+
+from __future__ import annotations
+
+import weakref
+from contextvars import Context
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+from chatglm_ptuning.model.attention_mask import causal_mask_with_prefix, positions_from_mask
+from chatglm_ptuning.model.float32_module import Float32Module
+from chatglm_ptuning.model.rotary import rotate_prefix_keys
+
+if TYPE_CHECKING:
+    from chatglm_ptuning.model.modeling_chatglm import ChatGLMModel
+
+
+def key_values_before(base: ChatGLMModel, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    """The prefix that embeddings in front of the input amount to, for tokens whose positions start at 0 again.
+
+    With it, the model gives exactly the logits of the plain base with these embeddings in front: behind a causal base
+    they act on the tokens after them through their keys and values alone, and RoPE is relative. Gradients flow back to
+    them; dropout is off.
+
+    Args:
+        inputs_embeds: `[length, hidden_size]`.
+
+    Returns:
+        float32 `[length, num_layers * 2, groups, kv_channels]`, as `PrefixEncoder.key_values`.
+    """
+    config, encoder = base.config, base.encoder
+    states = inputs_embeds[None].to(base.embedding.word_embeddings.weight.dtype)
+    cache = DynamicCache(config=config)
+    position_ids = positions_from_mask(None, states, None)
+    training = [module for module in encoder.modules() if module.training]
+    encoder.eval()  # under checkpointing, layers in training take no cache
+    try:
+        # In a context of its own: a forward pass around this one may be collecting the layers' outputs.
+        Context().run(
+            encoder,
+            states.float() if config.fp32_residual_connection else states,
+            None,
+            position_embeddings=base.rotary_pos_emb(position_ids, states.dtype),
+            attention_mask=causal_mask_with_prefix(config, states, None, None, position_ids, None),
+            past_key_values=cache,
+            use_cache=True,
+        )
+    finally:
+        for module in training:
+            module.training = True
+    device = inputs_embeds.device
+    per_layer = [entry[0].to(device).float() for layer in cache.layers for entry in (layer.keys, layer.values)]
+    return rotate_prefix_keys(torch.stack(per_layer).permute(2, 0, 1, 3), -len(inputs_embeds), config)
+
+
+class VirtualTokens(Float32Module):
+    """Takes the place of a PrefixEncoder where embeddings are trained instead of keys and values.
+
+    They run through the base once for a batch, and their keys and values are its prefix. Results and gradients are
+    those of PEFT's own forward pass, which puts the embeddings in front of every row, while rows, labels and logits
+    keep their length under every head.
+
+    Args:
+        prompt_encoder: PEFT's PromptEmbedding or PromptEncoder: int64 `[1, length]` -> float32
+            `[1, length, hidden_size]`. Kept in float32.
+        pre_seq_len: its number of virtual tokens.
+        base: whose keys and values they get. It is not a submodule of this one.
+    """
+
+    prefix_projection = False
+    is_untrained = False
+    """What they start from is no random prefix: words, or what PEFT's PromptEncoder gives."""
+
+    def __init__(self, prompt_encoder: nn.Module, pre_seq_len: int, base: ChatGLMModel) -> None:
+        super().__init__()
+        self.prompt_encoder = prompt_encoder.float()
+        self.pre_seq_len = pre_seq_len
+        self._base = weakref.ref(base)
+        self._known: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def forward(self) -> torch.Tensor:
+        """The embeddings of the virtual tokens, float32 `[pre_seq_len, hidden_size]`."""
+        device = next(self.prompt_encoder.parameters()).device
+        with torch.autocast(device.type, enabled=False):
+            return self.prompt_encoder(torch.arange(self.pre_seq_len, device=device)[None])[0]
+
+    def key_values(self) -> torch.Tensor:
+        """As `PrefixEncoder.key_values`: `[pre_seq_len, num_layers * 2, groups, kv_channels]`, float32.
+
+        Where no gradient is wanted, as at every token of a generation, they are computed anew only after a change.
+        """
+        embeddings = self()
+        if torch.is_grad_enabled():
+            return key_values_before(self._base(), embeddings)
+        # By value: a fused optimizer changes parameters without raising their version.
+        if self._known is None or not torch.equal(self._known[0], embeddings):
+            self._known = embeddings, key_values_before(self._base(), embeddings)
+        return self._known[1]
+
+    @torch.no_grad()
+    def saved_parameters(self) -> dict[str, torch.Tensor]:
+        """What a prefix checkpoint holds: the keys and values, as the table of a PrefixEncoder."""
+        return {"embedding.weight": self.key_values().flatten(1)}

@@ -1,0 +1,218 @@
+"""Not forgetting: general rows replayed in training, on which the tuned model is held to its base, and the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.utils import logging
+
+from chatglm_ptuning.data.collate import PaddingCollator
+from chatglm_ptuning.data.forms import Columns
+from chatglm_ptuning.data.prepared import lengths_of, prepare_training_data, shared_rows
+from chatglm_ptuning.data.preprocess import Preprocessor
+from chatglm_ptuning.data.token_cache import TokenCache
+from chatglm_ptuning.evaluation.drift import kl_from_base, measure_drift
+from chatglm_ptuning.model.modeling_chatglm import ChatGLMPreTrainedModel
+from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import TrainingArguments
+
+logger = logging.get_logger(__name__)
+
+_BUNDLED = Path(__file__).resolve().parents[2] / "data" / "general_prompts"
+_SHORTEST = 64
+"""Tokens that a replayed row may have at least, so that the shortest question fits every chat format."""
+
+
+@dataclass
+class PreservationArguments:
+    """Keeping what the base can do, and measuring how much of it is kept."""
+
+    preserve_base: float = field(
+        default=0.0,
+        metadata={"help": "weight of the KL divergence from the base on general rows, added to the loss (default: 0)"},
+    )
+    preserve_file: list[str] | None = field(
+        default=None, metadata={"help": "general rows to replay, in any form of train_file (default: bundled ones)"}
+    )
+    preserve_eval_file: list[str] | None = field(
+        default=None, metadata={"help": "general rows that are never replayed, to measure on (default: bundled ones)"}
+    )
+    preserve_batch_size: int | None = field(
+        default=None, metadata={"help": "general rows per batch on every device (default: as many as of the task)"}
+    )
+    preserve_max_length: int = field(default=256, metadata={"help": "tokens of a general row at most"})
+    max_preserve_eval_samples: int = field(default=64, metadata={"help": "measure on the first so many general rows"})
+    report_drift: bool = field(
+        default=True, metadata={"help": "measure at the end how far the prefix moved the model from the base"}
+    )
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.preserve_base) and self.preserve_base >= 0):
+            raise ValueError(f"--preserve_base must be 0 or a positive number, got {self.preserve_base:g}")
+        for name, least in (("preserve_batch_size", 1), ("preserve_max_length", _SHORTEST),
+                            ("max_preserve_eval_samples", 1)):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name} must be at least {least}, got {value}")
+
+
+def check_preservation(arguments: PreservationArguments, training: TrainingArguments) -> None:
+    """Refuses what `--preserve_base` cannot do.
+
+    Raises:
+        ValueError: with ZeRO-3, which takes the output layer away before the backward pass computes logits again.
+    """
+    if arguments.preserve_base and training.deepspeed and training.hf_deepspeed_config.is_zero3():
+        raise ValueError(
+            "--preserve_base does not work with ZeRO-3, which partitions the base: use ds_config/zero2.json, with "
+            "--quantization_bit 4 or 8 if the base does not fit one GPU, or --preserve_base 0."
+        )
+
+
+@dataclass
+class GeneralRows:
+    """Tokenised general rows.
+
+    Attributes:
+        replayed: for training; None where nothing is.
+        held_out: to measure on; None where nothing is measured.
+    """
+
+    replayed: datasets.Dataset | None
+    held_out: datasets.Dataset | None
+
+
+def read_general_rows(
+    arguments: PreservationArguments,
+    tokenizer: ChatGLMTokenizer,
+    cache: TokenCache,
+    *,
+    replays: bool,
+    measures: bool,
+) -> GeneralRows:
+    """The rows that are replayed, and those to measure on.
+
+    Args:
+        replays: rows to replay are needed.
+        measures: rows to measure on are needed.
+
+    Raises:
+        ValueError: naming file and line, for rows that cannot be understood; if a row stands in both.
+    """
+    half = arguments.preserve_max_length // 2
+    preprocessor = Preprocessor(tokenizer, Columns(), arguments.preserve_max_length - half, half, progress=False)
+
+    def read(names: Sequence[str] | None, bundled: str, limit: int | None = None) -> datasets.Dataset:
+        wanted = names or [str(_BUNDLED / bundled)]
+        return prepare_training_data(wanted, preprocessor, cache, max_rows=limit).examples
+
+    replayed = read(arguments.preserve_file, "train.json") if replays else None
+    held_out = None
+    if measures and not (arguments.preserve_eval_file or _BUNDLED.is_dir()):
+        logger.warning("How far the prefix moves the base is not measured: that needs --preserve_eval_file here.")
+    elif measures:
+        held_out = read(arguments.preserve_eval_file, "held_out.json", arguments.max_preserve_eval_samples)
+    if replayed is not None and held_out is not None and (count := shared_rows(replayed, held_out)):
+        raise ValueError(
+            f"{count} rows of --preserve_eval_file are in --preserve_file too: what was replayed says nothing about "
+            "what is kept elsewhere. Take them out of one of the files."
+        )
+    return GeneralRows(replayed, held_out)
+
+
+class Replay:
+    """The term that `--preserve_base` adds to the loss: weight x mean KL(base || tuned) per token of general rows.
+
+    The rows of a step depend on the seed, the step and how many rows a step has on all processes, accumulation
+    included. So a resumed run replays the same rows, and so do other numbers of processes with the same product, as
+    each takes its share; the mean is over all tokens of the step. Only a step that the end of an epoch cuts short
+    replays fewer, as many as it has batches, and that number depends on the processes.
+
+    Args:
+        rows: examples with `input_ids`.
+        weight: of the divergence against the loss of the task.
+        batch_size: rows of one batch on one device; None for as many as a batch of the task has.
+        seed: of the whole run.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[dict[str, Any]],
+        weight: float,
+        pad_token_id: int,
+        *,
+        batch_size: int | None = None,
+        seed: int = 42,
+    ) -> None:
+        self.rows = rows
+        self.weight = weight
+        self.batch_size = batch_size
+        self.seed = seed
+        self._lengths = lengths_of(rows)
+        self._collate = PaddingCollator(pad_token_id, "right")
+        self._order = lru_cache(maxsize=4)(self._order_of_epoch)
+
+    def rows_of_step(self, step: int, count: int, step_rows: int | None = None) -> list[int]:
+        """Which rows a step replays.
+
+        Every row comes once before any comes again.
+
+        Args:
+            step: from 0.
+            count: how many, on all processes.
+            step_rows: how many a whole step has, where this one is cut short by the end of an epoch.
+        """
+        start = step * (step_rows or count)
+        places = (divmod(place, len(self.rows)) for place in range(start, start + count))
+        return [self._order(epoch)[place] for epoch, place in places]
+
+    def divergence(
+        self,
+        model: ChatGLMPreTrainedModel,
+        step: int,
+        batch_size: int,
+        *,
+        part: int = 0,
+        parts: int = 1,
+        whole_parts: int | None = None,
+    ) -> torch.Tensor:
+        """What one batch adds to a step's mean KL per token: the sum over all batches of the step is the mean.
+
+        Args:
+            model: the model itself, without what DDP or DeepSpeed put around it.
+            batch_size: rows of a batch of the task.
+            part: which of the step's batches, on all processes, this is.
+            parts: how many batches the step has.
+            whole_parts: how many a step has that the end of an epoch does not cut short.
+        """
+        size = self.batch_size or batch_size
+        chosen = self.rows_of_step(step, size * parts, size * (whole_parts or parts))
+        tokens = sum(self._lengths[place] for place in chosen)
+        batch = self._collate([{"input_ids": self.rows[p]["input_ids"]} for p in chosen[part * size :][:size]])
+        return kl_from_base(model, {name: value.to(model.device) for name, value in batch.items()}) / tokens
+
+    def _order_of_epoch(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        return torch.randperm(len(self.rows), generator=generator).tolist()
+
+
+def drift_report(
+    model: ChatGLMPreTrainedModel,
+    held_out: datasets.Dataset,
+    tokenizer: ChatGLMTokenizer,
+    batch_size: int,
+    *,
+    under_engine: bool,
+) -> dict[str, float]:
+    """What a run writes down beside the task's scores: `measure_drift`, each name with `general_` in front."""
+    found = measure_drift(model, held_out, tokenizer.pad_token_id, batch_size, under_engine=under_engine)
+    return {f"general_{name}": value for name, value in found.items()}

@@ -1,0 +1,54 @@
+"""The ways of tuning that `--tuning` names, with their settings and published learning rates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LEARNING_RATES = {
+    "ptuning_v2": 1e-2,
+    "prompt": 3e-2,
+    "p_tuning": 1e-3,
+    "lora": 2e-4,
+    "full": 5e-5,
+    "head_only": 1e-2,
+    "none": 0.0,
+}
+"""Where --learning_rate is not given.
+
+`ptuning_v2`: P-Tuning v2's scripts have 5e-3 to 1e-2 for most tasks. `prompt` and `p_tuning`: PEFT's examples of these
+methods. `lora`: LoRA (Hu et al. 2021), tables of GPT-2 and GPT-3. `full`: ChatGLM3's finetune_demo, sft.yaml.
+`head_only`: measured on chatglm-nano.
+"""
+
+TUNING_METHODS = tuple(LEARNING_RATES)
+PROMPT_METHODS = ("prompt", "p_tuning")
+"""Those that train embeddings in front of the input."""
+PREFIX_METHODS = ("ptuning_v2", *PROMPT_METHODS)
+"""Those with virtual tokens (`pre_seq_len`)."""
+PROMPT_ENCODERS = ("mlp", "lstm")
+LINEAR_LAYERS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+"""The linear layers of every ChatGLM layer, by their names; what LoRA can be put beside."""
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Of `lora`; the defaults are those of ChatGLM3's finetune_demo (lora.yaml)."""
+
+    rank: int = 8
+    alpha: float = 32
+    dropout: float = 0.1
+    targets: tuple[str, ...] = ("query_key_value",)
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """Of `prompt` and `p_tuning`.
+
+    Attributes:
+        encoder: of `p_tuning`, one of PROMPT_ENCODERS.
+        encoder_hidden_size: of `p_tuning`; None for the base's own.
+    """
+
+    pre_seq_len: int = 128
+    encoder: str = "mlp"
+    encoder_hidden_size: int | None = None

@@ -1,0 +1,101 @@
+"""`tuning.json`: what a checkpoint that is more, or other, than a P-Tuning v2 prefix says of itself."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from chatglm_ptuning.prefix.checkpoint import METADATA_FILE, WEIGHTS_FILE, kit_version
+from chatglm_ptuning.prefix.files import write_atomically
+from chatglm_ptuning.tuning.methods import TUNING_METHODS
+
+RECORD_FILE = "tuning.json"
+
+
+@dataclass(frozen=True)
+class TuningRecord:
+    """What `tuning.json` says.
+
+    Attributes:
+        tuning: one of TUNING_METHODS.
+        base_fingerprint: of the base before the tuning, see `fingerprint_of`.
+        files: what belongs to the checkpoint beside this record.
+        settings: of the method.
+        details: chat format, task and training, as in a prefix checkpoint.
+    """
+
+    tuning: str
+    base_model_name: str | None
+    base_fingerprint: dict[str, Any]
+    files: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    kit_version: str | None = None
+
+
+def read_record(folder: str | PathLike[str]) -> TuningRecord | None:
+    """The record of a checkpoint; None if it has none, as a P-Tuning v2 prefix.
+
+    Raises:
+        ValueError: naming the file, if it is damaged.
+    """
+    path = Path(folder) / RECORD_FILE
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        record = TuningRecord(**{**content, "files": tuple(content["files"])})
+        if record.tuning not in TUNING_METHODS or not {"shape", "sample"} <= record.base_fingerprint.keys():
+            raise KeyError(record.tuning)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged, or not written by this kit: {error}.") from error
+    return record
+
+
+def is_complete(folder: str | PathLike[str]) -> bool:
+    """Whether a folder holds all files of a tuned model."""
+    folder = Path(folder)
+    try:
+        record = read_record(folder)
+    except ValueError:
+        return False
+    files = (METADATA_FILE, WEIGHTS_FILE) if record is None else record.files
+    return all((folder / name).exists() for name in files)
+
+
+@contextmanager
+def write_together(folder: Path, record: TuningRecord) -> Iterator[Path]:
+    """Gives an empty folder to write a checkpoint's files into; then they and their record replace what was there.
+
+    The record goes first and comes back last, so that a folder never passes for whole while old files stand beside new
+    ones. Files of an earlier tuning in the same folder are removed; others are left alone.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as place:
+        temporary = Path(place)
+        yield temporary
+        files = sorted(path.name for path in temporary.iterdir())
+        clear(folder)
+        for name in files:
+            (temporary / name).replace(folder / name)
+    content = {**asdict(record), "files": files, "kit_version": kit_version()}
+    with write_atomically(folder / RECORD_FILE) as path:
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def clear(folder: Path) -> None:
+    """Removes the record and the files that it names, and a prefix."""
+    try:
+        record = read_record(folder)
+    except ValueError:
+        record = None
+    (folder / RECORD_FILE).unlink(missing_ok=True)
+    for name in (METADATA_FILE, WEIGHTS_FILE, *(() if record is None else record.files)):
+        if Path(name).name == name:
+            (folder / name).unlink(missing_ok=True)
