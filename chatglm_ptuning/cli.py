@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "train": ("chatglm_ptuning.training.run", "train a prefix on your data"),
+    "search": ("chatglm_ptuning.training.search", "search prompt length and learning rate for a task"),
     "evaluate": ("chatglm_ptuning.evaluation.run", "score a prefix, or the plain base"),
     "lm_eval": ("chatglm_ptuning.evaluation.harness", "C-Eval, CMMLU and others through lm-evaluation-harness"),
     "compare": ("chatglm_ptuning.training.compare", "compare ways of tuning on tasks, over seeds"),

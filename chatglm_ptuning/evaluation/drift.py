@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from chatglm_ptuning.data.collate import PaddingCollator
+from chatglm_ptuning.data.prepared import lengths_of
 from chatglm_ptuning.model.losses import IGNORED_LABEL
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMModel, ChatGLMPreTrainedModel
 from chatglm_ptuning.model.zero3 import gathering_modules
@@ -72,10 +73,11 @@ def measure_drift(
     several = distributed.is_available() and distributed.is_initialized()
     world, rank = (distributed.get_world_size(), distributed.get_rank()) if several else (1, 0)
     share = list(range(rank, len(examples), world))
-    # With a partitioned base (ZeRO-3) all processes have to compute equally often.
+    # With a partitioned base (ZeRO-3) all processes have to call every layer equally often.
     filling = -(-len(examples) // world) - len(share)
     rows = [examples[place] for place in share] + [examples[0]] * filling
     counts = torch.tensor([True] * len(share) + [False] * filling)
+    chunks = -(-batch_size * max(lengths_of(examples)) // _POSITIONS_AT_ONCE)
     collate = PaddingCollator(pad_token_id, "right")
     sums = torch.zeros(5, dtype=torch.float64)
     was_training = model.training
@@ -85,7 +87,7 @@ def measure_drift(
             for start in range(0, len(rows), batch_size):
                 part = slice(start, start + batch_size)
                 batch = {name: value.to(model.device) for name, value in collate(rows[part]).items()}
-                sums += _sums(model.base_model, batch, counts[part].to(model.device)).cpu()
+                sums += _sums(model.base_model, batch, counts[part].to(model.device), chunks).cpu()
     finally:
         model.train(was_training)
     if several:
@@ -122,16 +124,20 @@ def _chunk_divergence(base: ChatGLMModel, theirs: torch.Tensor, ours: torch.Tens
     return functional.kl_div(found, expected, reduction="sum", log_target=True)
 
 
-def _sums(base: ChatGLMModel, batch: Mapping[str, torch.Tensor], counts: torch.Tensor) -> torch.Tensor:
-    """Sums of a batch, float64: divergence, positions, loss of the base and of the tuned model, labels."""
+def _sums(base: ChatGLMModel, batch: Mapping[str, torch.Tensor], counts: torch.Tensor, chunks: int) -> torch.Tensor:
+    """Sums of a batch, float64: divergence, positions, loss of the base and of the tuned model, labels.
+
+    Args:
+        counts: `[batch]`, False for rows that only fill up.
+        chunks: in how many parts logits are computed.
+    """
     real = batch["attention_mask"].bool() & counts[:, None]
     labels = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED_LABEL)[real]
     with base.prefixes.off():
         theirs = _states(base, batch)[real]
     ours = _states(base, batch)[real]
     sums = torch.zeros(5, dtype=torch.float64, device=labels.device)
-    # At least once, also for a batch of nothing but filling.
-    for one, other, wanted in zip(*(all_.split(_POSITIONS_AT_ONCE) for all_ in (theirs, ours, labels)), strict=True):
+    for one, other, wanted in zip(*(whole.tensor_split(chunks) for whole in (theirs, ours, labels)), strict=True):
         expected, found = (base.output_layer(states).float().log_softmax(-1) for states in (one, other))
         losses = [functional.nll_loss(values, wanted, reduction="sum") for values in (expected, found)]
         divergence = functional.kl_div(found, expected, reduction="sum", log_target=True)

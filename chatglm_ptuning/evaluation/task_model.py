@@ -74,8 +74,8 @@ def recorded_head(details: Mapping[str, Any], task: Task, asked: str | None, sou
     if names is not None and labels is None:
         raise ValueError(
             f"The prefix in {source} has no linear head for {task.name}{_of_tasks(shared)}, and --head {head} needs "
-            f"one: train it with --task {task.name} --head {head}, or score it by --head generation where the task takes "
-            "that."
+            f"one: train it with --task {task.name} --head {head}, or score it by --head generation where the task "
+            "takes that."
         )
     if names is not None and list(names) != list(labels or ()):
         raise ValueError(

@@ -17,7 +17,8 @@ from chatglm_ptuning.data.tasks.examples import AnyExample, TextExample, gold_of
 from chatglm_ptuning.data.tasks.registry import load_task
 from chatglm_ptuning.data.tasks.schema import Task
 from chatglm_ptuning.evaluation.task_report import score_task
-from chatglm_ptuning.training.arguments import DataArguments, ModelArguments, PrefixTrainingArguments
+from chatglm_ptuning.training.arguments import DataArguments, ModelArguments
+from chatglm_ptuning.training.run import TRAIN_FLAGS
 from chatglm_ptuning.training.tuning_arguments import TuningArguments
 
 DEFAULT_SEEDS = (1, 2, 3)
@@ -220,7 +221,7 @@ def check_plan(plan: Plan, tasks: Sequence[str], methods: Sequence[str]) -> Chec
         _known([plan.reference], plan.methods, "reference")
     for what, names in (("tasks", plan.tasks), ("methods", plan.methods)):
         _refuse_same_folder(what, names)
-    checker = FlagChecker((ModelArguments, DataArguments, PrefixTrainingArguments))
+    checker = FlagChecker(TRAIN_FLAGS)
     _check_flag_names(plan, checker)
     rows = _Rows()
     cells, left_out, majority = [], {}, {}

@@ -38,6 +38,9 @@ from chatglm_ptuning.training.task_run import TaskRun
 
 logger = logging.get_logger(__name__)
 
+TRAIN_FLAGS = (ModelArguments, DataArguments, PrefixTrainingArguments, PreservationArguments)
+"""Everything that the command's flags fill."""
+
 
 def prepare_output(args: PrefixTrainingArguments) -> Path | None:
     """Decides what an output folder with an earlier run in it means; returns the checkpoint to go on from.
@@ -100,7 +103,7 @@ def main(argv: Sequence[str]) -> None:
     model_args, data_args, args, preserve_args = parse_arguments(
         "chatglm-ptuning train",
         "Train a P-Tuning v2 prefix, or by another --tuning; evaluate it, and generate with it.",
-        (ModelArguments, DataArguments, PrefixTrainingArguments, PreservationArguments),
+        TRAIN_FLAGS,
         argv,
         RETIRED_FLAGS,
     )

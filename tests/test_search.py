@@ -1,0 +1,270 @@
+"""The search for prompt length and learning rate, on a base that learns in seconds."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shlex
+import signal
+import time
+from statistics import fmean, stdev
+
+import processes
+import pytest
+import tiny_base
+import torch
+
+pytest.importorskip("optuna")
+
+import optuna
+
+from chatglm_ptuning.cli import main as command
+from chatglm_ptuning.command_line import parse_arguments
+from chatglm_ptuning.model.loading import load_model, load_tokenizer
+from chatglm_ptuning.model.modeling_heads import ChatGLMForSequenceClassification
+from chatglm_ptuning.training.search_arguments import TRAIN_ARGUMENTS, SearchArguments, Setting
+from chatglm_ptuning.training.search_trial import run_flags
+from chatglm_ptuning.training.task_run import TaskRun
+
+TASK = """
+name: weather
+title: whether a row is about the weather
+reader: rows
+fields: {text: text, label: label}
+labels: {yes: 好, no: 你}
+prompt: "{text}"
+metric: accuracy
+pre_seq_len: 4
+learning_rate: 1.0e-2
+settings_from: "measured: nowhere"
+files: {train: train.json, dev: dev.json}
+""".replace("{yes:", "{'yes':").replace("no:", "'no':")
+TEXTS = {"yes": ["今天天气好", "今天有雨", "天气很好", "有雨"], "no": ["你是谁", "甲乙丙丁", "公园散步", "请问你"]}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_base.make_base(tmp_path_factory.mktemp("base"), steps=120)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("task")
+    (folder / "weather.yaml").write_text(TASK, "utf-8")
+    rows = [json.dumps({"text": text, "label": label}) for label, texts in TEXTS.items() for text in texts]
+    for split in ("train", "dev"):
+        (folder / f"{split}.json").write_text("\n".join(rows) + "\n", "utf-8")
+    return folder / "weather.yaml"
+
+
+def flags(base, task, output, *more):
+    return [
+        "search", "--task", str(task), "--task_data", str(task.parent), "--model_name_or_path", str(base),
+        "--output_dir", str(output), "--max_source_length", "24", "--per_device_train_batch_size", "4",
+        "--max_steps", "4", "--eval_steps", "2", "--pruner", "none", "--pre_seq_len", "2", "--learning_rate", "1e-2",
+        *map(str, more),
+    ]  # fmt: skip
+
+
+def report(folder):
+    return json.loads((folder / "search.json").read_text("utf-8"))
+
+
+def settings(folder, state="complete"):
+    return [
+        (row["setting"]["pre_seq_len"], row["setting"]["learning_rate"])
+        for row in report(folder)["trials"]
+        if row["state"] == state
+    ]
+
+
+def refusal(arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        command(arguments)
+    return error.value.code, capsys.readouterr().err
+
+
+def test_every_setting_is_tried_with_every_seed_and_the_best_command_repeats_the_best(
+    base, task, tmp_path, monkeypatch
+):
+    out = tmp_path / "search"
+    command(flags(base, task, out, "--pre_seq_len", 2, 5, "--learning_rate", "1e-3", "1e-1", "--seeds", 1, 2))
+    found = report(out)
+    assert settings(out) == [(length, rate) for length in (2, 5) for rate in (1e-3, 1e-1)]
+    for row in found["trials"]:
+        scores = [seed["score"] for seed in row["seeds"].values()]
+        assert list(row["seeds"]) == ["1", "2"] and row["mean"] == pytest.approx(fmean(scores))
+        assert row["deviation"] == pytest.approx(stdev(scores))
+        assert [point[0] for point in row["seeds"]["2"]["points"]] == [2, 4]
+    assert found["best"]["mean"] == max(row["mean"] for row in found["trials"])
+    assert [row["setting"]["pre_seq_len"] for row in found["by_length"]] == [2, 5]
+    for row in found["by_length"]:
+        length = row["setting"]["pre_seq_len"]
+        same = [other["mean"] for other in found["trials"] if other["setting"]["pre_seq_len"] == length]
+        assert len(same) == 2 and row["mean"] == max(same)
+    for name in ("score_by_length.png", "score_by_learning_rate.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert "| pre_seq_len | projection |" in (out / "search.md").read_text("utf-8")
+    monkeypatch.chdir(tmp_path)
+    lines = (out / "best_command.sh").read_text("utf-8").splitlines()[1:]
+    for seed, line in zip(("1", "2"), lines, strict=True):
+        command(shlex.split(line)[1:])
+        results = json.loads((tmp_path / "output" / f"best-{seed}" / "all_results.json").read_text("utf-8"))
+        points = found["best"]["seeds"][seed]["points"]
+        assert results["eval_accuracy"] == found["best"]["seeds"][seed]["score"]
+        assert results["eval_loss"] == points[-1][2]
+
+
+def test_a_run_from_init_prefix_text_starts_as_the_base_with_that_text_in_front(base, task, tmp_path):
+    text = "请问今天天气"
+    tokenizer = load_tokenizer(str(base))
+    front = tokenizer.encode(text, add_special_tokens=False)
+    setting = Setting(len(front), 1e-2, False, "text")
+    common = ["--task", str(task), "--task_data", str(task.parent), "--model_name_or_path", str(base)]
+    asked = [*run_flags(common, setting, text, seed=1, max_steps=2, eval_steps=2), "--output_dir", str(tmp_path)]
+    model = TaskRun(*parse_arguments("chatglm-ptuning train", "", TRAIN_ARGUMENTS, asked)).model.eval()
+    plain = load_model(str(base), model_class=ChatGLMForSequenceClassification)
+    plain.classifier_head.load_state_dict(model.classifier_head.state_dict())
+    row = tokenizer.encode("天气很好")
+    with torch.no_grad():
+        expected = plain(torch.tensor([front + row])).logits
+        assert (plain(torch.tensor([row])).logits - expected).abs().max() > 1e-2
+        torch.testing.assert_close(model(torch.tensor([row])).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_grid_is_every_combination_once():
+    searched = SearchArguments(
+        pre_seq_len=[4, 8, 4], learning_rate=[1e-2, 3e-2], prefix_projection="both", prefix_init=["data", "small"]
+    )
+    tried = [(one.pre_seq_len, one.learning_rate, one.prefix_projection, one.prefix_init) for one in searched.grid()]
+    assert len(tried) == len(set(tried)) == 16 and (8, 3e-2, True, "small") in tried
+
+
+def test_a_search_goes_on_with_longer_lists_and_refuses_other_settings(base, task, tmp_path, capsys):
+    command(flags(base, task, tmp_path))
+    first = report(tmp_path)["trials"][0]
+    command(flags(base, task, tmp_path, "--pre_seq_len", 2, 3))
+    assert settings(tmp_path) == [(2, 0.01), (3, 0.01)]
+    assert report(tmp_path)["trials"][0] == first
+    code, message = refusal(flags(base, task, tmp_path, "--max_steps", 6), capsys)
+    assert code == 1 and "max_steps: 4 there, 6 here" in message and "another --output_dir" in message
+    code, message = refusal(flags(base, task, tmp_path, "--weight_decay", 0.1), capsys)
+    assert code == 1 and "flags of train" in message
+
+
+def test_halving_stops_what_is_worse_at_its_first_evaluation(base, task, tmp_path):
+    command(flags(base, task, tmp_path, "--learning_rate", "1e-1", "1e-9", "1e-8", "--pruner", "halving",
+                  "--metric", "loss", "--max_steps", 8, "--eval_steps", 4))  # fmt: skip
+    found = report(tmp_path)
+    assert settings(tmp_path) == [(2, 1e-1)] and settings(tmp_path, "pruned") == [(2, 1e-9), (2, 1e-8)]
+    pruned = found["trials"][1]["seeds"]["42"]
+    assert [point[0] for point in pruned["points"]] == [4] and "score" not in pruned
+    assert "stopped at step 4" in (tmp_path / "search.md").read_text("utf-8")
+
+
+def test_a_trial_that_diverges_is_noted_and_the_search_goes_on(base, task, tmp_path, capsys):
+    command(flags(base, task, tmp_path, "--learning_rate", "1e38", "1e-2", "--max_grad_norm", 0, "--max_steps", 8))
+    assert settings(tmp_path, "failed") == [(2, 1e38)] and settings(tmp_path) == [(2, 1e-2)]
+    assert "seed 42: The" in report(tmp_path)["trials"][0]["error"]
+    assert "failed: seed 42" in capsys.readouterr().out
+
+
+def test_what_would_fail_every_trial_ends_the_search_and_leaves_it_usable(base, task, tmp_path, capsys):
+    out = tmp_path / "search"
+    dev = task.parent / "dev.json"
+    content = dev.read_bytes()
+    dev.unlink()
+    try:
+        code, message = refusal(flags(base, task, out), capsys)
+    finally:
+        dev.write_bytes(content)
+    assert code == 1 and "dev" in message
+    command(flags(base, task, out))
+    assert settings(out) == [(2, 0.01)] and len(report(out)["trials"]) == 1
+
+
+def test_nothing_of_a_trial_stays_in_memory(base, task, tmp_path):
+    command(flags(base, task, tmp_path, "--pre_seq_len", 2, 3, "--learning_rate", "1e-2", "1e38",
+                  "--max_grad_norm", 0))  # fmt: skip
+    assert not [thing for thing in gc.get_objects() if isinstance(thing, ChatGLMForSequenceClassification)]
+
+
+def test_first_values_are_compared_over_steps(base, task, tmp_path):
+    command(flags(base, task, tmp_path, "--prefix_init", "data", "text", "small", "--init_prefix_text", "请问今天天气"))
+    by_init = report(tmp_path)["by_init"]
+    assert set(by_init["courses"]) == {"data", "text", "small"} and by_init["settings"] == 1
+    trials = {row["setting"]["prefix_init"]: row["seeds"]["42"]["points"] for row in report(tmp_path)["trials"]}
+    slowest = max(points[-1][2] for points in trials.values())
+    for start, points in trials.items():
+        course = by_init["courses"][start]
+        assert [[point["step"], point["score"], point["loss"]] for point in course] == points
+        assert by_init["steps_to_loss"][start] == next(step for step, _, loss in points if loss <= slowest)
+    assert "steps to a loss of" in (tmp_path / "search.md").read_text("utf-8")
+    assert (tmp_path / "course_by_init.png").exists()
+    text = next(row for row in report(tmp_path)["trials"] if row["setting"]["prefix_init"] == "text")
+    assert text["seeds"]["42"]["points"] != trials["data"]
+
+
+def test_tpe_draws_from_a_range_and_repeats_itself(base, task, tmp_path):
+    more = ["--learning_rate", "1e-3", "1e-1", "--learning_rate_scale", "log", "--pre_seq_len", 2, 3]
+    for name in ("a", "b"):
+        command(flags(base, task, tmp_path / name, *more, "--trials", 2))
+    assert settings(tmp_path / "a") == settings(tmp_path / "b")
+    rates = [rate for _, rate in settings(tmp_path / "a")]
+    assert len(set(rates)) == 2 and all(1e-3 <= rate <= 1e-1 for rate in rates)
+    command(flags(base, task, tmp_path / "a", *more, "--trials", 3))
+    assert settings(tmp_path / "a")[:2] == settings(tmp_path / "b") and len(settings(tmp_path / "a")) == 3
+
+
+def running(folder):
+    if not (folder / "study.db").exists():
+        return False
+    try:
+        study = optuna.load_study(study_name="search", storage=f"sqlite:///{folder / 'study.db'}")
+    except Exception:  # the other process is just making it
+        return False
+    return any(trial.state.name == "RUNNING" and "setting" in trial.user_attrs for trial in study.trials)
+
+
+def test_two_workers_share_the_settings_and_a_killed_ones_is_taken_over(base, task, tmp_path):
+    lengths = [2, 3, 4, 5]
+    (tmp_path / "logs").mkdir()
+    arguments = flags(base, task, tmp_path, "--pre_seq_len", *lengths, "--max_steps", 8)
+    killed = processes.Job((command, (arguments,)), 1, tmp_path / "logs", {})
+    deadline = time.monotonic() + 300
+    while not running(tmp_path) and killed.processes[0].is_alive() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    killed.processes[0].kill()
+    assert killed.wait()[0].code == -signal.SIGKILL
+    both = [processes.Job((command, (arguments,)), 1, tmp_path / "logs", {}) for _ in range(2)]
+    ended = [worker.wait()[0] for worker in both]
+    assert [worker.code for worker in ended] == [0, 0], ended
+    assert sorted(length for length, _ in settings(tmp_path)) == lengths
+    study = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    assert [trial.user_attrs.get("put_back") for trial in study.trials if trial.state.name == "FAIL"] == [True]
+    assert sum(line.startswith("trial ") for worker in ended for line in worker.output.splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--trails 3", "unknown flag --trails (did you mean --trials?)"),
+        ("--seed 3", "did you mean --seeds?"),
+        ("--learning_rates 1", "did you mean --learning_rate?"),
+        ("--weight_decay_ 1", "did you mean --weight_decay?"),
+        ("--prefix_projection maybe", "--prefix_projection must be one of false, true, both, got 'maybe'"),
+        ("--pre_seq_len 0", "--pre_seq_len must be above 0, got 0"),
+        ("--learning_rate 1e-3 1e-2 --learning_rate_scale log", "needs --trials"),
+        ("--learning_rate_scale log --trials 2", "needs --learning_rate LOW HIGH"),
+        ("--prefix_init data text", "belong together"),
+        ("--prefix_init warm", "--prefix_init must be among data, text, small, official, got 'warm'"),
+        ("--eval_steps 9", "--eval_steps 9 is more than --max_steps 4"),
+        ("--metric f1", "--metric of weather must be one of accuracy, macro_f1, loss, got 'f1'"),
+        ("--eval_split test", "never looks at a test split"),
+        ("--max_source_length 1", "--max_source_length must be at least 2"),
+    ],
+)
+def test_wrong_flags_are_refused(more, message, base, task, tmp_path, capsys):
+    code, shown = refusal(flags(base, task, tmp_path / "search", *more.split()), capsys)
+    assert code in (1, 2) and message in shown
+    assert not (tmp_path / "search").exists()

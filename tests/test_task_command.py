@@ -1,0 +1,338 @@
+"""`train --task` and `evaluate --task` as a user runs them, on tiny files in published form."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import processes
+import pytest
+import tiny_base
+import torch
+from safetensors.torch import load_file
+
+from chatglm_ptuning.evaluation import run as evaluation
+from chatglm_ptuning.model.modeling_heads import HEAD_CLASSES
+from chatglm_ptuning.training import run as training
+from chatglm_ptuning.training.sampler import nothing_to_learn_like
+
+MOODS = """
+name: mood
+title: moods
+reader: rows
+fields: {text: message, label: mood, id: number}
+labels: {happy: 很好, sad: 有雨}
+prompt: "问：{text}答："
+metric: accuracy
+pre_seq_len: 4
+learning_rate: 1.0e-2
+files: {train: train.jsonl, dev: dev.jsonl, test: test.jsonl}
+submission: {format: label_lines, file: mood_predict.json}
+"""
+TEXTS = ["今天天气", "我想去公园", "请问你是谁", "甲乙丙", "散步", "戊己庚辛"]
+
+
+def lines(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_base.make_base(tmp_path_factory.mktemp("base"), steps=120)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Files of every kind of task; the labelled splits are the training split."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "mood.yaml").write_text(MOODS, "utf-8")
+    multi = MOODS.replace("name: mood", "name: moods\nmulti_label: true\nlabel_separator: /").replace(
+        "accuracy", "micro_f1"
+    )
+    (folder / "moods.yaml").write_text(
+        multi.replace("mood, id", "all, id").replace(".jsonl", "_all.jsonl").replace("mood_predict", "moods_predict"),
+        "utf-8",
+    )
+    moods = [{"number": 10 + i, "message": text, "mood": ["happy", "sad"][i % 2]} for i, text in enumerate(TEXTS)]
+    sets = ["", "happy", "sad/happy", "sad", "happy", "sad/happy"]
+    for split in ("train", "dev"):
+        lines(folder / f"{split}.jsonl", moods)
+        lines(
+            folder / f"{split}_all.jsonl", [{**row, "all": several} for row, several in zip(moods, sets, strict=True)]
+        )
+    lines(folder / "test.jsonl", [{name: row[name] for name in ("number", "message")} for row in moods])
+    lines(folder / "test_all.jsonl", [{name: row[name] for name in ("number", "message")} for row in moods])
+    people = [{"text": "我想去公园散步", "label": {"address": {"公园": [[3, 4]]}}},
+              {"text": "甲乙丙是谁", "label": {"name": {"甲乙": [[0, 1]]}}},
+              {"text": "今天有雨", "label": {}}]  # fmt: skip
+    for split in ("train", "dev"):
+        lines(folder / "cluener" / f"{split}.json", people)
+    lines(folder / "cluener" / "test.json", [{"id": i, "text": row["text"]} for i, row in enumerate(people)])
+    context = "今天天气很好，我想去公园散步。"
+    asked = {"你是谁": "我", "去": "公园散步", "天气好吗": "天气很好"}
+    qas = [
+        {"id": f"Q{i}", "question": question, "answers": [{"text": text, "answer_start": context.index(text)}]}
+        for i, (question, text) in enumerate(asked.items())
+    ]
+    for split in ("train", "dev"):
+        (folder / f"cmrc2018_{split}.json").write_text(
+            json.dumps({"data": [{"paragraphs": [{"context": context, "qas": qas}]}]}, ensure_ascii=False), "utf-8"
+        )
+    return folder
+
+
+TASKS = {
+    "generation": ("mood.yaml", "accuracy", 100),
+    "sequence_classification": ("mood.yaml", "accuracy", 100),
+    "token_classification": ("cluener", "entity_f1", 100),
+    "question_answering": ("cmrc2018", "cmrc_em", 100),
+    "multi_label": ("moods.yaml", "subset_accuracy", 100),
+}
+
+
+def flags(base, data, task, *more) -> list[str]:
+    name = str(data / task) if task.endswith(".yaml") else task
+    return ["--task", name, "--task_data", str(data), "--model_name_or_path", str(base), "--max_source_length", "256",
+            "--max_target_length", "12", *map(str, more)]  # fmt: skip
+
+
+def train(base, data, task, output, *more, steps=60) -> dict:
+    training.main([
+        *flags(base, data, task), "--do_train", "--output_dir", str(output), "--max_steps", str(steps),
+        "--pre_seq_len", "6", "--learning_rate", "3e-2", "--prefix_dropout", "0", "--logging_steps", "5",
+        "--per_device_train_batch_size", "6", "--disable_tqdm", "true", "--save_strategy", "no", *map(str, more),
+    ])  # fmt: skip
+    return json.loads((output / "all_results.json").read_text("utf-8"))
+
+
+def evaluate(base, data, task, output, *more) -> None:
+    evaluation.main(flags(base, data, task, "--output_dir", output, *more))
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def runs(base, data, tmp_path_factory):
+    """Trains a head once for all tests: its folder and its results."""
+    made: dict[str, tuple[Path, dict]] = {}
+
+    def run(head: str) -> tuple[Path, dict]:
+        if head not in made:
+            folder = tmp_path_factory.mktemp("runs") / head
+            own = [] if head == "multi_label" else ["--head", head]
+            more = ["--do_eval", "--do_predict", "--predict_split", "dev", *own]
+            more += ["--learning_rate", "1e-1"] if head == "generation" else []
+            made[head] = folder, train(base, data, TASKS[head][0], folder, *more)
+        return made[head]
+
+    return run
+
+
+@pytest.mark.parametrize("head", TASKS)
+def test_a_head_learns_its_rows_and_evaluates_to_the_same(base, data, runs, head, tmp_path, capsys):
+    folder, results = runs(head)
+    task, metric, best = TASKS[head]
+    assert results[f"predict_{metric}"] == results[f"eval_{metric}"] == best
+    metadata = json.loads((folder / "prefix_config.json").read_text("utf-8"))
+    assert metadata["task"] == task.removesuffix(".yaml") and metadata["training"]["split"] == "train"
+    assert metadata["head"] == ("sequence_classification" if head == "multi_label" else head)
+    names = {name.split(".")[0] for name in load_file(folder / "prefix_model.safetensors")}
+    linear = {"generation": set(), "question_answering": {"qa_outputs"}}.get(head, {"classifier_head"})
+    assert names == {"transformer"} | linear
+    assert (metadata["labels"] is None) == (head in ("generation", "question_answering"))
+
+    capsys.readouterr()
+    evaluate(
+        base,
+        data,
+        task,
+        tmp_path / "again",
+        "--split",
+        "dev",
+        "--ptuning_checkpoint",
+        folder,
+        "--per_device_eval_batch_size",
+        2,
+    )
+    assert "LOAD REPORT" not in "".join(capsys.readouterr())
+    ours, theirs = (
+        json.loads((place / "metrics.json").read_text("utf-8")) for place in (folder / "predict", tmp_path / "again")
+    )
+    assert ours["metrics"] == theirs["metrics"] and ours["intervals"] == theirs["intervals"]
+    assert ours["settings"]["split"] == theirs["settings"]["split"] == "dev"
+    assert ours["settings"]["head"] == theirs["settings"]["head"] == metadata["head"]
+    for left, right in zip(
+        read(folder / "predict" / "predictions.jsonl"), read(tmp_path / "again" / "predictions.jsonl"), strict=True
+    ):
+        assert {**left, "confidence": 0} == {**right, "confidence": 0}
+        assert left["confidence"] == pytest.approx(right["confidence"], abs=1e-4) and left["score"] == 1
+        assert left["prediction"] == left["gold"] or head == "question_answering"
+    assert (folder / "predict" / "worst_errors.jsonl").read_text() == ""
+    picture = {"token_classification": "entities.png", "multi_label": "labels.png", "question_answering": None}
+    name = picture.get(head, "confusion_matrix.png")
+    assert sorted(path.name for path in (folder / "predict").glob("*.png")) == ([name] if name else [])
+    if name:
+        assert (folder / "predict" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_unlabelled_split_gives_predictions_and_a_submission(base, data, runs, tmp_path):
+    for head, name in (("sequence_classification", "mood_predict.json"), ("multi_label", "moods_predict.json")):
+        out = tmp_path / head
+        evaluate(base, data, TASKS[head][0], out, "--ptuning_checkpoint", runs(head)[0])
+        assert sorted(path.name for path in out.iterdir()) == sorted([name, "predictions.jsonl"])
+        gold = read(runs(head)[0] / "predict" / "predictions.jsonl")
+        assert read(out / name) == [{"id": 10 + i, "label": row["gold"]} for i, row in enumerate(gold)]
+    out = tmp_path / "cluener"
+    evaluate(base, data, "cluener", out, "--ptuning_checkpoint", runs("token_classification")[0])
+    assert read(out / "cluener_predict.json")[0] == {"id": 0, "label": {"address": {"公园": [[3, 4]]}}}
+    assert not (out / "metrics.json").exists()
+    part = tmp_path / "part"
+    evaluate(base, data, "mood.yaml", part, "--max_predict_samples", 2, "--ptuning_checkpoint", runs("generation")[0])
+    assert [path.name for path in part.iterdir()] == ["predictions.jsonl"]
+
+
+def test_the_base_beside_the_prefix(base, data, runs, tmp_path):
+    more = ["--split", "dev", "--compare_base", "--ptuning_checkpoint", runs("generation")[0]]
+    evaluate(base, data, "mood.yaml", tmp_path / "both", *more)
+    evaluate(base, data, "mood.yaml", tmp_path / "plain", "--split", "dev", "--ptuning_checkpoint", "none")
+    plain, beside, tuned = (json.loads((tmp_path / name / "metrics.json").read_text("utf-8"))["metrics"]["accuracy"]
+                            for name in ("plain", "both/base", "both"))  # fmt: skip
+    assert plain == beside < tuned == 100
+
+
+def refusal(capsys, main, argv) -> str:
+    with pytest.raises(SystemExit):
+        main(argv)
+    return capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_refused_with_both_sides(base, data, runs, tmp_path, capsys):
+    linear, tags = runs("sequence_classification")[0], runs("token_classification")[0]
+    run = evaluation.main
+    said = refusal(capsys, run, flags(base, data, "mood.yaml", "--ptuning_checkpoint", tags))
+    assert "trained with the head token_classification, for cluener" in said and "mood takes sequence_class" in said
+    said = refusal(capsys, run, flags(base, data, "mood.yaml", "--ptuning_checkpoint", linear, "--head", "generation"))
+    assert "--head generation" in said and "with the head sequence_classification" in said
+    other = data / "other.yaml"
+    other.write_text(MOODS.replace("name: mood", "name: other").replace("sad: 有雨", "sad: 有雨, calm: 好"), "utf-8")
+    said = refusal(capsys, run, flags(base, data, "other.yaml", "--ptuning_checkpoint", linear))
+    assert "labels happy, sad (task mood)" in said and "other has happy, sad, calm" in said
+    assert "cannot solve mood" in refusal(
+        capsys, run, flags(base, data, "mood.yaml", "--ptuning_checkpoint", "none", "--head", "token_classification")
+    )
+    assert "has no token classification head" in refusal(
+        capsys, run, flags(base, data, "cluener", "--ptuning_checkpoint", "none")
+    )
+    assert "has no sequence classification head" in refusal(
+        capsys, run, flags(base, data, "mood.yaml", "--ptuning_checkpoint", linear, "--compare_base")
+    )
+    without = ["--model_name_or_path", str(base), "--task", "mood.yaml"]
+    assert "--task needs --task_data" in refusal(capsys, run, without)
+    assert "belongs to a --task" in refusal(capsys, run, ["--split", "dev"])
+    out = ["--output_dir", str(tmp_path / "run")]
+    start = training.main
+    assert "--task needs --task_data" in refusal(capsys, start, [*without, *out, "--do_train"])
+    assert "belong to a --task" in refusal(capsys, start, [*out, "--do_train", "--train_split", "dev"])
+    said = refusal(capsys, start, [*flags(base, data, "moods.yaml"), *out, "--do_train", "--head", "generation"])
+    assert "--head generation cannot solve moods; sequence_classification can" in said
+    said = refusal(
+        capsys, start, [*flags(base, data, "mood.yaml"), *out, "--do_train", "--do_predict", "--compare_base"]
+    )
+    assert "--compare_base: the base has no sequence classification head" in said  # before anything is trained
+    assert "is untrained: its values are random" in refusal(
+        capsys, start, [*flags(base, data, "mood.yaml"), *out, "--do_predict"]
+    )
+
+
+def test_tags_stand_on_what_they_were_trained_on(base, data, tmp_path):
+    train(base, data, "cluener", tmp_path / "run", "--token_unit", "characters", steps=1)
+    for more, unit in (([], "characters"), (["--token_unit", "pieces"], "pieces")):
+        evaluate(
+            base, data, "cluener", tmp_path / unit, "--split", "dev", "--ptuning_checkpoint", tmp_path / "run", *more
+        )
+        assert json.loads((tmp_path / unit / "metrics.json").read_text("utf-8"))["settings"]["token_unit"] == unit
+
+
+def test_results_are_named_after_task_and_split_and_a_submission_after_its_training_split(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CHATGLM_PTUNING_OUTPUT", "output")
+    data = tmp_path / "bustm"
+    data.mkdir()
+    rows = [{"id": i, "sentence1": "今天有雨", "sentence2": text, "label": str(i % 2)} for i, text in enumerate(TEXTS)]
+    for split in ("train_2", "dev_2", "test_public"):
+        lines(data / f"{split}.json", rows)
+    training.main([
+        *flags(base, data, "bustm"), "--do_train", "--train_split", "train_2", "--output_dir", "output/run",
+        "--max_steps", "1", "--disable_tqdm", "true", "--do_predict", "--predict_split", "test_public",
+    ])  # fmt: skip
+    evaluation.main(flags(base, data, "bustm", "--split", "test_public"))
+    found = Path("output/evaluation/run/fewclue_bustm-test_public/bustm_predict_2.json")
+    assert len(read(found)) == 6 and read(found) == read(Path("output/run/predict/bustm_predict_2.json"))
+
+
+@pytest.mark.parametrize("head", ["sequence_classification", "question_answering"])
+def test_a_head_run_that_goes_on_equals_one_without_a_break(base, data, head, tmp_path):
+    more = ["--head", head, "--save_strategy", "steps", "--save_steps", "3", "--prefix_dropout", "0.1"]
+    more += ["--lr_scheduler_type", "constant", "--per_device_train_batch_size", "2"]
+    train(base, data, TASKS[head][0], tmp_path / "whole", *more, steps=5)
+    train(base, data, TASKS[head][0], tmp_path / "broken", *more, steps=3)
+    train(base, data, TASKS[head][0], tmp_path / "broken", *more, steps=5)
+    whole, broken = (load_file(tmp_path / name / "prefix_model.safetensors") for name in ("whole", "broken"))
+    assert whole.keys() == broken.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(broken[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("head", TASKS)
+def test_rows_that_fill_up_a_batch_add_nothing(head, tiny_config):
+    torch.manual_seed(0)
+    kind = {"problem_type": "multi_label_classification"} if head == "multi_label" else {}
+    model = HEAD_CLASSES["sequence_classification" if kind else head](tiny_config(num_labels=3, **kind)).eval()
+    labels = {"generation": [-100, 5, 6, 7], "sequence_classification": 1, "token_classification": [0, 1, 2, 1],
+              "multi_label": [1.0, 0.0, 1.0]}  # fmt: skip
+    row = {"input_ids": [5, 6, 7, 8]} | (
+        {"labels": labels[head]} if head in labels else {"start_positions": 1, "end_positions": 2}
+    )
+    from chatglm_ptuning.data.collate import PaddingCollator
+
+    collate = PaddingCollator(0)
+    with torch.no_grad():
+        own = model(**collate([row])).loss
+        filled = model(**collate([row, nothing_to_learn_like(row)])).loss
+        nothing = model(**collate([nothing_to_learn_like(row)])).loss
+    torch.testing.assert_close(filled, own)
+    assert float(own) > 0 and float(nothing) == 0
+
+
+def in_a_job(argv: list[str]) -> None:
+    evaluation.main(argv)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", TASKS)
+def test_two_processes_train_and_predict_as_one(base, data, head, tmp_path):
+    own = [] if head == "multi_label" else ["--head", head]
+    more = [
+        "--do_train", "--do_eval", "--do_predict", "--predict_split", "dev", "--max_steps", "3", "--pre_seq_len", "4",
+        "--prefix_dropout", "0", "--disable_tqdm", "true", "--save_strategy", "no", "--learning_rate", "1e-2",
+    ]  # fmt: skip
+    for count, batch in ((1, 4), (2, 2)):
+        argv = flags(base, data, TASKS[head][0], *own, *more, "--output_dir", tmp_path / str(count))
+        processes.run([*argv, "--per_device_train_batch_size", str(batch)], count, tmp_path / f"logs{count}")
+        again = flags(base, data, TASKS[head][0], "--split", "dev", "--ptuning_checkpoint", tmp_path / str(count))
+        processes.Job(
+            (in_a_job, ([*again, "--output_dir", str(tmp_path / f"again{count}")],)), count, tmp_path, {}
+        ).wait()
+    for name in ("1/predict", "2/predict", "again1", "again2"):
+        one, two = (json.loads((tmp_path / place / "metrics.json").read_text("utf-8")) for place in ("1/predict", name))
+        assert one["metrics"] == pytest.approx(two["metrics"])
+        rows = [read(tmp_path / place / "predictions.jsonl") for place in ("1/predict", name)]
+        for left, right in zip(*rows, strict=True):
+            assert left["prediction"] == right["prediction"]
+            assert left["confidence"] == pytest.approx(right["confidence"], abs=1e-3)
+    losses = [json.loads((tmp_path / name / "all_results.json").read_text("utf-8")) for name in ("1", "2")]
+    for metric in ("train_loss", "eval_loss"):
+        assert losses[0][metric] == pytest.approx(losses[1][metric], rel=1e-3)

@@ -1,0 +1,285 @@
+"""From examples of tasks to rows of ids: which id decides which character, and what is cut where."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import tiny_glm4
+import tiny_tokenizer
+
+from chatglm_ptuning.data.forms import Columns
+from chatglm_ptuning.data.preprocess import Preprocessor
+from chatglm_ptuning.data.tasks.encode import TaskEncoder, head_of
+from chatglm_ptuning.data.tasks.encode_spans import encode_question
+from chatglm_ptuning.data.tasks.encode_tags import encode_tokens, tags_of
+from chatglm_ptuning.data.tasks.encode_windows import owner_of, window_starts
+from chatglm_ptuning.data.tasks.examples import Answer, QuestionExample, TextExample, TokenExample
+from chatglm_ptuning.data.tasks.prompt import answer_text, render_prompt
+from chatglm_ptuning.data.tasks.read import read_examples
+from chatglm_ptuning.data.tasks.registry import load_task
+from chatglm_ptuning.evaluation.candidates import encode_candidates
+from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
+
+FORMATS = ("chatglm2", "chatglm3", "base", "glm4")
+SENTENCES = [
+    list("今天天气很好，我想去公园散步"),  # all in the vocabulary
+    list("龘靐齉爩，在甲乙"),  # rare characters: bytes
+    list("ＡＢＣ１２３ａ"),  # full width
+    ["😀", "👨‍👩‍👧", "好", "e\u0301", "e", "\u0301"],  # emoji of several code points, combining characters
+    ["New", "York", "12", "345", "3.14", "今天", "The", " ", "weather", "it's"],  # tokens of several characters
+    list("春天来了  柳树\n发了芽 abc"),  # runs of white space
+    ["甲", "", "乙", "\n", "\n", "丙", "", "\u3000", "\u200b", "\ufeff"],  # nothing, line feeds, invisible ones
+    ["", ""],
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizers")
+    made = {name: tiny_tokenizer.train(folder, name) for name in FORMATS[:3]}
+    return made | {"glm4": ChatGLMTokenizer.from_pretrained(tiny_glm4.write_tokenizer(folder / "glm4"))}
+
+
+def tagger(tokenizer, unit, room=400, stride=16, prompt="找出下面句子里的{labels}：{text}"):
+    task = replace(load_task("entities"), prompt=prompt)
+    return TaskEncoder(task, tokenizer, "token_classification", room, doc_stride=stride, token_unit=unit)
+
+
+def random_tags(count: int, seed: int) -> tuple[str, ...]:
+    generator, tags, inside = random.Random(seed), [], None
+    for _ in range(count):
+        if inside and generator.random() < 0.5:
+            tags.append(f"I-{inside}")
+            continue
+        inside = generator.choice([None, "PER", "LOC"])
+        tags.append(f"B-{inside}" if inside else "O")
+    return tuple(tags)
+
+
+def round_trip(encoder, example) -> list[str]:
+    """The tags that come out if every id is predicted as it is labelled."""
+    windows, names = encode_tokens(encoder, example), encoder.task.tags
+    for window in windows:
+        assert len(window.input_ids) == len(window.spans) <= encoder.max_source_length
+    labels = [window.labels(example, names) for window in windows]
+    predicted = [["B-ORG" if label == -100 else names[label] for label in row] for row in labels]
+    return tags_of(windows, predicted, len(example.tokens))
+
+
+def decided(windows) -> list[int]:
+    return sorted(place for window in windows for span in window.spans if span for place in range(*span))
+
+
+@pytest.mark.parametrize("chat_format", ["chatglm3", "glm4"])
+@pytest.mark.parametrize("room", [400, 48])
+def test_characters_come_back_exactly(tokenizers, chat_format, room):
+    encoder = tagger(tokenizers[chat_format], "characters", room, stride=7, prompt="{text}：{labels}")
+    for number, tokens in enumerate(SENTENCES):
+        for seed in range(4):
+            example = TokenExample(id=0, tokens=tuple(tokens * 3), tags=random_tags(3 * len(tokens), seed))
+            assert decided(encode_tokens(encoder, example)) == list(range(len(example.tokens))), number
+            assert round_trip(encoder, example) == list(example.tags), number
+
+
+@pytest.mark.parametrize("chat_format", ["chatglm3", "glm4"])
+@pytest.mark.parametrize("room", [400, 64])
+def test_pieces_come_back_but_for_boundaries_inside_one(tokenizers, chat_format, room):
+    encoder = tagger(tokenizers[chat_format], "pieces", room)
+    for number, tokens in enumerate(SENTENCES[:-1]):
+        for seed in range(4):
+            tokens = tuple(tokens)
+            example = TokenExample(id=0, tokens=tokens, tags=random_tags(len(tokens), seed))
+            windows = encode_tokens(encoder, example)
+            assert decided(windows) == list(range(len(tokens))), number
+            expected = list(example.tags)
+            for first, end in {span for window in windows for span in window.spans if span}:
+                inside = "O" if expected[first] == "O" else "I-" + expected[first][2:]
+                expected[first + 1 : end] = [inside] * (end - first - 1)
+            assert round_trip(encoder, example) == expected, number
+
+
+def test_a_text_of_characters_that_are_pieces_is_the_same_in_both_units(tokenizers):
+    example = TokenExample(id=0, tokens=tuple(SENTENCES[0]), tags=random_tags(len(SENTENCES[0]), 1))
+    windows = {
+        unit: encode_tokens(tagger(tokenizers["chatglm3"], unit), example)[0] for unit in ("pieces", "characters")
+    }
+    ids = tokenizers["chatglm3"].vocabulary.encode(example.text)
+    assert windows["pieces"].input_ids[-len(ids) :] == ids
+    assert windows["characters"].input_ids[-len(ids) + 1 :] == ids[1:]  # without the space in front of a text
+    assert [span for span in windows["pieces"].spans if span] == [(place, place + 1) for place in range(len(ids) - 1)]
+
+
+def test_the_id_that_has_seen_a_whole_character_decides_it(tokenizers):
+    window = encode_tokens(
+        tagger(tokenizers["chatglm3"], "pieces", prompt="{text}"), TokenExample(id=0, tokens=("龘", "甲"))
+    )[0]
+    assert window.spans[-4:] == [None, None, (0, 1), (1, 2)]  # three bytes and a piece
+
+
+def test_windows_cover_overlap_and_are_owned_by_the_one_with_most_around():
+    assert window_starts(10, 10, 3) == [0] and window_starts(0, 10, 3) == [0]
+    assert window_starts(11, 10, 3) == [0, 1]
+    assert window_starts(30, 10, 4) == [0, 6, 12, 18, 20]
+    assert window_starts(12, 10, 99) == [0, 1, 2]  # an overlap of all but one token at most
+    for length, room, stride in [(30, 10, 4), (31, 7, 0), (100, 16, 15), (17, 16, 8)]:
+        starts = window_starts(length, room, stride)
+        assert starts[-1] + room == length
+        assert all(right - left <= room - min(stride, room - 1) for left, right in itertools.pairwise(starts))
+        for place in range(length):
+            around = [min(place - start, start + room - 1 - place) for start in starts]
+            assert around[owner_of(place, starts, room)] == max(around) >= 0
+
+
+def test_the_prompt_around_a_text_is_decided_by_nobody(tokenizers):
+    tokenizer = tokenizers["glm4"]
+    encoder = tagger(tokenizer, "pieces", prompt="找出{labels}：{text}\n完")
+    (window,) = encode_tokens(encoder, TokenExample(id=0, tokens=tuple("春天来了")))
+    text = tokenizer.decode(window.input_ids, skip_special_tokens=True)
+    assert text.strip() == "找出人名、地名、机构名：春天来了\n完"
+    assert window.spans[0] is None and window.spans[-1] is None
+    with pytest.raises(ValueError, match=r"a.json:3: the prompt does not fit into --max_source_length 5"):
+        encode_tokens(tagger(tokenizer, "pieces", 5), TokenExample(id=0, tokens=("甲",), where="a.json:3"))
+
+
+CONTEXT = "今天天气很好，\n我想去公园散步。  公園裡有龘字，New York 12 岁；我想去公园"
+
+
+def questions(tmp_path, split="dev"):
+    answers = [["公园散步", "我想去"], ["我想去公园"], ["很好，\n我想", "很好"], ["公園"], ["龘"], ["York 12"],
+               ["没有这个", "散步"], ["去公园"], ["今"]]  # fmt: skip
+    qas = [
+        {"id": f"Q{number}", "question": f"第{number}问？",
+         "answers": [{"text": text, "answer_start": CONTEXT.rfind(text) if number == 1 else CONTEXT.find(text)}
+                     for text in texts]}
+        for number, texts in enumerate(answers)
+    ]  # fmt: skip
+    content = {"version": "v1.0", "data": [{"paragraphs": [{"id": "P", "context": CONTEXT, "qas": qas}], "title": "T"}]}
+    (tmp_path / f"cmrc2018_{split}.json").write_text(json.dumps(content, ensure_ascii=False), "utf-8")
+    return read_examples(load_task("cmrc2018"), tmp_path, split)
+
+
+def text_at(example, window, positions) -> str | None:
+    start, end = positions["start_positions"], positions["end_positions"]
+    if start == 0:
+        assert end == 0
+        return None
+    return example.context[window.offsets[start][0] : window.offsets[end][1]]
+
+
+def smallest_around(window, start: int, end: int) -> int | None:
+    """Length of the shortest text from the beginning of an id to the end of one not before it that has all of it."""
+    spans = [(place, span) for place, span in enumerate(window.offsets) if span is not None]
+    return min(
+        (b - a for i, (a, _) in spans for j, (_, b) in spans if j >= i and a <= start and end <= b), default=None
+    )
+
+
+@pytest.mark.parametrize("chat_format", ["chatglm2", "chatglm3", "glm4"])
+@pytest.mark.parametrize("room", [1000, 60])
+def test_answers_come_back_from_their_positions(tokenizers, tmp_path, chat_format, room):
+    encoder = TaskEncoder(load_task("cmrc2018"), tokenizers[chat_format], "question_answering", room, doc_stride=20)
+    encoder = replace(encoder, task=replace(encoder.task, prompt="{question}{context}答"))
+    found_all = set()
+    for example in questions(tmp_path):
+        windows = encode_question(encoder, example)
+        assert (len(windows) > 1) == (room == 60)
+        covered = {place for window in windows for span in window.offsets if span for place in range(*span)}
+        assert covered == set(range(len(CONTEXT)))
+        answer = next(answer for answer in example.answers if answer.start is not None)
+        end = answer.start + len(answer.text)
+        for window in windows:
+            assert len(window.input_ids) == len(window.offsets) <= room
+            text = text_at(example, window, window.positions(example.answers))
+            smallest = smallest_around(window, answer.start, end)
+            assert (text is None) == (smallest is None)
+            if text is not None:
+                assert answer.text in text and len(text) == smallest
+                found_all.add(example.id)
+                if chat_format != "glm4":  # every character is a piece, or bytes
+                    assert text == answer.text
+    assert len(found_all) == 9
+
+
+def test_a_character_shared_by_two_ids_is_taken_from_the_shorter(tokenizers):
+    window = encode_question(
+        TaskEncoder(load_task("cmrc2018"), tokenizers["chatglm3"], "question_answering"),
+        QuestionExample(id=0, context="甲", question="？"),
+    )[0]
+    shared = replace(window, input_ids=[1] * 5, offsets=[None, (0, 1), (0, 2), (1, 2), (1, 3)])
+    assert shared.positions([Answer("乙", 1)]) == {"start_positions": 3, "end_positions": 3}
+    crossed = replace(window, input_ids=[1] * 3, offsets=[None, (0, 2), (1, 3)])
+    assert crossed.positions([Answer("乙", 1)]) == {"start_positions": 2, "end_positions": 2}
+
+
+def test_what_cannot_be_learned_of_questions(tokenizers, caplog):
+    encoder = TaskEncoder(load_task("cmrc2018"), tokenizers["chatglm3"], "question_answering")
+    lost = QuestionExample(id=0, context="今天", question="？", answers=(Answer("明天", None),), where="a.json: Q0")
+    good = QuestionExample(id=1, context="今天", question="？", answers=(Answer("明天", None), Answer("天", 1)))
+    assert encode_question(encoder, lost)[0].positions(lost.answers) == {"start_positions": 0, "end_positions": 0}
+    assert len(encoder.training_rows([lost, good])) == 1
+    assert "1 questions are left out" in caplog.text and "a.json: Q0" in caplog.text
+    with pytest.raises(ValueError, match="nothing to learn: 1 questions"):
+        encoder.training_rows([lost])
+    with pytest.raises(ValueError, match=r"b.json: the example has no label or answer to learn"):
+        encoder.training_rows([QuestionExample(id=0, context="今", question="？", where="b.json")])
+
+
+PAIR = TextExample(id=0, text="甲乙丙丁" * 30, text_pair="今天有雨" * 20, label="蕴含", where="p.json:1")
+
+
+@pytest.mark.parametrize("chat_format", FORMATS)
+@pytest.mark.parametrize("head", ["sequence_classification", "generation"])
+def test_long_pairs_lose_the_middle_of_each_text_and_nothing_of_the_question(tokenizers, chat_format, head):
+    task, tokenizer = load_task("inference"), tokenizers[chat_format]
+    whole = TaskEncoder(task, tokenizer, head).prompt_ids(PAIR)
+    room = len(whole) - 130 if chat_format != "glm4" else len(whole) // 2
+    ids = TaskEncoder(task, tokenizer, head, room).prompt_ids(PAIR)
+    assert room - 12 < len(ids) <= room
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    assert "前提：甲乙" in text and "\n假设：今天" in text and "前提与假设的关系是（蕴含、矛盾、中立）：" in text
+    assert "丙丁\n假设" in text and "有雨\n前提与" in text
+    assert TaskEncoder(task, tokenizer, head, len(whole)).prompt_ids(PAIR) == whole
+    with pytest.raises(ValueError, match=r"p.json:1: the prompt does not fit into --max_source_length 20"):
+        TaskEncoder(task, tokenizer, head, 20).prompt_ids(PAIR)
+
+
+@pytest.mark.parametrize("chat_format", FORMATS)
+def test_a_linear_head_stands_where_the_text_of_the_answer_would_begin(tokenizers, chat_format):
+    task, tokenizer = load_task("sentiment"), tokenizers[chat_format]
+    example = TextExample(id=0, text="我想去公园", label="差评")
+    (row,) = TaskEncoder(task, tokenizer, "sequence_classification").training_rows([example])
+    (learned,) = TaskEncoder(task, tokenizer, "generation").training_rows([example])
+    assert row["labels"] == 1
+    assert learned["input_ids"][: len(row["input_ids"])] == row["input_ids"]
+    rest = learned["input_ids"][len(row["input_ids"]) :]
+    assert tokenizer.decode(rest[:-1]) == "差评" and rest[: len(rest) - 1] == tokenizer.vocabulary.encode("差评")
+
+
+@pytest.mark.parametrize("chat_format", FORMATS)
+@pytest.mark.parametrize("target_room", [32, 3])
+def test_generation_learns_what_the_same_rows_in_a_file_would_teach(tokenizers, chat_format, target_room):
+    task, tokenizer = load_task("news_topic"), tokenizers[chat_format]
+    examples = [TextExample(id=i, text=text, label=label) for i, (text, label) in
+                enumerate([("今天天气", "农业"), ("我想去", "体育"), ("龘 abc", "汽车")])]  # fmt: skip
+    rows = TaskEncoder(task, tokenizer, "generation", 400, target_room).training_rows(examples)
+    columns = [{"q": render_prompt(task, example), "a": answer_text(task, example)} for example in examples]
+    expected, _ = Preprocessor(tokenizer, Columns("q", "a"), 400, target_room, progress=False).for_training(columns)
+    assert rows == [dict(row) for row in expected]
+    if target_room == 32:
+        learned = [[label for label in row["labels"] if label != -100] for row in rows]
+        assert learned == encode_candidates(tokenizer, [answer_text(task, example) for example in examples])
+
+
+def test_labels_of_texts_with_several(tokenizers):
+    task = replace(load_task("news_topic"), multi_label=True)
+    encoder = TaskEncoder(task, tokenizers["chatglm3"], head_of(task, None))
+    rows = encoder.training_rows(
+        [TextExample(id=0, text="今", labels=("体育", "农业")), TextExample(id=1, text="天", labels=())]
+    )
+    assert rows[0]["labels"] == [1.0, 0, 0, 0, 0, 1, 0, 0, 0, 0] and rows[1]["labels"] == [0.0] * 10
+    with pytest.raises(ValueError, match="--head generation cannot solve news_topic; sequence_classification can"):
+        head_of(task, "generation")
