@@ -39,14 +39,15 @@ def results_folder(prefix: Path | None) -> Path:
     return runs_folder() / "evaluation" / name
 
 
-def load_chosen(model: ChatGLMPreTrainedModel, prefix: Path, chosen: bool) -> Tuning:
+def load_chosen(model: ChatGLMPreTrainedModel, prefix: Path, chosen: bool, task: str | None = None) -> Tuning:
     """Loads what was trained onto the base, and selects it.
 
     Args:
         chosen: whether the user has named it.
+        task: whose head is meant where several tasks share a prefix.
     """
     try:
-        return load_tuned(model, prefix)
+        return load_tuned(model, prefix, task)
     except ValueError as error:
         if chosen:
             raise

@@ -43,7 +43,7 @@ def recorded_details(checkpoint: str | Path, base: str, hub: str = "hf", revisio
     config = ChatGLMConfig.from_pretrained(find_base(base, hub, revision, weights=False))
     metadata = read_prefix(checkpoint, config).metadata
     return {"task": metadata.task, "head": metadata.head, "labels": metadata.labels,
-            "training": metadata.training}  # fmt: skip
+            "tasks": metadata.tasks, "training": metadata.training}  # fmt: skip
 
 
 def recorded_head(details: Mapping[str, Any], task: Task, asked: str | None, source: str | Path) -> str:
@@ -53,6 +53,8 @@ def recorded_head(details: Mapping[str, Any], task: Task, asked: str | None, sou
         ValueError: if another one is asked for, if it cannot solve the task, or if its labels are not the task's; the
             message names both sides.
     """
+    shared = details.get("tasks") or {}
+    details = {**details, **shared.get(task.name, {})}
     recorded, labels = details.get("head"), details.get("labels")
     if recorded is None or recorded in ANSWERING_HEADS:
         answering = [head for head in task.heads if head in ANSWERING_HEADS]
@@ -71,8 +73,9 @@ def recorded_head(details: Mapping[str, Any], task: Task, asked: str | None, sou
     names = label_names(task, head)
     if names is not None and labels is None:
         raise ValueError(
-            f"The prefix in {source} has no linear head, and --head {head} needs one: train it with --task {task.name} "
-            f"--head {head}, or score it by --head generation where the task takes that."
+            f"The prefix in {source} has no linear head for {task.name}{_of_tasks(shared)}, and --head {head} needs "
+            f"one: train it with --task {task.name} --head {head}, or score it by --head generation where the task "
+            "takes that."
         )
     if names is not None and list(names) != list(labels or ()):
         raise ValueError(
@@ -85,6 +88,10 @@ def recorded_head(details: Mapping[str, Any], task: Task, asked: str | None, sou
 def recorded_token_unit(details: Mapping[str, Any]) -> str | None:
     """What a tag stood on when the prefix was trained (`TaskEncoder.token_unit`); None if it does not say."""
     return details.get("training", {}).get(TOKEN_UNIT)
+
+
+def _of_tasks(shared: Mapping[str, Any]) -> str:
+    return f" (it is shared by {', '.join(shared)})" if shared else ""
 
 
 def _listed(names: Any) -> str:

@@ -74,7 +74,7 @@ def evaluate_task(args: EvaluationArguments, prefix: Path | None) -> dict[str, A
         **source,
         **model_settings(task, head),
     )
-    tuned = None if prefix is None else load_chosen(model, prefix, chosen=args.ptuning_checkpoint is not None)
+    tuned = None if prefix is None else load_chosen(model, prefix, args.ptuning_checkpoint is not None, task.name)
     if tuned is not None and args.compare_base and not tuned.keeps_base:
         raise ValueError(f"--compare_base: {prefix} holds a whole tuned model, so score the base by itself.")
     subject = "base" if prefix is None else "prefix"

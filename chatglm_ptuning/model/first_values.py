@@ -21,8 +21,8 @@ class FirstValues(nn.Module):
         """Remembers the present values as those that nobody has trained or set yet."""
         self._untrained = self._sample()
 
-    def forget_first_values(self) -> None:
-        """Says that the values need not be trained, as nothing uses them."""
+    def mark_set(self) -> None:
+        """Lets the present values count as chosen, whatever they are."""
         self._untrained = None
 
     @property

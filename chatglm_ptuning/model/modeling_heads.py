@@ -60,14 +60,31 @@ class Head(Float32Module, FirstValues, nn.Linear):
             return super().forward(hidden_states.to(self.weight.dtype))
 
 
-class _ChatGLMWithHead(ChatGLMPreTrainedModel):
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["prefix_encoder", "classifier_head", "qa_outputs"]
+class ChatGLMWithHead(ChatGLMPreTrainedModel):
+    """A transformer with a linear head on its states.
 
-    def __init__(self, config: ChatGLMConfig) -> None:
+    Args:
+        config: with the outputs of the head.
+        transformer: a loaded one to put the head on, which stays as it is; by default a new one.
+    """
+
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["prefix_encoder", "classifier_head", "qa_outputs"]
+    head_name: ClassVar[str] = "classifier_head"
+    """The attribute that holds the head; in front of its parameters' names in a prefix checkpoint."""
+
+    def __init__(self, config: ChatGLMConfig, transformer: ChatGLMModel | None = None) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.transformer = ChatGLMModel(config)
+        self.transformer = ChatGLMModel(config) if transformer is None else transformer
         self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
+        setattr(self, self.head_name, Head(config, self._outputs()))
+        if transformer is None:
+            self.post_init()
+        else:
+            self._init_weights(getattr(self, self.head_name))
+
+    def _outputs(self) -> int:
+        return self.config.num_labels
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
         super()._adjust_missing_and_unexpected_keys(loading_info)
@@ -75,18 +92,13 @@ class _ChatGLMWithHead(ChatGLMPreTrainedModel):
             loading_info.missing_keys -= set(self._heads())
 
 
-class ChatGLMForSequenceClassification(_ChatGLMWithHead):
+class ChatGLMForSequenceClassification(ChatGLMWithHead):
     """Classifies whole sequences by the state of their last real token, after the final norm.
 
     `config.num_labels` and `config.problem_type` set the task as in transformers; without the latter, one label means
     regression, integer labels a single class, and floating-point labels several classes at once. The head has the
     official name, `classifier_head`.
     """
-
-    def __init__(self, config: ChatGLMConfig) -> None:
-        super().__init__(config)
-        self.classifier_head = Head(config, config.num_labels)
-        self.post_init()
 
     @can_return_tuple
     def forward(
@@ -162,13 +174,8 @@ class ChatGLMForSequenceClassification(_ChatGLMWithHead):
         return (losses * known).sum() / torch.as_tensor(items, device=losses.device).clamp(min=1)
 
 
-class ChatGLMForTokenClassification(_ChatGLMWithHead):
+class ChatGLMForTokenClassification(ChatGLMWithHead):
     """Labels every token, for instance with its part of a named entity."""
-
-    def __init__(self, config: ChatGLMConfig) -> None:
-        super().__init__(config)
-        self.classifier_head = Head(config, config.num_labels)
-        self.post_init()
 
     @can_return_tuple
     def forward(
@@ -195,13 +202,13 @@ class ChatGLMForTokenClassification(_ChatGLMWithHead):
         )
 
 
-class ChatGLMForQuestionAnswering(_ChatGLMWithHead):
+class ChatGLMForQuestionAnswering(ChatGLMWithHead):
     """Finds where in its input an answer starts and ends."""
 
-    def __init__(self, config: ChatGLMConfig) -> None:
-        super().__init__(config)
-        self.qa_outputs = Head(config, 2)
-        self.post_init()
+    head_name = "qa_outputs"
+
+    def _outputs(self) -> int:
+        return 2
 
     @can_return_tuple
     def forward(

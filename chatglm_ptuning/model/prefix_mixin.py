@@ -105,7 +105,7 @@ class PrefixMixin:
         for entry in different:
             self._set_heads(self._switch.heads.get(entry, {}))
 
-    def load_prefix(self, path: str | PathLike[str], name: str = TRAINABLE_PREFIX) -> None:
+    def load_prefix(self, path: str | PathLike[str], name: str = TRAINABLE_PREFIX, *, task: str | None = None) -> None:
         """Loads a prefix and activates it; sizes and projection come from the checkpoint.
 
         In a model with a trainable prefix, the name "default" stands for that one: it takes the checkpoint's size and
@@ -115,6 +115,7 @@ class PrefixMixin:
         Args:
             path: a folder written by `save_prefix` or by a training run, or a `checkpoint-N` inside it; an official
                 P-Tuning v2 folder or its `pytorch_model.bin`; or a PEFT prefix-tuning adapter folder.
+            task: whose head to load with a prefix that several tasks share.
 
         Raises:
             FileNotFoundError: if there is no prefix at `path`.
@@ -123,6 +124,8 @@ class PrefixMixin:
         """
         config = self.base_model.config
         checkpoint = read_prefix(path, config)
+        if task is not None:
+            checkpoint = checkpoint.of_task(task, getattr(self, "head_name", ""))
         checkpoint.check_sizes(config)
         self._check_base(checkpoint)
         self._check_heads(checkpoint)
@@ -338,6 +341,11 @@ class PrefixMixin:
     def _check_heads(self, checkpoint: PrefixCheckpoint) -> None:
         ours = self._heads()
         missing = [name for name in ours if name not in checkpoint.heads]
+        if missing and checkpoint.metadata.tasks:
+            raise ValueError(
+                f"{checkpoint.source} has no {', '.join(missing)} for {type(self).__name__}: its prefix is shared by "
+                f"{', '.join(checkpoint.metadata.tasks)}. Say whose head is meant: load_prefix(path, task=...)."
+            )
         if missing:
             raise ValueError(
                 f"{checkpoint.source} has no {', '.join(missing)}: it was not trained with the head of "
@@ -352,7 +360,7 @@ class PrefixMixin:
                     f"{tuple(value.shape)}: the number of labels differs."
                 )
         unused = [name for name in checkpoint.heads if name not in ours]
-        if unused:
+        if unused and self is not self.base_model:
             logger.warning(
                 f"{checkpoint.source} also has {', '.join(unused)}, which {type(self).__name__} does not use."
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
@@ -32,6 +32,8 @@ OFFICIAL_FILES = (
 PEFT_METADATA_FILE = "adapter_config.json"
 PREFIX_KEY = "transformer.prefix_encoder."
 """In front of every parameter of the prefix encoder, in this kit's files as in the official ones."""
+HEADS_KEY = "heads."
+"""In front of a task's name and the parameters of its head, where several tasks share a prefix."""
 SOURCE_ATTENTIONS = ("causal", "bidirectional")
 """How the tokens of the source see each other: each those before it, or all of them (prefix language model)."""
 
@@ -49,6 +51,7 @@ class PrefixMetadata:
         training: a summary of the training run.
         head: the name of the head trained beside it (`sequence_classification`, ...); None for the language model.
         labels: what the head's outputs stand for, in their order.
+        tasks: of a prefix that several tasks share, each task's `head` and `labels` by its name.
         source_attention: one of SOURCE_ATTENTIONS, with which it was trained.
         trained: False if it was saved with its random first values.
     """
@@ -65,6 +68,7 @@ class PrefixMetadata:
     training: dict[str, Any] = field(default_factory=dict)
     head: str | None = None
     labels: list[str] | None = None
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     source_attention: str = "causal"
     trained: bool = True
     kit_version: str | None = None
@@ -73,6 +77,12 @@ class PrefixMetadata:
     def kv_size(self) -> int:
         """Numbers per virtual token."""
         return self.num_layers * 2 * self.multi_query_group_num * self.kv_channels
+
+    def of_task(self, task: str) -> PrefixMetadata:
+        """What holds for one of the tasks that share the prefix; for another, or a prefix of one task, as it is."""
+        if task not in self.tasks:
+            return self
+        return replace(self, task=task, head=self.tasks[task]["head"], labels=self.tasks[task].get("labels"))
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,22 @@ class PrefixCheckpoint:
     parameters: dict[str, torch.Tensor]
     heads: dict[str, torch.Tensor] = field(default_factory=dict)
     positions_follow_prefix: bool = False
+
+    def of_task(self, task: str, head_name: str) -> PrefixCheckpoint:
+        """The prefix with the head of one of the tasks that share it; a prefix of one task as it is.
+
+        Args:
+            head_name: of the head in the model that is to get it.
+        """
+        if not self.metadata.tasks:
+            return self
+        shared = f"{HEADS_KEY}{task}."
+        heads = {
+            f"{head_name}.{name.removeprefix(shared)}": value
+            for name, value in self.heads.items()
+            if name.startswith(shared)
+        }
+        return replace(self, metadata=self.metadata.of_task(task), heads=heads)
 
     def check_sizes(self, config: ChatGLMConfig) -> None:
         """Checks that the prefix fits the base's layers, groups and channels.
@@ -222,6 +248,9 @@ def _read_metadata(source: Path) -> PrefixMetadata:
         value = getattr(metadata, name)
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{source}: {name} must be a positive integer, got {value!r}.")
+    tasks = metadata.tasks
+    if not (isinstance(tasks, dict) and all(isinstance(entry, dict) and "head" in entry for entry in tasks.values())):
+        raise ValueError(f"{source}: tasks must map names to objects that have a head.")
     if metadata.source_attention not in SOURCE_ATTENTIONS:
         raise ValueError(
             f"{source}: source_attention must be one of {', '.join(SOURCE_ATTENTIONS)}, got "

@@ -57,6 +57,10 @@ class ModelArguments(BaseArguments):
     init_prefix_text: str | None = field(
         default=None, metadata={"help": "start from the keys and values of this text (implies --prefix_init text)"}
     )
+    init_prefix: str | None = field(
+        default=None,
+        metadata={"help": "start from a trained prefix, such as one that several tasks share (--task_mixture)"},
+    )
     source_attention: str | None = field(
         default=None,
         metadata={
@@ -77,6 +81,9 @@ class ModelArguments(BaseArguments):
             raise ValueError(f"--prefix_init must be one of {', '.join(PREFIX_INITS)}, got {self.prefix_init!r}")
         if self.prefix_init == "text" and not self.init_prefix_text:
             raise ValueError("--prefix_init text needs --init_prefix_text")
+        if self.init_prefix is not None and (self.ptuning_checkpoint is not None or self.prefix_init == "text"):
+            raise ValueError("--init_prefix, --ptuning_checkpoint and --init_prefix_text each say what the prefix "
+                             "starts from; give one of them")  # fmt: skip
         if self.source_attention not in (None, *SOURCE_ATTENTIONS):
             raise ValueError(
                 f"--source_attention must be one of {', '.join(SOURCE_ATTENTIONS)}, got {self.source_attention!r}"
@@ -134,8 +141,15 @@ class DataArguments(TaskArguments):
         default=None, metadata={"help": "of the task, for --do_predict (default: test, or dev where there is no test)"}
     )
 
+    task_mixture: str | None = field(
+        default=None, metadata={"help": "YAML file that names several tasks to train one prefix on (docs/tasks.md)"}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.task_mixture is not None and (self.task or self.train_file or self.validation_file or self.test_file):
+            raise ValueError("--task_mixture names its own tasks and files: give no --task, --train_file, "
+                             "--validation_file or --test_file")  # fmt: skip
         if self.task is not None and (self.train_file or self.validation_file or self.test_file):
             raise ValueError("--task brings its own files: give --task_data and no --train_file, --validation_file or "
                              "--test_file")  # fmt: skip

@@ -11,9 +11,10 @@ from typing import Any
 
 from chatglm_ptuning.command_line import FlagChecker
 from chatglm_ptuning.data.tasks.arguments import usual_split
+from chatglm_ptuning.data.tasks.checked_yaml import read_yaml
 from chatglm_ptuning.data.tasks.encode import ANSWERING_HEADS, head_of
 from chatglm_ptuning.data.tasks.examples import AnyExample, TextExample, gold_of
-from chatglm_ptuning.data.tasks.registry import load_task, read_yaml
+from chatglm_ptuning.data.tasks.registry import load_task
 from chatglm_ptuning.data.tasks.schema import Task
 from chatglm_ptuning.evaluation.task_report import score_task
 from chatglm_ptuning.training.arguments import DataArguments, ModelArguments

@@ -19,7 +19,7 @@ from chatglm_ptuning.evaluation.metrics import score
 from chatglm_ptuning.evaluation.parallel import generate_answers_together
 from chatglm_ptuning.evaluation.table import print_scores
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
-from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMPreTrainedModel
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 from chatglm_ptuning.prefix.files import write_atomically
 from chatglm_ptuning.training.arguments import (
@@ -150,7 +150,7 @@ class TrainingRun:
     def _load_model(self) -> ChatGLMForConditionalGeneration:
         model_args = self.model_args
         match_precision(self.args, model_args.dtype, model_args.quantization_bit)
-        model = load_model(
+        loaded = load_model(
             model_args.model_name_or_path,
             hub=model_args.hub,
             revision=model_args.revision,
@@ -164,7 +164,10 @@ class TrainingRun:
             **source_attention_of_base(model_args),
             **self.model_settings(),
         )
-        self.tuning = tuning_of_run(model, self.args, model_args, self.tokenizer, self.train_examples)
+        model = self.make_model(loaded)
+        self.tuning = tuning_of_run(
+            model, self.args, model_args, self.tokenizer, self.train_examples, details=self.details()
+        )
         if self.data_args.compare_base and not self.tuning.keeps_base:
             raise ValueError(
                 "--compare_base needs the plain base, which --tuning full changes: score it in a run of its own, with "
@@ -175,6 +178,10 @@ class TrainingRun:
     def model_settings(self) -> dict[str, Any]:
         """What `load_model` is to be told besides the flags: class and outputs of a linear head."""
         return {}
+
+    def make_model(self, loaded: ChatGLMPreTrainedModel) -> ChatGLMPreTrainedModel:
+        """The model to train, of the one that was loaded."""
+        return loaded
 
     def trainer(self) -> PrefixTrainer:
         """The Trainer of this run."""
@@ -212,7 +219,7 @@ class TrainingRun:
                 "tuning": self.args.tuning,
                 "rows": len(self.train_examples),
                 "learning_rate": self.args.learning_rate,
-                "prefix_init": self.model_args.prefix_init,
+                "prefix_init": self.model_args.init_prefix or self.model_args.prefix_init,
                 "seed": self.args.seed,
             },
         }

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMPreTrainedModel
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
+from chatglm_ptuning.prefix.checkpoint import read_prefix
 
 PREFIX_INITS = ("data", "text", "small", "official")
 _SMALL_STD = 0.02
@@ -77,6 +78,34 @@ def first_ids(
     else:
         raise ValueError(f"Unknown prefix_init {method!r}; there are {', '.join(PREFIX_INITS)}.")
     return torch.tensor(ids[:length])
+
+
+def init_from_checkpoint(
+    model: ChatGLMPreTrainedModel,
+    path: str,
+    task: str | None = None,
+    head: str | None = None,
+    labels: Sequence[str] | None = None,
+) -> bool:
+    """Sets the trainable prefix to a trained one, of this kit, official or PEFT's.
+
+    Args:
+        task, head, labels: what the model is for. A head that was trained for just that comes along.
+
+    Returns:
+        Whether the head came along.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_prefix`.
+    """
+    found = read_prefix(path, model.config).metadata
+    found = found if task is None else found.of_task(task)
+    with_head = labels is not None and (found.task, found.head, found.labels) == (task, head, list(labels))
+    if with_head:
+        model.load_prefix(path, task=task)
+    else:
+        model.base_model.load_prefix(path)
+    return with_head
 
 
 def _ids_of_rows(examples: Sequence[dict[str, list[int]]], length: int, seed: int) -> list[int]:

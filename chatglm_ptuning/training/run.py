@@ -32,6 +32,7 @@ from chatglm_ptuning.training.failures import (
     what_is_kept,
 )
 from chatglm_ptuning.training.file_run import TrainingRun
+from chatglm_ptuning.training.mixture_run import MixtureRun
 from chatglm_ptuning.training.preservation import PreservationArguments
 from chatglm_ptuning.training.task_run import TaskRun
 
@@ -143,7 +144,8 @@ def _run(
     preserve_args: PreservationArguments,
 ) -> Path:
     checkpoint = prepare_output(args)
-    run = (TaskRun if data_args.task else TrainingRun)(model_args, data_args, args, preserve_args)
+    kind = MixtureRun if data_args.task_mixture else TaskRun if data_args.task else TrainingRun
+    run = kind(model_args, data_args, args, preserve_args)
     trainer = run.trainer()
     if args.do_train:
         run.train(trainer, checkpoint)

@@ -13,6 +13,8 @@ from chatglm_ptuning.data.prepared import lengths_of
 from chatglm_ptuning.model.losses import IGNORED_LABEL
 
 SAMPLING_STRATEGIES = ("group_by_length", "random", "sequential")
+TASK_KEY = "task"
+"""In the rows of several tasks: the one a row belongs to."""
 _FILLING_TOKENS = 2  # of a row that fills up a batch: the fewest with a token to predict
 
 
@@ -95,6 +97,7 @@ class PaddedRows(Dataset):
 def nothing_to_learn_like(row: dict[str, Any]) -> dict[str, Any]:
     """The shortest row of the same columns that adds nothing to any loss."""
     filling: dict[str, Any] = {"input_ids": row["input_ids"][:_FILLING_TOKENS]}
+    filling |= {name: row[name] for name in (TASK_KEY,) if name in row}
     filling |= {name: IGNORED_LABEL for name in ("start_positions", "end_positions") if name in row}
     labels = row.get("labels")
     if isinstance(labels, int):

@@ -21,6 +21,7 @@ from chatglm_ptuning.evaluation.task_model import (
 from chatglm_ptuning.evaluation.task_predictions import Prediction, PredictionSettings, predict_together
 from chatglm_ptuning.evaluation.task_report import TaskScores, score_task, write_results
 from chatglm_ptuning.prefix.checkpoint import kit_version
+from chatglm_ptuning.training.arguments import DataArguments, PrefixTrainingArguments
 from chatglm_ptuning.training.file_run import TrainingRun
 from chatglm_ptuning.training.trainer import PrefixTrainer
 from chatglm_ptuning.tuning.methods import PREFIX_METHODS
@@ -59,7 +60,8 @@ class TaskRun(TrainingRun):
 
     def _use_defaults_of_task(self) -> None:
         model_args, args = self.model_args, self.args
-        if args.do_train and args.tuning in PREFIX_METHODS and model_args.ptuning_checkpoint is None:
+        start = model_args.ptuning_checkpoint or model_args.init_prefix
+        if args.do_train and args.tuning in PREFIX_METHODS and start is None:
             model_args.pre_seq_len = model_args.pre_seq_len or self.task.pre_seq_len
         if args.tuning == "ptuning_v2" and args.learning_rate_is_default:
             args.learning_rate = self.task.learning_rate
@@ -102,18 +104,8 @@ class TaskRun(TrainingRun):
         return score_task(self.task, examples, values)
 
     def _predict(self, examples: Sequence[AnyExample]) -> list[Prediction]:
-        settings = self._prediction_settings()
+        settings = prediction_settings(self.data_args, self.args)
         return predict_together(self.model, self.encoder, examples, settings, under_engine=self.under_engine)
-
-    def _prediction_settings(self) -> PredictionSettings:
-        flags = self.data_args
-        return PredictionSettings(
-            batch_size=self.args.per_device_eval_batch_size,
-            max_new_tokens=flags.val_max_target_length or flags.max_target_length,
-            num_beams=flags.num_beams or self.args.generation_num_beams or 1,
-            candidate_scores=flags.candidate_scores,
-            max_answer_length=flags.max_answer_length,
-        )
 
     def predict(self, trainer: PrefixTrainer) -> None:
         """Predicts the split, and writes report and submission into the run's folder `predict`."""
@@ -143,7 +135,7 @@ class TaskRun(TrainingRun):
             may_submit=flags.max_predict_samples is None and flags.subjects is None,
             settings={
                 **asdict(flags),
-                **asdict(self._prediction_settings()),
+                **asdict(prediction_settings(self.data_args, self.args)),
                 **asdict(self.model_args),
                 "output_dir": str(self.output),
                 "split": split,
@@ -160,3 +152,14 @@ class TaskRun(TrainingRun):
     def _score_base(self) -> dict[str, float]:
         with self.tuning.plain_base():
             return self._score(self.tested).metrics
+
+
+def prediction_settings(flags: DataArguments, args: PrefixTrainingArguments) -> PredictionSettings:
+    """How the flags want predictions to be made."""
+    return PredictionSettings(
+        batch_size=args.per_device_eval_batch_size,
+        max_new_tokens=flags.val_max_target_length or flags.max_target_length,
+        num_beams=flags.num_beams or args.generation_num_beams or 1,
+        candidate_scores=flags.candidate_scores,
+        max_answer_length=flags.max_answer_length,
+    )

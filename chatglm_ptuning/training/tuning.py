@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
 
+from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
+from chatglm_ptuning.model.hub import find_base
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 from chatglm_ptuning.prefix.checkpoint import read_prefix
-from chatglm_ptuning.training.initialisation import first_ids, init_prefix
+from chatglm_ptuning.training.initialisation import first_ids, init_from_checkpoint, init_prefix
 from chatglm_ptuning.training.source_attention import choose_source_attention
 from chatglm_ptuning.tuning.load import load_tuned, prepare_tuning
 from chatglm_ptuning.tuning.methods import PROMPT_METHODS
@@ -26,9 +28,25 @@ DEFAULT_PRE_SEQ_LEN = 128
 
 def prefix_length(args: PrefixTrainingArguments, model_args: ModelArguments) -> int | None:
     """With which `pre_seq_len` the base is to be loaded: None where no prefix is trained."""
+    if model_args.init_prefix is not None and not (args.do_train and args.tuning == "ptuning_v2"):
+        raise ValueError("--init_prefix is what the training of a prefix starts from: it needs --do_train and --tuning "
+                         "ptuning_v2. To evaluate a prefix, name it by --ptuning_checkpoint.")  # fmt: skip
     if not args.do_train or args.tuning != "ptuning_v2":
         return None
+    if model_args.init_prefix is not None:
+        return _length_of_start(model_args)
     return model_args.pre_seq_len or DEFAULT_PRE_SEQ_LEN
+
+
+def _length_of_start(model_args: ModelArguments) -> int:
+    base = find_base(model_args.model_name_or_path, model_args.hub, model_args.revision, weights=False)
+    found = read_prefix(model_args.init_prefix, ChatGLMConfig.from_pretrained(base)).metadata.pre_seq_len
+    if model_args.pre_seq_len not in (None, found):
+        raise ValueError(
+            f"--pre_seq_len is {model_args.pre_seq_len}, but --init_prefix {model_args.init_prefix} has {found} "
+            "virtual tokens. Leave --pre_seq_len out: the size is read from the checkpoint."
+        )
+    return found
 
 
 def base_dtype(args: PrefixTrainingArguments, model_args: ModelArguments) -> str:
@@ -45,6 +63,7 @@ def tuning_of_run(
     model_args: ModelArguments,
     tokenizer: ChatGLMTokenizer,
     examples: Sequence[dict[str, list[int]]] = (),
+    details: Mapping[str, Any] | None = None,
 ) -> Tuning:
     """What the flags ask to train on a base, from its first values or those of --ptuning_checkpoint.
 
@@ -53,12 +72,15 @@ def tuning_of_run(
     Args:
         model: loaded with `prefix_length`.
         examples: training rows, for `--prefix_init data`.
+        details: the run's own task, head and labels, by which it finds its head in a prefix that several tasks share.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: if the flags contradict each other, the method cannot be used on
             this model, or the checkpoint does not fit.
     """
     checkpoint = model_args.ptuning_checkpoint
+    head = (details or {}).get("head")
+    task = None if head is None else details["task"]
     if args.do_train and args.tuning == "full":
         check_not_the_base(model, Path(args.output_dir))
     if checkpoint is not None:
@@ -67,7 +89,7 @@ def tuning_of_run(
         _check_wanted_length(model, model_args)
     if not args.do_train:
         if checkpoint is not None:
-            tuning = load_tuned(model, checkpoint)
+            tuning = load_tuned(model, checkpoint, task)
             choose_source_attention(model, model_args, trains=False)
             return tuning
         if model_args.pre_seq_len and args.tuning != "none":
@@ -79,8 +101,13 @@ def tuning_of_run(
     initialisation = {"text": model_args.init_prefix_text, "examples": examples, "seed": args.seed}
     if args.tuning == "ptuning_v2":
         if checkpoint is not None:
-            model.load_prefix(checkpoint)
+            model.load_prefix(checkpoint, task=task)
             choose_source_attention(model, model_args, trains=True)
+        elif model_args.init_prefix is not None:
+            with_head = init_from_checkpoint(model, model_args.init_prefix, task, head, (details or {}).get("labels"))
+            choose_source_attention(model, model_args, trains=True)
+            if args.should_save:
+                print(f"The prefix{' and the head start' if with_head else ' starts'} from {model_args.init_prefix}.")
         else:
             init_prefix(model, tokenizer, model_args.prefix_init, **initialisation)
         return PrefixTuning(model)

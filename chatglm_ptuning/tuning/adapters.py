@@ -62,7 +62,7 @@ class LoraTuning(Tuning):
         for wrapper in self.adapter.modules():
             if isinstance(wrapper, ModulesToSaveWrapper):
                 # PEFT trains a copy of the head; nobody is going to train or use the one it was made from.
-                wrapper.original_module.forget_first_values()
+                wrapper.original_module.mark_set()
 
     def settings(self) -> dict[str, Any]:
         """As `Tuning.settings`."""

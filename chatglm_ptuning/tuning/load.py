@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from chatglm_ptuning.model.loading import load_model
 from chatglm_ptuning.prefix.checkpoint import PEFT_METADATA_FILE
-from chatglm_ptuning.tuning.methods import PROMPT_METHODS, TUNING_METHODS, LoraSettings, PromptSettings
+from chatglm_ptuning.tuning.methods import PREFIX_METHODS, TUNING_METHODS, LoraSettings, PromptSettings
 from chatglm_ptuning.tuning.record import read_record
 from chatglm_ptuning.tuning.tuning import FullTuning, HeadTuning, NoTuning, PrefixTuning, Tuning
 
@@ -58,13 +58,16 @@ def prepare_tuning(
     return PromptTuning(model, method, prompt or PromptSettings(), first_ids)
 
 
-def load_tuned(model: PreTrainedModel | str | PathLike[str], checkpoint: str | PathLike[str]) -> Tuning:
+def load_tuned(
+    model: PreTrainedModel | str | PathLike[str], checkpoint: str | PathLike[str], task: str | None = None
+) -> Tuning:
     """Restores what any method has trained onto its base, for evaluation; the tuned model is `.model` of the result.
 
     Args:
         model: the base, of the class it was trained with; or the base's folder, for a language model.
         checkpoint: a run's folder or a `checkpoint-N` of any method; any form of prefix that `load_prefix` reads; or a
             LoRA adapter of PEFT's.
+        task: whose head to load with a prefix that several tasks share.
 
     Raises:
         FileNotFoundError: if nothing is there.
@@ -78,9 +81,11 @@ def load_tuned(model: PreTrainedModel | str | PathLike[str], checkpoint: str | P
     method = "ptuning_v2" if record is None else record.tuning
     if method == "lora" or (record is None and _is_foreign_lora(folder)):
         tuning = _load_lora(model, folder, known=record is not None)
+    elif method in PREFIX_METHODS:  # a prompt's checkpoint is a prefix, and used as one
+        model.load_prefix(folder, task=task)
+        tuning = PrefixTuning(model)
     else:
-        # A prompt's checkpoint is a prefix, and used as one.
-        tuning = prepare_tuning(model, "ptuning_v2" if method in PROMPT_METHODS else method)
+        tuning = prepare_tuning(model, method)
         tuning.load(folder)
     model.requires_grad_(False)
     return tuning

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-import yaml
-
+from chatglm_ptuning.data.tasks.checked_yaml import read_yaml
 from chatglm_ptuning.data.tasks.schema import Task, parse_task
 
 DEFINITIONS = Path(__file__).parent / "definitions"
@@ -44,45 +41,7 @@ def read_task_file(path: Path) -> Task:
     Raises:
         ValueError: if the file is missing, not YAML, or not a task, naming the file and the key.
     """
-    content = read_yaml(path, "task file")
-    return parse_task(content, str(path))
-
-
-def read_yaml(path: Path, what: str) -> Any:
-    """What a YAML file holds; a key that stands twice in a mapping is refused.
-
-    Args:
-        what: kind of file, for messages.
-
-    Raises:
-        ValueError: if the file cannot be read, or is not YAML, naming it and the line.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"The {what} {path} cannot be read: {error}.") from error
-    try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from error
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, except that a key that stands twice is refused instead of the last one winning."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """As in PyYAML."""
-        seen: set[Hashable] = set()
-        for key, _ in node.value:
-            value = self.construct_object(key, deep=True)  # True equals 1, and would take its place
-            if not isinstance(value, Hashable):
-                continue  # PyYAML has a message for it
-            if value in seen:
-                raise yaml.constructor.ConstructorError(
-                    "while reading a mapping", node.start_mark, f"the key {key.value!r} stands twice", key.start_mark
-                )
-            seen.add(value)
-        return super().construct_mapping(node, deep)
+    return parse_task(read_yaml(path, "task file"), str(path))
 
 
 @cache

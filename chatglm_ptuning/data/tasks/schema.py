@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from string import Formatter
-from typing import Any, NoReturn
+from typing import Any
+
+from chatglm_ptuning.data.tasks.checked_yaml import FieldChecker, nearest, quote_hint
 
 HEADS = ("generation", "sequence_classification", "token_classification", "question_answering", "multiple_choice")
 """How a task is solved: by writing or scoring an answer, by a linear head, or by choosing among a row's candidates."""
@@ -236,14 +237,8 @@ def placeholders(template: str) -> list[str]:
     return names
 
 
-class _Checker:
+class _Checker(FieldChecker):
     """Takes a task file apart; every complaint names the file."""
-
-    def __init__(self, origin: str) -> None:
-        self.origin = origin
-
-    def fail(self, text: str) -> NoReturn:
-        raise ValueError(f"{self.origin}: {text}")
 
     def task(self, content: Any) -> Task:
         content = self.mapping(content, "the task file")
@@ -304,52 +299,6 @@ class _Checker:
         if task.multi_label and task.drop_labels:
             self.fail("'drop_labels' leaves out rows of one label; with 'multi_label' take them out of the files.")
 
-    def mapping(self, value: Any, what: str) -> Mapping[str, Any]:
-        if not isinstance(value, Mapping):
-            self.fail(f"{what} must be a mapping of keys to values, found {_kind(value)}.")
-        return value
-
-    def known_keys(self, content: Mapping[Any, Any], known: Sequence[str], what: str) -> None:
-        for key in content:
-            if key not in known:
-                self.fail(f"unknown {what} {key!r}{_nearest(key, known)}; known are {', '.join(known)}.")
-
-    def one_of(self, value: Any, known: Sequence[str] | Mapping[str, Any], what: str) -> str:
-        if not isinstance(value, str) or value not in known:
-            self.fail(f"unknown {what} {value!r}{_nearest(value, list(known))}; known are {', '.join(known)}.")
-        return value
-
-    def text(self, value: Any, what: str) -> str:
-        if not isinstance(value, str) or not value.strip():
-            self.fail(f"'{what}' must be text, found {value!r}{_quote_hint(value)}.")
-        return value
-
-    def texts(self, value: Any, what: str) -> tuple[str, ...]:
-        values = [value] if isinstance(value, str) else value
-        if not isinstance(values, Sequence):
-            self.fail(f"'{what}' must be text or a list of texts, found {_kind(value)}.")
-        return tuple(self.text(entry, what) for entry in values)
-
-    def text_mapping(self, value: Any, what: str) -> dict[str, str]:
-        return {self.text(key, what): self.text(entry, f"{what}.{key}") for key, entry in
-                self.mapping(value, f"'{what}'").items()}  # fmt: skip
-
-    def positive_int(self, value: Any, what: str) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            self.fail(f"'{what}' must be a whole number from 1, found {value!r}.")
-        return value
-
-    def positive_float(self, value: Any, what: str) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-            hint = " (YAML reads 5e-3 as text: write 5.0e-3)" if isinstance(value, str) else ""
-            self.fail(f"'{what}' must be a number above 0, found {value!r}{hint}.")
-        return float(value)
-
-    def flag(self, value: Any, what: str) -> bool:
-        if not isinstance(value, bool):
-            self.fail(f"'{what}' must be true or false, found {value!r}.")
-        return value
-
     def metric(self, value: Any, reader: str) -> str:
         fitting = [name for name, readers in METRICS.items() if reader in readers]
         return self.one_of(value, fitting, f"metric (of the reader '{reader}')")
@@ -385,11 +334,11 @@ class _Checker:
         labels: dict[str, str] = {}
         for key, verbaliser in given.items():
             if isinstance(key, bool) or not isinstance(key, (str, int)):
-                self.fail(f"the label {key!r} must be text or a number{_quote_hint(key)}.")
+                self.fail(f"the label {key!r} must be text or a number{quote_hint(key)}.")
             if not isinstance(verbaliser, str) or not verbaliser.strip():
                 self.fail(
                     f"the label '{key}' has no verbaliser (found {verbaliser!r}); write its Chinese name behind it"
-                    f"{_quote_hint(verbaliser)}."
+                    f"{quote_hint(verbaliser)}."
                 )
             twin = next((other for other, text in labels.items() if text == verbaliser), None)
             if twin is not None:
@@ -463,26 +412,8 @@ class _Checker:
         for name in names:
             if name not in known:
                 shown = ", ".join(f"{{{entry}}}" for entry in known)
-                self.fail(f"the prompt names {{{name}}}{_nearest(name, known)}; it may name {shown}.")
+                self.fail(f"the prompt names {{{name}}}{nearest(name, known)}; it may name {shown}.")
         if not set(names) - {"labels"}:
             self.fail("the prompt names nothing of the row; write for example {text} where it belongs.")
         if task.letters and "options" not in names:
             self.fail("with 'letters' the prompt must show the candidates: write {options} where they belong.")
-
-
-def _nearest(value: Any, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
-    return f" (did you mean '{near[0]}'?)" if near else ""
-
-
-def _kind(value: Any) -> str:
-    names: dict[type, str] = {list: "a list", str: "text", type(None): "nothing", dict: "a mapping"}
-    return names.get(type(value), f"{value!r}")
-
-
-def _quote_hint(value: Any) -> str:
-    return (
-        " (YAML reads yes, no, true, false and numbers as such: put it in quotes)"
-        if isinstance(value, (bool, int, float))
-        else ""
-    )

@@ -1,0 +1,119 @@
+"""One transformer and one prefix under the heads of several tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import ModelOutput
+
+from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMPreTrainedModel
+from chatglm_ptuning.model.modeling_heads import HEAD_CLASSES, ChatGLMWithHead
+
+_OF_LOADING = ("hf_device_map", "hf_quantizer", "is_quantized", "quantization_method")
+"""Attributes of a loaded model that the Trainer asks for."""
+
+
+@dataclass(frozen=True)
+class TaskHead:
+    """How one of the tasks is solved.
+
+    Attributes:
+        kind: a key of `HEAD_CLASSES`.
+        labels: what the outputs of a linear head stand for, in their order.
+        problem_type: of a sequence classification, as in the configuration.
+    """
+
+    kind: str
+    labels: Sequence[str] | None = None
+    problem_type: str | None = None
+
+
+class ChatGLMForMultipleTasks(ChatGLMPreTrainedModel):
+    """Solves several tasks with one prefix, each by its own head (MT-DNN, Liu et al. 2019, figure 1).
+
+    Losses and outputs are those of the classes for a single task: `for_task` gives the model of a task, which shares
+    the transformer, its prefix and the task's head with this one. A prefix checkpoint holds all heads, `heads.TASK.*`.
+
+    Args:
+        language_model: a loaded base; it solves the tasks without a linear head.
+        heads: of every task, by its name.
+
+    Raises:
+        ValueError: if a task's name cannot stand in the name of a parameter.
+    """
+
+    def __init__(self, language_model: ChatGLMForConditionalGeneration, heads: Mapping[str, TaskHead]) -> None:
+        super().__init__(language_model.config)
+        self.transformer = language_model.transformer
+        self.heads = nn.ModuleDict()
+        self._of_task: dict[str, ChatGLMPreTrainedModel] = {}  # no submodules: their parameters are all here already
+        for name, head in heads.items():
+            model_class = HEAD_CLASSES[head.kind]
+            if not issubclass(model_class, ChatGLMWithHead):
+                self._of_task[name] = language_model
+                continue
+            if "." in name or hasattr(self.heads, name):
+                raise ValueError(f"A task with a linear head cannot have the name '{name}'.")
+            config = copy(self.config)
+            config.problem_type = head.problem_type
+            if head.labels is not None:
+                config.id2label = dict(enumerate(head.labels))
+                config.label2id = {label: place for place, label in enumerate(head.labels)}
+            model = model_class(config, self.transformer).to(language_model.device)
+            self.heads[name] = getattr(model, model.head_name)
+            self.heads[name].mark_set()  # the run is scored from its start, when some task may not have had its turn
+            self._of_task[name] = model
+        for name in _OF_LOADING:
+            if hasattr(language_model, name):
+                setattr(self, name, getattr(language_model, name))
+        self.train(language_model.training)
+
+    @property
+    def tasks(self) -> list[str]:
+        """The names of the tasks."""
+        return list(self._of_task)
+
+    def for_task(self, task: str) -> ChatGLMPreTrainedModel:
+        """The model of one task, of the class that `HEAD_CLASSES` has for its head.
+
+        Raises:
+            KeyError: naming the tasks there are.
+        """
+        if task not in self._of_task:
+            raise KeyError(f"There is no task {task!r} here; there are {', '.join(self._of_task)}.")
+        return self._of_task[task]
+
+    def train(self, mode: bool = True) -> ChatGLMForMultipleTasks:
+        """As in torch, for the models of the tasks too."""
+        super().train(mode)
+        for model in self._of_task.values():
+            model.train(mode)
+        return self
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        task: str | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> ModelOutput:
+        """As the forward pass of the task's own class, for a batch of that task alone.
+
+        While training, the heads of the other tasks take part with a weight of 0, so that every process always has a
+        gradient for every parameter.
+
+        Raises:
+            KeyError: if there is no such task.
+        """
+        if labels is not None:
+            kwargs["labels"] = labels
+        outputs = self.for_task(task or "")(input_ids=input_ids, **kwargs)
+        if self.training and outputs.loss is not None:
+            for parameter in self.heads.parameters():
+                outputs.loss = outputs.loss + 0 * parameter.sum()
+        return outputs

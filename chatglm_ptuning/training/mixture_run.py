@@ -1,0 +1,149 @@
+"""`chatglm-ptuning train --task_mixture`: one prefix for several tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from chatglm_ptuning.data.collate import PaddingCollator
+from chatglm_ptuning.data.tasks.arguments import TaskArguments, usual_split
+from chatglm_ptuning.data.tasks.encode import TaskEncoder, label_names
+from chatglm_ptuning.data.tasks.examples import AnyExample
+from chatglm_ptuning.data.tasks.mixture import MixedTask, read_mixture
+from chatglm_ptuning.evaluation.task_model import TOKEN_UNIT
+from chatglm_ptuning.evaluation.task_predictions import predict_together
+from chatglm_ptuning.evaluation.task_report import score_task
+from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMPreTrainedModel
+from chatglm_ptuning.model.modeling_tasks import ChatGLMForMultipleTasks, TaskHead
+from chatglm_ptuning.training.file_run import TrainingRun
+from chatglm_ptuning.training.mixture_trainer import MixtureTrainer, OneTaskCollator
+from chatglm_ptuning.training.sampler import TASK_KEY
+from chatglm_ptuning.training.source_attention import source_of_rows
+from chatglm_ptuning.training.task_run import prediction_settings
+from chatglm_ptuning.training.trainer import PrefixTrainer
+
+
+class MixtureRun(TrainingRun):
+    """One run on a mixture of tasks.
+
+    Attributes:
+        mixture: what the file says.
+        encoders: of every task, by its name.
+        watched: examples of every task that the run is watched by.
+        probabilities: of drawing each task, in their order.
+    """
+
+    def read_data(self) -> None:
+        """As `TrainingRun.read_data`, from the files of every task."""
+        flags, args = self.data_args, self.args
+        if args.do_predict:
+            raise ValueError(
+                "--task_mixture does not go with --do_predict: score each task by `chatglm-ptuning evaluate --task "
+                "NAME --task_data FOLDER --ptuning_checkpoint OUTPUT_DIR`."
+            )
+        if args.tuning != "ptuning_v2":
+            raise ValueError(f"--task_mixture trains a prefix: --tuning ptuning_v2, not {args.tuning}.")
+        self.mixture = read_mixture(flags.task_mixture or "")
+        if self._takes_length_from_tasks():
+            self.model_args.pre_seq_len = max(entry.task.pre_seq_len for entry in self.mixture.tasks)
+        self.encoders: dict[str, TaskEncoder] = {}
+        self.watched: dict[str, Sequence[AnyExample]] = {}
+        self.eval_rows: dict[str, list[dict[str, Any]]] = {}
+        self.train_examples: list[dict[str, Any]] = []
+        self.train_sizes: dict[str, int] = {}
+        for entry in self.mixture.tasks:
+            name = entry.task.name
+            self.encoders[name] = self._arguments(entry).encoder(
+                entry.task, self.tokenizer, flags.max_source_length, flags.max_target_length
+            )
+            if args.do_train:
+                limit = entry.max_train_samples or flags.max_train_samples
+                rows = self._rows(name, self._examples_of(entry, "train", entry.train_split, limit))
+                self.train_sizes[name] = len(rows)
+                self.train_examples += rows
+            if args.do_eval:
+                limit = entry.max_eval_samples or flags.max_eval_samples
+                self.watched[name] = self._examples_of(entry, "dev", entry.eval_split, limit)
+                self.eval_rows[name] = self._rows(name, self.watched[name])
+        self.eval_examples = [row for rows in self.eval_rows.values() for row in rows]
+        self.probabilities = self.mixture.probabilities(list(self.train_sizes.values())) if args.do_train else []
+        if args.should_save:
+            self._show()
+
+    def _takes_length_from_tasks(self) -> bool:
+        given = (self.model_args.pre_seq_len, self.model_args.ptuning_checkpoint, self.model_args.init_prefix)
+        return self.args.do_train and given == (None, None, None)
+
+    def _arguments(self, entry: MixedTask) -> TaskArguments:
+        own = TaskArguments(task=entry.task.name, task_data=entry.task_data, head=entry.head)
+        return replace(own, token_unit=self.data_args.token_unit, doc_stride=self.data_args.doc_stride)
+
+    def _examples_of(self, entry: MixedTask, kind: str, split: str | None, limit: int | None) -> Sequence[AnyExample]:
+        return self._arguments(entry).examples(entry.task, split or usual_split(entry.task, kind), limit)
+
+    def _rows(self, name: str, examples: Sequence[AnyExample]) -> list[dict[str, Any]]:
+        return [{TASK_KEY: name, **row} for row in self.encoders[name].training_rows(examples)]
+
+    def _show(self) -> None:
+        for number, entry in enumerate(self.mixture.tasks):
+            name = entry.task.name
+            shown = f"{name} ({entry.task.title}) in {entry.task_data}, head {entry.head}:"
+            if self.train_sizes:
+                shown += f" train {self.train_sizes[name]} rows, {self.probabilities[number]:.1%} of the steps;"
+            if self.watched:
+                shown += f" evaluate {len(self.watched[name])} examples"
+            print(shown.rstrip(";"))
+
+    def make_model(self, loaded: ChatGLMForConditionalGeneration) -> ChatGLMPreTrainedModel:
+        """The base with a head for each task that needs one."""
+        heads = {
+            entry.task.name: TaskHead(
+                entry.head,
+                label_names(entry.task, entry.head),
+                "multi_label_classification" if entry.task.multi_label else None,
+            )
+            for entry in self.mixture.tasks
+        }
+        return ChatGLMForMultipleTasks(loaded, heads)
+
+    def trainer(self) -> PrefixTrainer:
+        """The Trainer of this run."""
+        return MixtureTrainer(
+            model=self.model,
+            args=self.args,
+            train_dataset=self.train_examples or None,
+            eval_dataset=self.eval_examples or None,
+            data_collator=OneTaskCollator({name: self._padding(name) for name in self.encoders}),
+            replay=self._replay(),
+            tuning=self.tuning,
+            details=self.details(),
+            train_sizes=self.train_sizes,
+            probabilities=self.probabilities,
+            eval_rows=self.eval_rows,
+            score=self._score,
+        )
+
+    def _padding(self, name: str) -> PaddingCollator:
+        source = source_of_rows(self.model.for_task(name), self.tokenizer)
+        return PaddingCollator(self.tokenizer.pad_token_id, "right", source_length=source)
+
+    def details(self) -> dict[str, Any]:
+        """What the prefix checkpoint records of this run."""
+        details = super().details()
+        details["task"] = Path(self.data_args.task_mixture or "").stem
+        details["training"][TOKEN_UNIT] = next(iter(self.encoders.values())).token_unit
+        details["tasks"] = {
+            entry.task.name: {"head": entry.head, "labels": label_names(entry.task, entry.head)}
+            for entry in self.mixture.tasks
+        }
+        return details
+
+    def _score(self, name: str) -> tuple[dict[str, float], str]:
+        encoder, examples = self.encoders[name], self.watched[name]
+        settings = prediction_settings(self.data_args, self.args)
+        model = self.model.for_task(name)
+        predictions = predict_together(model, encoder, examples, settings, under_engine=self.under_engine)
+        metrics = score_task(encoder.task, examples, [prediction.value for prediction in predictions]).metrics
+        return metrics, encoder.task.metric

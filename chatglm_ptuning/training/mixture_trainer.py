@@ -1,0 +1,136 @@
+"""The Trainer for several tasks with one prefix: batches of one task, losses and scores of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Sampler
+from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
+
+from chatglm_ptuning.data.collate import PaddingCollator
+from chatglm_ptuning.training.mixture_sampler import MixtureSampler
+from chatglm_ptuning.training.sampler import TASK_KEY, row_lengths
+from chatglm_ptuning.training.trainer import PrefixTrainer
+
+logger = logging.get_logger(__name__)
+
+
+class OneTaskCollator:
+    """As the padding collator of a task, with the task that all rows of the batch belong to."""
+
+    def __init__(self, padding: Mapping[str, PaddingCollator]) -> None:
+        self.padding = padding
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The tensors of `PaddingCollator`, and `task`.
+
+        Raises:
+            ValueError: if the rows belong to several tasks.
+        """
+        tasks = {example[TASK_KEY] for example in examples}
+        if len(tasks) != 1:
+            raise ValueError(f"a batch must be of one task, got rows of {', '.join(sorted(tasks))}")
+        task = tasks.pop()
+        return self.padding[task](examples) | {TASK_KEY: task}
+
+
+class MixtureTrainer(PrefixTrainer):
+    """Trains one prefix on several tasks.
+
+    Args:
+        args, kwargs: as for `PrefixTrainer`; `train_dataset` has the rows of all tasks, those of a task together.
+        train_sizes: rows of each task in `train_dataset`, in their order.
+        probabilities: of drawing each task.
+        eval_rows: rows of each task to compute its loss on, by its name.
+        score: gives a task's scores and the name of the one that enters the mean.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        train_sizes: Mapping[str, int],
+        probabilities: Sequence[float],
+        eval_rows: Mapping[str, Sequence[dict[str, Any]]],
+        score: Callable[[str], tuple[dict[str, float], str]],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.train_sizes = dict(train_sizes)
+        self.probabilities = probabilities
+        self.eval_rows = eval_rows
+        self.score = score
+        self._drawn: set[str] = set()
+        self._losses = torch.zeros(2, len(self.train_sizes), dtype=torch.float64)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        lengths = row_lengths(self.train_dataset if train_dataset is None else train_dataset)
+        of_task, start = [], 0
+        for size in self.train_sizes.values():
+            of_task.append(lengths[start : start + size])
+            start += size
+        args = self.args
+        step = self._train_batch_size * args.world_size * args.gradient_accumulation_steps
+        strategy = args.train_sampling_strategy
+        self._epoch_sampler = MixtureSampler(of_task, self.probabilities, step, args.seed, strategy)
+        return self._epoch_sampler
+
+    # ---- losses ----
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As the PrefixTrainer's; warns of tasks whose turn never came."""
+        result = super().train(*args, **kwargs)
+        missed = [task for task in self.train_sizes if task not in self._drawn]
+        if missed:
+            logger.warning(f"No step was of {', '.join(missed)}: train for longer, or draw it more often.")
+        return result
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As the PrefixTrainer's; adds the loss up by task."""
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._drawn.add(inputs[TASK_KEY])
+        place = list(self.train_sizes).index(inputs[TASK_KEY])
+        self._losses[0, place] += float(loss)
+        self._losses[1, place] += 1 / self.args.gradient_accumulation_steps
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's, with the mean training loss of each task since the last time as `loss_TASK`."""
+        if "loss" in logs:
+            totals, steps = self.accelerator.reduce(self._losses.to(self.args.device, torch.float32), "mean").tolist()
+            means = zip(self.train_sizes, totals, steps, strict=True)
+            logs |= {f"loss_{task}": total / count for task, total, count in means if count}
+            self._losses.zero_()
+        super().log(logs, *args, **kwargs)
+
+    # ---- evaluation ----
+
+    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+        """Loss and scores of every task, `eval_TASK_loss`, `eval_TASK_METRIC`, ...
+
+        `eval_mean` is the mean of every task's own metric, and `eval_loss` that of the losses; each task counts alike.
+        """
+        metrics: dict[str, float] = {}
+        losses, scores = [], []
+        for task, rows in self.eval_rows.items():
+            prefix = f"{metric_key_prefix}_{task}"
+            loop = self.evaluation_loop(
+                self.get_eval_dataloader(rows), task, prediction_loss_only=True, metric_key_prefix=prefix
+            )
+            of_task, own = self.score(task)
+            losses.append(loop.metrics[f"{prefix}_loss"])
+            scores.append(of_task[own])
+            metrics[f"{prefix}_loss"] = losses[-1]
+            metrics |= {f"{prefix}_{name}": value for name, value in of_task.items()}
+        metrics[f"{metric_key_prefix}_loss"] = sum(losses) / len(losses)
+        metrics[f"{metric_key_prefix}_mean"] = sum(scores) / len(scores)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
+        """As the PrefixTrainer's, with the labels of the batch's task."""
+        self.label_names = [name for name in ("labels", "start_positions", "end_positions") if name in inputs]
+        return super().prediction_step(model, inputs, *args, **kwargs)

@@ -1,0 +1,377 @@
+"""One prefix for several tasks: the mixture file, the order of rows, the model, a run and what starts from it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import processes
+import pytest
+import tiny_chat_base
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from safetensors.torch import load_file, save_file
+from torch.utils.data import BatchSampler
+
+from chatglm_ptuning.data.collate import PaddingCollator
+from chatglm_ptuning.data.tasks.encode import TaskEncoder, label_names
+from chatglm_ptuning.data.tasks.mixture import read_mixture
+from chatglm_ptuning.data.tasks.read import read_examples
+from chatglm_ptuning.data.tasks.registry import load_task
+from chatglm_ptuning.evaluation.run import main as evaluate
+from chatglm_ptuning.model.loading import load_model
+from chatglm_ptuning.model.modeling_heads import HEAD_CLASSES
+from chatglm_ptuning.model.modeling_tasks import ChatGLMForMultipleTasks, TaskHead
+from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
+from chatglm_ptuning.prefix.checkpoint import METADATA_FILE, WEIGHTS_FILE
+from chatglm_ptuning.training.mixture_sampler import MixtureSampler
+from chatglm_ptuning.training.run import main as train
+
+PREFIX = "transformer.prefix_encoder.embedding.weight"
+COMMON = "pre_seq_len: 3\nlearning_rate: 1.0e-2\nfiles: {train: train.json, dev: dev.json}\n"
+TASKS = {
+    "mood": "title: moods\nreader: rows\nfields: {text: text, label: label}\nlabels: {good: 好, bad: 不}\n"
+    "prompt: '{text}（{labels}）'\nmetric: accuracy\n",
+    "names": "title: names\nreader: bio\nlabels: {PER: 人名}\nprompt: '{labels}：{text}'\nmetric: entity_f1\n",
+    "spans": "title: answers\nreader: squad\nprompt: '{context}问：{question}'\nmetric: cmrc_f1\n",
+    "reply": "title: replies\nreader: pairs\nfields: {text: text, target: reply}\nprompt: '{text}'\nmetric: rouge-l\n",
+}
+METRICS = {"mood": "accuracy", "names": "entity_f1", "spans": "cmrc_f1"}
+HEADS = {
+    "mood": "sequence_classification",
+    "names": "token_classification",
+    "spans": "question_answering",
+    "reply": "generation",
+}
+MIXTURE = """
+temperature: 2
+tasks:
+  mood: {task: mood.yaml, task_data: mood}
+  names: {task: names.yaml, task_data: names, max_train_samples: 8}
+  spans: {task: spans.yaml, task_data: spans}
+"""
+
+
+def rows_of(name: str) -> object:
+    if name == "mood":
+        return [{"text": "今天天气" * (i % 3 + 1), "label": ("good", "bad")[i % 2]} for i in range(6)]
+    if name == "names":
+        tags = ["O", "B-PER", "I-PER", "O"]
+        return [{"tokens": list("你甲乙好") * (i % 2 + 1), "ner_tags": tags * (i % 2 + 1)} for i in range(12)]
+    if name == "reply":
+        return [{"text": "你好", "reply": "我想去"}, {"text": "今天天气很好", "reply": "你好吗"}]
+    questions = [
+        {"id": f"q{i}", "question": "你是谁", "answers": [{"text": "甲乙", "answer_start": 2}]} for i in range(4)
+    ]
+    return {"data": [{"paragraphs": [{"id": "p", "context": "我是甲乙丙丁", "qas": questions}]}]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with a base, four task files with their data, and a mixture of three of them."""
+    root = tmp_path_factory.mktemp("mixture")
+    tiny_chat_base.write_base(root / "base")
+    for name, content in TASKS.items():
+        (root / f"{name}.yaml").write_text(f"name: {name}\n{content}{COMMON}", encoding="utf-8")
+        (root / name).mkdir()
+        content = rows_of(name)
+        text = json.dumps(content) if isinstance(content, dict) else "\n".join(json.dumps(row) for row in content)
+        for split in ("train", "dev"):
+            (root / name / f"{split}.json").write_text(text, encoding="utf-8")
+    (root / "mix.yaml").write_text(MIXTURE, encoding="utf-8")
+    return root
+
+
+def flags(folder: Path, output: Path, *more: str) -> list[str]:
+    words = "--do_train --max_steps 6 --save_steps 3 --logging_steps 3 --learning_rate 0.05 --disable_tqdm true"
+    words += " --per_device_train_batch_size 2 --per_device_eval_batch_size 3 --overwrite_output_dir --seed 5"
+    return ["--model_name_or_path", str(folder / "base"), "--output_dir", str(output), *words.split(), *more]
+
+
+@pytest.fixture(scope="module")
+def run(folder) -> Path:
+    """A run on the mixture."""
+    more = "--do_eval --eval_strategy steps --eval_steps 3 --metric_for_best_model mean --pre_seq_len 3"
+    train(flags(folder, folder / "run", "--task_mixture", str(folder / "mix.yaml"), *more.split()))
+    return folder / "run"
+
+
+def task_at(folder: Path, name: str, *more: str) -> list[str]:
+    return ["--task", str(folder / f"{name}.yaml"), "--task_data", str(folder / name), *more]
+
+
+# The file
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tasks: {mood: {task_data: mood}}", "no task 'mood'"),
+        ("tasks: {eprstm: {task_data: x}}", "did you mean eprstmt"),
+        ("tasks: {eprstmt: {}}", r"'tasks.eprstmt' has no 'task_data'"),
+        ("tasks: {}", "names no task"),
+        ("temprature: 2\ntasks: {eprstmt: {task_data: x}}", r"'temprature' \(did you mean 'temperature'\?\)"),
+        ("temperature: 0\ntasks: {eprstmt: {task_data: x}}", "'temperature' must be a number above 0, found 0"),
+        ("tasks: {eprstmt: {task_data: x, heads: generation}}", r"'heads' \(did you mean 'head'\?\)"),
+        ("tasks: {eprstmt: {task_data: x, head: token_classification}}", "tasks.eprstmt.head 'token_classification'"),
+        ("tasks: {eprstmt: {task_data: x, train_split: train_few}}", "did you mean 'train_few_all'"),
+        ("tasks: {eprstmt: {task_data: x, max_train_samples: all}}", "max_train_samples' must be a whole number"),
+        ("tasks: {eprstmt: {task_data: x, weight: 1}, bustm: {task_data: x}}", "fewclue_bustm has none"),
+        ("temperature: 2\ntasks: {eprstmt: {task_data: x, weight: 1}}", "there is no 'temperature'"),
+        ("tasks: {eprstmt: {task_data: x}, fewclue_eprstmt: {task_data: x}}", "fewclue_eprstmt stands twice"),
+        ("tasks: {eprstmt: {task_data: x}, eprstmt: {task_data: x}}", "stands twice"),
+        ("- eprstmt", "must be a mapping"),
+    ],
+)
+def test_wrong_files_are_refused_by_name(tmp_path, text, message):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message) as error:
+        read_mixture(path)
+    assert str(path) in str(error.value)
+
+
+def test_folders_are_relative_to_the_file_and_probabilities_follow_temperature_or_weights(folder, tmp_path):
+    mixture = read_mixture(folder / "mix.yaml")
+    assert [entry.task_data for entry in mixture.tasks] == [str(folder / name) for name in METRICS]
+    assert mixture.probabilities([1, 4, 25]) == pytest.approx([1 / 8, 2 / 8, 5 / 8])
+    weighted = tmp_path / "weighted.yaml"
+    weighted.write_text("tasks: {eprstmt: {task_data: modelscope, weight: 1}, tnews: {task_data: /x, weight: 3}}")
+    mixture = read_mixture(weighted)
+    assert mixture.probabilities([7, 1000]) == [0.25, 0.75]
+    assert [entry.task_data for entry in mixture.tasks] == ["modelscope", "/x"]
+
+
+# The order of rows
+
+SIZES = (10, 160)
+
+
+def steps(process_count: int, accumulation: int, epoch: int = 0) -> list[list[int]]:
+    """Rows of every step, as accelerate shares them among the processes."""
+    lengths = [[(3 * row) % 17 + 1 for row in range(size)] for size in SIZES]
+    per_device = 8 // process_count // accumulation
+    sampler = MixtureSampler(lengths, [0.2, 0.8], 8, seed=3)
+    sampler.set_epoch(epoch)
+    batches = BatchSampler(sampler, per_device, drop_last=False)
+    shares = [list(BatchSamplerShard(batches, process_count, rank)) for rank in range(process_count)]
+    return [
+        sorted(index for share in shares for batch in share[start : start + accumulation] for index in batch)
+        for start in range(0, len(shares[0]), accumulation)
+    ]
+
+
+def test_every_step_is_of_one_task_and_the_same_on_any_number_of_processes():
+    alone = steps(1, 1)
+    assert len(alone) == 22  # 170 rows in steps of 8
+    assert all(len({index < SIZES[0] for index in step}) == 1 and len(step) == 8 for step in alone)
+    assert all(steps(*layout) == alone for layout in ((2, 1), (1, 4), (2, 2), (4, 2)))
+    assert steps(1, 1, epoch=1) != alone
+
+
+def test_tasks_are_drawn_by_their_probabilities_and_all_their_rows_come_before_any_again():
+    sampler = MixtureSampler([[5] * size for size in SIZES], [0.2, 0.8], 8, seed=3)
+    drawn: Counter[int] = Counter()
+    for epoch in range(100):
+        sampler.set_epoch(epoch)
+        drawn.update(sampler.tasks_of_steps())
+    assert drawn[0] / drawn.total() == pytest.approx(0.2, abs=0.03)
+    small = [index for index in sampler if index < SIZES[0]]
+    assert len(small) >= 16 and Counter(small[:10]) == Counter(range(10))
+
+
+# The model
+
+
+@pytest.fixture(scope="module")
+def shared(folder, tmp_path_factory) -> tuple[ChatGLMForMultipleTasks, Path]:
+    """A model of all four tasks whose prefix and heads have values, and its prefix checkpoint."""
+    torch.manual_seed(1)
+    tasks = {name: load_task(folder / f"{name}.yaml") for name in TASKS}
+    heads = {name: TaskHead(HEADS[name], label_names(tasks[name], HEADS[name])) for name in TASKS}
+    model = ChatGLMForMultipleTasks(load_model(str(folder / "base"), pre_seq_len=3), heads)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape))
+    model.transformer.prefix_encoder.set_key_values(model.transformer.prefix_encoder.key_values())
+    path = tmp_path_factory.mktemp("shared")
+    recorded = {name: {"head": head.kind, "labels": head.labels} for name, head in heads.items()}
+    model.save_prefix(path, tasks=recorded)
+    return model, path
+
+
+def batch_of(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    tokenizer = ChatGLMTokenizer.from_pretrained(folder / "base")
+    task = load_task(folder / f"{name}.yaml")
+    rows = TaskEncoder(task, tokenizer, HEADS[name]).training_rows(read_examples(task, str(folder / name), "train"))
+    return PaddingCollator(tokenizer.pad_token_id)(rows)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_losses_and_gradients_are_those_of_the_class_for_one_task(folder, shared, name):
+    model, path = shared
+    task = load_task(folder / f"{name}.yaml")
+    names = label_names(task, HEADS[name])
+    outputs = {} if names is None else {"id2label": dict(enumerate(names))}
+    alone = load_model(str(folder / "base"), pre_seq_len=3, model_class=HEAD_CLASSES[HEADS[name]], **outputs)
+    alone.load_prefix(path, task=name)
+    batch = batch_of(folder, name)
+    model.train()
+    model.transformer.config.prefix_dropout = alone.transformer.config.prefix_dropout = 0.0
+    alone.train()
+    model.zero_grad()
+    ours, theirs = model(task=name, **batch), alone(**batch)
+    assert float(ours.loss) == pytest.approx(float(theirs.loss), rel=1e-6) and float(ours.loss) > 0
+    ours.loss.backward()
+    theirs.loss.backward()
+    embedding, other = (part.transformer.prefix_encoder.embedding.weight.grad for part in (model, alone))
+    torch.testing.assert_close(embedding, other)
+    for of_task, head in model.heads.items():
+        assert bool(head.weight.grad.any()) == (of_task == name)  # there for every process, and 0 for the others
+    model.eval()
+
+
+def test_a_checkpoint_holds_every_head_and_says_whose(folder, shared):
+    model, path = shared
+    assert set(load_file(path / WEIGHTS_FILE)) == {
+        PREFIX, *(f"heads.{name}.{part}" for name in METRICS for part in ("weight", "bias"))
+    }  # fmt: skip
+    again = ChatGLMForMultipleTasks(load_model(str(folder / "base"), pre_seq_len=3), _heads_of(path))
+    again.load_prefix(path)
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    with pytest.raises(KeyError, match="mood, names, spans, reply"):
+        again.for_task("moods")
+    single = load_model(str(folder / "base"), model_class=HEAD_CLASSES["sequence_classification"])
+    with pytest.raises(ValueError, match=r"shared by mood, names, spans, reply.*task="):
+        single.load_prefix(path)
+    with pytest.raises(ValueError, match="cannot have the name 'keys'"):
+        ChatGLMForMultipleTasks(load_model(str(folder / "base")), {"keys": TaskHead("question_answering")})
+
+
+def _heads_of(path: Path) -> dict[str, TaskHead]:
+    recorded = json.loads((path / METADATA_FILE).read_text(encoding="utf-8"))["tasks"]
+    return {name: TaskHead(entry["head"], entry["labels"]) for name, entry in recorded.items()}
+
+
+# A run
+
+
+def test_a_run_reports_every_task_and_the_best_by_their_mean(run):
+    results = json.loads((run / "all_results.json").read_text())
+    own = [results[f"eval_{name}_{metric}"] for name, metric in METRICS.items()]
+    assert results["eval_mean"] == pytest.approx(sum(own) / 3)
+    losses = [results[f"eval_{name}_loss"] for name in METRICS]
+    assert results["eval_loss"] == pytest.approx(sum(losses) / 3)
+    state = json.loads((run / "checkpoint-6" / "trainer_state.json").read_text())
+    means = {entry["step"]: entry["eval_mean"] for entry in state["log_history"] if "eval_mean" in entry}
+    assert means.keys() == {3, 6} and state["best_metric"] == max(means.values())
+    logged = [entry for entry in state["log_history"] if "loss" in entry]
+    assert any(f"loss_{name}" in entry for entry in logged for name in METRICS)
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(folder, run, tmp_path):
+    shutil.copytree(run / "checkpoint-3", tmp_path / "run" / "checkpoint-3")
+    argv = flags(folder, tmp_path / "run", "--task_mixture", str(folder / "mix.yaml"), "--pre_seq_len", "3")
+    train([*argv, "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-3")])
+    ours, theirs = load_file(tmp_path / "run" / WEIGHTS_FILE), load_file(run / WEIGHTS_FILE)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_each_task_is_evaluated_with_its_own_head(folder, run, tmp_path, name):
+    argv = ["--model_name_or_path", str(folder / "base"), "--ptuning_checkpoint", str(run), "--split", "dev"]
+    evaluate([*argv, *task_at(folder, name), "--output_dir", str(tmp_path)])
+    found = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
+    results = json.loads((run / "all_results.json").read_text())
+    assert found["metrics"][METRICS[name]] == pytest.approx(results[f"eval_{name}_{METRICS[name]}"])
+
+
+def test_a_task_that_is_not_in_the_mixture_has_no_head_there(folder, run, tmp_path, capsys):
+    other = tmp_path / "other.yaml"
+    other.write_text((folder / "names.yaml").read_text(encoding="utf-8").replace("name: names", "name: other"))
+    argv = ["--model_name_or_path", str(folder / "base"), "--ptuning_checkpoint", str(run), "--split", "dev"]
+    with pytest.raises(SystemExit):
+        evaluate([*argv, "--task", str(other), "--task_data", str(folder / "names"), "--output_dir", str(tmp_path)])
+    assert "no linear head for other (it is shared by mood, names, spans)" in capsys.readouterr().err
+
+
+# Starting from it
+
+
+def frozen(folder: Path, output: Path, *more: str) -> dict[str, torch.Tensor]:
+    """What a run that learns nothing ends with: its first values."""
+    train([*flags(folder, output), "--max_steps", "1", "--learning_rate", "0", "--weight_decay", "0", *more])
+    return load_file(output / WEIGHTS_FILE)
+
+
+def test_a_single_task_starts_from_the_shared_prefix_and_its_head(folder, run, tmp_path, capsys):
+    shared = load_file(run / WEIGHTS_FILE)
+    start = ("--init_prefix", str(run))
+    first = frozen(folder, tmp_path / "mood", *task_at(folder, "mood"), *start)
+    assert torch.equal(first[PREFIX], shared[PREFIX])
+    assert torch.equal(first["classifier_head.weight"], shared["heads.mood.weight"])
+    assert "The prefix and the head start from" in capsys.readouterr().out
+    again = frozen(folder, tmp_path / "again", *task_at(folder, "mood"), "--init_prefix", str(tmp_path / "mood"))
+    assert torch.equal(again["classifier_head.weight"], shared["heads.mood.weight"])  # of a prefix of one task, too
+    written = frozen(folder, tmp_path / "reply", *task_at(folder, "reply"), *start)
+    assert written.keys() == {PREFIX} and torch.equal(written[PREFIX], shared[PREFIX])
+    mixed = frozen(folder, tmp_path / "mix", "--task_mixture", str(folder / "mix.yaml"), *start)
+    assert torch.equal(mixed[PREFIX], shared[PREFIX])
+    assert json.loads((tmp_path / "mood" / METADATA_FILE).read_text())["training"]["prefix_init"] == str(run)
+
+
+def test_an_official_prefix_is_a_start_as_well(folder, run, tmp_path):
+    shared = load_file(run / WEIGHTS_FILE)
+    save_file({PREFIX: shared[PREFIX]}, tmp_path / "model.safetensors")
+    first = frozen(folder, tmp_path / "out", *task_at(folder, "names"), "--init_prefix", str(tmp_path))
+    assert torch.equal(first[PREFIX], shared[PREFIX])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--pre_seq_len", "5"], r"--pre_seq_len is 5, but --init_prefix .* has 3 virtual tokens"),
+        (["--ptuning_checkpoint", "x"], "each say what the prefix starts from"),
+        (["--init_prefix_text", "你好"], "each say what the prefix starts from"),
+        (["--do_train", "false", "--do_eval"], "it needs --do_train"),
+        (["--tuning", "lora"], "--tuning ptuning_v2"),
+        (["--model_name_or_path", "OTHER"], "was trained on another base"),
+    ],
+)
+def test_what_does_not_fit_is_refused(folder, run, tmp_path, capsys, more, message):
+    if "OTHER" in more:
+        shutil.copytree(folder / "base", tmp_path / "base")
+        tokens = load_file(folder / "base" / "model.safetensors")
+        save_file({key: value * 1.5 for key, value in tokens.items()}, tmp_path / "base" / "model.safetensors")
+        more = ["--model_name_or_path", str(tmp_path / "base")]
+    with pytest.raises(SystemExit):
+        train([*flags(folder, tmp_path / "o"), *task_at(folder, "mood"), "--init_prefix", str(run), *more])
+    error = " ".join(capsys.readouterr().err.split())
+    assert re.search(message, error), error
+
+
+def test_a_mixture_goes_neither_with_a_task_nor_with_predictions(folder, tmp_path, capsys):
+    mixture = ["--task_mixture", str(folder / "mix.yaml")]
+    for more, message in ((["--do_predict"], "evaluate --task NAME"), (task_at(folder, "mood"), "its own tasks")):
+        with pytest.raises(SystemExit):
+            train([*flags(folder, tmp_path / "o"), *mixture, *more])
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(folder, run, tmp_path):
+    argv = flags(folder, tmp_path / "run", "--task_mixture", str(folder / "mix.yaml"), "--pre_seq_len", "3")
+    more = ["--per_device_train_batch_size", "1", "--prefix_dropout", "0", "--do_eval"]
+    processes.run([*argv, *more], 2, tmp_path)
+    train([*flags(folder, tmp_path / "alone"), *argv[-4:], "--prefix_dropout", "0", "--do_eval"])
+    ours, theirs = load_file(tmp_path / "run" / WEIGHTS_FILE), load_file(tmp_path / "alone" / WEIGHTS_FILE)
+    for key in theirs:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-3, atol=1e-4)
+    ours, theirs = (json.loads((tmp_path / name / "all_results.json").read_text()) for name in ("run", "alone"))
+    for name in ("mean", "loss", "names_loss", "mood_accuracy"):
+        assert ours[f"eval_{name}"] == pytest.approx(theirs[f"eval_{name}"], rel=1e-3)
