@@ -226,7 +226,7 @@ def _init_parts(by_init: Mapping[str, Any], metric: str) -> list[str]:
     ]  # fmt: skip
     head = ["prefix_init", *(f"step {step}" for step in steps), f"steps to a loss of {by_init['loss']:.3f}"]
     return [
-        f"{metric} and, in brackets, loss (nats per token) on the dev split; means over the {by_init['settings']} "
+        f"{metric} and, in brackets, loss (nats) on the dev split; means over the {by_init['settings']} "
         "settings that all of them finished, and the seeds.",
         _table(head, rows),
     ]
@@ -266,7 +266,7 @@ def _draw(report: Mapping[str, Any], whole: Sequence[dict[str, Any]], folder: Pa
             start: [(point["step"], point["loss"], point["loss_deviation"]) for point in course]
             for start, course in report["by_init"]["courses"].items()
         }
-        draw_lines(folder / "course_by_init.png", courses, "step", "loss on the dev split (nats per token)")
+        draw_lines(folder / "course_by_init.png", courses, "step", "loss on the dev split (nats)")
 
 
 def draw_lines(path: Path, lines: Lines, x_label: str, y_label: str, base: float | None = None) -> None:

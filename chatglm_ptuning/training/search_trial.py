@@ -30,7 +30,7 @@ class Course:
     """What the evaluations of one run have shown.
 
     Attributes:
-        points: (training step, score by the search's metric, loss in nats per token), in their order.
+        points: (training step, score by the search's metric, loss in nats per label), in their order.
         seconds: that the run took, from loading the base on.
     """
 
