@@ -164,3 +164,10 @@ def test_the_documentation_names_every_reader_and_its_example_is_a_task(tmp_path
     from chatglm_ptuning.data.tasks.schema import METRICS, READERS, SUBMISSIONS
 
     assert all(f"`{name}`" in text for name in (*READERS, *METRICS, *SUBMISSIONS))
+
+
+@pytest.mark.parametrize("name", ["cmrc2018", "drcd"])
+def test_a_question_stands_before_the_context_that_is_searched(name):
+    # The base reads from left to right: behind the context, all questions would find the same span.
+    prompt = load_task(name).prompt
+    assert prompt.index("{question}") < prompt.index("{context}")

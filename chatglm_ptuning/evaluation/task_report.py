@@ -274,7 +274,7 @@ def _readable(example: AnyExample, value: Any) -> Any:
     """Candidates instead of their indices, entities instead of tags."""
     if isinstance(example, ChoiceExample) and isinstance(value, int):
         return example.candidates[value]
-    if isinstance(example, TokenExample):
+    if isinstance(example, TokenExample) and value is not None:
         return [
             {"type": entity, "text": "".join(example.tokens[first : last + 1]), "start": first}
             for entity, first, last in spans_of(value)
