@@ -13,9 +13,9 @@ import yaml
 from filelock import FileLock
 
 from chatglm_ptuning.cli import main
-from chatglm_ptuning.training.compare_plan import Plan, check_plan, read_plan
-from chatglm_ptuning.training.compare_report import MAJORITY, make_rows, write_comparison
-from chatglm_ptuning.training.compare_runs import runs_of
+from chatglm_ptuning.training.comparison.plan import Plan, check_plan, read_plan
+from chatglm_ptuning.training.comparison.report import MAJORITY, make_rows, write_comparison
+from chatglm_ptuning.training.comparison.runs import runs_of
 
 TASK = {
     "name": "weather",

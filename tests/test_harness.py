@@ -25,8 +25,8 @@ pytest.importorskip("lm_eval.models.huggingface")
 
 from lm_eval.api.instance import Instance
 
-from chatglm_ptuning.evaluation.harness_model import ChatGLMHarnessModel
-from chatglm_ptuning.evaluation.harness_tasks import load_harness_tasks, select_tasks
+from chatglm_ptuning.evaluation.harness.model import ChatGLMHarnessModel
+from chatglm_ptuning.evaluation.harness.tasks import load_harness_tasks, select_tasks
 
 HARD = load_task("ceval").groups["Hard"]
 DESCRIPTION = "以下是中国关于法学的单项选择题，请选出其中的正确答案。\n\n"
@@ -390,7 +390,7 @@ def test_lm_eval_finds_the_model_by_its_name(base, prefix):
 
 @pytest.mark.slow  # lm-eval reads its thousands of definitions
 def test_lm_evals_own_command_takes_the_model_and_a_prefix(base, prefix, tmp_path):
-    start = "import chatglm_ptuning.evaluation.harness_model; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
+    start = "import chatglm_ptuning.evaluation.harness.model; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
     command = [sys.executable, "-c", start, "run", "--model", "chatglm", "--tasks", "my_moods", "--batch_size", "4"]
     command += ["--model_args", f"pretrained={base},ptuning_checkpoint={prefix}"]
     command += ["--include_path", str(write_own_task(tmp_path)), "--output_path", str(tmp_path / "out")]

@@ -19,7 +19,7 @@ def steps(processes, accumulation, strategy, per_device=3, epoch=0):
     batches = BatchSampler(sampler, per_device, drop_last=False)
     shares = [list(BatchSamplerShard(batches, processes, rank)) for rank in range(processes)]
     assert len({len(share) for share in shares}) == 1
-    rows = PaddedRows([{"input_ids": [1, 2]}] * len(LENGTHS), per_device * processes)
+    rows = PaddedRows([{"input_ids": [1, 2], "labels": [-100, 2]}] * len(LENGTHS), per_device * processes)
     seen = []
     for start in range(0, len(shares[0]), accumulation):
         step = [index for share in shares for batch in share[start : start + accumulation] for index in batch]

@@ -22,8 +22,8 @@ from chatglm_ptuning.cli import main as command
 from chatglm_ptuning.command_line import parse_arguments
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.model.modeling_heads import ChatGLMForSequenceClassification
-from chatglm_ptuning.training.search_arguments import TRAIN_ARGUMENTS, SearchArguments, Setting
-from chatglm_ptuning.training.search_trial import run_flags
+from chatglm_ptuning.training.searching.arguments import TRAIN_ARGUMENTS, SearchArguments, Setting
+from chatglm_ptuning.training.searching.trial import run_flags
 from chatglm_ptuning.training.task_run import TaskRun
 
 TASK = """
@@ -259,7 +259,10 @@ def test_two_workers_share_the_settings_and_a_killed_ones_is_taken_over(base, ta
         ("--prefix_init data text", "belong together"),
         ("--prefix_init warm", "--prefix_init must be among data, text, small, official, got 'warm'"),
         ("--eval_steps 9", "--eval_steps 9 is more than --max_steps 4"),
-        ("--metric f1", "--metric of weather must be one of accuracy, macro_f1, loss, got 'f1'"),
+        (
+            "--metric f1",
+            "--metric of weather must be one of accuracy, macro_f1, micro_f1, subset_accuracy, loss, got 'f1'",
+        ),
         ("--eval_split test", "never looks at a test split"),
         ("--max_source_length 1", "--max_source_length must be at least 2"),
     ],

@@ -32,7 +32,7 @@ from chatglm_ptuning.training.failures import (
     what_is_kept,
 )
 from chatglm_ptuning.training.file_run import TrainingRun
-from chatglm_ptuning.training.mixture_run import MixtureRun
+from chatglm_ptuning.training.mixture.run import MixtureRun
 from chatglm_ptuning.training.preservation import PreservationArguments
 from chatglm_ptuning.training.task_run import TaskRun
 

@@ -18,7 +18,7 @@ from chatglm_ptuning.evaluation.task_report import score_task
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMPreTrainedModel
 from chatglm_ptuning.model.modeling_tasks import ChatGLMForMultipleTasks, TaskHead
 from chatglm_ptuning.training.file_run import TrainingRun
-from chatglm_ptuning.training.mixture_trainer import MixtureTrainer, OneTaskCollator
+from chatglm_ptuning.training.mixture.trainer import MixtureTrainer, OneTaskCollator
 from chatglm_ptuning.training.sampler import TASK_KEY
 from chatglm_ptuning.training.source_attention import source_of_rows
 from chatglm_ptuning.training.task_run import prediction_settings

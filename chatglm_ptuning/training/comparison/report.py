@@ -17,8 +17,8 @@ from rich.table import Table
 from chatglm_ptuning.evaluation.bootstrap import mean_interval
 from chatglm_ptuning.evaluation.figures import find_font, new_figure, save_figure
 from chatglm_ptuning.prefix.files import write_atomically
-from chatglm_ptuning.training.compare_plan import CheckedPlan
-from chatglm_ptuning.training.compare_runs import Failure, Run
+from chatglm_ptuning.training.comparison.plan import CheckedPlan
+from chatglm_ptuning.training.comparison.runs import Failure, Run
 
 MAJORITY = "majority class"
 MEAN_OF_EXAMPLES = ("accuracy", "cmrc_f1")

@@ -17,7 +17,7 @@ import torch
 
 from chatglm_ptuning.command_line import flag_words
 from chatglm_ptuning.prefix.files import write_atomically
-from chatglm_ptuning.training.compare_plan import Cell
+from chatglm_ptuning.training.comparison.plan import Cell
 
 RUN_FILE = "compare_run.json"
 """What a run was started with; only a folder that has it is ever emptied."""

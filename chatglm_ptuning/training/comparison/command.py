@@ -19,9 +19,9 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 
 from chatglm_ptuning.command_line import fail, parse_arguments
 from chatglm_ptuning.prefix.latest import runs_folder
-from chatglm_ptuning.training.compare_plan import DEFAULT_SEEDS, Plan, check_plan, read_plan, select
-from chatglm_ptuning.training.compare_report import make_rows, print_comparison, write_comparison
-from chatglm_ptuning.training.compare_runs import LOG_FILE, Failure, Run, run_all, runs_of
+from chatglm_ptuning.training.comparison.plan import DEFAULT_SEEDS, Plan, check_plan, read_plan, select
+from chatglm_ptuning.training.comparison.report import make_rows, print_comparison, write_comparison
+from chatglm_ptuning.training.comparison.runs import LOG_FILE, Failure, Run, run_all, runs_of
 from chatglm_ptuning.training.failures import SIGTERM_EXIT_CODE
 
 _INTERRUPTED_EXIT_CODE = 130

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from chatglm_ptuning.command_line import parse_arguments
-from chatglm_ptuning.training.search_arguments import TRAIN_ARGUMENTS, Setting
+from chatglm_ptuning.training.searching.arguments import TRAIN_ARGUMENTS, Setting
 from chatglm_ptuning.training.task_run import TaskRun
 
 WHILE_SEARCHING = ("--save_strategy", "no", "--disable_tqdm", "true", "--report_to", "none")

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from chatglm_ptuning.prefix.files import write_atomically
-from chatglm_ptuning.training.search_arguments import Setting
-from chatglm_ptuning.training.search_trial import run_flags
+from chatglm_ptuning.training.searching.arguments import Setting
+from chatglm_ptuning.training.searching.trial import run_flags
 
 if TYPE_CHECKING:
     import optuna

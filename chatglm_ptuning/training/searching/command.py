@@ -21,15 +21,15 @@ from chatglm_ptuning.data.tasks.registry import load_task
 from chatglm_ptuning.data.tasks.schema import METRICS
 from chatglm_ptuning.training.arguments import RETIRED_FLAGS
 from chatglm_ptuning.training.failures import SIGTERM_EXIT_CODE, Preempted, TrainingStopped
-from chatglm_ptuning.training.search_arguments import (
+from chatglm_ptuning.training.searching.arguments import (
     TRAIN_ARGUMENTS,
     SearchArguments,
     Setting,
     flags_of,
     passed_arguments,
 )
-from chatglm_ptuning.training.search_report import describe, print_report, write_report
-from chatglm_ptuning.training.search_trial import Course, run_flags, train_once
+from chatglm_ptuning.training.searching.report import describe, print_report, write_report
+from chatglm_ptuning.training.searching.trial import Course, run_flags, train_once
 
 if TYPE_CHECKING:
     import optuna

@@ -20,8 +20,8 @@ from chatglm_ptuning.prefix.files import write_atomically
 from chatglm_ptuning.prefix.latest import runs_folder
 
 if TYPE_CHECKING:
-    from chatglm_ptuning.evaluation.harness_model import ChatGLMHarnessModel
-    from chatglm_ptuning.evaluation.harness_tasks import Exam, Selection
+    from chatglm_ptuning.evaluation.harness.model import ChatGLMHarnessModel
+    from chatglm_ptuning.evaluation.harness.tasks import Exam, Selection
 
 METRICS_FILE = "metrics.json"
 RESULTS_FILE = "lm_eval_results.json"
@@ -86,8 +86,8 @@ def run_harness(args: HarnessArguments) -> dict[str, Any]:
     _check_installation()
     # Its warnings are about a loaded model, local data and examples in front: all of them are meant here.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    from chatglm_ptuning.evaluation.harness_model import ChatGLMHarnessModel
-    from chatglm_ptuning.evaluation.harness_tasks import load_harness_tasks, select_tasks
+    from chatglm_ptuning.evaluation.harness.model import ChatGLMHarnessModel
+    from chatglm_ptuning.evaluation.harness.tasks import load_harness_tasks, select_tasks
 
     selection = select_tasks(args.tasks or (), args.subjects)
     options: dict[str, Any] = {"data_dir": args.data_dir, "num_fewshot": args.num_fewshot}
@@ -201,7 +201,7 @@ def _report(
 def _write_exam_report(exam: Exam, result: Mapping[str, Any], folder: Path) -> TaskScores:
     import torch
 
-    from chatglm_ptuning.evaluation.harness_tasks import scored_examples
+    from chatglm_ptuning.evaluation.harness.tasks import scored_examples
 
     scored = list(scored_examples(exam, result["samples"]))
     likelihoods = torch.tensor([scores for _, scores in scored])

@@ -1,0 +1,1 @@
+"""`chatglm-ptuning lm_eval`: examinations and other tasks through lm-evaluation-harness."""

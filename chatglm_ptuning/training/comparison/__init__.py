@@ -1,0 +1,1 @@
+"""`chatglm-ptuning compare`: ways of tuning on tasks, over seeds."""

@@ -1,0 +1,1 @@
+"""One prefix for several tasks (`train --task_mixture`)."""
