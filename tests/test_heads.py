@@ -324,3 +324,11 @@ def test_a_language_model_says_that_it_has_no_use_for_a_head(load, folders, capl
 def test_the_number_of_labels_is_part_of_the_saved_configuration(make, tmp_path):
     make(num_labels=5).config.save_pretrained(tmp_path)
     assert len(json.loads((tmp_path / "config.json").read_text())["id2label"]) == 5
+
+
+def test_pads_are_no_places_for_an_answer(make, ids):
+    model = make(ChatGLMForQuestionAnswering).eval()
+    places = {"start_positions": torch.tensor([1]), "end_positions": torch.tensor([2])}
+    alone = model(ids[:1, :4], **places).loss
+    mask = (torch.arange(7) < 4).long()[None]
+    torch.testing.assert_close(model(ids[:1], attention_mask=mask, **places).loss, alone)

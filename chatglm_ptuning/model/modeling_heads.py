@@ -233,8 +233,10 @@ class ChatGLMForQuestionAnswering(ChatGLMWithHead):
         start_logits, end_logits = self.qa_outputs(self.dropout(outputs.last_hidden_state)).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
-            start_loss = cross_entropy(start_logits, _inside(start_positions, start_logits), num_items_in_batch)
-            end_loss = cross_entropy(end_logits, _inside(end_positions, end_logits), num_items_in_batch)
+            # Pads are no places to choose from, or a row's loss would depend on the others of its batch.
+            starts, ends = (_on_real_tokens(logits, attention_mask) for logits in (start_logits, end_logits))
+            start_loss = cross_entropy(starts, _inside(start_positions, starts), num_items_in_batch)
+            end_loss = cross_entropy(ends, _inside(end_positions, ends), num_items_in_batch)
             loss = (start_loss + end_loss) / 2
         return QuestionAnsweringModelOutput(
             loss=loss,
@@ -253,6 +255,14 @@ HEAD_CLASSES: dict[str, type[ChatGLMPreTrainedModel]] = {
     "question_answering": ChatGLMForQuestionAnswering,
 }
 """The class that solves a task with a head of that name; the first two are the language model itself."""
+
+
+def _on_real_tokens(logits: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """The logits `[batch, seq_len]` with those of pads as low as can be."""
+    if attention_mask is None or attention_mask.ndim != 2:
+        return logits
+    real = attention_mask[:, -logits.shape[1] :].bool().to(logits.device)
+    return logits.masked_fill(~real, torch.finfo(logits.dtype).min)
 
 
 def _inside(positions: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
