@@ -370,8 +370,9 @@ def test_two_processes_train_as_one(folder, run, tmp_path):
     processes.run([*argv, *more], 2, tmp_path)
     train([*flags(folder, tmp_path / "alone"), *argv[-4:], "--prefix_dropout", "0", "--do_eval"])
     ours, theirs = load_file(tmp_path / "run" / WEIGHTS_FILE), load_file(tmp_path / "alone" / WEIGHTS_FILE)
-    for key in theirs:
-        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-3, atol=1e-4)
+    # The bias of the spans shifts all positions alike, so its gradient is rounding alone, which AdamW makes steps of.
+    for key in theirs.keys() - {"heads.spans.bias"}:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-5)
     ours, theirs = (json.loads((tmp_path / name / "all_results.json").read_text()) for name in ("run", "alone"))
     for name in ("mean", "loss", "names_loss", "mood_accuracy"):
         assert ours[f"eval_{name}"] == pytest.approx(theirs[f"eval_{name}"], rel=1e-3)
