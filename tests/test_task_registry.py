@@ -113,6 +113,11 @@ def test_groups_across_categories_are_those_the_benchmarks_publish(tmp_path):
         ("metric:", "name: twice\nmetric:", "the key 'name' stands twice"),
         ("labels: {", "labels: {0: 中, ", "the key '0' stands twice"),
         ("labels: {", "labels: [", "not valid YAML"),
+        ("metric:", "label_separator: /\nmetric:", "'label_separator' belongs to 'multi_label: true'"),
+        ("metric: macro_f1", "metric: micro_f1", "'micro_f1' belongs to 'multi_label: true'"),
+        ("metric: macro_f1", "multi_label: true\nmetric: accuracy", "the metric must be one of"),
+        ("metric:", "multi_label: true\nhead: generation\nmetric:", "the head must be sequence_classification"),
+        ("metric:", "multi_label: true\ndrop_labels: [x]\nmetric:", "'drop_labels' leaves out rows of one label"),
     ],
 )
 def test_a_faulty_file_is_refused_by_its_key(tmp_path, old, new, message):

@@ -22,6 +22,7 @@ from chatglm_ptuning.evaluation import figures
 from chatglm_ptuning.evaluation.bootstrap import bootstrap_interval, f1_interval, mean_interval
 from chatglm_ptuning.evaluation.classification import classification_scores, confusion_matrix
 from chatglm_ptuning.evaluation.entities import cluener_f1, entity_scores
+from chatglm_ptuning.evaluation.multi_label import multi_label_scores
 from chatglm_ptuning.evaluation.reading_comprehension import answer_f1, cmrc_scores, exact_match
 from chatglm_ptuning.evaluation.task_report import score_task, worst_errors, write_task_report
 
@@ -201,3 +202,24 @@ def test_names_without_a_font_are_numbered(tmp_path, monkeypatch):
         figures.draw_confusion_matrix(tmp_path / "c.png", np.eye(82, 83, dtype=int), [f"类{i}" for i in range(82)])
     assert named == ["α", "β", "γ", "δ"]
     assert (image.imread(tmp_path / "a.png") != image.imread(tmp_path / "b.png")).any()
+
+
+def test_several_labels_are_scored_as_scikit_learn_does():
+    metrics = pytest.importorskip("sklearn.metrics")
+    binarizer = pytest.importorskip("sklearn.preprocessing").MultiLabelBinarizer(classes=["a", "b", "c", "never"])
+    rng = random.Random(3)
+    expected, predicted = ([rng.sample("abc", rng.randint(0, 3)) for _ in range(60)] for _ in range(2))
+    scores, table = multi_label_scores(predicted, expected, ["a", "b", "c", "never"])
+    gold, found = binarizer.fit_transform(expected), binarizer.transform(predicted)
+    f1 = {name: 100 * metrics.f1_score(gold, found, average=name, zero_division=0) for name in ("micro", "macro")}
+    assert scores["micro_f1"] == pytest.approx(f1["micro"])
+    assert scores["macro_f1"] == pytest.approx(f1["macro"])
+    assert scores["subset_accuracy"] == pytest.approx(100 * metrics.accuracy_score(gold, found))
+    each = metrics.precision_recall_fscore_support(gold, found, average=None, zero_division=0)
+    for place, label in enumerate(binarizer.classes_):
+        ours = table[label]
+        theirs = [column[place] for column in each]
+        assert [ours.precision, ours.recall, ours.f1] == pytest.approx([100 * value for value in theirs[:3]])
+        assert ours.support == theirs[3]
+    with pytest.raises(ValueError, match="'d' is none of a, b"):
+        multi_label_scores([["d"]], [["a"]], ["a", "b"])
