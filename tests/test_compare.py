@@ -246,6 +246,7 @@ def times(output):
     return {path.parent.name: path.stat().st_mtime_ns for path in output.glob("runs/*/prefix/*/all_results.json")}
 
 
+@pytest.mark.slow
 def test_runs_are_real_resumed_and_may_fail(folder, content, tmp_path):
     content["base"] = str(tiny_base.make_base(tmp_path, steps=120))
     content["seeds"] = [1, 2]

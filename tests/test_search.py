@@ -226,6 +226,7 @@ def running(folder):
     return any(trial.state.name == "RUNNING" and "setting" in trial.user_attrs for trial in study.trials)
 
 
+@pytest.mark.slow
 def test_two_workers_share_the_settings_and_a_killed_ones_is_taken_over(base, task, tmp_path):
     lengths = [2, 3, 4, 5]
     (tmp_path / "logs").mkdir()
