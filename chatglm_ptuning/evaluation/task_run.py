@@ -25,6 +25,7 @@ from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.prefix.checkpoint import kit_version
 
 if TYPE_CHECKING:
+    from chatglm_ptuning.data.tasks.schema import Task
     from chatglm_ptuning.evaluation.run import EvaluationArguments
 
 BASE_FOLDER = "base"
@@ -49,20 +50,7 @@ def evaluate_task(args: EvaluationArguments, prefix: Path | None) -> dict[str, A
     source = {"hub": args.hub, "revision": args.revision}
     # Rows first: what is wrong with a file shows before minutes go into loading the base.
     examples = args.examples(task, split, args.max_predict_samples)
-    unit, variant = None, None
-    if prefix is None:
-        head = head_of(task, args.head or next((name for name in task.heads if name in ANSWERING_HEADS), None))
-    else:
-        details = recorded_details(prefix, args.model_name_or_path, **source)
-        head = recorded_head(details, task, args.head, prefix)
-        unit = recorded_token_unit(details)
-        if details.get("task") == task.name:
-            variant = submission_variant(task, details.get("training", {}).get(TRAIN_SPLIT))
-    if head not in ANSWERING_HEADS and (prefix is None or args.compare_base):
-        raise ValueError(
-            f"The plain base has no {head.replace('_', ' ')} head for {task.name}; it can be scored by "
-            f"{' or '.join(name for name in task.heads if name in ANSWERING_HEADS) or 'no head at all'}."
-        )
+    head, unit, variant = _how_to_solve(args, task, prefix)
     tokenizer = load_tokenizer(args.model_name_or_path, **source)
     encoder = args.encoder(task, tokenizer, args.max_source_length, args.max_target_length, head, unit)
     print_once(f"{task.name} ({task.title}), {split} in {args.task_data}, head {head}: {len(examples)} examples")
@@ -116,3 +104,26 @@ def evaluate_task(args: EvaluationArguments, prefix: Path | None) -> dict[str, A
         print_scores(scores, f"{task.name}, {split} (%)")
     print_once(f"The results are in {output}.")
     return scores
+
+
+def _how_to_solve(args: EvaluationArguments, task: Task, prefix: Path | None) -> tuple[str, str | None, str | None]:
+    """The head, what a tag stands on, and the variant of the submission, as the prefix was trained for them.
+
+    Raises:
+        FileNotFoundError, ValueError: if the prefix is not there, or its head or the plain base cannot solve the task.
+    """
+    unit, variant = None, None
+    if prefix is None:
+        head = head_of(task, args.head or next((name for name in task.heads if name in ANSWERING_HEADS), None))
+    else:
+        details = recorded_details(prefix, args.model_name_or_path, hub=args.hub, revision=args.revision)
+        head = recorded_head(details, task, args.head, prefix)
+        unit = recorded_token_unit(details)
+        if details.get("task") == task.name:
+            variant = submission_variant(task, details.get("training", {}).get(TRAIN_SPLIT))
+    if head not in ANSWERING_HEADS and (prefix is None or args.compare_base):
+        raise ValueError(
+            f"The plain base has no {head.replace('_', ' ')} head for {task.name}; it can be scored by "
+            f"{' or '.join(name for name in task.heads if name in ANSWERING_HEADS) or 'no head at all'}."
+        )
+    return head, unit, variant
