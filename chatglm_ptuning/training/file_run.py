@@ -19,7 +19,7 @@ from chatglm_ptuning.evaluation.metrics import score
 from chatglm_ptuning.evaluation.parallel import generate_answers_together
 from chatglm_ptuning.evaluation.table import print_scores
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
-from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMPreTrainedModel
+from chatglm_ptuning.model.modeling_chatglm import ChatGLMPreTrainedModel
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 from chatglm_ptuning.prefix.files import write_atomically
 from chatglm_ptuning.training.arguments import (
@@ -147,7 +147,7 @@ class TrainingRun:
         rows = iterate_rows(self._named(flag), BadRows(self.data_args.skip_bad_rows))
         return list(itertools.islice(rows, self.data_args.max_predict_samples))
 
-    def _load_model(self) -> ChatGLMForConditionalGeneration:
+    def _load_model(self) -> ChatGLMPreTrainedModel:
         model_args = self.model_args
         match_precision(self.args, model_args.dtype, model_args.quantization_bit)
         loaded = load_model(
