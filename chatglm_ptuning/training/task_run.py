@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from chatglm_ptuning.data.tasks.arguments import submission_variant, usual_split
@@ -20,9 +21,11 @@ from chatglm_ptuning.evaluation.task_model import (
 )
 from chatglm_ptuning.evaluation.task_predictions import Prediction, PredictionSettings, predict_together
 from chatglm_ptuning.evaluation.task_report import TaskScores, score_task, write_results
+from chatglm_ptuning.model.modeling_heads import Head
 from chatglm_ptuning.prefix.checkpoint import kit_version
 from chatglm_ptuning.training.arguments import DataArguments, PrefixTrainingArguments
 from chatglm_ptuning.training.file_run import TrainingRun
+from chatglm_ptuning.training.head_start import probe_head
 from chatglm_ptuning.training.trainer import PrefixTrainer
 from chatglm_ptuning.tuning.methods import PREFIX_METHODS
 
@@ -106,6 +109,27 @@ class TaskRun(TrainingRun):
     def _predict(self, examples: Sequence[AnyExample]) -> list[Prediction]:
         settings = prediction_settings(self.data_args, self.args)
         return predict_together(self.model, self.encoder, examples, settings, under_engine=self.under_engine)
+
+    def train(self, trainer: PrefixTrainer, checkpoint: Path | None) -> None:
+        """As `TrainingRun.train`; a linear head that is still random first gets the values that --head_init asks for.
+
+        Not under ZeRO-3, where the head is in pieces before training starts.
+        """
+        heads = (module for module in self.model.modules() if isinstance(module, Head) and module.weight.requires_grad)
+        head = next(heads, None)
+        wanted = self.args.head_init == "probe" and checkpoint is None
+        if wanted and head is not None and head.is_untrained and "labels" in self.train_examples[0]:
+            count = probe_head(
+                self.model,
+                head,
+                self.train_examples,
+                trainer.data_collator,
+                batch_size=self.args.per_device_eval_batch_size,
+                seed=self.args.seed,
+            )
+            if self.args.should_save and count:
+                print(f"The linear head starts from a logistic regression on {count} states (--head_init probe).")
+        super().train(trainer, checkpoint)
 
     def predict(self, trainer: PrefixTrainer) -> None:
         """Predicts the split, and writes report and submission into the run's folder `predict`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from chatglm_ptuning.training.head_start import HEAD_INITS
 from chatglm_ptuning.tuning.methods import (
     LEARNING_RATES,
     LINEAR_LAYERS,
@@ -32,6 +33,11 @@ class TuningArguments:
     head_learning_rate: float | None = field(
         default=None, metadata={"help": "of a linear head (default: --learning_rate)"}
     )
+    head_init: str = field(
+        default="probe",
+        metadata={"help": "first values of a linear head for texts or tokens: probe (logistic regression on the states "
+                  "of the training rows, as they are before training) or random"},
+    )  # fmt: skip
     lora_rank: int = field(default=_LORA.rank, metadata={"help": "of lora: rank of the matrices"})
     lora_alpha: float = field(default=_LORA.alpha, metadata={"help": "of lora: they count alpha / rank times"})
     lora_dropout: float = field(default=_LORA.dropout, metadata={"help": "of lora: dropout on their input"})
@@ -49,6 +55,8 @@ class TuningArguments:
     def __post_init__(self) -> None:
         if self.tuning not in TUNING_METHODS:
             raise ValueError(f"--tuning must be one of {', '.join(TUNING_METHODS)}, got {self.tuning!r}")
+        if self.head_init not in HEAD_INITS:
+            raise ValueError(f"--head_init must be {' or '.join(HEAD_INITS)}, got {self.head_init!r}")
         if self.prompt_encoder not in PROMPT_ENCODERS:
             raise ValueError(f"--prompt_encoder must be {' or '.join(PROMPT_ENCODERS)}, got {self.prompt_encoder!r}")
         unknown = [name for name in self.lora_target if name not in LINEAR_LAYERS]
