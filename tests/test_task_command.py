@@ -137,7 +137,7 @@ def test_a_head_learns_its_rows_and_evaluates_to_the_same(base, data, runs, head
     assert results[f"predict_{metric}"] == results[f"eval_{metric}"] == (best or results[f"eval_{metric}"])
     history = json.loads((folder / "trainer_state.json").read_text("utf-8"))["log_history"]
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    assert losses[-1] < (0.2 if best else 0.6) * losses[0]
+    assert losses[-1] < (0.3 if best else 0.6) * losses[0]
     metadata = json.loads((folder / "prefix_config.json").read_text("utf-8"))
     assert metadata["task"] == task.removesuffix(".yaml") and metadata["training"]["split"] == "train"
     assert metadata["head"] == ("sequence_classification" if head == "multi_label" else head)

@@ -229,8 +229,13 @@ class TrainingRun:
         wants_answers = self.args.predict_with_generate and self.args.do_eval
         return (lambda: self.answer_and_score()[1]) if wants_answers else None
 
+    def init_head(self, trainer: PrefixTrainer) -> None:
+        """Gives a linear head its first values; the rows of files are learned by the language model, which has none."""
+
     def train(self, trainer: PrefixTrainer, checkpoint: Path | None) -> None:
         """Trains, saves the prefix into the run's folder, and draws the loss."""
+        if checkpoint is None:
+            self.init_head(trainer)
         self.under_engine = self.args.deepspeed is not None
         result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

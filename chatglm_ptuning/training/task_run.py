@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from chatglm_ptuning.data.tasks.arguments import submission_variant, usual_split
@@ -110,26 +109,27 @@ class TaskRun(TrainingRun):
         settings = prediction_settings(self.data_args, self.args)
         return predict_together(self.model, self.encoder, examples, settings, under_engine=self.under_engine)
 
-    def train(self, trainer: PrefixTrainer, checkpoint: Path | None) -> None:
-        """As `TrainingRun.train`; a linear head that is still random first gets the values that --head_init asks for.
+    def init_head(self, trainer: PrefixTrainer) -> None:
+        """Gives a linear head that is still random the values that --head_init asks for.
 
-        Not under ZeRO-3, where the head is in pieces before training starts.
+        Not under ZeRO-3, where the head is in pieces before training starts, nor for spans.
         """
         heads = (module for module in self.model.modules() if isinstance(module, Head) and module.weight.requires_grad)
         head = next(heads, None)
-        wanted = self.args.head_init == "probe" and checkpoint is None
-        if wanted and head is not None and head.is_untrained and "labels" in self.train_examples[0]:
-            count = probe_head(
-                self.model,
-                head,
-                self.train_examples,
-                trainer.data_collator,
-                batch_size=self.args.per_device_eval_batch_size,
-                seed=self.args.seed,
-            )
-            if self.args.should_save and count:
-                print(f"The linear head starts from a logistic regression on {count} states (--head_init probe).")
-        super().train(trainer, checkpoint)
+        if self.args.head_init != "probe" or head is None or not head.is_untrained:
+            return
+        if "labels" not in self.train_examples[0]:
+            return
+        count = probe_head(
+            self.model,
+            head,
+            self.train_examples,
+            trainer.data_collator,
+            batch_size=self.args.per_device_eval_batch_size,
+            seed=self.args.seed,
+        )
+        if self.args.should_save and count:
+            print(f"The linear head starts from a logistic regression on {count} states (--head_init probe).")
 
     def predict(self, trainer: PrefixTrainer) -> None:
         """Predicts the split, and writes report and submission into the run's folder `predict`."""

@@ -111,6 +111,7 @@ def train_once(flags: Sequence[str], metric: str, course: Course, tell: Callable
         for printing in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(printing)
         trainer.add_callback(_Watcher(metric, course, tell))
+        run.init_head(trainer)
         trainer.train()
         if not course.points or course.points[-1][0] != trainer.state.global_step:
             trainer.evaluate()
