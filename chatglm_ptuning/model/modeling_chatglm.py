@@ -2,6 +2,9 @@
 
 The prefix never enters the cache: every attention layer puts it in front of the keys and values it attends to. So
 the cache, the attention mask and the positions that callers and `generate` see are those of the tokens alone.
+
+One file from the attention to the language model, as in transformers, since its parts are read together; masks, rotary
+positions, prefixes and loading have theirs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""transformers' Trainer for a prefix or what else is tuned: that alone is saved, and whole or not at all."""
+"""transformers' Trainer for a prefix or what else is tuned: that alone is saved, and whole or not at all.
+
+Long because it holds every hook of the Trainer that differs here, from the sampler to the best checkpoint, and nothing
+else; what they call is in modules of its own.
+"""
 
 from __future__ import annotations
 
