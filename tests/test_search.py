@@ -154,7 +154,7 @@ def test_a_search_goes_on_with_longer_lists_and_refuses_other_settings(base, tas
 
 def test_halving_stops_what_is_worse_at_its_first_evaluation(base, task, tmp_path):
     command(flags(base, task, tmp_path, "--learning_rate", "1e-1", "1e-9", "1e-8", "--pruner", "halving",
-                  "--metric", "loss", "--max_steps", 8, "--eval_steps", 4))  # fmt: skip
+                  "--metric", "loss", "--max_steps", 8, "--eval_steps", 4, "--head_init", "random"))  # fmt: skip
     found = report(tmp_path)
     assert settings(tmp_path) == [(2, 1e-1)] and settings(tmp_path, "pruned") == [(2, 1e-9), (2, 1e-8)]
     pruned = found["trials"][1]["seeds"]["42"]
