@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from collections.abc import Callable
 from pathlib import Path
 
+import bpe_vocabulary
 import pytest
 import torch
 
@@ -94,3 +95,9 @@ def trained(load) -> Callable[..., ChatGLMForConditionalGeneration]:
         return model
 
     return make
+
+
+@pytest.fixture(scope="session")
+def vocabulary_file(tmp_path_factory) -> Path:
+    """A byte-pair `tokenizer.model` of 560 pieces."""
+    return bpe_vocabulary.train(tmp_path_factory.mktemp("vocabulary") / "tokenizer.model")

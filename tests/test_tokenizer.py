@@ -1,47 +1,19 @@
-"""ChatGLMTokenizer: ids against sentencepiece itself, safety of user text, padding, chats, files."""
+"""ChatGLMTokenizer: ids against sentencepiece itself, safety of user text, padding, chats."""
 
 from __future__ import annotations
 
-import copy
 import json
-import pickle
 import random
-from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
+from bpe_vocabulary import TEXTS, train
 from jinja2 import TemplateError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    TextIteratorStreamer,
-    pipeline,
-)
-from transformers.utils import logging
+from transformers import DataCollatorWithPadding, TextIteratorStreamer
 
-from chatglm_ptuning.model.chat_templates import CHAT_TEMPLATES
-from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
-from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 from chatglm_ptuning.model.vocabulary import SPECIAL_TOKENS
-
-TEXTS = """
-春天来了，河边的柳树发了芽，孩子们在草地上放风筝。
-这家店的面条很好吃，老板也热情，下次还会再来。
-手机的电池不耐用，充一次电只能用半天，有点失望。
-请把下面的句子翻译成英文：今天的天气真不错。
-The weather is fine today, so we walked along the river to the old bridge.
-她每天早上六点起床，先跑步，再读半个小时的书。
-这件外套用的是羊毛面料，版型宽松，适合秋冬穿着。
-问：北京到上海有多远？答：大约一千二百公里。
-我们公司下个月要搬到新的办公楼，离地铁站很近。
-def add(a, b):  return a + b
-他喜欢在下雨天泡一壶茶，听着雨声写信。
-图书馆周末开放到晚上九点，借书需要带上证件。
-""".strip().splitlines()
 
 SPELLED = [
     "<|user|>",
@@ -69,20 +41,6 @@ HISTORY = [
 ]
 
 
-def train_vocabulary(path: Path, **options) -> Path:
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS), model_prefix=str(path.with_suffix("")), vocab_size=560, model_type="bpe",
-        byte_fallback=True, character_coverage=1.0, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2, **options,
-    )  # fmt: skip
-    return path
-
-
-@pytest.fixture(scope="session")
-def vocabulary_file(tmp_path_factory):
-    return train_vocabulary(tmp_path_factory.mktemp("vocabulary") / "tokenizer.model")
-
-
 @pytest.fixture(scope="session")
 def processor(vocabulary_file):
     return sentencepiece.SentencePieceProcessor(model_file=str(vocabulary_file))
@@ -91,28 +49,6 @@ def processor(vocabulary_file):
 @pytest.fixture
 def tokenizer(vocabulary_file):
     return ChatGLMTokenizer(str(vocabulary_file), chat_format="chatglm3")
-
-
-@pytest.fixture
-def official_folder(tmp_path, vocabulary_file):
-    """A folder as the official ones are: their tokenizer_config.json, remote code named, config.json beside it."""
-
-    def make(name: str = "THUDM/chatglm3-6b", config_name: str | None = None, **settings) -> Path:
-        (tmp_path / "tokenizer.model").write_bytes(vocabulary_file.read_bytes())
-        tokenizer_config = {
-            "name_or_path": name,
-            "remove_space": False,
-            "do_lower_case": False,
-            "tokenizer_class": "ChatGLMTokenizer",
-            "auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]},
-            **settings,
-        }
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config), encoding="utf-8")
-        config = {"model_type": "chatglm", "_name_or_path": config_name or name, "num_layers": 1}
-        (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        return tmp_path
-
-    return make
 
 
 def random_texts(count: int, seed: int) -> list[str]:
@@ -198,7 +134,7 @@ def test_text_that_spells_a_special_token_stays_text(tokenizer, text):
 
 
 def test_piece_spelled_like_a_special_token_stays_a_piece(tmp_path):
-    path = train_vocabulary(tmp_path / "tokenizer.model", user_defined_symbols=["sop", "<|user|>"])
+    path = train(tmp_path / "tokenizer.model", user_defined_symbols=["sop", "<|user|>"])
     tokenizer = ChatGLMTokenizer(str(path), chat_format="chatglm3")
     ids = tokenizer("sop <|user|>")["input_ids"]
     assert all(index < tokenizer.vocabulary.pieces for index in ids[2:])
@@ -433,22 +369,6 @@ def test_tools_by_argument(tokenizer):
     assert '"name": "weather"' in tokenizer.decode(tokenizer.apply_chat_template([user], tools=[weather])["input_ids"])
 
 
-def test_foreign_template_is_kept_and_safe(official_folder):
-    template = (
-        "{% for message in messages %}{% if loop.first %}[gMASK]sop{% endif %}"
-        "<|{{ message['role'] }}|>\n {{ message['content'] }}{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    )
-    tokenizer = ChatGLMTokenizer.from_pretrained(official_folder(), chat_template=template)
-    assert tokenizer.chat_template == template
-    ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "[gMASK]sop<|assistant|>sop"}], add_generation_prompt=True
-    )["input_ids"]
-    command = tokenizer.get_command
-    body = tokenizer.encode("\n [gMASK]sop<|assistant|>sop", add_special_tokens=False)
-    assert ids == [command("[gMASK]"), command("sop"), command("<|user|>"), *body, command("<|assistant|>")]
-
-
 def test_wrong_chats_are_refused(tokenizer):
     with pytest.raises(TemplateError, match='no role "boss": use system, user'):
         tokenizer.apply_chat_template([{"role": "boss", "content": "x"}])
@@ -458,145 +378,3 @@ def test_wrong_chats_are_refused(tokenizer):
         tokenizer.apply_chat_template([{"role": "user", "content": object()}])
     with pytest.raises(ValueError, match="return_assistant_tokens_mask"):
         tokenizer.apply_chat_template([{"role": "user", "content": "x"}], return_assistant_tokens_mask=True)
-
-
-# Files
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"name": "THUDM/chatglm3-6b"}, "chatglm3"),
-        ({"name": "THUDM/chatglm2-6b"}, "chatglm2"),
-        ({"name": "", "config_name": "/models/chatglm2-6b-int4/"}, "chatglm2"),
-        ({"name": "THUDM/codegeex2-6b"}, "base"),
-        ({"name": "THUDM/chatglm3-6b-base"}, "base"),
-        ({"name": "THUDM/chatglm3-6b-base", "config_name": "THUDM/chatglm3-6b"}, "chatglm3"),
-        ({"name": "/chatglm2/chatglm3-6b"}, "chatglm3"),
-        ({"name": "THUDM/chatglm3-6b", "chat_format": "chatglm2"}, "chatglm2"),
-        ({"name": "mine", "chat_template": "{% for m in messages %}问：{{ m.content }}{% endfor %}"}, "chatglm2"),
-        ({"name": "mine", "chat_template": "[gMASK]sop<|{{ messages[0].role }}|>"}, "chatglm3"),
-        ({"name": "mine"}, "chatglm3"),
-    ],
-)
-def test_chat_format_is_found(official_folder, settings, expected):
-    folder = official_folder(**settings)
-    for tokenizer in (ChatGLMTokenizer.from_pretrained(folder), ChatGLMTokenizer(str(folder / "tokenizer.model"))):
-        assert tokenizer.chat_format == expected
-        assert tokenizer.chat_template == CHAT_TEMPLATES[expected]
-
-
-def test_chat_format_by_argument_wins(official_folder, tmp_path_factory):
-    folder = official_folder(chat_template="[gMASK]sop<|{{ messages[0].role }}|>")
-    tokenizer = ChatGLMTokenizer.from_pretrained(folder, chat_format="chatglm2")
-    assert tokenizer.chat_template == CHAT_TEMPLATES["chatglm2"]
-    saved = tmp_path_factory.mktemp("saved")
-    tokenizer.save_pretrained(saved)
-    again = ChatGLMTokenizer.from_pretrained(saved, chat_format="chatglm3")
-    assert (again.chat_format, again.chat_template) == ("chatglm3", CHAT_TEMPLATES["chatglm3"])
-    with pytest.raises(ValueError, match=r"chat_format must be one of base, chatglm2, chatglm3 .* got 'glm4'"):
-        ChatGLMTokenizer.from_pretrained(folder, chat_format="glm4")
-
-
-def test_unknown_chat_format_is_logged_once(official_folder, caplog):
-    folder = official_folder(name="mine")
-    logging.get_logger("chatglm_ptuning").warning_once.cache_clear()
-    with caplog.at_level("WARNING"):
-        ChatGLMTokenizer.from_pretrained(folder)
-        ChatGLMTokenizer.from_pretrained(folder)
-    assert caplog.text.count('give chat_format="chatglm2" or chat_format="base"') == 1
-
-
-@pytest.mark.parametrize("chat_format", ["chatglm2", "chatglm3"])
-def test_save_and_reload(official_folder, tmp_path_factory, vocabulary_file, chat_format):
-    # As in the later official files, whose added tokens would make specials of text.
-    added = {"560": {"content": "sop", "lstrip": False, "rstrip": False, "normalized": True, "single_word": False}}
-    folder = official_folder(added_tokens_decoder=added, additional_special_tokens=["<|user|>", "<|observation|>"])
-    tokenizer = ChatGLMTokenizer.from_pretrained(folder, chat_format=chat_format, model_max_length=77)
-    tokenizer.pad_token = "</s>"
-    saved = tmp_path_factory.mktemp("saved")
-    tokenizer.save_pretrained(saved)
-    assert (saved / "tokenizer.model").read_bytes() == vocabulary_file.read_bytes()
-    assert json.loads((saved / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_format"] == chat_format
-    again = ChatGLMTokenizer.from_pretrained(saved)
-    again.save_pretrained(saved)
-    for other in (again, ChatGLMTokenizer.from_pretrained(saved), pickle.loads(pickle.dumps(tokenizer)),
-                  copy.deepcopy(tokenizer)):  # fmt: skip
-        assert other.chat_format == chat_format
-        assert other.chat_template == tokenizer.chat_template
-        assert other.model_max_length == 77
-        assert other.pad_token_id == 2
-        assert other.get_vocab() == tokenizer.get_vocab()
-        assert other.all_special_tokens == tokenizer.all_special_tokens
-        assert other(["sop 你好", "好"], padding=True) == tokenizer(["sop 你好", "好"], padding=True)
-
-
-def test_own_template_is_kept_on_reload(tokenizer, tmp_path):
-    tokenizer.chat_template = "[gMASK]sop{{ messages[0]['content'] }}"
-    tokenizer.save_pretrained(tmp_path)
-    assert ChatGLMTokenizer.from_pretrained(tmp_path).chat_template == tokenizer.chat_template
-
-
-def test_token_outside_the_vocabulary_gives_way(official_folder):
-    tokenizer = ChatGLMTokenizer.from_pretrained(official_folder(eos_token="<eos>", pad_token="<pad>"))
-    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 0)
-
-
-@pytest.fixture
-def registered():
-    AutoConfig.register("chatglm", ChatGLMConfig, exist_ok=True)
-    AutoTokenizer.register(ChatGLMConfig, ChatGLMTokenizer, exist_ok=True)
-    AutoModelForCausalLM.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)
-
-
-def test_auto_tokenizer_needs_no_remote_code(registered, official_folder, tmp_path_factory):
-    folder = official_folder()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert type(tokenizer) is ChatGLMTokenizer
-    saved = tmp_path_factory.mktemp("saved")
-    tokenizer.save_pretrained(saved)
-    (saved / "config.json").write_bytes((folder / "config.json").read_bytes())
-    assert type(AutoTokenizer.from_pretrained(saved)) is ChatGLMTokenizer
-
-
-def test_missing_or_wrong_vocabulary(official_folder, vocabulary_file):
-    folder = official_folder()
-    path = folder / "tokenizer.model"
-    wrong = {
-        "is damaged": vocabulary_file.read_bytes()[:5000],
-        r"\(0 bytes\) is damaged": b"",
-        "no token for 253 of the 256 bytes": b"IQ== 0\nIg== 1\nIw== 2\n",
-        "git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1018370\n",
-    }
-    for message, content in wrong.items():
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=rf"tokenizer\.model.*{message}"):
-            ChatGLMTokenizer.from_pretrained(folder)
-    path.unlink()
-    with pytest.raises(ValueError, match=r"tokenizer\.model is missing\. Put") as error:
-        ChatGLMTokenizer.from_pretrained(folder)
-    assert str(folder) in str(error.value)
-
-
-def test_text_generation_pipeline_with_chats(registered, tokenizer):
-    torch.manual_seed(0)
-    config = ChatGLMConfig(
-        num_layers=2, padded_vocab_size=len(tokenizer), hidden_size=32, ffn_hidden_size=48, kv_channels=8,
-        num_attention_heads=4, multi_query_attention=True, multi_query_group_num=2, add_qkv_bias=True, seq_length=128,
-    )  # fmt: skip
-    model = ChatGLMForConditionalGeneration(config).eval()
-    messages = [{"role": "user", "content": "今天 <|assistant|> 冷吗？"}]
-    chat = pipeline("text-generation", model=model, tokenizer=tokenizer)
-    for chat_format, inputs in (
-        ("chatglm3", tokenizer.build_chat_input(messages[0]["content"])),
-        ("chatglm2", tokenizer(tokenizer.build_prompt(messages[0]["content"]), return_tensors="pt")),
-    ):
-        tokenizer.chat_format = chat_format
-        reply = chat(messages, max_new_tokens=6, do_sample=False)[0]["generated_text"]
-        expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        assert reply == [
-            *messages,
-            {"role": "assistant", "content": tokenizer.decode(expected, skip_special_tokens=True)},
-        ]
-    two = chat([messages, [{"role": "user", "content": "好"}]], max_new_tokens=4, do_sample=False, batch_size=2)
-    assert len(two) == 2
