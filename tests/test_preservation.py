@@ -285,6 +285,18 @@ def test_the_tradeoff_is_drawn_by_weight(tmp_path, capsys):
     assert read_points(names, "eval_loss")[0] == "eval_loss"
 
 
+def test_runs_of_one_weight_are_drawn_as_their_mean_with_its_deviation(tmp_path, capsys):
+    names = [make_run(tmp_path, f"w{w}-{s}", **numbers(w, 50 - w + s)) for w in (1, 0) for s in (0, 3, 6)]
+    command(["tradeoff", *names, make_run(tmp_path, "w2", **numbers(2, 40)), "--output", str(tmp_path / "t.png")])
+    means = json.loads((tmp_path / "t.json").read_text("utf-8"))["means"]
+    assert [(mean["preserve_base"], mean["runs"], mean["score"], mean["score_deviation"]) for mean in means] == [
+        (0, 3, 53, 3), (1, 3, 52, 3), (2, 1, 40, 0),
+    ]  # fmt: skip
+    assert [(mean["general_kl"], mean["general_kl_deviation"]) for mean in means[:2]] == [(1.0, 0), (0.5, 0)]
+    said = capsys.readouterr().out
+    assert "W 1, 3 runs: predict_rouge-l 52 ± 3" in said and "W 2" not in said
+
+
 def test_runs_without_the_numbers_are_named(tmp_path, capsys):
     whole = make_run(tmp_path, "whole", **numbers(1, 40))
     old = make_run(tmp_path, "old", **{"predict_rouge-l": 30.0, "general_kl": float("nan")})

@@ -1,4 +1,7 @@
-"""`chatglm-ptuning tradeoff`: the task's score against the distance from the base, over runs of `--preserve_base`."""
+"""`chatglm-ptuning tradeoff`: the task's score against the distance from the base, over runs of `--preserve_base`.
+
+Runs of the same weight (other seeds) are drawn as their mean with its deviation.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from chatglm_ptuning.command_line import fail, parse_arguments
@@ -89,14 +93,55 @@ def read_points(runs: Sequence[str], score: str | None = None) -> tuple[str, lis
     return score, sorted(points, key=lambda point: (point.preserve_base, point.run))
 
 
-def draw_tradeoff(path: Path, score: str, points: Sequence[TradeoffPoint]) -> None:
-    """Writes a PNG: score against KL, a point for every run, labelled by its weight."""
-    figure, axes = new_figure(7, 4.5)
-    axes.plot([point.general_kl for point in points], [point.score for point in points], "o-", color="#4878a8")
+@dataclass(frozen=True)
+class TradeoffMean:
+    """All runs of one weight: means, and standard deviations (n - 1), which are 0 for one run."""
+
+    preserve_base: float
+    runs: int
+    score: float
+    score_deviation: float
+    general_kl: float
+    general_kl_deviation: float
+    general_perplexity: float
+    general_perplexity_deviation: float
+
+
+def mean_of_each_weight(points: Sequence[TradeoffPoint]) -> list[TradeoffMean]:
+    """What the runs of every weight have in common, by weight; several are the same training with other seeds."""
+    by_weight: dict[float, list[TradeoffPoint]] = {}
     for point in points:
+        by_weight.setdefault(point.preserve_base, []).append(point)
+    means = []
+    for weight, of_weight in sorted(by_weight.items()):
+        numbers: dict[str, float] = {}
+        for name in ("score", "general_kl", "general_perplexity"):
+            values = [getattr(point, name) for point in of_weight]
+            numbers |= {name: fmean(values), f"{name}_deviation": stdev(values) if len(values) > 1 else 0.0}
+        means.append(TradeoffMean(weight, len(of_weight), **numbers))
+    return means
+
+
+def draw_tradeoff(path: Path, score: str, points: Sequence[TradeoffPoint]) -> None:
+    """Writes a PNG: score against KL, the mean of every weight labelled by it, and the runs where they are several."""
+    means = mean_of_each_weight(points)
+    figure, axes = new_figure(7, 4.5)
+    if len(means) < len(points):
+        axes.plot([point.general_kl for point in points], [point.score for point in points], ".", color="#b0b8c0")
+    axes.errorbar(
+        [mean.general_kl for mean in means],
+        [mean.score for mean in means],
+        xerr=[mean.general_kl_deviation for mean in means],
+        yerr=[mean.score_deviation for mean in means],
+        fmt="o-",
+        capsize=3,
+        elinewidth=0.8,
+        color="#4878a8",
+    )
+    for mean in means:
         axes.annotate(
-            f"W = {point.preserve_base:g}",
-            (point.general_kl, point.score),
+            f"W = {mean.preserve_base:g}",
+            (mean.general_kl, mean.score),
             textcoords="offset points",
             xytext=(6, 6),
         )
@@ -121,7 +166,8 @@ def main(argv: Sequence[str]) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         draw_tradeoff(output, score, points)
         with write_atomically(output.with_suffix(".json")) as temporary:
-            content = {"score": score, "points": [asdict(point) for point in points]}
+            means = mean_of_each_weight(points)
+            content = {"score": score, "means": list(map(asdict, means)), "points": list(map(asdict, points))}
             temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
     except (ValueError, OSError) as error:
         fail(str(error))
@@ -129,6 +175,13 @@ def main(argv: Sequence[str]) -> None:
     for point in points:
         weight, value = f"{point.preserve_base:g}", f"{point.score:.4g}"
         print(f"{weight:>6} {value:>20} {point.general_kl:>8.4f} {point.general_perplexity:>11.2f}  {point.run}")
+    for mean in means:
+        if mean.runs > 1:
+            print(
+                f"W {mean.preserve_base:g}, {mean.runs} runs: {score} {mean.score:.4g} ± {mean.score_deviation:.2g}, "
+                f"KL {mean.general_kl:.4f} ± {mean.general_kl_deviation:.4f}, "
+                f"perplexity {mean.general_perplexity:.2f} ± {mean.general_perplexity_deviation:.2f}"
+            )
     print(f"Written: {output}, {output.with_suffix('.json')}")
 
 
