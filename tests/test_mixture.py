@@ -225,7 +225,7 @@ def test_losses_and_gradients_are_those_of_the_class_for_one_task(folder, shared
     alone.train()
     model.zero_grad()
     ours, theirs = model(task=name, **batch), alone(**batch)
-    assert float(ours.loss) == pytest.approx(float(theirs.loss), rel=1e-6) and float(ours.loss) > 0
+    assert ours.loss.item() == pytest.approx(theirs.loss.item(), rel=1e-6) and ours.loss.item() > 0
     ours.loss.backward()
     theirs.loss.backward()
     embedding, other = (part.transformer.prefix_encoder.embedding.weight.grad for part in (model, alone))
@@ -289,6 +289,20 @@ def test_each_task_is_evaluated_with_its_own_head(folder, run, tmp_path, name):
     found = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
     results = json.loads((run / "all_results.json").read_text())
     assert found["metrics"][METRICS[name]] == pytest.approx(results[f"eval_{name}_{METRICS[name]}"])
+
+
+def test_the_linear_heads_start_from_regressions_on_their_tasks_states(folder, tmp_path, capsys):
+    losses = {}
+    more = f"--task_mixture {folder / 'mix.yaml'} --do_eval --pre_seq_len 3 --learning_rate 1e-8 --max_steps 1"
+    for init in ("probe", "random"):
+        train(flags(folder, tmp_path / init, *more.split(), "--head_init", init))
+        said = capsys.readouterr().out
+        assert ("mood: the head starts from a logistic regression on 6 states" in said) == (init == "probe")
+        assert "spans: the head starts" not in said
+        losses[init] = json.loads((tmp_path / init / "all_results.json").read_text())
+    for name in ("mood", "names"):
+        assert losses["probe"][f"eval_{name}_loss"] < 0.9 * losses["random"][f"eval_{name}_loss"]
+    assert losses["probe"]["eval_spans_loss"] == pytest.approx(losses["random"]["eval_spans_loss"], rel=1e-3)
 
 
 def test_a_task_that_is_not_in_the_mixture_has_no_head_there(folder, run, tmp_path, capsys):

@@ -66,7 +66,6 @@ class ChatGLMForMultipleTasks(ChatGLMPreTrainedModel):
                 config.label2id = {label: place for place, label in enumerate(head.labels)}
             model = model_class(config, self.transformer).to(language_model.device)
             self.heads[name] = getattr(model, model.head_name)
-            self.heads[name].mark_set()  # the run is scored from its start, when some task may not have had its turn
             self._of_task[name] = model
         for name in _OF_LOADING:
             if hasattr(language_model, name):

@@ -28,6 +28,33 @@ _HELD_OUT = 0.2
 _FEW = 20
 
 
+def start_head(
+    model: PreTrainedModel,
+    rows: Sequence[Mapping[str, Any]],
+    collate: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]],
+    *,
+    head_init: str,
+    batch_size: int,
+    seed: int,
+) -> int:
+    """Gives the linear head of a model, if it is trained and still random, the first values that are asked for.
+
+    Not under ZeRO-3, where the head is in pieces before training starts, nor for spans.
+
+    Args:
+        head_init: one of `HEAD_INITS`.
+        model, rows, collate, batch_size, seed: as for `probe_head`.
+
+    Returns:
+        The number of states that the head was fitted to; 0 if it stays as it is.
+    """
+    heads = (module for module in model.modules() if isinstance(module, Head) and module.weight.requires_grad)
+    head = next(heads, None)
+    if head_init != "probe" or head is None or not head.is_untrained or "labels" not in rows[0]:
+        return 0
+    return probe_head(model, head, rows, collate, batch_size=batch_size, seed=seed)
+
+
 def probe_head(
     model: PreTrainedModel,
     head: Head,

@@ -20,11 +20,10 @@ from chatglm_ptuning.evaluation.task_model import (
 )
 from chatglm_ptuning.evaluation.task_predictions import Prediction, PredictionSettings, predict_together
 from chatglm_ptuning.evaluation.task_report import TaskScores, score_task, write_results
-from chatglm_ptuning.model.modeling_heads import Head
 from chatglm_ptuning.prefix.checkpoint import kit_version
 from chatglm_ptuning.training.arguments import DataArguments, PrefixTrainingArguments
 from chatglm_ptuning.training.file_run import TrainingRun
-from chatglm_ptuning.training.head_start import probe_head
+from chatglm_ptuning.training.head_start import start_head
 from chatglm_ptuning.training.trainer import PrefixTrainer
 from chatglm_ptuning.tuning.methods import PREFIX_METHODS
 
@@ -110,21 +109,12 @@ class TaskRun(TrainingRun):
         return predict_together(self.model, self.encoder, examples, settings, under_engine=self.under_engine)
 
     def init_head(self, trainer: PrefixTrainer) -> None:
-        """Gives a linear head that is still random the values that --head_init asks for.
-
-        Not under ZeRO-3, where the head is in pieces before training starts, nor for spans.
-        """
-        heads = (module for module in self.model.modules() if isinstance(module, Head) and module.weight.requires_grad)
-        head = next(heads, None)
-        if self.args.head_init != "probe" or head is None or not head.is_untrained:
-            return
-        if "labels" not in self.train_examples[0]:
-            return
-        count = probe_head(
+        """Gives a linear head that is still random the values that --head_init asks for."""
+        count = start_head(
             self.model,
-            head,
             self.train_examples,
             trainer.data_collator,
+            head_init=self.args.head_init,
             batch_size=self.args.per_device_eval_batch_size,
             seed=self.args.seed,
         )

@@ -18,6 +18,7 @@ from chatglm_ptuning.evaluation.task_report import score_task
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMPreTrainedModel
 from chatglm_ptuning.model.modeling_tasks import ChatGLMForMultipleTasks, TaskHead
 from chatglm_ptuning.training.file_run import TrainingRun
+from chatglm_ptuning.training.head_start import start_head
 from chatglm_ptuning.training.mixture.trainer import MixtureTrainer, OneTaskCollator
 from chatglm_ptuning.training.sampler import TASK_KEY
 from chatglm_ptuning.training.source_attention import source_of_rows
@@ -124,6 +125,35 @@ class MixtureRun(TrainingRun):
             eval_rows=self.eval_rows,
             score=self._score,
         )
+
+    def init_head(self, trainer: PrefixTrainer) -> None:
+        """Gives every linear head that is still random the values that --head_init asks for."""
+        start = 0
+        for name, size in self.train_sizes.items():
+            rows = self.train_examples[start : start + size]
+            start += size
+            count = start_head(
+                self.model.for_task(name),
+                rows,
+                self._padding(name),
+                head_init=self.args.head_init,
+                batch_size=self.args.per_device_eval_batch_size,
+                seed=self.args.seed,
+            )
+            if self.args.should_save and count:
+                print(f"{name}: the head starts from a logistic regression on {count} states (--head_init probe).")
+        self._let_heads_be_scored()
+
+    def train(self, trainer: PrefixTrainer, checkpoint: Path | None) -> None:
+        """As `TrainingRun.train`."""
+        if checkpoint is not None:
+            self._let_heads_be_scored()
+        super().train(trainer, checkpoint)
+
+    def _let_heads_be_scored(self) -> None:
+        """All of them, though some task may not have had its turn by an evaluation."""
+        for head in self.model.heads.values():
+            head.mark_set()
 
     def _padding(self, name: str) -> PaddingCollator:
         source = source_of_rows(self.model.for_task(name), self.tokenizer)
