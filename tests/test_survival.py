@@ -24,6 +24,7 @@ from chatglm_ptuning.training.callbacks import FiniteGuard, ZeroLossGuard
 from chatglm_ptuning.training.checkpoints import last_checkpoint
 from chatglm_ptuning.training.distributed import match_precision
 from chatglm_ptuning.training.failures import NothingToLearn, OutOfMemory, TrainingDiverged
+from chatglm_ptuning.training.preservation import Replay
 from chatglm_ptuning.training.trainer import PrefixTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -265,25 +266,29 @@ def test_a_fitting_batch_is_found(base, long_rows, tmp_path):
     assert all("works in one process only" in process.output for process in several)
 
 
-def make_trainer(base, tmp_path, rows, **changes):
+def make_trainer(base, tmp_path, rows, replay=None, **changes):
     args = PrefixTrainingArguments(
         output_dir=str(tmp_path / "run"), per_device_train_batch_size=2, max_steps=3, report_to="none",
         disable_tqdm=True, **changes,
     )  # fmt: skip
     model = load_model(str(base), pre_seq_len=4)
-    return PrefixTrainer(model=model, args=args, train_dataset=rows, data_collator=PaddingCollator(0))
+    return PrefixTrainer(model=model, args=args, train_dataset=rows, data_collator=PaddingCollator(0), replay=replay)
 
 
-def test_the_memory_of_a_gpu_is_told_in_the_same_words(base, tmp_path):
+@pytest.mark.parametrize("general_rows", [0, 6])
+def test_the_memory_of_a_gpu_is_told_in_the_same_words(base, tmp_path, general_rows):
     rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}, {"input_ids": [5, 6], "labels": [5, 6]}]
-    trainer = make_trainer(base, tmp_path, rows)
+    replay = Replay(rows, 1.0, pad_token_id=0, batch_size=general_rows) if general_rows else None
+    trainer = make_trainer(base, tmp_path, rows, replay)
 
     def fail(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     trainer.model.transformer.encoder.forward = fail
-    with pytest.raises(OutOfMemory, match="2 rows of 4, 2 tokens, padded to 4, with 4 of the prefix"):
+    with pytest.raises(OutOfMemory, match="2 rows of 4, 2 tokens, padded to 4, with 4 of the prefix") as error:
         trainer.train()
+    assert ("and 6 general rows of --preserve_base, did not fit" in str(error.value)) == bool(general_rows)
+    assert ("1. --preserve_batch_size 3" in str(error.value)) == bool(general_rows)
 
 
 # ---- numbers ----

@@ -62,12 +62,22 @@ class OutOfMemory(TrainingStopped):
     Args:
         lengths: real tokens of every row of the batch, without padding.
         padded: tokens of every row with padding.
+        general_rows: of `--preserve_base`, beside them.
     """
 
-    def __init__(self, lengths: list[int], padded: int, pre_seq_len: int, arguments: TrainingArguments) -> None:
+    def __init__(
+        self,
+        lengths: list[int],
+        padded: int,
+        pre_seq_len: int,
+        arguments: TrainingArguments,
+        general_rows: int = 0,
+    ) -> None:
         batch, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
         smaller = max(1, batch // 2)
         ways = []
+        if general_rows > 1:
+            ways.append(f"--preserve_batch_size {general_rows // 2} (fewer general rows a step)")
         if batch > 1:
             ways.append(
                 f"--per_device_train_batch_size {smaller} --gradient_accumulation_steps "
@@ -83,8 +93,9 @@ class OutOfMemory(TrainingStopped):
         numbered = "".join(f"\n  {place}. {way}" for place, way in enumerate(ways, 1))
         super().__init__(
             f"Out of memory on {arguments.device} (process {arguments.process_index}): a batch of {len(lengths)} rows "
-            f"of {', '.join(map(str, lengths))} tokens, padded to {padded}, with {pre_seq_len} of the prefix, did not "
-            f"fit. {what_is_kept(arguments)} Cheapest first:{numbered}"
+            f"of {', '.join(map(str, lengths))} tokens, padded to {padded}, with {pre_seq_len} of the prefix"
+            f"{f', and {general_rows} general rows of --preserve_base' if general_rows else ''}, did not fit. "
+            f"{what_is_kept(arguments)} Cheapest first:{numbered}"
         )
 
 

@@ -30,7 +30,8 @@ def draw_loss_curve(log_history: Sequence[Mapping[str, Any]], path: Path) -> Non
     axis.set_xlabel("step")
     axis.set_ylabel("loss (nats per token)")
     axis.grid(alpha=0.3)
-    axis.legend(loc="upper right")
+    if training or evaluation:
+        axis.legend(loc="upper right")
     if rates:
         right = axis.twinx()
         right.plot(*zip(*rates, strict=True), color="tab:gray", linestyle=":", label="learning rate")

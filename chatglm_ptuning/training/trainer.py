@@ -191,7 +191,8 @@ class PrefixTrainer(Trainer):
                 raise
             mask = inputs["attention_mask"]
             length = self._prefix_model.config.pre_seq_len or 0
-            raise OutOfMemory(mask.sum(-1).tolist(), mask.shape[1], length, self.args) from error
+            replayed = (self.replay.batch_size or len(mask)) if self.replay else 0
+            raise OutOfMemory(mask.sum(-1).tolist(), mask.shape[1], length, self.args, replayed) from error
         if not torch.isfinite(loss):
             raise TrainingDiverged(f"The loss became {loss.item()}", step, self.args)
         return loss
