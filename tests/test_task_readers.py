@@ -75,10 +75,87 @@ def test_winograd_marks_the_spans_that_are_meant(tmp_path, name):
     (example,) = read_examples(task, tmp_path, "train" if name == "cluewsc2020" else "train_0")
     assert (example.id, example.text, answer_text(task, example)) == (3, "[猫]看见它，_它_跑了", "是")
     assert "“它”指的是“猫”" in render_prompt(task, example)
-    lines(tmp_path / "train.json", wsc(start=6))
-    lines(tmp_path / "train_0.json", wsc(start=6))
-    with pytest.raises(ValueError, match=r"json:1: span2 '它' does not stand at character 6"):
-        read_examples(task, tmp_path, "train" if name == "cluewsc2020" else "train_0")
+    with pytest.raises(ValueError, match=r"json:1: span2_index must be the place of a character, found 'x'"):
+        lines(tmp_path / "train.json", wsc(start="x"))
+        read_examples(load_task("cluewsc2020"), tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("span1", "span2", "marked"),
+    [
+        (("猫", 0), ("它", 6), "[猫]看见它，_它_跑了"),  # one off
+        (("猫", 0), ("它", -1), "[猫]看见_它_，它跑了"),
+        (("猫", 0), ("她", 3), "[猫]看见_它_，它跑了"),  # another spelling: as the file counts
+        (("猫看见它", 0), ("它", 3), "[猫看见_它_]，它跑了"),
+        (("它，它", 3), ("它", 3), "猫看见[_它_，它]跑了"),
+        (("猫", 0), ("看", 1), "[猫]_看_见它，它跑了"),
+    ],
+)
+def test_winograd_spans_that_are_off_or_inside_each_other(tmp_path, span1, span2, marked):
+    target = dict(zip(("span1_text", "span1_index", "span2_text", "span2_index"), span1 + span2, strict=True))
+    lines(tmp_path / "train.json", wsc(target=target))
+    (example,) = read_examples(load_task("cluewsc2020"), tmp_path, "train")
+    assert example.text == marked
+    lines(tmp_path / "train.json", wsc(target=target | {"span2_text": "她", "span2_index": 40}))
+    with pytest.raises(ValueError, match=r"json:1: span2 '她' is not in the text, nor is there a character 40"):
+        read_examples(load_task("cluewsc2020"), tmp_path, "train")
+
+
+def test_ids_are_whole_numbers_or_text(tmp_path):
+    row = {"sentence": "甲", "label": "100", "label_desc": "news_story"}
+    lines(tmp_path / "test.json", row | {"id": 5.0}, row | {"id": "a"}, row | {"id": None})
+    assert [example.id for example in read_examples(load_task("tnews"), tmp_path, "test")] == [5, "a", 2]
+    for wrong in (7.5, [1], True):
+        lines(tmp_path / "test.json", row, row | {"id": wrong})
+        with pytest.raises(ValueError, match=r"json:2: the id must be a whole number or text, found "):
+            read_examples(load_task("tnews"), tmp_path, "test")
+
+
+@pytest.mark.parametrize("text", ["王\n宁\n\n来\n", "text_a\n王\x02宁\n来\n"])
+def test_a_test_split_of_entities_may_be_without_tags(tmp_path, text):
+    task = load_task("msra_ner")
+    (file,) = task.files["test"][0]
+    (tmp_path / file).write_text(text, "utf-8")
+    examples = read_examples(task, tmp_path, "test")
+    assert [(example.tokens, example.tags) for example in examples] == [(("王", "宁"), None), (("来",), None)]
+    (tmp_path / task.files["train"][0][0]).write_text(text, "utf-8")
+    with pytest.raises(ValueError, match="expected a token, a tab or space, and a tag"):
+        read_examples(task, tmp_path, "train")
+
+
+def test_a_first_token_that_json_begins_with(tmp_path):
+    task = load_task("msra_ner")
+    (tmp_path / task.files["train"][0][0]).write_text("[\tO\n王\tB-PER\n", "utf-8")
+    (example,) = read_examples(task, tmp_path, "train")
+    assert (example.tokens, example.tags) == (("[", "王"), ("O", "B-PER"))
+
+
+def test_a_single_file_of_an_examination_is_one_subject(tmp_path):
+    table = "id,question,A,B,C,D,answer\n3,甲,一,二,三,四, b \n"
+    (tmp_path / "law_val.csv").write_text(table, "utf-8")
+    (example,) = read_examples(load_task("ceval"), tmp_path / "law_val.csv", "val")
+    assert (example.subject, example.id, example.answer) == ("law", 3, 1)
+    (tmp_path / "mine.csv").write_text(table, "utf-8")
+    with pytest.raises(ValueError, match=r"mine.csv is one file, and ceval has a file for each subject: name one"):
+        read_examples(load_task("ceval"), tmp_path / "mine.csv", "val")
+    (example,) = read_examples(load_task("ceval"), tmp_path / "mine.csv", "val", subjects=["law"])
+    assert example.subject == "law"
+    for wrong in ("AB", "ABCD"):
+        (tmp_path / "law_val.csv").write_text(table.replace(" b ", wrong), "utf-8")
+        with pytest.raises(ValueError, match=rf"law_val.csv:2: the answer must be A, B, C or D, found '{wrong}'"):
+            read_examples(load_task("ceval"), tmp_path / "law_val.csv", "val")
+    (tmp_path / "law_val.csv").write_text(table.replace(" b ", " "), "utf-8")
+    with pytest.raises(ValueError, match=r"law_val.csv:2: there is no answer"):
+        read_examples(load_task("ceval"), tmp_path / "law_val.csv", "val")
+
+
+def test_gzipped_idioms_have_gzipped_answers(tmp_path):
+    row = {"content": ["a#idiom1#"], "candidates": ["甲", "乙"]}
+    for name, content in (("train.json", row), ("train_answer.json", {"#idiom1#": 1})):
+        with gzip.open(tmp_path / f"{name}.gz", "wt", encoding="utf-8") as file:
+            file.write(json.dumps(content))
+    (example,) = read_examples(load_task("chid"), tmp_path, "train")
+    assert example.answer == 1
 
 
 CMRC = {
@@ -179,6 +256,9 @@ def test_cluener_ends_are_inclusive(tmp_path):
         read_examples(load_task("cluener"), tmp_path, "train")
     lines(tmp_path / "train.json", {"text": "张三", "label": {"nam": {"张三": [[0, 1]]}}})
     with pytest.raises(ValueError, match=r"unknown entity type 'nam' .did you mean 'name'"):
+        read_examples(load_task("cluener"), tmp_path, "train")
+    lines(tmp_path / "train.json", {"text": "张三", "label": {"name": {"张三": [[0, 1, 2]]}}})
+    with pytest.raises(ValueError, match=r"train.json:1: 'label' must be entity type -> text -> list"):
         read_examples(load_task("cluener"), tmp_path, "train")
 
 
@@ -346,6 +426,21 @@ def test_a_hub_data_set_is_read_by_its_columns(tmp_path):
     )
     (example,) = read_examples(load_task("msra_ner"), f"huggingface:{folder}", "train")
     assert example.tags == ("B-PER", "I-PER")
+
+
+def test_a_copy_of_a_hub_s_repository_is_read_as_the_registry_knows_it(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    card = "configs:\n"
+    for config, text in (("afqmc", "不"), ("tnews", "甲")):
+        card += f"- config_name: {config}\n  data_files:\n  - {{split: validation, path: {config}/validation-*}}\n"
+        (tmp_path / config).mkdir()
+        rows = {"sentence": [text], "label": ["100"], "idx": [8]}
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / config / "validation-00000-of-00001.parquet")
+    (tmp_path / "README.md").write_text(f"---\n{card}---\n", "utf-8")
+    (example,) = read_examples(load_task("tnews"), f"huggingface:{tmp_path}", "dev")
+    assert (example.id, example.text, example.label) == (8, "甲", "100")
+    with pytest.raises(ValueError, match=f"A copy of a hub's repository is read by huggingface:{tmp_path}"):
+        read_examples(load_task("tnews"), tmp_path, "dev")
 
 
 @pytest.mark.parametrize("name", ["cmrc2018", "chid", "c3"])

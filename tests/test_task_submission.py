@@ -5,6 +5,7 @@ import json
 import pytest
 
 from chatglm_ptuning.data.tasks import load_task
+from chatglm_ptuning.data.tasks.arguments import submission_variant
 from chatglm_ptuning.data.tasks.examples import ChoiceExample, QuestionExample, TextExample, TokenExample
 from chatglm_ptuning.data.tasks.submission import write_submission
 
@@ -47,9 +48,12 @@ def test_label_lines(tmp_path, task, split, name, labels, shown):
     )
 
 
-def test_fewclue_has_a_file_for_each_training_split(tmp_path):
-    path = write_submission(load_task("bustm"), TEXTS, ["0", "1"], tmp_path, variant="all")
-    assert path.name == "bustm_predict_all.json"
+@pytest.mark.parametrize(("train_split", "name"), [("train_few_all", "all"), ("train_0", "0"), ("train_4", "4")])
+def test_fewclue_has_a_file_for_each_training_split(tmp_path, train_split, name):
+    variant = submission_variant(load_task("bustm"), train_split)
+    path = write_submission(load_task("bustm"), TEXTS, ["0", "1"], tmp_path, variant=variant)
+    assert path.name == f"bustm_predict_{name}.json"
+    assert submission_variant(load_task("tnews"), "train") is None
 
 
 def test_choices(tmp_path):

@@ -104,9 +104,13 @@ class TaskArguments:
 
 
 def submission_variant(task: Task, train_split: str | None) -> str | None:
-    """What FewCLUE adds to a submission's name, `0` for a model that was trained on `train_0`; None elsewhere."""
+    """What FewCLUE adds to a submission's name: `0` for a model that was trained on `train_0`, `all` for one that was
+    trained on `train_few_all`. None elsewhere.
+    """
     variant = (train_split or "").removeprefix("train_")
-    return variant if f"train_{variant}" == train_split and f"dev_{variant}" in task.files else None
+    if f"train_{variant}" != train_split or f"dev_{variant}" not in task.files:
+        return None
+    return variant.removeprefix("few_")
 
 
 def usual_split(task: Task, kind: str) -> str:

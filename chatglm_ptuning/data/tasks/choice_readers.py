@@ -10,7 +10,7 @@ from typing import Any
 from chatglm_ptuning.data.files import Row
 from chatglm_ptuning.data.forms.fields import fail
 from chatglm_ptuning.data.tasks.examples import ChoiceExample
-from chatglm_ptuning.data.tasks.source import SplitSource, as_text
+from chatglm_ptuning.data.tasks.source import SplitSource, as_text, spellings
 
 ASKED_BLANK = "____"
 """Stands for the idiom that is asked for."""
@@ -18,6 +18,7 @@ OTHER_BLANK = "〇〇〇〇"
 """Stands for the other missing idioms of the same passage."""
 
 _IDIOM = re.compile(r"#idiom\d*#")
+_LETTERS = ("A", "B", "C", "D")
 
 
 def read_chid(source: SplitSource) -> list[ChoiceExample]:
@@ -45,14 +46,19 @@ def read_chid(source: SplitSource) -> list[ChoiceExample]:
 
 
 def _idiom_answers(source: SplitSource, path: Path) -> dict[str, Any]:
-    name = path.name.removesuffix(".gz")
-    beside = path.with_name(f"{Path(name).stem}_answer.json")
-    if beside.is_file():
+    beside = path.with_name(_answers_beside(path))
+    beside = next((found for found in spellings(beside) if found.is_file()), None)
+    if beside is not None:
         _, content = SplitSource(source.task, source.split, (beside,)).documents()[0]
         if isinstance(content, Mapping):
             return dict(content)
         raise ValueError(f"{beside} must be one JSON object, idiom tag -> index of the right candidate.")
     return {}
+
+
+def _answers_beside(path: Path) -> str:
+    """The name of the file with the answers to the passages of a file of CLUE's."""
+    return f"{Path(path.name.removesuffix('.gz')).stem}_answer.json"
 
 
 def _one_blank(source: SplitSource, row: Row, content: str, candidates: list[str]) -> ChoiceExample:
@@ -77,7 +83,7 @@ def _many_blanks(
                 fail(
                     row,
                     f"there is no answer for {tag}: CLUE has them in a file of their own, "
-                    f"{Path(row.path).stem}_answer.json beside {Path(row.path).name}.",
+                    f"{_answers_beside(Path(row.path))} beside {Path(row.path).name}.",
                 )
             context = _IDIOM.sub(OTHER_BLANK, passage.replace(tag, ASKED_BLANK))
             yield ChoiceExample(
@@ -176,10 +182,12 @@ def read_exam(source: SplitSource) -> list[ChoiceExample]:
         for name in ("question", "a", "b", "c", "d"):
             if name not in lower:
                 fail(row, f"there is no column '{name if len(name) > 1 else name.upper()}'; it has {', '.join(row)}.")
-        answer = (row[lower["answer"]] if "answer" in lower else None) or None
+        answer = row[lower["answer"]] if "answer" in lower else None
+        if isinstance(answer, str):
+            answer = answer.strip().upper() or None
         if answer is None and source.needs_gold:
             fail(row, f"there is no answer, and the split {source.split} needs them.")
-        if answer is not None and (not isinstance(answer, str) or answer.strip().upper() not in "ABCD"):
+        if answer not in (None, *_LETTERS):
             fail(row, f"the answer must be A, B, C or D, found {answer!r}.")
         examples.append(
             ChoiceExample(
@@ -187,7 +195,7 @@ def read_exam(source: SplitSource) -> list[ChoiceExample]:
                 where=row.where,
                 question=as_text(row, row[lower["question"]], "question"),
                 candidates=tuple(as_text(row, row[lower[letter]], letter.upper()) for letter in "abcd"),
-                answer=None if answer is None else "ABCD".index(answer.strip().upper()),
+                answer=None if answer is None else _LETTERS.index(answer),
                 subject=source.subject,
                 category=subject.category,
             )

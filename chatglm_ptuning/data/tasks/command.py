@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -61,6 +62,8 @@ def show_task(
     _describe(task)
     if folder is None:
         return
+    if Path(folder).is_file() and not splits and len(task.files) > 1:
+        raise ValueError(f"{folder} is one file: say by --split which it is, {', '.join(task.files)}.")
     read, missing = {}, []
     for split in splits or task.files:
         try:

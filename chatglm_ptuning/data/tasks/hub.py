@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from chatglm_ptuning.data.files import Row
@@ -31,20 +32,28 @@ def read_hub(
             f"The registry knows no place of {task.name} on {hub}; name one, {hub}:OWNER/NAME, or a folder of "
             "its files."
         )
-    place = known if known is not None and hub_id in ("", known.id) else HubSource(hub_id)
-    config = None if place.config is None else place.config.format(subject=subject)
-    try:
-        data = _LOAD[hub](place.id, config, place.splits.get(split, split))
-    except ImportError as error:
-        raise ImportError(
-            f"{error}; install the package with its extra: pip install 'chatglm-ptuning[modelscope]'."
-        ) from error
-    except Exception as error:  # the hubs' clients raise whatever the network leads them to
+    places = [HubSource(hub_id)]
+    if known is not None:
+        # Another name may be a copy of the known data set, or one that is laid out in its own way.
+        places = [known] if hub_id in ("", known.id) else [replace(known, id=hub_id), *places]
+    errors: list[Exception] = []
+    for place in places:
+        config = None if place.config is None else place.config.format(subject=subject)
+        try:
+            data = _LOAD[hub](place.id, config, place.splits.get(split, split))
+            break
+        except ImportError as error:
+            raise ImportError(
+                f"{error}; install the package with its extra: pip install 'chatglm-ptuning[modelscope]'."
+            ) from error
+        except Exception as error:  # the hubs' clients raise whatever the network leads them to
+            errors.append(error)
+    else:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
         raise ValueError(
-            f"{task.name}, split {split}, could not be read from {hub}:{place.id}{offline}: {_first_line(error)} "
+            f"{task.name}, split {split}, could not be read from {hub}:{place.id}{offline}: {_first_line(errors[0])} "
             "Without a network, fetch the published files elsewhere and name their folder."
-        ) from error
+        ) from errors[0]
     origin = f"{hub}:{place.id}"
     rows = tuple(
         Row(_decoded(row, data.features), origin, index, has_lines=False) for index, row in enumerate(data, start=1)

@@ -9,7 +9,7 @@ from typing import Any
 from chatglm_ptuning.data.files import Row
 from chatglm_ptuning.data.forms.fields import fail
 from chatglm_ptuning.data.tasks.examples import Answer, QuestionExample
-from chatglm_ptuning.data.tasks.source import SplitSource
+from chatglm_ptuning.data.tasks.source import SplitSource, nearest_place
 
 
 def read_squad(source: SplitSource) -> list[QuestionExample]:
@@ -73,20 +73,15 @@ def _example(
     question: str,
     answers: list[tuple[str, int | None]],
 ) -> QuestionExample:
+    for name, value in (("context", context), ("question", question), *(("answer", text) for text, _ in answers)):
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: the {name} must be text, found {value!r}.")
+    for _, start in answers:
+        if start is not None and (isinstance(start, bool) or not isinstance(start, int)):
+            raise ValueError(f"{where}: 'answer_start' must be the place of a character, found {start!r}.")
     # Test files have no answers, or an empty one that starts at -1.
     given = [(text, start) for text, start in answers if text.strip()]
     if not given and source.needs_gold:
         raise ValueError(f"{where}: the question has no answer, and the split {source.split} needs them.")
-    found = tuple(Answer(text, _place(context, text, start)) for text, start in given)
+    found = tuple(Answer(text, nearest_place(context, text, start or 0)) for text, start in given)
     return QuestionExample(id=index, where=where, context=context, question=question, answers=found or None)
-
-
-def _place(context: str, text: str, start: int | None) -> int | None:
-    if start is not None and start >= 0 and context.startswith(text, start):
-        return start
-    places = []
-    place = context.find(text)
-    while place >= 0:
-        places.append(place)
-        place = context.find(text, place + 1)
-    return min(places, key=lambda found: abs(found - (start or 0)), default=None)

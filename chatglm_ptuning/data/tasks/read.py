@@ -52,7 +52,10 @@ def read_examples(
     """
     hub, _, hub_id = str(source).partition(":")
     examples: list[AnyExample] = []
-    for subject in chosen_subjects(task, subjects):
+    chosen = chosen_subjects(task, subjects)
+    if len(chosen) > 1 and Path(source).is_file():
+        chosen = [_subject_of_file(task, Path(source), split)]
+    for subject in chosen:
         if hub in HUBS:
             rows, fields = read_hub(task, hub, hub_id, split, subject)
             found = SplitSource(task, split, hub_rows=rows, fields={**task.fields, **fields}, subject=subject)
@@ -88,6 +91,20 @@ def chosen_subjects(task: Task, chosen: Sequence[str] | None) -> list[str | None
         )
     named = {*chosen, *(member for name in chosen for member in task.groups.get(name, ()))}
     return [name for name, subject in task.subjects.items() if name in named or subject.category in named]
+
+
+def _subject_of_file(task: Task, path: Path, split: str) -> str:
+    """The subject of an examination that a file by this name holds."""
+    of_name = {
+        Path(name.format(subject=subject)).name: subject
+        for subject in task.subjects
+        for names in task.files.get(split, ())
+        for name in names
+    }
+    name = path.name.removesuffix(".gz")
+    if name not in of_name:
+        raise ValueError(f"{path} is one file, and {task.name} has a file for each subject: name one by --subject.")
+    return of_name[name]
 
 
 def _check_all_or_none(task: Task, split: str, examples: Sequence[AnyExample]) -> None:

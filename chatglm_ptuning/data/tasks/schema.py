@@ -288,6 +288,8 @@ class _Checker(FieldChecker):
         return value
 
     def multi_label(self, task: Task) -> None:
+        if task.drop_labels and task.reader not in ("rows", "winograd"):
+            self.fail(f"'drop_labels' belongs to the readers 'rows' and 'winograd', not to '{task.reader}'.")
         if task.multi_label and task.reader != "rows":
             self.fail(f"'multi_label' belongs to the reader 'rows', not to '{task.reader}'.")
         if task.head not in task.heads:
@@ -310,6 +312,13 @@ class _Checker(FieldChecker):
             splits[self.text(split, "files")] = tuple(
                 tuple(part.strip() for part in name.split(" + ")) for name in names
             )
+        for name in (name for names in splits.values() for parts in names for name in parts):
+            try:
+                unknown = [found for found in placeholders(name) if found != "subject"]
+            except ValueError as error:
+                self.fail(f"the file name '{name}' is malformed: {error}.")
+            if unknown:
+                self.fail(f"the file name '{name}' has {{{unknown[0]}}} in it; only {{subject}} may stand there.")
         if not splits:
             self.fail("'files' names no split; write for example `files: {train: train.json}`.")
         return splits

@@ -72,11 +72,21 @@ class SplitSource:
         return as_text(row, value, column)
 
     def example_id(self, row: Row, index: int) -> int | str:
-        """The id that the row has, or else its place."""
+        """The id that the row has, or else its place.
+
+        Raises:
+            ValueError: naming file and line, if it is neither a whole number nor text.
+        """
         value = self.get(row, "id")
         if value is None:
             value = row.get("idx")  # what CLUE calls it in some of its files
-        return value if isinstance(value, (int, str)) and value != "" else index
+        if value is None or value == "":
+            return index
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+        if isinstance(value, bool) or not isinstance(value, (int, str)):
+            fail(row, f"the id must be a whole number or text, found {str(value)[:60]}.")
+        return value
 
     def missing(self, row: Row, role: str, column: str) -> NoReturn:
         """Refuses a row without a column."""
@@ -220,7 +230,7 @@ def find_files(task: Task, source: Path, split: str, subject: str | None = None)
     wanted = [tuple(name.format(subject=subject) for name in names) for names in task.files[split]]
     for base in bases:
         for names in wanted:
-            found = [next((path for path in _spellings(base, name) if path.is_file()), None) for name in names]
+            found = [next((path for path in spellings(base / name) if path.is_file()), None) for name in names]
             if all(found):
                 return tuple(path for path in found if path is not None)
             if any(found):
@@ -233,11 +243,17 @@ def find_files(task: Task, source: Path, split: str, subject: str | None = None)
         f"{source} has no file of {task.name}, split {split}: looked for {' or '.join(' + '.join(n) for n in wanted)}"
         f" in {', '.join(dict.fromkeys(str(base) for base in bases))}; the folder holds "
         f"{', '.join(there[:12]) + (', ...' if len(there) > 12 else '') or 'nothing'}."
+        + (
+            f" A copy of a hub's repository is read by huggingface:{source}."
+            if next(source.rglob("*.parquet"), None)
+            else ""
+        )
     )
 
 
-def _spellings(base: Path, name: str) -> tuple[Path, Path]:
-    return base / name, base / f"{name}.gz"
+def spellings(path: Path) -> tuple[Path, Path]:
+    """A file, and the same gzipped."""
+    return path, path.with_name(f"{path.name}.gz")
 
 
 def _read_json(path: Path) -> Any:
@@ -248,3 +264,15 @@ def _read_json(path: Path) -> Any:
         raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno}).") from error
     except RecursionError as error:
         raise ValueError(f"{path}: nested too deeply.") from error
+
+
+def nearest_place(text: str, part: str, place: int) -> int | None:
+    """Where a part of a text begins: at `place`, or else where it stands nearest to it; None if it stands nowhere."""
+    if place >= 0 and text.startswith(part, place):
+        return place
+    places = []
+    found = text.find(part)
+    while found >= 0:
+        places.append(found)
+        found = text.find(part, found + 1)
+    return min(places, key=lambda start: abs(start - place), default=None)

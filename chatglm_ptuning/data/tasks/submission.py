@@ -41,14 +41,14 @@ def write_submission(
         predictions: one for each: a key of the labels (of a multi-label task a list of them), an index of a candidate,
             tags, or a text.
         variant: goes into the name of the file, for benchmarks that take a file for each training split: FewCLUE calls
-            the predictions of a model trained on train_0 `bustm_predict_0.json`.
+            the predictions of a model trained on train_0 `bustm_predict_0.json` (see `submission_variant`).
 
     Returns:
         The path of the file.
 
     Raises:
-        ValueError: if the benchmark takes no submissions, the numbers differ, an id stands twice, or a prediction is
-            no label, index, list of tags or text of the task.
+        ValueError: if the benchmark takes no submissions, the numbers differ, an id stands twice in a form that is one
+            object, or a prediction is no label, index, list of tags or text of the task.
     """
     form = task.submission
     if form is None:

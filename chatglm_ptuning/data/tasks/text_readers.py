@@ -7,7 +7,7 @@ import re
 from chatglm_ptuning.data.files import Row
 from chatglm_ptuning.data.forms.fields import fail
 from chatglm_ptuning.data.tasks.examples import GenerationExample, TextExample
-from chatglm_ptuning.data.tasks.source import SplitSource
+from chatglm_ptuning.data.tasks.source import SplitSource, nearest_place
 from chatglm_ptuning.data.text_input import read_text
 
 _LCSTS_DOC = re.compile(
@@ -45,11 +45,14 @@ def read_texts(source: SplitSource) -> list[TextExample]:
 def read_winograd(source: SplitSource) -> list[TextExample]:
     """Rows of a text in which a noun (span 1) and a pronoun (span 2) are pointed at.
 
-    In the example's text the noun stands in `[]` and the pronoun in `__`, as the same word may stand there twice.
+    In the example's text the noun stands in `[]` and the pronoun in `__`, as the same word may stand there twice. A
+    span that does not stand where the file says is marked where it stands nearest; if nowhere, where the file says.
     """
     examples = []
     for index, row in enumerate(source.rows()):
         label = source.label(row)
+        if label is not None and label in source.task.drop_labels:
+            continue
         spans = {role: source.text(row, f"{role}_text") for role in ("span1", "span2")}
         examples.append(
             TextExample(
@@ -70,12 +73,25 @@ def _mark_spans(source: SplitSource, row: Row, spans: dict[str, str]) -> str:
         start = source.get(row, f"{role}_index")
         if isinstance(start, str) and start.isdigit():
             start = int(start)
-        if not isinstance(start, int) or not text.startswith(spans[role], start):
-            fail(row, f"{role} '{spans[role]}' does not stand at character {start} of the text.")
-        places.append((start, start + len(spans[role]), marks))
-    for start, end, marks in sorted(places, reverse=True):
-        text = text[:start] + marks[0] + text[start:end] + marks[1] + text[end:]
-    return text
+        if isinstance(start, bool) or not isinstance(start, int):
+            fail(row, f"{role}_index must be the place of a character, found {start!r}.")
+        place = nearest_place(text, spans[role], start)
+        if place is None and not 0 <= start < len(text):
+            fail(row, f"{role} '{spans[role]}' is not in the text, nor is there a character {start}.")
+        place = start if place is None else place
+        places.append((place, place + len(spans[role]), marks))
+    return _with_marks(text, places)
+
+
+def _with_marks(text: str, places: list[tuple[int, int, str]]) -> str:
+    """The text with a pair of marks around each span; of spans inside each other, the longer one's are outside."""
+    marked = []
+    for place in range(len(text) + 1):
+        ending = sorted((span for span in places if span[1] == place), key=lambda span: -span[0])
+        starting = sorted((span for span in places if span[0] == place), key=lambda span: -span[1])
+        marked += [span[2][1] for span in ending] + [span[2][0] for span in starting]
+        marked.append(text[place : place + 1])
+    return "".join(marked)
 
 
 def read_pairs(source: SplitSource) -> list[GenerationExample]:

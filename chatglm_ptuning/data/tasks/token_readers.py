@@ -26,11 +26,16 @@ def read_bio(source: SplitSource) -> list[TokenExample]:
     examples: list[TokenExample] = []
     for path in source.paths:
         text = read_text(path)
-        if text.lstrip()[:1] in ("{", "["):
+        if text.lstrip()[:1] in ("{", "[") and not _is_token_and_tag(source, text.lstrip().partition("\n")[0]):
             examples += _from_rows(source, SplitSource(source.task, source.split, (path,)).rows(), len(examples))
         else:
             examples += _from_lines(source, path, text, len(examples))
     return examples
+
+
+def _is_token_and_tag(source: SplitSource, line: str) -> bool:
+    """Whether a line that begins as JSON does is a token `[` or `{` and its tag."""
+    return len(line.split()) == 2 and line.split()[1] in source.task.tags
 
 
 def _from_rows(source: SplitSource, rows: Iterable[Row], first: int = 0) -> Iterable[TokenExample]:
@@ -60,32 +65,41 @@ def _check_texts(row: Row, column: str, values: Any) -> None:
 def _from_lines(source: SplitSource, path: Path, text: str, first: int) -> list[TokenExample]:
     lines = text.split("\n")
     examples: list[TokenExample] = []
-    if lines[0].rstrip("\r").split("\t") == ["text_a", "label"]:
+    headings = lines[0].rstrip("\r").split("\t")
+    if headings == ["text_a", "label"] or (headings == ["text_a"] and not source.needs_gold):
         for number, line in enumerate(lines[1:], start=2):
             if not line.strip():
                 continue
             cells = line.rstrip("\r").split("\t")
-            if len(cells) != 2:
-                raise ValueError(f"{path}:{number}: {len(cells)} cells under the headings text_a and label.")
-            tokens, tags = (cell.split(_JOINT) for cell in cells)
+            if len(cells) != len(headings):
+                raise ValueError(f"{path}:{number}: {len(cells)} cells under the headings {' and '.join(headings)}.")
+            tokens, tags = (cell.split(_JOINT) for cell in cells) if len(cells) == 2 else (cells[0].split(_JOINT), None)
             examples.append(_example(source, first + len(examples), f"{path}:{number}", tokens, tags))
         return examples
+    tagged = source.needs_gold or any(_is_tagged(line) for line in lines)
     tokens, tags, start = [], [], 0
     for number, line in enumerate([*lines, ""], start=1):
         line = line.rstrip("\r")
         if line.strip():
             token, separator, tag = line.rpartition("\t" if "\t" in line else " ")
-            if not separator or not token:
+            if not tagged:
+                token, tag = line, ""
+            elif not separator or not token:
                 raise ValueError(f"{path}:{number}: expected a token, a tab or space, and a tag; found {line[:60]!r}.")
             start = start or number
             tokens.append(token)
             tags.append(tag)
         elif tokens:
-            examples.append(_example(source, first + len(examples), f"{path}:{start}", tokens, tags))
+            of_sentence = tags if tagged else None
+            examples.append(_example(source, first + len(examples), f"{path}:{start}", tokens, of_sentence))
             tokens, tags, start = [], [], 0
     if not examples:
         raise ValueError(f"{path} holds no sentence.")
     return examples
+
+
+def _is_tagged(line: str) -> bool:
+    return len(line.split()) > 1
 
 
 def _example(
@@ -111,6 +125,7 @@ def read_cluener(source: SplitSource) -> list[TokenExample]:
     Every character is a token. Where two entities overlap, the longer one gets the tags, as BIO holds one of them.
     """
     examples = []
+    with_id = SplitSource(source.task, source.split, fields={"id": "id"})
     for index, row in enumerate(source.rows()):
         text = row.get("text")
         if not isinstance(text, str):
@@ -118,31 +133,33 @@ def read_cluener(source: SplitSource) -> list[TokenExample]:
         if "label" not in row and source.needs_gold:
             fail(row, f"there is no field 'label'; the row has {', '.join(row)}.")
         tags = _span_tags(source, row, text, row["label"]) if "label" in row else None
-        examples.append(_example(source, row.get("id", index), row.where, list(text), tags))
+        examples.append(_example(source, with_id.example_id(row, index), row.where, list(text), tags))
     return examples
 
 
 def _span_tags(source: SplitSource, row: Row, text: str, label: Any) -> list[str]:
-    spans = []
     try:
-        for entity, surfaces in label.items():
-            if entity not in source.task.labels:
-                near = difflib.get_close_matches(entity, source.task.labels, n=1, cutoff=0.5)
-                hint = f" (did you mean '{near[0]}'?)" if near else ""
-                fail(row, f"unknown entity type '{entity}'{hint}; known are {', '.join(source.task.labels)}.")
-            for surface, places in surfaces.items():
-                for start, end in places:
-                    if text[start : end + 1] != surface:
-                        fail(
-                            row,
-                            f"'{surface}' does not stand at characters {start} to {end} of the text, where "
-                            f"'{text[start : end + 1]}' stands.",
-                        )
-                    spans.append((start, end, entity))
-    except (AttributeError, TypeError) as error:
+        spans = [
+            (int(start), int(end), entity, surface)
+            for entity, surfaces in label.items()
+            for surface, places in surfaces.items()
+            for start, end in places
+        ]
+    except (AttributeError, TypeError, ValueError) as error:
         fail(row, f"'label' must be entity type -> text -> list of [start, end] ({error}).")
+    for start, end, entity, surface in spans:
+        if entity not in source.task.labels:
+            near = difflib.get_close_matches(entity, source.task.labels, n=1, cutoff=0.5)
+            hint = f" (did you mean '{near[0]}'?)" if near else ""
+            fail(row, f"unknown entity type '{entity}'{hint}; known are {', '.join(source.task.labels)}.")
+        if text[start : end + 1] != surface:
+            fail(
+                row,
+                f"'{surface}' does not stand at characters {start} to {end} of the text, where "
+                f"'{text[start : end + 1]}' stands.",
+            )
     tags = ["O"] * len(text)
-    for start, end, entity in sorted(spans, key=lambda span: (span[0] - span[1], span[0])):
+    for start, end, entity, _ in sorted(spans, key=lambda span: (span[0] - span[1], span[0])):
         if all(tag == "O" for tag in tags[start : end + 1]):
             tags[start : end + 1] = [f"B-{entity}", *[f"I-{entity}"] * (end - start)]
     return tags
