@@ -119,7 +119,7 @@ def test_groups_across_categories_are_those_the_benchmarks_publish(tmp_path):
         ("metric:", "multi_label: true\nhead: generation\nmetric:", "the head must be sequence_classification"),
         ("metric:", "multi_label: true\ndrop_labels: [x]\nmetric:", "'drop_labels' leaves out rows of one label"),
         ("mine.jsonl", "'{subj}.jsonl'", "the file name '{subj}.jsonl' has {subj} in it; only {subject} may stand"),
-        ("mine.jsonl", "'t{1}.jsonl'", "'{1}' is not a plain name in braces"),
+        ("mine.jsonl", "'t{1}.jsonl'", "'.1.' is not a plain name in braces"),
     ],
 )
 def test_a_faulty_file_is_refused_by_its_key(tmp_path, old, new, message):
