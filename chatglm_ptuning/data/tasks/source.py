@@ -239,15 +239,12 @@ def find_files(task: Task, source: Path, split: str, subject: str | None = None)
                     f"{base} has only a part of {task.name}, split {split}: {', '.join(missing)} is missing."
                 )
     there = sorted(child.name for child in source.iterdir())
+    is_of_a_hub = any(any(source.glob(pattern)) for pattern in ("*.parquet", "*/*.parquet"))
     raise ValueError(
         f"{source} has no file of {task.name}, split {split}: looked for {' or '.join(' + '.join(n) for n in wanted)}"
         f" in {', '.join(dict.fromkeys(str(base) for base in bases))}; the folder holds "
         f"{', '.join(there[:12]) + (', ...' if len(there) > 12 else '') or 'nothing'}."
-        + (
-            f" A copy of a hub's repository is read by huggingface:{source}."
-            if next(source.rglob("*.parquet"), None)
-            else ""
-        )
+        + (f" A copy of a hub's repository is read by huggingface:{source}." if is_of_a_hub else "")
     )
 
 
