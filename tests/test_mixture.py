@@ -30,6 +30,8 @@ from chatglm_ptuning.prefix.checkpoint import METADATA_FILE, WEIGHTS_FILE
 from chatglm_ptuning.training.mixture.sampler import MixtureSampler
 from chatglm_ptuning.training.run import main as train
 
+CONFIGS = Path(__file__).resolve().parents[1] / "ds_config"
+
 PREFIX = "transformer.prefix_encoder.embedding.weight"
 COMMON = "pre_seq_len: 3\nlearning_rate: 1.0e-2\nfiles: {train: train.json, dev: dev.json}\n"
 TASKS = {
@@ -377,10 +379,19 @@ def test_a_mixture_goes_neither_with_a_task_nor_with_predictions(folder, tmp_pat
         assert message in " ".join(capsys.readouterr().err.split())
 
 
+def test_zero3_is_refused(folder, tmp_path):
+    argv = flags(folder, tmp_path / "run", "--task_mixture", str(folder / "mix.yaml"), "--deepspeed")
+    (ended,) = processes.start([*argv, str(CONFIGS / "zero3.json")], 1, tmp_path).wait()
+    assert ended.code == 1 and "--task_mixture does not work with ZeRO-3" in ended.output
+
+
 @pytest.mark.slow
-def test_two_processes_train_as_one(folder, run, tmp_path):
+@pytest.mark.parametrize("stage", [None, 2])
+def test_two_processes_train_as_one(folder, run, tmp_path, stage):
     argv = flags(folder, tmp_path / "run", "--task_mixture", str(folder / "mix.yaml"), "--pre_seq_len", "3")
     more = ["--per_device_train_batch_size", "1", "--prefix_dropout", "0", "--do_eval"]
+    if stage is not None:
+        more += ["--deepspeed", str(CONFIGS / f"zero{stage}.json")]
     processes.run([*argv, *more], 2, tmp_path)
     train([*flags(folder, tmp_path / "alone"), *argv[-4:], "--prefix_dropout", "0", "--do_eval"])
     ours, theirs = load_file(tmp_path / "run" / WEIGHTS_FILE), load_file(tmp_path / "alone" / WEIGHTS_FILE)

@@ -89,6 +89,8 @@ def test_winograd_marks_the_spans_that_are_meant(tmp_path, name):
         (("猫看见它", 0), ("它", 3), "[猫看见_它_]，它跑了"),
         (("它，它", 3), ("它", 3), "猫看见[_它_，它]跑了"),
         (("猫", 0), ("看", 1), "[猫]_看_见它，它跑了"),
+        (("它", 3), ("它", 3), "猫看见[_它_]，它跑了"),
+        (("猫", 0), ("他们的", 6), "[猫]看见它，它_跑了_"),  # beyond the end
     ],
 )
 def test_winograd_spans_that_are_off_or_inside_each_other(tmp_path, span1, span2, marked):
@@ -111,7 +113,7 @@ def test_ids_are_whole_numbers_or_text(tmp_path):
             read_examples(load_task("tnews"), tmp_path, "test")
 
 
-@pytest.mark.parametrize("text", ["王\n宁\n\n来\n", "text_a\n王\x02宁\n来\n"])
+@pytest.mark.parametrize("text", ["王\n宁\n\n来\n", "王 \n宁\t\n\n来\n", "text_a\n王\x02宁\n来\n"])
 def test_a_test_split_of_entities_may_be_without_tags(tmp_path, text):
     task = load_task("msra_ner")
     (file,) = task.files["test"][0]
@@ -119,7 +121,7 @@ def test_a_test_split_of_entities_may_be_without_tags(tmp_path, text):
     examples = read_examples(task, tmp_path, "test")
     assert [(example.tokens, example.tags) for example in examples] == [(("王", "宁"), None), (("来",), None)]
     (tmp_path / task.files["train"][0][0]).write_text(text, "utf-8")
-    with pytest.raises(ValueError, match="expected a token, a tab or space, and a tag"):
+    with pytest.raises(ValueError, match=r"expected a token, a tab or space, and a tag|has no tag ''"):
         read_examples(task, tmp_path, "train")
 
 
@@ -140,6 +142,11 @@ def test_a_single_file_of_an_examination_is_one_subject(tmp_path):
         read_examples(load_task("ceval"), tmp_path / "mine.csv", "val")
     (example,) = read_examples(load_task("ceval"), tmp_path / "mine.csv", "val", subjects=["law"])
     assert example.subject == "law"
+    with pytest.raises(ValueError, match=r"law_val.csv is one file.*as its split val does \(computer_network_val.csv"):
+        others = ["computer_network", "operating_system"]
+        read_examples(load_task("ceval"), tmp_path / "law_val.csv", "val", subjects=others)
+    with pytest.raises(ValueError, match="has no split 'vall'"):
+        read_examples(load_task("ceval"), tmp_path / "law_val.csv", "vall")
     for wrong in ("AB", "ABCD"):
         (tmp_path / "law_val.csv").write_text(table.replace(" b ", wrong), "utf-8")
         with pytest.raises(ValueError, match=rf"law_val.csv:2: the answer must be A, B, C or D, found '{wrong}'"):
@@ -433,12 +440,16 @@ def test_a_copy_of_a_hub_s_repository_is_read_as_the_registry_knows_it(tmp_path)
     card = "configs:\n"
     for config, text in (("afqmc", "不"), ("tnews", "甲")):
         card += f"- config_name: {config}\n  data_files:\n  - {{split: validation, path: {config}/validation-*}}\n"
-        (tmp_path / config).mkdir()
-        rows = {"sentence": [text], "label": ["100"], "idx": [8]}
-        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / config / "validation-00000-of-00001.parquet")
-    (tmp_path / "README.md").write_text(f"---\n{card}---\n", "utf-8")
+        for folder, column, number in ((tmp_path, "idx", 8), (tmp_path / "another", "id", 77)):
+            (folder / config).mkdir(parents=True)
+            rows = {"sentence": [text], "label": ["100"], column: [number]}
+            datasets.Dataset.from_dict(rows).to_parquet(folder / config / "validation-00000-of-00001.parquet")
+    for folder in (tmp_path, tmp_path / "another"):
+        (folder / "README.md").write_text(f"---\n{card}---\n", "utf-8")
     (example,) = read_examples(load_task("tnews"), f"huggingface:{tmp_path}", "dev")
     assert (example.id, example.text, example.label) == (8, "甲", "100")
+    (example,) = read_examples(load_task("tnews"), f"huggingface:{tmp_path / 'another'}", "dev")
+    assert example.id == 77
     with pytest.raises(ValueError, match=f"A copy of a hub's repository is read by huggingface:{tmp_path}"):
         read_examples(load_task("tnews"), tmp_path, "dev")
 

@@ -79,9 +79,10 @@ class OutOfMemory(TrainingStopped):
         if general_rows > 1:
             ways.append(f"--preserve_batch_size {general_rows // 2} (fewer general rows a step)")
         if batch > 1:
+            same = "" if general_rows else "the same training, "
             ways.append(
                 f"--per_device_train_batch_size {smaller} --gradient_accumulation_steps "
-                f"{-(-batch * accumulation // smaller)} (the same training, a little slower; or --auto_find_batch_size)"
+                f"{-(-batch * accumulation // smaller)} ({same}a little slower; or --auto_find_batch_size)"
             )
         else:
             ways.append("a smaller --max_source_length or --max_target_length (the batch is one row already)")

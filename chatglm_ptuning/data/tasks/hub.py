@@ -35,8 +35,9 @@ def read_hub(
     places = [HubSource(hub_id)]
     if known is not None:
         # Another name may be a copy of the known data set, or one that is laid out in its own way.
-        places = [known] if hub_id in ("", known.id) else [replace(known, id=hub_id), *places]
-    errors: list[Exception] = []
+        copies = [replace(known, id=hub_id), replace(known, id=hub_id, config=None)]
+        places = [known] if hub_id in ("", known.id) else [*copies, *places]
+    errors: dict[str, Exception] = {}
     for place in places:
         config = None if place.config is None else place.config.format(subject=subject)
         try:
@@ -47,18 +48,18 @@ def read_hub(
                 f"{error}; install the package with its extra: pip install 'chatglm-ptuning[modelscope]'."
             ) from error
         except Exception as error:  # the hubs' clients raise whatever the network leads them to
-            errors.append(error)
+            errors.setdefault(_first_line(error), error)
     else:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
         raise ValueError(
-            f"{task.name}, split {split}, could not be read from {hub}:{place.id}{offline}: {_first_line(errors[0])} "
+            f"{task.name}, split {split}, could not be read from {hub}:{place.id}{offline}: {' / '.join(errors)} "
             "Without a network, fetch the published files elsewhere and name their folder."
-        ) from errors[0]
+        ) from next(iter(errors.values()))
     origin = f"{hub}:{place.id}"
     rows = tuple(
         Row(_decoded(row, data.features), origin, index, has_lines=False) for index, row in enumerate(data, start=1)
     )
-    return rows, place.fields
+    return rows, {role: column for role, column in place.fields.items() if column.split(".")[0] in data.features}
 
 
 def _load_huggingface(name: str, config: str | None, split: str) -> Any:

@@ -53,8 +53,8 @@ def read_examples(
     hub, _, hub_id = str(source).partition(":")
     examples: list[AnyExample] = []
     chosen = chosen_subjects(task, subjects)
-    if len(chosen) > 1 and Path(source).is_file():
-        chosen = [_subject_of_file(task, Path(source), split)]
+    if len(chosen) > 1 and split in task.files and Path(source).is_file():
+        chosen = [_subject_of_file(task, Path(source), split, chosen)]
     for subject in chosen:
         if hub in HUBS:
             rows, fields = read_hub(task, hub, hub_id, split, subject)
@@ -93,17 +93,21 @@ def chosen_subjects(task: Task, chosen: Sequence[str] | None) -> list[str | None
     return [name for name, subject in task.subjects.items() if name in named or subject.category in named]
 
 
-def _subject_of_file(task: Task, path: Path, split: str) -> str:
-    """The subject of an examination that a file by this name holds."""
+def _subject_of_file(task: Task, path: Path, split: str, chosen: Sequence[str | None]) -> str:
+    """The one of the chosen subjects of an examination that a file by this name holds."""
     of_name = {
         Path(name.format(subject=subject)).name: subject
-        for subject in task.subjects
-        for names in task.files.get(split, ())
+        for subject in chosen
+        for names in task.files[split]
         for name in names
+        if subject and "{subject}" in name
     }
     name = path.name.removesuffix(".gz")
     if name not in of_name:
-        raise ValueError(f"{path} is one file, and {task.name} has a file for each subject: name one by --subject.")
+        known = f", or name the file as its split {split} does ({next(iter(of_name))})" if of_name else ""
+        raise ValueError(
+            f"{path} is one file, and {task.name} has a file for each subject: name one by --subject{known}."
+        )
     return of_name[name]
 
 

@@ -79,7 +79,8 @@ class SplitSource:
         """
         value = self.get(row, "id")
         if value is None:
-            value = row.get("idx")  # what CLUE calls it in some of its files
+            other = row.get("idx")  # what CLUE calls it in some of its files
+            value = other if isinstance(other, (int, str)) else None
         if value is None or value == "":
             return index
         if isinstance(value, float) and value.is_integer():

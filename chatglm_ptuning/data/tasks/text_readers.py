@@ -79,7 +79,7 @@ def _mark_spans(source: SplitSource, row: Row, spans: dict[str, str]) -> str:
         if place is None and not 0 <= start < len(text):
             fail(row, f"{role} '{spans[role]}' is not in the text, nor is there a character {start}.")
         place = start if place is None else place
-        places.append((place, place + len(spans[role]), marks))
+        places.append((place, min(place + len(spans[role]), len(text)), marks))
     return _with_marks(text, places)
 
 
@@ -87,7 +87,7 @@ def _with_marks(text: str, places: list[tuple[int, int, str]]) -> str:
     """The text with a pair of marks around each span; of spans inside each other, the longer one's are outside."""
     marked = []
     for place in range(len(text) + 1):
-        ending = sorted((span for span in places if span[1] == place), key=lambda span: -span[0])
+        ending = sorted((span for span in reversed(places) if span[1] == place), key=lambda span: -span[0])
         starting = sorted((span for span in places if span[0] == place), key=lambda span: -span[1])
         marked += [span[2][1] for span in ending] + [span[2][0] for span in starting]
         marked.append(text[place : place + 1])

@@ -76,14 +76,14 @@ def _from_lines(source: SplitSource, path: Path, text: str, first: int) -> list[
             tokens, tags = (cell.split(_JOINT) for cell in cells) if len(cells) == 2 else (cells[0].split(_JOINT), None)
             examples.append(_example(source, first + len(examples), f"{path}:{number}", tokens, tags))
         return examples
-    tagged = source.needs_gold or any(_is_tagged(line) for line in lines)
+    tagged = source.needs_gold or any(_is_tagged(source, line) for line in lines)
     tokens, tags, start = [], [], 0
     for number, line in enumerate([*lines, ""], start=1):
         line = line.rstrip("\r")
         if line.strip():
             token, separator, tag = line.rpartition("\t" if "\t" in line else " ")
             if not tagged:
-                token, tag = line, ""
+                token, tag = line.strip(), ""
             elif not separator or not token:
                 raise ValueError(f"{path}:{number}: expected a token, a tab or space, and a tag; found {line[:60]!r}.")
             start = start or number
@@ -98,8 +98,8 @@ def _from_lines(source: SplitSource, path: Path, text: str, first: int) -> list[
     return examples
 
 
-def _is_tagged(line: str) -> bool:
-    return len(line.split()) > 1
+def _is_tagged(source: SplitSource, line: str) -> bool:
+    return "\t" in line.strip() or (len(line.split()) > 1 and line.split()[-1] in source.task.tags)
 
 
 def _example(

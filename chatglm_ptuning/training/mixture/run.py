@@ -44,6 +44,11 @@ class MixtureRun(TrainingRun):
                 "--task_mixture does not go with --do_predict: score each task by `chatglm-ptuning evaluate --task "
                 "NAME --task_data FOLDER --ptuning_checkpoint OUTPUT_DIR`."
             )
+        if args.deepspeed and args.hf_deepspeed_config.is_zero3():
+            raise ValueError(
+                "--task_mixture does not work with ZeRO-3, which would take the heads apart: use ds_config/zero2.json, "
+                "with --quantization_bit 4 or 8 if the base does not fit one GPU."
+            )
         if args.tuning != "ptuning_v2":
             raise ValueError(f"--task_mixture trains a prefix: --tuning ptuning_v2, not {args.tuning}.")
         self.mixture = read_mixture(flags.task_mixture or "")
