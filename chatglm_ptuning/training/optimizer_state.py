@@ -28,6 +28,7 @@ def collect(
     from deepspeed.utils import safe_get_full_optimizer_state
 
     flat = _partitions(engine)
+    _link_parts(engine)
     state: dict[int, dict[str, Any]] = {}
     for index, parameter in enumerate(parameters):
         if flat is None:
@@ -73,9 +74,7 @@ def restore(engine: DeepSpeedEngine, parameters: Sequence[torch.nn.Parameter], s
         engine.basic_optimizer.state[part] = {
             key: torch.zeros_like(part) if _is_per_number(value) else _copy(value) for key, value in example.items()
         }
-    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
-    if link is not None:  # ZeRO-1 and -2 note at the first step which part of these belongs to which parameter
-        link()
+    _link_parts(engine)
     for index, parameter in enumerate(parameters):
         for key, value in saved["state"][index].items():
             if _is_per_number(value):
@@ -106,6 +105,18 @@ def _partitions(engine: DeepSpeedEngine) -> list[torch.Tensor] | None:
         return None
     optimizer = engine.optimizer
     return list(optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups)
+
+
+def _link_parts(engine: DeepSpeedEngine) -> None:
+    """Notes which part of the state belongs to which parameter.
+
+    ZeRO-1 and -2 do so by themselves, but once, after the step of the first group of parameters, when the others (the
+    bias of a linear head) have no state yet.
+    """
+    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:
+        engine.optimizer._hp_optimizer_states_linked = False
+        link()
 
 
 def _is_per_number(value: Any) -> bool:
