@@ -317,6 +317,25 @@ def in_a_job(argv: list[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_head_under_deepspeed_is_saved_and_goes_on(base, data, tmp_path, stage):
+    config = Path(__file__).resolve().parents[1] / "ds_config" / f"zero{stage}.json"
+    argv = flags(
+        base, data, TASKS["sequence_classification"][0], "--head", "sequence_classification", "--do_train",
+        "--max_steps", "4", "--save_steps", "2", "--pre_seq_len", "4", "--prefix_dropout", "0",
+        "--learning_rate", "1e-2", "--per_device_train_batch_size", "2", "--disable_tqdm", "true",
+        "--deepspeed", config,
+    )  # fmt: skip
+    processes.run([*argv, "--output_dir", str(tmp_path / "run")], 2, tmp_path)
+    resumed = [*argv, "--output_dir", str(tmp_path / "resumed")]
+    processes.run([*resumed, "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-2")], 2, tmp_path)
+    one, two = (load_file(tmp_path / name / "prefix_model.safetensors") for name in ("run", "resumed"))
+    assert "classifier_head.bias" in one
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("head", TASKS)
 def test_two_processes_train_and_predict_as_one(base, data, head, tmp_path):
     own = [] if head == "multi_label" else ["--head", head]

@@ -17,7 +17,7 @@ from chatglm_ptuning.model.prefix_encoder import PrefixEncoder
 from chatglm_ptuning.model.prefix_switch import TRAINABLE_PREFIX, PrefixSwitch
 from chatglm_ptuning.model.rotary import rotate_prefix_keys
 from chatglm_ptuning.model.virtual_tokens import key_values_before
-from chatglm_ptuning.model.zero3 import gathered, gathering_modules, is_partitioned
+from chatglm_ptuning.model.zero3 import gathered, gathering_modules, is_partitioned, whole_shape
 from chatglm_ptuning.prefix.bank import PrefixSelection
 from chatglm_ptuning.prefix.checkpoint import PrefixCheckpoint, PrefixMetadata, read_prefix, write_prefix
 from chatglm_ptuning.prefix.fingerprint import difference, fingerprint_of
@@ -354,10 +354,10 @@ class PrefixMixin:
             )
         for name, value in ours.items():
             theirs = checkpoint.heads[name]
-            if theirs.shape != value.shape:
+            if theirs.shape != whole_shape(value):
                 raise ValueError(
                     f"{checkpoint.source} has {name} of size {tuple(theirs.shape)}, {type(self).__name__} here has "
-                    f"{tuple(value.shape)}: the number of labels differs."
+                    f"{tuple(whole_shape(value))}: the number of labels differs."
                 )
         unused = [name for name in checkpoint.heads if name not in ours]
         if unused and self is not self.base_model:

@@ -18,6 +18,11 @@ def is_partitioned(parameters: Iterable[torch.Tensor]) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in parameters)
 
 
+def whole_shape(parameter: torch.Tensor) -> torch.Size:
+    """The shape of the whole parameter, also where ZeRO-3 has partitioned it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 def gathered(parameters: Iterable[torch.Tensor], *, modify: bool = False) -> AbstractContextManager[None]:
     """Inside, the parameters are whole on every process.
 

@@ -7,15 +7,14 @@ import sys
 
 import torch
 
-from chatglm_ptuning.model.zero3 import is_partitioned
+from chatglm_ptuning.model.zero3 import is_partitioned, whole_shape
 from chatglm_ptuning.training.distributed import everywhere
-from chatglm_ptuning.training.optimizer_state import parameter_shape
 
 
 def trained_parameters(model: torch.nn.Module) -> dict[str, float]:
     """`train_trainable_parameters`, and `train_trainable_share` of all parameters, theirs included (0 to 1)."""
     if is_partitioned(model.parameters()):
-        sizes = [(parameter_shape(value).numel(), value.requires_grad) for value in model.parameters()]
+        sizes = [(whole_shape(value).numel(), value.requires_grad) for value in model.parameters()]
         trained, total = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
     else:
         trained, total = model.num_parameters(only_trainable=True), model.num_parameters()

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from chatglm_ptuning.model.zero3 import whole_shape
+
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
@@ -37,7 +39,7 @@ def collect(
             continue
         example = next((entries for part in flat if (entries := engine.basic_optimizer.state.get(part))), {})
         state[index] = {
-            key: _on_cpu(safe_get_full_optimizer_state(parameter, key)).view(parameter_shape(parameter))
+            key: _on_cpu(safe_get_full_optimizer_state(parameter, key)).view(whole_shape(parameter))
             if _is_per_number(value)
             else _on_cpu(value)
             for key, value in example.items()
@@ -86,11 +88,6 @@ def restore_full_precision(parameters: Mapping[str, torch.nn.Parameter], saved: 
     for name, parameter in parameters.items():
         if parameter.dtype != torch.float32:
             _set(parameter, saved[name].float(), None)
-
-
-def parameter_shape(parameter: torch.Tensor) -> torch.Size:
-    """The shape of the whole parameter, also where ZeRO-3 has partitioned it."""
-    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def _partitions(engine: DeepSpeedEngine) -> list[torch.Tensor] | None:
@@ -148,7 +145,7 @@ def _set(parameter: torch.Tensor, value: torch.Tensor, key: str | None) -> None:
 
 
 def _check(parameters: Sequence[torch.nn.Parameter], saved: Mapping[str, Any]) -> None:
-    shapes = {index: parameter_shape(parameter) for index, parameter in enumerate(parameters)}
+    shapes = {index: whole_shape(parameter) for index, parameter in enumerate(parameters)}
     for index, entries in saved["state"].items():
         for key, value in entries.items():
             if _is_per_number(value) and value.shape != shapes.get(index):

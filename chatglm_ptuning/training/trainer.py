@@ -25,7 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Tr
 from transformers.utils import logging
 
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
-from chatglm_ptuning.model.zero3 import gathered, is_partitioned
+from chatglm_ptuning.model.zero3 import gathered, is_partitioned, whole_shape
 from chatglm_ptuning.prefix.checkpoint import PREFIX_KEY, read_prefix
 from chatglm_ptuning.prefix.files import write_atomically
 from chatglm_ptuning.training import optimizer_state
@@ -418,7 +418,7 @@ class PrefixTrainer(Trainer):
 
     def _bytes_needed(self, run: Path) -> int:
         """Of the next checkpoint: as many as the largest one there takes, or what prefix and AdamW will take."""
-        numbers = sum(optimizer_state.parameter_shape(parameter).numel() for parameter in self._trained)
+        numbers = sum(whole_shape(parameter).numel() for parameter in self._trained)
         earlier = [folder_size(folder) for folder in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
         return max([3 * 4 * numbers + _ROOM_FOR_SMALL_FILES, *earlier])
 
