@@ -259,7 +259,11 @@ def test_a_batch_that_does_not_fit_is_described_with_the_ways_out(base, long_row
 
 def test_a_fitting_batch_is_found(base, long_rows, tmp_path):
     argv = large_batch(base, long_rows, tmp_path / "run", "--auto_find_batch_size", "true")
-    processes.run(argv, 1, tmp_path, LIMIT_MEMORY_MB="100")
+    for _ in range(3):
+        (ended,) = processes.start(argv, 1, tmp_path, LIMIT_MEMORY_MB="100").wait()
+        if "memory for thread-local data: ABORT" not in ended.output:
+            break  # else the C library was the one that ran out of memory, for a new thread, and it ends the process
+    assert ended.code == 0, ended.output
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text("utf-8"))
     assert 1 <= state["train_batch_size"] < 96
     several = processes.start([*argv, "--use_cpu", "true"], 2, tmp_path).wait()
