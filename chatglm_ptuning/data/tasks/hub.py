@@ -14,13 +14,14 @@ HUBS = ("huggingface", "modelscope")
 
 
 def read_hub(
-    task: Task, hub: str, hub_id: str, split: str, subject: str | None
+    task: Task, hub: str, hub_id: str, split: str, subject: str | None, *, is_only_subject: bool = True
 ) -> tuple[tuple[Row, ...], Mapping[str, str]]:
     """The rows of a split, with class numbers as the labels' names, and the columns that are called otherwise there.
 
     Args:
         hub: one of `HUBS`.
         hub_id: `OWNER/NAME`, or a folder that `datasets.load_dataset` reads; "" for the place in the registry.
+        is_only_subject: otherwise the data set must have a configuration for each subject.
 
     Raises:
         ValueError: if the registry knows no place there, or the data set cannot be loaded.
@@ -33,10 +34,16 @@ def read_hub(
             "its files."
         )
     places = [HubSource(hub_id)]
+    if split == ("val" if "val" in task.files else "dev"):  # what the hub calls files named val and dev
+        places.append(HubSource(hub_id, splits={split: "validation"}))
     if known is not None:
         # Another name may be a copy of the known data set, or one that is laid out in its own way.
         copies = [replace(known, id=hub_id), replace(known, id=hub_id, config=None)]
         places = [known] if hub_id in ("", known.id) else [*copies, *places]
+    if not is_only_subject:
+        places = [place for place in places if place.config is not None and "{subject}" in place.config]
+        if not places:
+            raise ValueError(f"{task.name} is read from {hub} by subject: name one by --subject.")
     errors: dict[str, Exception] = {}
     for place in places:
         config = None if place.config is None else place.config.format(subject=subject)
@@ -51,9 +58,10 @@ def read_hub(
             errors.setdefault(_first_line(error), error)
     else:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+        of_one = "" if is_only_subject else "If all of its rows are of one subject, name that by --subject. "
         raise ValueError(
             f"{task.name}, split {split}, could not be read from {hub}:{place.id}{offline}: {' / '.join(errors)} "
-            "Without a network, fetch the published files elsewhere and name their folder."
+            f"{of_one}Without a network, fetch the published files elsewhere and name their folder."
         ) from next(iter(errors.values()))
     origin = f"{hub}:{place.id}"
     rows = tuple(

@@ -57,7 +57,7 @@ def read_examples(
         chosen = [_subject_of_file(task, Path(source), split, chosen)]
     for subject in chosen:
         if hub in HUBS:
-            rows, fields = read_hub(task, hub, hub_id, split, subject)
+            rows, fields = read_hub(task, hub, hub_id, split, subject, is_only_subject=len(chosen) == 1)
             found = SplitSource(task, split, hub_rows=rows, fields={**task.fields, **fields}, subject=subject)
         else:
             paths = find_files(task, Path(source), split, subject)
