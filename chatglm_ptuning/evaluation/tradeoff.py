@@ -10,11 +10,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 from chatglm_ptuning.command_line import fail, parse_arguments
 from chatglm_ptuning.evaluation.figures import new_figure, save_figure
+from chatglm_ptuning.evaluation.spread import mean_and_deviation
 from chatglm_ptuning.prefix.files import write_atomically
 
 RESULTS_FILE = "all_results.json"
@@ -116,8 +116,8 @@ def mean_of_each_weight(points: Sequence[TradeoffPoint]) -> list[TradeoffMean]:
     for weight, of_weight in sorted(by_weight.items()):
         numbers: dict[str, float] = {}
         for name in ("score", "general_kl", "general_perplexity"):
-            values = [getattr(point, name) for point in of_weight]
-            numbers |= {name: fmean(values), f"{name}_deviation": stdev(values) if len(values) > 1 else 0.0}
+            mean, deviation = mean_and_deviation(getattr(point, name) for point in of_weight)
+            numbers |= {name: mean, f"{name}_deviation": deviation or 0.0}
         means.append(TradeoffMean(weight, len(of_weight), **numbers))
     return means
 

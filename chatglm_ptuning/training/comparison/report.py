@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from chatglm_ptuning.evaluation.bootstrap import mean_interval
 from chatglm_ptuning.evaluation.figures import find_font, new_figure, save_figure
+from chatglm_ptuning.evaluation.spread import mean_and_deviation
 from chatglm_ptuning.prefix.files import write_atomically
 from chatglm_ptuning.training.comparison.plan import CheckedPlan
 from chatglm_ptuning.training.comparison.runs import Failure, Run
@@ -103,16 +103,19 @@ def make_rows(checked: CheckedPlan, runs: Sequence[Run], reference: str | None) 
 def _statistics(results: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
     scores = tuple(entry[f"predict_{metric}"] for entry in results)
     watched = _of_all(results, f"eval_{metric}")
-    seconds, memory = _of_all(results, "train_runtime"), _of_all(results, "train_peak_memory_bytes")
+    mean, deviation = mean_and_deviation(scores)
+    eval_mean, eval_deviation = mean_and_deviation(watched)
+    train_seconds, _ = mean_and_deviation(_of_all(results, "train_runtime"))
+    memory = _of_all(results, "train_peak_memory_bytes")
     return {
         "scores": scores,
-        "mean": statistics.fmean(scores),
-        "deviation": _deviation(scores),
-        "eval_mean": statistics.fmean(watched) if watched else None,
-        "eval_deviation": _deviation(watched),
+        "mean": mean,
+        "deviation": deviation,
+        "eval_mean": eval_mean,
+        "eval_deviation": eval_deviation,
         "trainable_parameters": results[0].get("train_trainable_parameters"),
         "trainable_share": results[0].get("train_trainable_share"),
-        "train_seconds": statistics.fmean(seconds) if seconds else None,
+        "train_seconds": train_seconds,
         "peak_memory_bytes": max(memory) if memory else None,
         "examples": results[0].get("predict_samples"),
     }
@@ -124,10 +127,6 @@ def _of_all(results: Sequence[Mapping[str, Any]], key: str) -> list[Any]:
     return values if len(values) == len(results) else []
 
 
-def _deviation(values: Sequence[float]) -> float | None:
-    return statistics.stdev(values) if len(values) > 1 else None
-
-
 def _difference(
     ended: Mapping[int, tuple[Run, Mapping[str, Any]]], other: Mapping[int, tuple[Run, Mapping[str, Any]]], metric: str
 ) -> dict[str, Any]:
@@ -137,7 +136,8 @@ def _difference(
         return {}
     key = f"predict_{metric}"
     each = [ended[seed][1][key] - other[seed][1][key] for seed in seeds]
-    found = {"difference": statistics.fmean(each), "difference_deviation": _deviation(each)}
+    difference, deviation = mean_and_deviation(each)
+    found = {"difference": difference, "difference_deviation": deviation}
     if metric in MEAN_OF_EXAMPLES:
         left = [_scores_of_examples(ended[seed][0]) for seed in seeds]
         right = [_scores_of_examples(other[seed][0]) for seed in seeds]

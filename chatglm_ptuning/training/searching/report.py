@@ -6,12 +6,12 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
+from chatglm_ptuning.evaluation.spread import mean_and_deviation
 from chatglm_ptuning.prefix.files import write_atomically
 from chatglm_ptuning.training.searching.arguments import Setting
 from chatglm_ptuning.training.searching.trial import run_flags
@@ -103,7 +103,7 @@ def _row(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
         "seconds": round(sum(seed["seconds"] for seed in seeds.values()), 1),
     }
     if row["state"] == "complete":
-        row |= {"mean": fmean(scores), "deviation": stdev(scores) if len(scores) > 1 else None}
+        row["mean"], row["deviation"] = mean_and_deviation(scores)
     return row | ({"error": error} if error else {})
 
 
@@ -134,16 +134,20 @@ def _courses_by_init(whole: Sequence[dict[str, Any]]) -> dict[str, Any]:
     courses = {}
     for start in starts:
         runs = [points for group in shared for points in group[start]]
-        courses[start] = [
-            {
-                "step": at[0][0],
-                "score": fmean(point[1] for point in at),
-                "score_deviation": stdev(point[1] for point in at) if len(at) > 1 else None,
-                "loss": fmean(point[2] for point in at),
-                "loss_deviation": stdev(point[2] for point in at) if len(at) > 1 else None,
-            }
-            for at in zip(*runs, strict=True)
-        ]
+        courses[start] = []
+        for at in zip(*runs, strict=True):
+            steps, scores, losses = zip(*at, strict=True)
+            score, score_deviation = mean_and_deviation(scores)
+            loss, loss_deviation = mean_and_deviation(losses)
+            courses[start].append(
+                {
+                    "step": steps[0],
+                    "score": score,
+                    "score_deviation": score_deviation,
+                    "loss": loss,
+                    "loss_deviation": loss_deviation,
+                }
+            )
     target = max(course[-1]["loss"] for course in courses.values())
     reached = {
         start: next(point["step"] for point in course if point["loss"] <= target) for start, course in courses.items()
