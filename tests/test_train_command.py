@@ -13,6 +13,7 @@ import pytest
 import tiny_base
 import torch
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_ptuning.training.checkpoints import last_checkpoint
@@ -121,6 +122,40 @@ def test_a_run_goes_on_by_itself_or_starts_anew_when_told(base, train_file, tmp_
     with pytest.raises(SystemExit):
         main(flags(base, train_file, tmp_path / "new", "--resume_from_checkpoint", "true"))
     assert "holds no whole checkpoint" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_not_trained_on(base, train_file, tmp_path, caplog):
+    run = tmp_path / "run"
+    command = flags(base, train_file, run, "--save_steps", "4", "--lr_scheduler_type", "constant", steps=4)
+    command += ["--do_eval", "--validation_file", str(train_file)]
+    main(command)
+    before, results = load_file(run / "prefix_model.safetensors"), json.loads((run / "all_results.json").read_text())
+    main(command)
+    assert "has all of the 4 steps" in caplog.text
+    for name, value in load_file(run / "prefix_model.safetensors").items():
+        assert torch.equal(value, before[name])
+    again = json.loads((run / "all_results.json").read_text("utf-8"))
+    timing = ("_runtime", "_per_second")
+    assert {k: v for k, v in again.items() if not k.endswith(timing)} == {
+        k: v for k, v in results.items() if not k.endswith(timing)
+    }
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_one_process_uses_one_gpu(base, train_file, tmp_path, monkeypatch, caplog):
+    """Whose DataParallel would copy base and prefix to all, and give the Trainer counts of tokens for each."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    more = ["--do_eval", "--validation_file", train_file]
+    main(flags(base, train_file, tmp_path / "run", *more, steps=2))
+    assert len(losses(tmp_path / "run")) == 2
+    assert "1 more are idle. NUM_GPUS" in caplog.text
+
+
+@pytest.mark.parametrize("flag", ["--max_train_samples", "--max_eval_samples", "--max_predict_samples"])
+def test_a_limit_of_rows_that_is_none_is_refused(base, train_file, tmp_path, capsys, flag):
+    with pytest.raises(SystemExit):
+        main(flags(base, train_file, tmp_path / "run", flag, "-1"))
+    assert f"{flag} must be at least 1 (leave it out for all rows), got -1" in capsys.readouterr().err
 
 
 def test_losses_that_are_not_finite_stop_the_run_with_advice(base, train_file, tmp_path, capsys):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import Seq2SeqTrainingArguments
+from transformers.utils import logging
 
 from chatglm_ptuning.data.forms import FORMS, Columns
 from chatglm_ptuning.data.tasks.arguments import TaskArguments
@@ -16,6 +17,8 @@ from chatglm_ptuning.training.distributed import prepare_processes
 from chatglm_ptuning.training.initialisation import PREFIX_INITS
 from chatglm_ptuning.training.tuning import DEFAULT_PRE_SEQ_LEN
 from chatglm_ptuning.training.tuning_arguments import TuningArguments
+
+logger = logging.get_logger(__name__)
 
 RETIRED_FLAGS = {
     "use_fast_tokenizer": "the family has one tokenizer.",
@@ -158,6 +161,10 @@ class DataArguments(TaskArguments):
         for name in ("max_source_length", "max_target_length"):
             if getattr(self, name) < 2:
                 raise ValueError(f"--{name} must be at least 2, got {getattr(self, name)}")
+        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
+            limit = getattr(self, name)
+            if limit is not None and limit < 1:
+                raise ValueError(f"--{name} must be at least 1 (leave it out for all rows), got {limit}")
         if self.skip_bad_rows < 0:
             raise ValueError(f"--skip_bad_rows must not be negative, got {self.skip_bad_rows}")
         self.columns()
@@ -203,3 +210,13 @@ class PrefixTrainingArguments(TuningArguments, Seq2SeqTrainingArguments):
             )
         prepare_processes(self)
         Seq2SeqTrainingArguments.__post_init__(self)
+        if super().n_gpu > 1:
+            logger.warning(
+                f"One process uses one GPU, and this is one: {super().n_gpu - 1} more are idle. NUM_GPUS of "
+                "scripts/train.sh, or scripts/launch.sh, starts a process for each."
+            )
+
+    @property
+    def n_gpu(self) -> int:
+        """GPUs of this process: at most one, as torch's DataParallel would copy the base to each in every step."""
+        return min(super().n_gpu, 1)

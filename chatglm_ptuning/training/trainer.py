@@ -124,6 +124,9 @@ class PrefixTrainer(Trainer):
         return self._epoch_sampler
 
     def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True  # which the Trainer looks at only after a step
+            return
         self._replay_step = -1
         # The Trainer itself does not reach the sampler when it resumes in the middle of an epoch on several processes.
         if self._epoch_sampler is not None:
@@ -167,6 +170,11 @@ class PrefixTrainer(Trainer):
                 f"{PREFIX_CHECKPOINT_DIR}-{step}; go on with --resume_from_checkpoint true."
             )
         return result
+
+    @property
+    def steps_done(self) -> int:
+        """Steps that `train` has taken, not counting those of the checkpoint it went on from."""
+        return self.state.global_step - self._initial_global_step
 
     def training_step(
         self,
