@@ -252,6 +252,25 @@ def test_what_does_not_fit_is_refused_with_both_sides(base, data, runs, tmp_path
     )
 
 
+def test_a_run_on_another_task_does_not_go_on_in_the_same_folder(base, data, tmp_path, capsys, caplog):
+    run = tmp_path / "run"
+    train(base, data, "mood.yaml", run, "--head", "sequence_classification", "--save_strategy", "steps", steps=1)
+    other = (data / "mood.yaml").read_text("utf-8").replace("name: mood", "name: weather")
+    (data / "weather.yaml").write_text(other, "utf-8")
+    head = ("--head", "sequence_classification")
+    before = (run / "prefix_model.safetensors").read_bytes()
+    with pytest.raises(SystemExit):
+        train(base, data, "weather.yaml", run, *head, steps=2)
+    said = capsys.readouterr().err
+    assert "checkpoint-1 is of a run on the task mood (head sequence_classification, labels happy, sad)" in said
+    assert "this one is on the task weather" in said and "--overwrite_output_dir" in said
+    assert (run / "prefix_model.safetensors").read_bytes() == before
+    evaluate(base, data, "weather.yaml", tmp_path / "report", "--ptuning_checkpoint", run)
+    assert "was trained for the task mood, and is used for weather" in caplog.text
+    train(base, data, "weather.yaml", run, *head, "--overwrite_output_dir", steps=1)
+    assert json.loads((run / "prefix_config.json").read_text("utf-8"))["task"] == "weather"
+
+
 def test_tags_stand_on_what_they_were_trained_on(base, data, tmp_path):
     train(base, data, "cluener", tmp_path / "run", "--token_unit", "characters", steps=1)
     for more, unit in (([], "characters"), (["--token_unit", "pieces"], "pieces")):

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from chatglm_ptuning.data.tasks.encode import ANSWERING_HEADS, head_of, label_names
 from chatglm_ptuning.data.tasks.schema import Task
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
@@ -13,6 +15,8 @@ from chatglm_ptuning.model.hub import find_base
 from chatglm_ptuning.model.modeling_heads import HEAD_CLASSES
 from chatglm_ptuning.prefix.checkpoint import read_prefix
 from chatglm_ptuning.tuning.record import read_record
+
+logger = logging.get_logger(__name__)
 
 TOKEN_UNIT = "token_unit"
 """Key of `PrefixMetadata.training`: what a tag stood on, of a prefix for tags."""
@@ -46,6 +50,23 @@ def recorded_details(checkpoint: str | Path, base: str, hub: str = "hf", revisio
             "tasks": metadata.tasks, "training": metadata.training}  # fmt: skip
 
 
+def tasks_of(details: Mapping[str, Any]) -> dict[str, tuple[str, list[str] | None]]:
+    """Head and labels by task of a checkpoint or a run; nothing if it learns rows of files."""
+    tasks = details.get("tasks") or ({details["task"]: details} if details.get("head") else {})
+    return {
+        name: (one["head"], None if one.get("labels") is None else list(one["labels"])) for name, one in tasks.items()
+    }
+
+
+def described_tasks(tasks: Mapping[str, tuple[str, list[str] | None]]) -> str:
+    """What `tasks_of` gives, in words."""
+    each = [
+        f"{name} (head {head}{'' if labels is None else ', labels ' + _listed(labels)})"
+        for name, (head, labels) in tasks.items()
+    ]
+    return "the task " + ", ".join(each) if each else "rows of files"
+
+
 def recorded_head(details: Mapping[str, Any], task: Task, asked: str | None, source: str | Path) -> str:
     """The head to use with a prefix: the one that was trained beside it, or the language model.
 
@@ -54,7 +75,8 @@ def recorded_head(details: Mapping[str, Any], task: Task, asked: str | None, sou
             message names both sides.
     """
     shared = details.get("tasks") or {}
-    details = {**details, **shared.get(task.name, {})}
+    if task.name in shared:
+        details = {**details, **shared[task.name], "task": task.name}
     recorded, labels = details.get("head"), details.get("labels")
     if recorded is None or recorded in ANSWERING_HEADS:
         answering = [head for head in task.heads if head in ANSWERING_HEADS]
@@ -70,6 +92,9 @@ def recorded_head(details: Mapping[str, Any], task: Task, asked: str | None, sou
             f"{task.name} takes {' or '.join(task.heads)}."
         )
     head = head_of(task, head)
+    before = details.get("task")
+    if details.get("head") is not None and before not in (None, task.name):
+        logger.warning(f"What is in {source} was trained for the task {before}, and is used for {task.name}.")
     names = label_names(task, head)
     if names is not None and labels is None:
         raise ValueError(

@@ -18,6 +18,7 @@ from chatglm_ptuning.data.token_cache import TokenCache
 from chatglm_ptuning.evaluation.metrics import score
 from chatglm_ptuning.evaluation.parallel import generate_answers_together
 from chatglm_ptuning.evaluation.table import print_scores
+from chatglm_ptuning.evaluation.task_model import described_tasks, recorded_details, tasks_of
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMPreTrainedModel
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
@@ -52,7 +53,11 @@ _SAMPLES_SHOWN = 3
 
 
 class TrainingRun:
-    """One run of the command: what was read, the model, and the steps that the flags ask for."""
+    """One run of the command: what was read, the model, and the steps that the flags ask for.
+
+    Attributes:
+        checkpoint: of the same run, to go on from; None to start.
+    """
 
     def __init__(
         self,
@@ -60,8 +65,10 @@ class TrainingRun:
         data_args: DataArguments,
         args: PrefixTrainingArguments,
         preserve_args: PreservationArguments | None = None,
+        checkpoint: Path | None = None,
     ) -> None:
         self.model_args, self.data_args, self.args = model_args, data_args, args
+        self.checkpoint = checkpoint
         self.preserve_args = preserve_args or PreservationArguments()
         check_preservation(self.preserve_args, args)
         self.output = Path(args.output_dir)
@@ -71,6 +78,8 @@ class TrainingRun:
         self.cache = TokenCache(data_args.data_cache_dir, data_args.overwrite_cache)
         # Rows first: what is wrong with a file shows before minutes go into loading the base.
         self.read_data()
+        if checkpoint is not None:
+            self._check_goes_on(checkpoint)
         self.general = self._read_general_rows()
         self.model = self._load_model()
         self.under_engine = False
@@ -94,6 +103,17 @@ class TrainingRun:
         self.eval_examples = self._examples("validation_file", data_args.max_eval_samples) if args.do_eval else []
         self._warn_of_shared_rows()
         self.test_rows = self._test_rows()
+
+    def _check_goes_on(self, checkpoint: Path) -> None:
+        """Refuses to go on from what was trained for other tasks, or for other labels of the same."""
+        model_args = self.model_args
+        recorded = recorded_details(checkpoint, model_args.model_name_or_path, model_args.hub, model_args.revision)
+        before, now = tasks_of(recorded), tasks_of(self.details())
+        if before != now:
+            raise ValueError(
+                f"{checkpoint} is of a run on {described_tasks(before)}, and this one is on {described_tasks(now)}: "
+                "name another --output_dir, or start anew by --overwrite_output_dir."
+            )
 
     def _read_general_rows(self) -> GeneralRows:
         args, preserve_args = self.args, self.preserve_args
@@ -232,19 +252,26 @@ class TrainingRun:
     def init_head(self, trainer: PrefixTrainer) -> None:
         """Gives a linear head its first values; the rows of files are learned by the language model, which has none."""
 
-    def train(self, trainer: PrefixTrainer, checkpoint: Path | None) -> None:
-        """Trains, saves the prefix into the run's folder, and draws the loss."""
+    def train(self, trainer: PrefixTrainer) -> None:
+        """Trains, saves the prefix into the run's folder, and draws the loss; a run that had finished is left so."""
+        checkpoint = self.checkpoint
         if checkpoint is None:
             self.init_head(trainer)
         self.under_engine = self.args.deepspeed is not None
         result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         trainer.save_model()
-        metrics = dict(result.metrics, train_samples=len(self.train_examples))
-        metrics |= trained_parameters(self.model) | peak_memory()
-        if losses:
-            metrics["final_loss"] = losses[-1]
-        self.keep("train", metrics, trainer)
+        if trainer.steps_done:
+            metrics = dict(result.metrics, train_samples=len(self.train_examples))
+            metrics |= trained_parameters(self.model) | peak_memory()
+            if losses:
+                metrics["final_loss"] = losses[-1]
+            self.keep("train", metrics, trainer)
+        else:
+            logger.warning(
+                f"{checkpoint} has all of the {trainer.state.max_steps} steps of this run: nothing was left to train. "
+                "A larger --max_steps or --num_train_epochs trains on, --overwrite_output_dir starts anew."
+            )
         trainer.save_state()
         if self.args.should_save:
             draw_loss_curve(trainer.state.log_history, self.output / "loss.png")

@@ -145,10 +145,10 @@ def _run(
 ) -> Path:
     checkpoint = prepare_output(args)
     kind = MixtureRun if data_args.task_mixture else TaskRun if data_args.task else TrainingRun
-    run = kind(model_args, data_args, args, preserve_args)
+    run = kind(model_args, data_args, args, preserve_args, checkpoint)
     trainer = run.trainer()
     if args.do_train:
-        run.train(trainer, checkpoint)
+        run.train(trainer)
     if args.do_eval:
         run.evaluate(trainer)
     if args.do_predict:

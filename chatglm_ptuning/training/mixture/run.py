@@ -149,11 +149,11 @@ class MixtureRun(TrainingRun):
                 print(f"{name}: the head starts from a logistic regression on {count} states (--head_init probe).")
         self._let_heads_be_scored()
 
-    def train(self, trainer: PrefixTrainer, checkpoint: Path | None) -> None:
+    def train(self, trainer: PrefixTrainer) -> None:
         """As `TrainingRun.train`."""
-        if checkpoint is not None:
+        if self.checkpoint is not None:
             self._let_heads_be_scored()
-        super().train(trainer, checkpoint)
+        super().train(trainer)
 
     def _let_heads_be_scored(self) -> None:
         """All of them, though some task may not have had its turn by an evaluation."""
