@@ -1,10 +1,11 @@
 """A base spread over memory and disk by accelerate, with prefixes."""
 
+import accelerate
 import pytest
 import torch
 from conftest import TINY
 
-from chatglm_ptuning import ChatGLMConfig, ChatGLMForConditionalGeneration
+from chatglm_ptuning import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMForSequenceClassification
 from chatglm_ptuning.evaluation.run import EvaluationArguments
 from chatglm_ptuning.model.loading import load_model
 from chatglm_ptuning.model.placement import layer_devices
@@ -86,6 +87,27 @@ def test_a_trainable_prefix_stays_in_memory(base, prefixes, tmp_path, ids, part)
     together.load_prefix(prefixes["a"])
     together.save_pretrained(tmp_path / "together")
     assert torch.equal(load(tmp_path / "together")(ids).logits, whole(ids).logits)
+
+
+@pytest.mark.parametrize("part", [0.6, 0.1])
+def test_a_head_stays_in_memory(base, tmp_path, ids, part):
+    """Else it would be the first to be offloaded, and a prefix could not bring its own."""
+    settings = {"model_class": ChatGLMForSequenceClassification, "num_labels": 3}
+    whole = load_model(str(base), pre_seq_len=2, **settings)
+    torch.nn.init.normal_(whole.classifier_head.weight)
+    torch.nn.init.normal_(whole.transformer.prefix_encoder.embedding.weight)
+    whole.save_prefix(tmp_path / "prefix", head="sequence_classification", labels=["a", "b", "c"])
+    size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    memory, offload = {"cpu": int(part * size)}, str(tmp_path / "offload")
+    model = load_model(str(base), device_map="auto", max_memory=memory, offload_folder=offload, **settings)
+    with pytest.raises(ValueError, match="classifier_head of ChatGLMForSequenceClassification is untrained"):
+        model.check_prefix_is_trained()
+    model.load_prefix(tmp_path / "prefix")
+    with torch.no_grad():
+        assert torch.equal(model.eval()(ids).logits, whole.eval()(ids).logits)
+    accelerate.cpu_offload(model.classifier_head, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"classifier_head\.weight has been offloaded"):
+        model.load_prefix(tmp_path / "prefix")
 
 
 def test_nothing_changes_without_a_device_map(base):

@@ -297,6 +297,11 @@ def test_a_missing_or_other_head_is_refused(make, folders, prefix_folders, tmp_p
         three.load_prefix(prefix_folders["a"])
     with pytest.raises(ValueError, match=r"has no qa_outputs\.weight"):
         make(ChatGLMForQuestionAnswering).load_prefix(folders["mood"])
+    # Heads for texts and for tokens have one name and one shape.
+    tagger = with_prefix(make(ChatGLMForTokenClassification, pre_seq_len=3))
+    tagger.save_prefix(tmp_path / "tags", head="token_classification", labels=["O", "B-PER"], task="names")
+    with pytest.raises(ValueError, match=r"trained with the head token_classification .* one for sequence_class"):
+        make().load_prefix(tmp_path / "tags")
     damaged = Path(shutil.copytree(folders["mood"], tmp_path / "damaged"))
     tensors = load_file(damaged / WEIGHTS_FILE)
     del tensors["classifier_head.bias"]

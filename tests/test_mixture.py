@@ -249,8 +249,12 @@ def test_a_checkpoint_holds_every_head_and_says_whose(folder, shared):
     with pytest.raises(KeyError, match="mood, names, spans, reply"):
         again.for_task("moods")
     single = load_model(str(folder / "base"), model_class=HEAD_CLASSES["sequence_classification"])
-    with pytest.raises(ValueError, match=r"shared by mood, names, spans, reply.*task="):
+    with pytest.raises(ValueError, match=r"shared by mood, names, spans, reply\..*task="):
         single.load_prefix(path)
+    with pytest.raises(ValueError, match=r"shared by mood, names, spans, reply, not by moods\."):
+        single.load_prefix(path, task="moods")
+    with pytest.raises(ValueError, match=r"trained with the head token_classification \(task names\)"):
+        single.load_prefix(path, task="names")
     with pytest.raises(ValueError, match="cannot have the name 'keys'"):
         ChatGLMForMultipleTasks(load_model(str(folder / "base")), {"keys": TaskHead("question_answering")})
 

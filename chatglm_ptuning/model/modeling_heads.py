@@ -31,6 +31,7 @@ from chatglm_ptuning.model.modeling_chatglm import (
     ChatGLMModel,
     ChatGLMPreTrainedModel,
 )
+from chatglm_ptuning.model.placement import out_of_offload
 
 _head_to_come: ContextVar[bool] = ContextVar("head_to_come", default=False)
 
@@ -57,7 +58,7 @@ class Head(Float32Module, FirstValues, nn.Linear):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Hidden states `[..., hidden_size]` of any floating type -> float32 `[..., outputs]`."""
         with torch.autocast(hidden_states.device.type, enabled=False):
-            return super().forward(hidden_states.to(self.weight.dtype))
+            return super().forward(hidden_states.to(self.weight))  # a spread base may end on another device
 
 
 class ChatGLMWithHead(ChatGLMPreTrainedModel):
@@ -71,6 +72,8 @@ class ChatGLMWithHead(ChatGLMPreTrainedModel):
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["prefix_encoder", "classifier_head", "qa_outputs"]
     head_name: ClassVar[str] = "classifier_head"
     """The attribute that holds the head; in front of its parameters' names in a prefix checkpoint."""
+    head_kind: ClassVar[str]
+    """The key of `HEAD_CLASSES`, by which a prefix checkpoint says what its head is for."""
 
     def __init__(self, config: ChatGLMConfig, transformer: ChatGLMModel | None = None) -> None:
         super().__init__(config)
@@ -86,6 +89,14 @@ class ChatGLMWithHead(ChatGLMPreTrainedModel):
     def _outputs(self) -> int:
         return self.config.num_labels
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As `ChatGLMPreTrainedModel.from_pretrained`; a head stays in memory where its base is spread."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        head = getattr(model, cls.head_name)
+        setattr(model, cls.head_name, out_of_offload(head, Head(model.config, head.out_features)))
+        return (model, info) if output_loading_info else model
+
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
         super()._adjust_missing_and_unexpected_keys(loading_info)
         if _head_to_come.get() or self.config.pre_seq_len:
@@ -99,6 +110,8 @@ class ChatGLMForSequenceClassification(ChatGLMWithHead):
     regression, integer labels a single class, and floating-point labels several classes at once. The head has the
     official name, `classifier_head`.
     """
+
+    head_kind = "sequence_classification"
 
     @can_return_tuple
     def forward(
@@ -177,6 +190,8 @@ class ChatGLMForSequenceClassification(ChatGLMWithHead):
 class ChatGLMForTokenClassification(ChatGLMWithHead):
     """Labels every token, for instance with its part of a named entity."""
 
+    head_kind = "token_classification"
+
     @can_return_tuple
     def forward(
         self,
@@ -205,6 +220,7 @@ class ChatGLMForTokenClassification(ChatGLMWithHead):
 class ChatGLMForQuestionAnswering(ChatGLMWithHead):
     """Finds where in its input an answer starts and ends."""
 
+    head_kind = "question_answering"
     head_name = "qa_outputs"
 
     def _outputs(self) -> int:

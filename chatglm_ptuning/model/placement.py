@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from accelerate.utils import align_module_device
 from torch import nn
 
-from chatglm_ptuning.model.prefix_encoder import PrefixEncoder
+from chatglm_ptuning.model.first_values import FirstValues
+
+TrainedModule = TypeVar("TrainedModule", bound=FirstValues)
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
@@ -28,23 +31,24 @@ def layer_devices(layers: Iterable[nn.Module]) -> tuple[torch.device, ...] | Non
     return None if None in devices else tuple(devices)
 
 
-def out_of_offload(encoder: PrefixEncoder, fresh: PrefixEncoder) -> PrefixEncoder:
-    """A trainable prefix that is never offloaded, for one that accelerate may have put on the disk.
+def out_of_offload(module: TrainedModule, fresh: TrainedModule) -> TrainedModule:
+    """A trainable prefix or head that is never offloaded, for one that accelerate may have put on the disk.
 
     Args:
-        encoder: the prefix of the model.
+        module: of the model.
         fresh: one of the same size with the values that an untrained one has.
     """
-    if not any(parameter.is_meta for parameter in encoder.parameters()):
-        return encoder
+    if not any(parameter.is_meta for parameter in module.parameters()):
+        return module
     values = {}
     try:
-        for name, module in encoder.named_modules(prefix="encoder"):
-            with align_module_device(module):
-                for leaf, parameter in module.named_parameters(recurse=False):
-                    values[f"{name}.{leaf}".removeprefix("encoder.")] = parameter.detach().clone()
-    except KeyError:  # the files of the base hold no prefix, so none was written to the disk
+        for name, part in module.named_modules(prefix="module"):
+            with align_module_device(part):
+                for leaf, parameter in part.named_parameters(recurse=False):
+                    values[f"{name}.{leaf}".removeprefix("module.")] = parameter.detach().clone()
+    except KeyError:  # the files of the base hold neither, so none was written to the disk
         fresh.mark_untrained()
     else:
         fresh.load_state_dict(values)
-    return fresh.to(execution_device(encoder.embedding)).train(encoder.training)
+    device = next(filter(None, map(execution_device, module.modules())), None)
+    return fresh.to(device).train(module.training)

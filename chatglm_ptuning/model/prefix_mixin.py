@@ -128,7 +128,7 @@ class PrefixMixin:
             checkpoint = checkpoint.of_task(task, getattr(self, "head_name", ""))
         checkpoint.check_sizes(config)
         self._check_base(checkpoint)
-        self._check_heads(checkpoint)
+        self._check_heads(checkpoint, task)
         encoder = self._encoder_from(checkpoint)
         with gathered(self._trainable_parameters(), modify=True):
             if self._is_trainable(name):
@@ -316,7 +316,7 @@ class PrefixMixin:
             logger.warning(
                 f"The trainable prefix takes its size from {checkpoint.source}: pre_seq_len {encoder.pre_seq_len}, "
                 f"prefix_projection {encoder.prefix_projection} (was {before.pre_seq_len}, "
-                f"{before.prefix_projection}). An optimizer made before holds the old parameters."
+                f"{before.prefix_projection}). An optimizer made before would hold the old parameters."
             )
             base.config.pre_seq_len = encoder.pre_seq_len
             base.config.prefix_projection = encoder.prefix_projection
@@ -336,16 +336,26 @@ class PrefixMixin:
     def _set_heads(self, heads: dict[str, torch.Tensor]) -> None:
         ours = self._heads()
         for name, value in heads.items():
+            if ours[name].is_meta:  # a copy into it would do nothing
+                raise ValueError(f"{name} has been offloaded, so it cannot be set: keep the head in memory.")
             ours[name].copy_(value)
 
-    def _check_heads(self, checkpoint: PrefixCheckpoint) -> None:
+    def _check_heads(self, checkpoint: PrefixCheckpoint, task: str | None) -> None:
         ours = self._heads()
-        missing = [name for name in ours if name not in checkpoint.heads]
-        if missing and checkpoint.metadata.tasks:
+        kind, trained = getattr(self, "head_kind", None), checkpoint.metadata.head
+        shared = checkpoint.metadata.tasks
+        if kind is not None and shared and task not in shared:
+            what = "" if task is None else f", not by {task}"
             raise ValueError(
-                f"{checkpoint.source} has no {', '.join(missing)} for {type(self).__name__}: its prefix is shared by "
-                f"{', '.join(checkpoint.metadata.tasks)}. Say whose head is meant: load_prefix(path, task=...)."
+                f"The prefix in {checkpoint.source} is shared by {', '.join(shared)}{what}. Say whose head is meant: "
+                "load_prefix(path, task=...)."
             )
+        if kind is not None and trained not in (None, kind):
+            raise ValueError(
+                f"{checkpoint.source} was trained with the head {trained} (task {checkpoint.metadata.task}); "
+                f"{type(self).__name__} has one for {kind}."
+            )
+        missing = [name for name in ours if name not in checkpoint.heads]
         if missing:
             raise ValueError(
                 f"{checkpoint.source} has no {', '.join(missing)}: it was not trained with the head of "
