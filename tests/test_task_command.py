@@ -252,6 +252,26 @@ def test_what_does_not_fit_is_refused_with_both_sides(base, data, runs, tmp_path
     )
 
 
+def test_an_adapter_of_peft_answers_a_task(base, data, tmp_path):
+    """One without this kit's record, which would say its head."""
+    run = tmp_path / "run"
+    train(base, data, "mood.yaml", run, "--tuning", "lora", "--head", "generation", steps=5)
+    evaluate(base, data, "mood.yaml", tmp_path / "ours", "--split", "dev", "--ptuning_checkpoint", run)
+    (run / "tuning.json").unlink()
+    evaluate(base, data, "mood.yaml", tmp_path / "theirs", "--split", "dev", "--ptuning_checkpoint", run,
+             "--head", "generation")  # fmt: skip
+    ours, theirs = (read(tmp_path / name / "predictions.jsonl") for name in ("ours", "theirs"))
+    assert ours == theirs
+
+
+def test_results_cannot_go_into_a_file(base, data, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path / "file", tmp_path / "file" / "inside"):
+        for main in (training.main, evaluation.main):
+            said = refusal(capsys, main, flags(base, data, "mood.yaml", "--output_dir", path))
+            assert f"--output_dir {path}: {tmp_path / 'file'} is a file; name a folder." in said
+
+
 def test_a_run_on_another_task_does_not_go_on_in_the_same_folder(base, data, tmp_path, capsys, caplog):
     run = tmp_path / "run"
     train(base, data, "mood.yaml", run, "--head", "sequence_classification", "--save_strategy", "steps", steps=1)

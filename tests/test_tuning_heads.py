@@ -126,3 +126,19 @@ def test_a_head_that_lora_trains_is_not_taken_for_a_random_one(tiny_base):
     with torch.no_grad():
         model.classifier_head.modules_to_save["default"].weight.add_(1.0)
     model.check_prefix_is_trained()
+
+
+def test_without_its_matrices_lora_keeps_the_trained_head(tiny_base, tmp_path, batch_of):
+    batch = batch_of(ChatGLMForSequenceClassification)
+    model = load(tiny_base, ChatGLMForSequenceClassification)
+    tuning = train(model, "lora", batch, tmp_path, learning_rate=1e-1).tuning
+    head = model.classifier_head.modules_to_save["default"]
+    plain = load(tiny_base, ChatGLMForSequenceClassification)
+    with torch.no_grad():
+        plain.classifier_head.weight.copy_(head.weight)
+        plain.classifier_head.bias.copy_(head.bias)
+    tuned = outputs(model, batch)
+    with tuning.plain_base():
+        torch.testing.assert_close(outputs(model, batch), outputs(plain, batch))
+    assert not torch.allclose(tuned, outputs(plain, batch))
+    torch.testing.assert_close(outputs(model, batch), tuned)

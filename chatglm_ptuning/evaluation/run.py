@@ -29,7 +29,7 @@ from chatglm_ptuning.evaluation.task_run import evaluate_task
 from chatglm_ptuning.model.hub import DEFAULT_MODEL, InferenceBaseArguments
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.prefix.checkpoint import kit_version
-from chatglm_ptuning.prefix.files import write_atomically
+from chatglm_ptuning.prefix.files import check_output_folder, write_atomically
 
 DEFAULT_TEST_FILE = str(Path(DEFAULT_MODEL).parent / "news_topic" / "dev.json")
 """What is scored when no file is named: bundled with the sources, columns `content` and `summary`."""
@@ -100,6 +100,8 @@ class EvaluationArguments(TaskArguments, InferenceBaseArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
+        if self.output_dir is not None:
+            check_output_folder(self.output_dir)
         if self.skip_bad_rows < 0:
             raise ValueError(f"--skip_bad_rows must not be negative, got {self.skip_bad_rows}")
         if self.task is None:

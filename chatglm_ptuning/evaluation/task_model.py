@@ -14,6 +14,7 @@ from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.hub import find_base
 from chatglm_ptuning.model.modeling_heads import HEAD_CLASSES
 from chatglm_ptuning.prefix.checkpoint import read_prefix
+from chatglm_ptuning.tuning.load import is_foreign_lora
 from chatglm_ptuning.tuning.record import read_record
 
 logger = logging.get_logger(__name__)
@@ -38,12 +39,16 @@ def model_settings(task: Task, head: str) -> dict[str, Any]:
 def recorded_details(checkpoint: str | Path, base: str, hub: str = "hf", revision: str | None = None) -> dict[str, Any]:
     """What a checkpoint of any --tuning says of its task, head and labels, read before the base's weights are.
 
+    An adapter of PEFT's own says nothing.
+
     Raises:
         FileNotFoundError, ValueError: as `read_prefix`, `read_record` and `find_base`.
     """
     record = read_record(checkpoint)
     if record is not None:
         return record.details
+    if is_foreign_lora(Path(checkpoint)):
+        return {}
     config = ChatGLMConfig.from_pretrained(find_base(base, hub, revision, weights=False))
     metadata = read_prefix(checkpoint, config).metadata
     return {"task": metadata.task, "head": metadata.head, "labels": metadata.labels,

@@ -32,6 +32,19 @@ def write_atomically(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_output_folder(path: str | os.PathLike[str]) -> None:
+    """Finds out before the work whether its results can be written, without making the folder.
+
+    Raises:
+        ValueError: if a file is in the way, or nothing may be written there.
+    """
+    there = next(part for part in (Path(path).absolute(), *Path(path).absolute().parents) if part.exists())
+    if not there.is_dir():
+        raise ValueError(f"--output_dir {path}: {there} is a file; name a folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--output_dir {path}: nothing may be written into {there}; name another folder.")
+
+
 def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
     """Reads the wanted tensors of a `.safetensors` file or of a file written by `torch.save`, onto the CPU.
 

@@ -12,6 +12,7 @@ from chatglm_ptuning.data.forms import FORMS, Columns
 from chatglm_ptuning.data.tasks.arguments import TaskArguments
 from chatglm_ptuning.model.hub import BaseArguments
 from chatglm_ptuning.prefix.checkpoint import SOURCE_ATTENTIONS
+from chatglm_ptuning.prefix.files import check_output_folder
 from chatglm_ptuning.prefix.latest import runs_folder
 from chatglm_ptuning.training.distributed import prepare_processes
 from chatglm_ptuning.training.initialisation import PREFIX_INITS
@@ -200,6 +201,7 @@ class PrefixTrainingArguments(TuningArguments, Seq2SeqTrainingArguments):
     def __post_init__(self) -> None:
         if self.output_dir is None:
             self.output_dir = str(runs_folder() / "prefix")
+        check_output_folder(self.output_dir)
         TuningArguments.__post_init__(self)
         if self.tuning == "none" and self.do_train:
             raise ValueError("--tuning none trains nothing: leave --do_train out, or choose another --tuning.")

@@ -28,7 +28,8 @@ def draw_loss_curve(log_history: Sequence[Mapping[str, Any]], path: Path) -> Non
     if evaluation:
         axis.plot(*zip(*evaluation, strict=True), "o-", label="evaluation loss", color="tab:orange")
     axis.set_xlabel("step")
-    axis.set_ylabel("loss (nats per token)")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_ylabel("loss (nats per token, or per label of a linear head)")
     axis.grid(alpha=0.3)
     if training or evaluation:
         axis.legend(loc="upper right")

@@ -59,10 +59,10 @@ class LoraTuning(Tuning):
         _for_training(model)
         model.requires_grad_(False)
         self.adapter = get_peft_model(model, settings)
-        for wrapper in self.adapter.modules():
-            if isinstance(wrapper, ModulesToSaveWrapper):
-                # PEFT trains a copy of the head; nobody is going to train or use the one it was made from.
-                wrapper.original_module.mark_set()
+        self._head_wrappers = [part for part in self.adapter.modules() if isinstance(part, ModulesToSaveWrapper)]
+        for wrapper in self._head_wrappers:
+            # PEFT trains a copy of the head; nobody is going to train or use the one it was made from.
+            wrapper.original_module.mark_set()
 
     def settings(self) -> dict[str, Any]:
         """As `Tuning.settings`."""
@@ -110,6 +110,8 @@ class LoraTuning(Tuning):
     def plain_base(self) -> Iterator[None]:
         """As `Tuning.plain_base`: with the matrices switched off."""
         with self.adapter.disable_adapter():
+            for wrapper in self._head_wrappers:
+                wrapper.enable_adapters(True)  # PEFT switches the trained head off as well
             yield
 
 

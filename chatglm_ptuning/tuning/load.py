@@ -79,7 +79,7 @@ def load_tuned(
     folder = Path(checkpoint)
     record = read_record(folder) if folder.is_dir() else None
     method = "ptuning_v2" if record is None else record.tuning
-    if method == "lora" or (record is None and _is_foreign_lora(folder)):
+    if method == "lora" or (record is None and is_foreign_lora(folder)):
         tuning = _load_lora(model, folder, known=record is not None)
     elif method in PREFIX_METHODS:  # a prompt's checkpoint is a prefix, and used as one
         model.load_prefix(folder, task=task)
@@ -109,7 +109,7 @@ def _load_lora(model: PreTrainedModel, folder: Path, known: bool) -> Tuning:
     return tuning
 
 
-def _is_foreign_lora(folder: Path) -> bool:
+def is_foreign_lora(folder: Path) -> bool:
     """Whether a folder holds a LoRA adapter without this kit's record."""
     path = folder / PEFT_METADATA_FILE
     try:

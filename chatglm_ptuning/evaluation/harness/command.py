@@ -16,7 +16,7 @@ from chatglm_ptuning.evaluation.task_report import TaskScores, write_task_report
 from chatglm_ptuning.model.hub import InferenceBaseArguments
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.prefix.checkpoint import kit_version
-from chatglm_ptuning.prefix.files import write_atomically
+from chatglm_ptuning.prefix.files import check_output_folder, write_atomically
 from chatglm_ptuning.prefix.latest import runs_folder
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ class HarnessArguments(InferenceBaseArguments):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
+        if self.output_dir is not None:
+            check_output_folder(self.output_dir)
         if self.compare_base and self.ptuning_checkpoint is None:
             raise ValueError("--compare_base compares a prefix with its base: name it by --ptuning_checkpoint")
         self.tasks = self.tasks or ["ceval"]

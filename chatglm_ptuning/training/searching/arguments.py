@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, make_dataclass
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+from chatglm_ptuning.prefix.files import check_output_folder
 from chatglm_ptuning.prefix.latest import runs_folder
 from chatglm_ptuning.training.arguments import DataArguments, ModelArguments, PrefixTrainingArguments
 from chatglm_ptuning.training.initialisation import PREFIX_INITS
@@ -101,6 +102,7 @@ class SearchArguments:
     def __post_init__(self) -> None:
         if self.output_dir is None:
             self.output_dir = str(runs_folder() / "search")
+        check_output_folder(self.output_dir)
         self._check_lists()
         self._check_choice("prefix_projection", tuple(PROJECTIONS))
         self._check_choice("learning_rate_scale", LEARNING_RATE_SCALES)
