@@ -113,6 +113,12 @@ def test_ids_are_whole_numbers_or_text(tmp_path):
             read_examples(load_task("tnews"), tmp_path, "test")
 
 
+def test_ids_by_another_name_than_the_tasks_own(tmp_path):
+    by_id = {name: value for name, value in wsc(id=41).items() if name != "idx"}
+    lines(tmp_path / "test.json", by_id, by_id | {"id": 40.0}, wsc(id=39), by_id | {"id": None})
+    assert [example.id for example in read_examples(load_task("fewclue_cluewsc"), tmp_path, "test")] == [41, 40, 3, 3]
+
+
 @pytest.mark.parametrize("text", ["王\n宁\n\n来\n", "王 \n宁\t\n\n来\n", "text_a\n王\x02宁\n来\n"])
 def test_a_test_split_of_entities_may_be_without_tags(tmp_path, text):
     task = load_task("msra_ner")

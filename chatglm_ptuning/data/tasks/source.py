@@ -79,8 +79,8 @@ class SplitSource:
         """
         value = self.get(row, "id")
         if value is None:
-            other = row.get("idx")  # what CLUE calls it in some of its files
-            value = other if isinstance(other, (int, str)) else None
+            others = (row.get(name) for name in ("idx", "id"))  # CLUE has either, also in files of one task
+            value = next((other for other in others if isinstance(other, (int, float, str))), None)
         if value is None or value == "":
             return index
         if isinstance(value, float) and value.is_integer():
