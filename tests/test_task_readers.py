@@ -233,6 +233,14 @@ def test_chid_takes_its_answers_from_their_own_file(tmp_path):
         read_examples(task, tmp_path, "train")
 
 
+def test_fewclue_idioms_without_ids_count_their_rows(tmp_path):
+    row = {"content": "水平#idiom#再进一步。", "candidates": ["百尺竿头", "随波逐流"], "answer": 1}
+    array = [row, row | {"id": None}, row | {"id": 3000}, row | {"id": ""}]
+    (tmp_path / "test_public.json").write_text(json.dumps(array), "utf-8")  # in one line
+    examples = read_examples(load_task("fewclue_chid"), tmp_path, "test_public")
+    assert [(example.id, example.answer) for example in examples] == [(0, 1), (1, 1), (3000, 1), (3, 1)]
+
+
 def test_c3_is_a_nested_list_in_two_files(tmp_path):
     question = {"question": "他去哪？", "choice": ["学校", "医院"], "answer": "医院"}
     whole(tmp_path / "d-train.json", [[["男：走吧。", "女：去医院。"], [question], "3-12"]])
@@ -377,6 +385,9 @@ def test_examinations_by_subject_and_category(tmp_path):
     cmmlu.write_text(",Question,A,B,C,D,Answer\n0,哪个？,甲,乙,丙,丁,B\n", "utf-8")
     (example,) = read_examples(load_task("cmmlu"), tmp_path, "test", subjects=["agronomy"])
     assert (example.id, example.question, example.answer) == (0, "哪个？", 1)
+    cmmlu.write_text(",Question,A,B,C,D,Answer\n7,哪个？,甲,乙,丙,丁,B\n,哪个？,甲,乙,丙,丁,B\n", "utf-8")
+    examples = read_examples(load_task("cmmlu"), tmp_path, "test", subjects=["agronomy"])
+    assert [example.id for example in examples] == [7, 1]
 
 
 def test_choices_of_ones_own(tmp_path):

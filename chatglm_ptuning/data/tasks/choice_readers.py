@@ -32,12 +32,12 @@ def read_chid(source: SplitSource) -> list[ChoiceExample]:
     for path in source.paths:
         answers |= _idiom_answers(source, path)
     examples: list[ChoiceExample] = []
-    for row in source.rows():
+    for index, row in enumerate(source.rows()):
         candidates, content = row.get("candidates"), row.get("content")
         if not _are_texts(candidates):
             fail(row, f"there is no field 'candidates' with a list of idioms; the row has {', '.join(row)}.")
         if isinstance(content, str):
-            examples.append(_one_blank(source, row, content, candidates))
+            examples.append(_one_blank(source, row, content, candidates, index))
         elif _are_texts(content):
             examples += _many_blanks(source, row, content, candidates, answers)
         else:
@@ -61,13 +61,17 @@ def _answers_beside(path: Path) -> str:
     return f"{Path(path.name.removesuffix('.gz')).stem}_answer.json"
 
 
-def _one_blank(source: SplitSource, row: Row, content: str, candidates: list[str]) -> ChoiceExample:
+def _one_blank(source: SplitSource, row: Row, content: str, candidates: list[str], index: int) -> ChoiceExample:
     if len(_IDIOM.findall(content)) != 1:
         fail(row, f"'content' must hold one #idiom#, found {len(_IDIOM.findall(content))}.")
     answer = _index(source, row, row.get("answer"), candidates)
     context = _IDIOM.sub(ASKED_BLANK, content)
     return ChoiceExample(
-        id=row.get("id", row.line - 1), where=row.where, context=context, candidates=tuple(candidates), answer=answer
+        id=source.example_id(row, index),
+        where=row.where,
+        context=context,
+        candidates=tuple(candidates),
+        answer=answer,
     )
 
 
@@ -205,5 +209,7 @@ def read_exam(source: SplitSource) -> list[ChoiceExample]:
 
 def _exam_id(row: Row, index: int) -> int | str:
     """C-Eval numbers its questions in a column `id`, CMMLU in one without a heading."""
-    value = row.get("id", row.get("", index))
+    value = row.get("id", row.get(""))
+    if value is None or value == "":
+        return index
     return int(value) if isinstance(value, str) and value.isdigit() else value
