@@ -51,6 +51,17 @@ def test_clue_classification(tmp_path, name, folder):
     assert (blind.id, blind.label) == (9, None)
 
 
+def test_labels_with_white_space_or_as_whole_floats(tmp_path):
+    row = {"sentence": "甲", "label_desc": "news_story"}
+    lines(tmp_path / "test.json", *(row | {"label": label} for label in (" 101 ", 101.0, 101, "101")))
+    assert [example.label for example in read_examples(load_task("tnews"), tmp_path, "test")] == ["101"] * 4
+    lines(tmp_path / "test.json", *(row | {"label": label} for label in (-1.0, " ", "-1", None)))
+    assert [example.label for example in read_examples(load_task("tnews"), tmp_path, "test")] == [None] * 4
+    lines(tmp_path / "test.json", row | {"label": 101.5})
+    with pytest.raises(ValueError, match=r"json:1: the task tnews has no label '101.5'"):
+        read_examples(load_task("tnews"), tmp_path, "test")
+
+
 def test_rows_without_agreement_are_left_out(tmp_path):
     lines(tmp_path / "dev.json", CLUE_ROWS["cmnli"] | {"label": "-"}, CLUE_ROWS["cmnli"])
     assert [example.label for example in read_examples(load_task("cmnli"), tmp_path, "dev")] == ["contradiction"]

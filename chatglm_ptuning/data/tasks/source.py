@@ -106,8 +106,8 @@ class SplitSource:
             ValueError: if it is missing where it is needed, or unknown.
         """
         value = self.get(row, "label")
-        key = json.dumps(value) if isinstance(value, bool) else str(value)
-        if value is None or value == "" or (key == "-1" and key not in self.task.labels):
+        key = self._label_key(value)
+        if value is None or key == "" or (key == "-1" and key not in self.task.labels):
             return self._without_label(row)
         return self._known_label(row, key)
 
@@ -123,9 +123,17 @@ class SplitSource:
         if value is None or (value == "" and not self.needs_gold):
             return self._without_label(row)
         parts = value if isinstance(value, list) else str(value).split(self.task.label_separator)
-        keys = [json.dumps(part) if isinstance(part, bool) else str(part).strip() for part in parts]
+        keys = [self._label_key(part) for part in parts]
         known = {self._known_label(row, key) for key in keys if key}
         return tuple(key for key in self.task.labels if key in known)
+
+    def _label_key(self, value: Any) -> str:
+        """A label as the task may know it; tables and hubs give whole numbers as floats."""
+        if isinstance(value, bool):
+            return json.dumps(value)
+        if isinstance(value, float) and value.is_integer() and str(value) not in self.task.labels:
+            return str(int(value))
+        return str(value).strip()
 
     def _without_label(self, row: Row) -> None:
         if self.needs_gold and "label" not in self.fields:
