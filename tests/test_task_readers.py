@@ -270,6 +270,14 @@ def test_c3_is_a_nested_list_in_two_files(tmp_path):
         read_examples(task, tmp_path, "train")
 
 
+def test_a_c3_answer_may_differ_from_its_choice_by_white_space_at_the_ends(tmp_path):
+    task = load_task("c3")
+    question = {"question": "他去哪？", "choice": ["学校", "医院 ", "医 院", " 学校"]}
+    asked = [question | {"answer": answer} for answer in ("医院", "\u3000学校", "医 院\n", " 学校")]
+    whole(tmp_path / "test.json", [[["他病了。"], asked, "m1"]])
+    assert [example.answer for example in read_examples(task, tmp_path, "test")] == [1, 0, 2, 3]
+
+
 CLUENER = {"text": "北京勘察设计协会副会长兼秘书长周荫如", "label": {
     "organization": {"北京勘察设计协会": [[0, 7]]}, "name": {"周荫如": [[15, 17]]},
     "position": {"副会长": [[8, 10]], "秘书长": [[12, 14]]}}}  # fmt: skip

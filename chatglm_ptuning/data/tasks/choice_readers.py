@@ -165,7 +165,8 @@ def _c3_example(source: SplitSource, where: str, question: Any, context: Any, in
     answer = question.get("answer") or None
     if answer is None and source.needs_gold:
         raise ValueError(f"{where}: there is no 'answer', and the split {source.split} needs them.")
-    if answer is not None and answer not in choices:
+    place = None if answer is None else _place_of(answer, choices)
+    if answer is not None and place is None:
         raise ValueError(f"{where}: the answer '{answer}' is none of the choices {', '.join(choices)}.")
     return ChoiceExample(
         id=index,
@@ -173,8 +174,17 @@ def _c3_example(source: SplitSource, where: str, question: Any, context: Any, in
         context="\n".join(context),
         question=question["question"],
         candidates=tuple(choices),
-        answer=None if answer is None else choices.index(answer),
+        answer=place,
     )
+
+
+def _place_of(answer: Any, choices: list[str]) -> int | None:
+    """Where the answer stands among the choices; white space at the ends counts only if that tells two apart."""
+    if answer in choices:
+        return choices.index(answer)
+    stripped = [choice.strip() for choice in choices]
+    wanted = answer.strip() if isinstance(answer, str) else answer
+    return stripped.index(wanted) if wanted in stripped else None
 
 
 def read_exam(source: SplitSource) -> list[ChoiceExample]:
