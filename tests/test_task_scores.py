@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from chatglm_ptuning.data.tasks import load_task
+from chatglm_ptuning.data.tasks import load_task, read_examples
 from chatglm_ptuning.data.tasks.examples import (
     Answer,
     ChoiceExample,
@@ -21,7 +21,7 @@ from chatglm_ptuning.data.tasks.token_readers import spans_of
 from chatglm_ptuning.evaluation import figures
 from chatglm_ptuning.evaluation.bootstrap import bootstrap_interval, f1_interval, mean_interval
 from chatglm_ptuning.evaluation.classification import classification_scores, confusion_matrix
-from chatglm_ptuning.evaluation.entities import cluener_f1, entity_scores
+from chatglm_ptuning.evaluation.entities import cluener_f1, entities_of, entity_scores
 from chatglm_ptuning.evaluation.multi_label import multi_label_scores
 from chatglm_ptuning.evaluation.reading_comprehension import answer_f1, cmrc_scores, exact_match
 from chatglm_ptuning.evaluation.task_report import score_task, worst_errors, write_task_report
@@ -84,9 +84,26 @@ def test_entities_by_hand():
 
 def test_cluener_counts_texts_once_a_sentence():
     # The same place name twice is one entry of the file, so finding one of them finds it.
-    gold, found = [["B-address", "O", "B-address"]], [["B-address", "O", "O"]]
-    assert cluener_f1(["京到京"], found, gold, ["address"]) == 100
-    assert cluener_f1(["京到沪"], found, gold, ["address", "name"]) == pytest.approx(100 * (2 / 3) / 2)
+    gold, found = ["B-address", "O", "B-address"], ["B-address", "O", "O"]
+    for text, types, f1 in (("京到京", ["address"], 100), ("京到沪", ["address", "name"], 100 * (2 / 3) / 2)):
+        entities = [[entities_of(text, tags)] for tags in (found, gold)]
+        assert cluener_f1(*entities, types) == pytest.approx(f1)
+
+
+def test_cluener_counts_entities_inside_each_other(tmp_path):
+    rows = [
+        {"text": "中国人民银行行长周小川", "label": {
+            "government": {"中国人民银行": [[0, 5]]}, "address": {"中国": [[0, 1]]},
+            "position": {"行长": [[6, 7]]}, "name": {"周小川": [[8, 10]]}}},
+        {"text": "他在北京", "label": {"address": {"北京": [[2, 3]]}}},
+    ]  # fmt: skip
+    (tmp_path / "dev.json").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    task = load_task("cluener")
+    examples = read_examples(task, tmp_path, "dev")
+    metrics = score_task(task, examples, [list(example.tags) for example in examples]).metrics
+    # Tags find all but 中国: three of the ten types are whole, address has one of two, six are not there.
+    assert metrics["cluener_f1"] == pytest.approx(100 * (3 + 2 / 3) / 10)
+    assert metrics["entity_f1"] == 100
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -48,25 +49,30 @@ def entity_scores(predicted: Tags, expected: Tags) -> tuple[dict[str, float], di
     return {name: 100 * float(value) for name, value in zip(names, micro[:3], strict=True)}, table
 
 
-def cluener_f1(texts: Sequence[str], predicted: Tags, expected: Tags, types: Sequence[str]) -> float:
+def entities_of(text: str, tags: Sequence[str]) -> frozenset[tuple[str, str]]:
+    """Type and text of every entity of BIO tags of characters."""
+    return frozenset((entity, text[first : last + 1]) for entity, first, last in spans_of(tags))
+
+
+def cluener_f1(
+    predicted: Sequence[Set[tuple[str, str]]], expected: Sequence[Set[tuple[str, str]]], types: Sequence[str]
+) -> float:
     """CLUENER2020's score in percent: the mean over the types of F1, where a sentence's entities of a type are the set
     of their texts (score.py of CLUENER2020). A type that is neither expected nor predicted counts 0.
 
+    Args:
+        predicted: type and text of each sentence's entities; `expected` likewise, as the file has them: where one
+            stands inside another, tags lose it.
+
     Raises:
-        ValueError: if the sentences differ in number or length.
+        ValueError: if the sentences differ in number.
     """
-    _check(predicted, expected)
-    counts = {entity: [0, 0, 0] for entity in types}  # found, predicted, expected
-    for text, found, gold in zip(texts, predicted, expected, strict=True):
-        for entity in types:
-            surfaces = [
-                {text[first : last + 1] for kind, first, last in spans_of(tags) if kind == entity}
-                for tags in (found, gold)
-            ]
-            counts[entity][0] += len(surfaces[0] & surfaces[1])
-            counts[entity][1] += len(surfaces[0])
-            counts[entity][2] += len(surfaces[1])
-    return 100 * fmean(2 * hits / max(found + gold, 1) for hits, found, gold in counts.values())
+    hits, found, gold = Counter[str](), Counter[str](), Counter[str]()
+    for left, right in zip(predicted, expected, strict=True):
+        found.update(entity for entity, _ in left)
+        gold.update(entity for entity, _ in right)
+        hits.update(entity for entity, _ in left & right)
+    return 100 * fmean(2 * hits[entity] / max(found[entity] + gold[entity], 1) for entity in types)
 
 
 def _check(predicted: Tags, expected: Tags) -> None:

@@ -23,7 +23,7 @@ from chatglm_ptuning.data.tasks.submission import write_submission
 from chatglm_ptuning.data.tasks.token_readers import spans_of
 from chatglm_ptuning.evaluation.bootstrap import f1_interval, mean_interval
 from chatglm_ptuning.evaluation.classification import classification_scores, confusion_matrix, macro_f1_interval
-from chatglm_ptuning.evaluation.entities import EntityScore, cluener_f1, entity_scores
+from chatglm_ptuning.evaluation.entities import EntityScore, cluener_f1, entities_of, entity_scores
 from chatglm_ptuning.evaluation.figures import draw_confusion_matrix, draw_entity_table
 from chatglm_ptuning.evaluation.metrics import score
 from chatglm_ptuning.evaluation.multi_label import counts_of_texts, multi_label_scores
@@ -223,8 +223,12 @@ def _score_tags(
 ) -> TaskScores:
     metrics, table = entity_scores(predictions, gold)
     if task.reader == "cluener":
-        texts = [example.text for example in examples]
-        metrics["cluener_f1"] = cluener_f1(texts, predictions, gold, list(task.labels))
+        found = [entities_of(example.text, tags) for example, tags in zip(examples, predictions, strict=True)]
+        expected = [
+            entities_of(example.text, tags) if example.entities is None else example.entities
+            for example, tags in zip(examples, gold, strict=True)
+        ]
+        metrics["cluener_f1"] = cluener_f1(found, expected, list(task.labels))
     counts = []
     for found, expected in zip(predictions, gold, strict=True):
         left, right = set(spans_of(found)), set(spans_of(expected))

@@ -57,10 +57,12 @@ class TokenExample(Example):
     Attributes:
         tokens: `[num_tokens]`.
         tags: `[num_tokens]`, `O`, `B-TYPE` or `I-TYPE`; None in a split without tags.
+        entities: type and text of every entity, of a file that says more than tags can, such as one inside another.
     """
 
     tokens: tuple[str, ...]
     tags: tuple[str, ...] | None = None
+    entities: frozenset[tuple[str, str]] | None = None
 
     @property
     def text(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,8 @@ def _example(
 def read_cluener(source: SplitSource) -> list[TokenExample]:
     """CLUENER2020: `text`, and `label` as entity type -> surface -> list of `[start, end]`, both ends inclusive.
 
-    Every character is a token. Where two entities overlap, the longer one gets the tags, as BIO holds one of them.
+    Every character is a token. Where two entities overlap, the longer one gets the tags, as BIO holds one of them; the
+    example's `entities` are all of them.
     """
     examples = []
     with_id = SplitSource(source.task, source.split, fields={"id": "id"})
@@ -133,7 +135,11 @@ def read_cluener(source: SplitSource) -> list[TokenExample]:
         if "label" not in row and source.needs_gold:
             fail(row, f"there is no field 'label'; the row has {', '.join(row)}.")
         tags = _span_tags(source, row, text, row["label"]) if "label" in row else None
-        examples.append(_example(source, with_id.example_id(row, index), row.where, list(text), tags))
+        example = _example(source, with_id.example_id(row, index), row.where, list(text), tags)
+        if tags is not None:
+            entities = frozenset((entity, surface) for entity, texts in row["label"].items() for surface in texts)
+            example = replace(example, entities=entities)
+        examples.append(example)
     return examples
 
 
