@@ -200,6 +200,30 @@ def test_reports_of_the_other_kinds(tmp_path):
     assert scores.metrics["rouge-l"] == pytest.approx(50, abs=0.01) and scores.metrics["prediction_length"] == 2.5
 
 
+def test_scores_of_choices_follow_from_their_rows(tmp_path):
+    def rows_of(name: str, candidates: str, predictions: list[int]) -> tuple[list[dict], float]:
+        subject = "law" if name == "ceval" else None
+        examples = [
+            ChoiceExample(id=place, candidates=tuple(candidates), answer=2, subject=subject)
+            for place in range(len(predictions))
+        ]
+        scores = write_task_report(tmp_path / name, load_task(name), examples, predictions)
+        lines = (tmp_path / name / "predictions.jsonl").read_text("utf-8").splitlines()
+        return [json.loads(line) for line in lines], scores.metrics["accuracy"]
+
+    rows, accuracy = rows_of("ceval", "甲乙乙丁", [1, 2, 3, 2])
+    assert [(row["subject"], row["gold"], row["prediction"], row["score"]) for row in rows] == [
+        ("law", "C", "B", 0), ("law", "C", "C", 1), ("law", "C", "D", 0), ("law", "C", "C", 1),
+    ]  # fmt: skip
+    assert accuracy == 50
+    for name in ("c3", "chid"):  # the answer is the text itself, which stands twice
+        rows, accuracy = rows_of(name, "甲乙乙丁", [1, 2, 3, 0])
+        assert [(row["gold"], row["prediction"], row["score"]) for row in rows] == [
+            ("乙", "乙", 1), ("乙", "乙", 1), ("乙", "丁", 0), ("乙", "甲", 0),
+        ]  # fmt: skip
+        assert accuracy == 50 and "subject" not in rows[0]
+
+
 def test_what_cannot_be_scored_is_refused():
     with pytest.raises(ValueError, match=r"b.json:2: there is nothing to score against"):
         score_task(load_task("bustm"), [TextExample(id=0, text="甲", where="b.json:2")], ["1"])

@@ -17,7 +17,7 @@ from chatglm_ptuning.data.tasks.examples import (
     TokenExample,
     gold_of,
 )
-from chatglm_ptuning.data.tasks.prompt import render_prompt
+from chatglm_ptuning.data.tasks.prompt import candidate_answers, render_prompt
 from chatglm_ptuning.data.tasks.schema import Task
 from chatglm_ptuning.data.tasks.submission import write_submission
 from chatglm_ptuning.data.tasks.token_readers import spans_of
@@ -73,7 +73,9 @@ def score_task(task: Task, examples: Sequence[AnyExample], predictions: Sequence
     if isinstance(examples[0], TextExample):
         return _score_labels(predictions, gold, list(task.labels))
     if isinstance(examples[0], ChoiceExample):
-        hits = [left == right for left, right in zip(predictions, gold, strict=True)]
+        # By what is answered, not by index: of candidates with the same text either is right, unless letters tell them.
+        answers = [candidate_answers(task, example) for example in examples]
+        hits = [own[left] == own[right] for own, left, right in zip(answers, predictions, gold, strict=True)]
         return _of_hits({"accuracy": 100 * sum(hits) / len(hits)}, hits, _group_accuracy(task, examples, hits))
     if isinstance(examples[0], TokenExample):
         return _score_tags(task, examples, predictions, gold)
@@ -96,7 +98,7 @@ def write_task_report(
     """Scores, and writes into the folder:
 
     - `metrics.json`: scores, intervals, groups, the label of each number in the picture;
-    - `predictions.jsonl`: input, gold, prediction, score, and the confidence if given;
+    - `predictions.jsonl`: input, gold, prediction, score, the subject of an examination, and the confidence if given;
     - `worst_errors.jsonl`: the 20 worst, the surest first, or where no confidences are given those of lowest score;
     - `confusion_matrix.png`, or a table with a bar for each: `entities.png` for tags, `labels.png` for a multi-label
       task.
@@ -260,11 +262,13 @@ def _rows(
     rows = []
     for place, (example, prediction) in enumerate(zip(examples, predictions, strict=True)):
         text = example.text if isinstance(example, (TokenExample, GenerationExample)) else render_prompt(task, example)
+        subject = {"subject": example.subject} if isinstance(example, ChoiceExample) and example.subject else {}
         row = {
             "id": example.id,
+            **subject,
             "input": text,
-            "gold": _readable(example, gold_of(example)),
-            "prediction": _readable(example, prediction),
+            "gold": _readable(task, example, gold_of(example)),
+            "prediction": _readable(task, example, prediction),
         }
         if scores is not None:
             row["score"] = scores.of_examples[place]
@@ -274,10 +278,10 @@ def _rows(
     return rows
 
 
-def _readable(example: AnyExample, value: Any) -> Any:
-    """Candidates instead of their indices, entities instead of tags."""
+def _readable(task: Task, example: AnyExample, value: Any) -> Any:
+    """Candidates or their letters instead of indices, entities instead of tags."""
     if isinstance(example, ChoiceExample) and isinstance(value, int):
-        return example.candidates[value]
+        return candidate_answers(task, example)[value]
     if isinstance(example, TokenExample) and value is not None:
         return [
             {"type": entity, "text": "".join(example.tokens[first : last + 1]), "start": first}
