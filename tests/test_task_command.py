@@ -198,6 +198,26 @@ def test_an_unlabelled_split_gives_predictions_and_a_submission(base, data, runs
     assert [path.name for path in part.iterdir()] == ["predictions.jsonl"]
 
 
+def test_a_repeated_id_is_seen_before_the_base_is_loaded(base, data, runs, tmp_path, capsys):
+    folder = tmp_path / "files"
+    moods = [{"number": number, "message": text, "mood": "sad"} for number, text in zip("aba", TEXTS, strict=False)]
+    lines(folder / "dev.jsonl", moods)
+    lines(folder / "train.jsonl", moods)
+    lines(folder / "test.jsonl", [{name: row[name] for name in ("number", "message")} for row in moods])
+    (folder / "mood.yaml").write_text(MOODS, "utf-8")
+    nowhere = tmp_path / "no base"
+    twice = r"test.jsonl:3: the id 'a' stands twice, first at "
+    said = refusal(capsys, evaluation.main, flags(nowhere, folder, "mood.yaml", "--ptuning_checkpoint", "none"))
+    assert twice in said and "test.jsonl:1, and" in said and "--max_predict_samples 3" in said
+    start = [*flags(base, folder, "mood.yaml"), "--output_dir", str(tmp_path / "run"), "--do_train", "--do_predict"]
+    assert twice in refusal(capsys, training.main, start)
+    tuned = ["--ptuning_checkpoint", runs("sequence_classification")[0]]
+    evaluate(base, folder, "mood.yaml", tmp_path / "part", "--max_predict_samples", 3, *tuned)
+    assert [path.name for path in (tmp_path / "part").iterdir()] == ["predictions.jsonl"]
+    evaluate(base, folder, "mood.yaml", tmp_path / "dev", "--split", "dev", *tuned)
+    assert (tmp_path / "dev" / "metrics.json").exists() and not (tmp_path / "dev" / "mood_predict.json").exists()
+
+
 def test_the_base_beside_the_prefix(base, data, runs, tmp_path):
     more = ["--split", "dev", "--compare_base", "--ptuning_checkpoint", runs("generation")[0]]
     evaluate(base, data, "mood.yaml", tmp_path / "both", *more)

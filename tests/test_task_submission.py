@@ -95,6 +95,8 @@ def test_entities(tmp_path):
         ("chid", CHOICES, [1, 1], "is 1, and there are 1 candidates"),
         ("chid", CHOICES, ["甲", 0], "must be the index of a candidate"),
         ("chid", [CHOICES[0]] * 2, [0, 0], "stands twice"),
+        ("tnews", [TEXTS[0]] * 2, ["102", "102"], "the id 7 stands twice"),
+        ("cluener", TOKENS * 2, [TAGS] * 2, "the id 0 stands twice"),
         ("cluener", TOKENS, [["O"]], "1 tags for 10 tokens"),
         ("cluener", TOKENS, [["B-nom"] * 10], "unknown tag 'B-nom'"),
         ("cmrc2018", QUESTIONS, [None], "must be text"),

@@ -149,7 +149,7 @@ def write_results(
 
     Args:
         variant: see `write_submission`.
-        may_submit: False if the examples are not the whole split, which no benchmark takes.
+        may_submit: False if the examples are not the whole split, which no benchmark takes, or not `can_submit`.
         settings: see `write_task_report`.
 
     Returns:

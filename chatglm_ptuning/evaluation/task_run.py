@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatglm_ptuning.data.tasks.arguments import submission_variant, usual_split
 from chatglm_ptuning.data.tasks.encode import ANSWERING_HEADS, head_of
+from chatglm_ptuning.data.tasks.submission import can_submit
 from chatglm_ptuning.evaluation.chosen_prefix import load_chosen, results_folder
 from chatglm_ptuning.evaluation.parallel import is_first_process, print_once
 from chatglm_ptuning.evaluation.table import print_scores
@@ -50,6 +51,7 @@ def evaluate_task(args: EvaluationArguments, prefix: Path | None) -> dict[str, A
     source = {"hub": args.hub, "revision": args.revision}
     # Rows first: what is wrong with a file shows before minutes go into loading the base.
     examples = args.examples(task, split, args.max_predict_samples)
+    may_submit = args.max_predict_samples is None and args.subjects is None and can_submit(task, examples)
     head, unit, variant = _how_to_solve(args, task, prefix)
     tokenizer = load_tokenizer(args.model_name_or_path, **source)
     encoder = args.encoder(task, tokenizer, args.max_source_length, args.max_target_length, head, unit)
@@ -86,7 +88,7 @@ def evaluate_task(args: EvaluationArguments, prefix: Path | None) -> dict[str, A
             predictions,
             split,
             variant if name == "prefix" else None,
-            may_submit=args.max_predict_samples is None and args.subjects is None,
+            may_submit=may_submit,
             settings={
                 **asdict(args),
                 "ptuning_checkpoint": None if name == "base" or prefix is None else str(prefix),

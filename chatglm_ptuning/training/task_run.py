@@ -9,6 +9,7 @@ from typing import Any
 from chatglm_ptuning.data.tasks.arguments import submission_variant, usual_split
 from chatglm_ptuning.data.tasks.encode import ANSWERING_HEADS, TaskEncoder, head_of, label_names
 from chatglm_ptuning.data.tasks.examples import AnyExample, gold_of
+from chatglm_ptuning.data.tasks.submission import can_submit
 from chatglm_ptuning.evaluation.table import print_scores
 from chatglm_ptuning.evaluation.task_model import (
     TOKEN_UNIT,
@@ -34,6 +35,7 @@ class TaskRun(TrainingRun):
     Attributes:
         task: what --task names.
         encoder: makes its examples model inputs, for the head that is used.
+        may_submit: whether the predictions on the test split make a submission.
     """
 
     def read_data(self) -> None:
@@ -52,6 +54,8 @@ class TaskRun(TrainingRun):
         training = self._split("train", flags.train_split, flags.max_train_samples) if args.do_train else []
         self.watched = self._split("dev", flags.eval_split, flags.max_eval_samples) if args.do_eval else []
         self.tested = self._split("test", flags.predict_split, flags.max_predict_samples) if args.do_predict else []
+        whole = flags.max_predict_samples is None and flags.subjects is None
+        self.may_submit = whole and bool(self.tested) and can_submit(self.task, self.tested)
         self.train_examples = self.encoder.training_rows(training)
         self.eval_examples = self.encoder.training_rows(self.watched)
         if args.should_save:
@@ -146,7 +150,7 @@ class TaskRun(TrainingRun):
             predictions,
             split,
             submission_variant(self.task, flags.train_split) if self.args.do_train else None,
-            may_submit=flags.max_predict_samples is None and flags.subjects is None,
+            may_submit=self.may_submit,
             settings={
                 **asdict(flags),
                 **asdict(prediction_settings(self.data_args, self.args)),

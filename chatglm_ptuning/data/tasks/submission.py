@@ -8,13 +8,48 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from chatglm_ptuning.data.tasks.examples import AnyExample, ChoiceExample, TokenExample
+from transformers.utils import logging
+
+from chatglm_ptuning.data.tasks.examples import AnyExample, ChoiceExample, TokenExample, gold_of
 from chatglm_ptuning.data.tasks.schema import Task
 from chatglm_ptuning.data.tasks.token_readers import spans_of
 from chatglm_ptuning.prefix.files import write_atomically
 
+logger = logging.get_logger(__name__)
+
 Prediction = Any
 """A label, an index of a candidate, a list of tags, or a text, as the task has it."""
+
+
+def can_submit(task: Task, examples: Sequence[AnyExample]) -> bool:
+    """Whether predictions on these examples make a submission: the benchmark takes one, and every id stands once.
+
+    Ask before predicting. Of a split with gold that repeats an id, a warning says that there will be none.
+
+    Raises:
+        ValueError: naming both places, if an id stands twice in a split without gold.
+    """
+    repeated = None if task.submission is None else _repeated_id(examples)
+    if repeated is None:
+        return task.submission is not None
+    if gold_of(examples[0]) is None:
+        raise ValueError(
+            f"{repeated}, and a submission has one answer for each. Mend the file, or predict without a submission "
+            f"by --max_predict_samples {len(examples)}."
+        )
+    logger.warning(f"{repeated}: no submission is written.")
+    return False
+
+
+def _repeated_id(examples: Sequence[AnyExample]) -> str | None:
+    """What to say of the first id that stands twice; those of an examination are counted in every subject."""
+    places: dict[tuple[str | None, str], str] = {}
+    for example in examples:
+        key = (example.subject if isinstance(example, ChoiceExample) else None, str(example.id))
+        if key in places:
+            return f"{example.where}: the id {example.id!r} stands twice, first at {places[key]}"
+        places[key] = example.where
+    return None
 
 
 def write_submission(
@@ -47,14 +82,17 @@ def write_submission(
         The path of the file.
 
     Raises:
-        ValueError: if the benchmark takes no submissions, the numbers differ, an id stands twice in a form that is one
-            object, or a prediction is no label, index, list of tags or text of the task.
+        ValueError: if the benchmark takes no submissions, the numbers differ, an id stands twice, or a prediction is
+            no label, index, list of tags or text of the task.
     """
     form = task.submission
     if form is None:
         raise ValueError(f"{task.name} has no submission file: there is no benchmark that takes one.")
     if len(predictions) != len(examples):
         raise ValueError(f"There are {len(predictions)} predictions for {len(examples)} examples.")
+    repeated = _repeated_id(examples)
+    if repeated is not None:
+        raise ValueError(f"{repeated}.")
     for example, prediction in zip(examples, predictions, strict=True):
         _check(task, example, prediction)
     name = form.file_of(split)
@@ -98,9 +136,7 @@ def _lines(key: str) -> Callable[[Sequence[AnyExample], Sequence[Prediction]], s
 
 
 def _map(examples: Sequence[AnyExample], predictions: Sequence[Prediction]) -> str:
-    answers: dict[str, Prediction] = {}
-    for example, prediction in zip(examples, predictions, strict=True):
-        _add(answers, str(example.id), prediction, example)
+    answers = {str(example.id): prediction for example, prediction in zip(examples, predictions, strict=True)}
     return json.dumps(answers, ensure_ascii=False, indent=2) + "\n"
 
 
@@ -108,14 +144,8 @@ def _exam(examples: Sequence[AnyExample], predictions: Sequence[Prediction]) -> 
     subjects: dict[str, dict[str, str]] = {}
     for example, prediction in zip(examples, predictions, strict=True):
         answers = subjects.setdefault(getattr(example, "subject", None) or "", {})
-        _add(answers, str(example.id), ascii_uppercase[prediction], example)
+        answers[str(example.id)] = ascii_uppercase[prediction]
     return json.dumps(subjects, ensure_ascii=False, indent=2) + "\n"
-
-
-def _add(answers: dict[str, Any], key: str, value: Any, example: AnyExample) -> None:
-    if key in answers:
-        raise ValueError(f"The id {key!r} stands twice among the examples, again at {example.where}.")
-    answers[key] = value
 
 
 def _entities(examples: Sequence[AnyExample], predictions: Sequence[Prediction]) -> str:
