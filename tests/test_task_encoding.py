@@ -215,6 +215,15 @@ def test_a_character_shared_by_two_ids_is_taken_from_the_shorter(tokenizers):
     assert crossed.positions([Answer("乙", 1)]) == {"start_positions": 2, "end_positions": 2}
 
 
+def test_a_row_without_agreement_is_not_learned(tokenizers):
+    encoder = TaskEncoder(load_task("cmnli"), tokenizers["chatglm3"], "sequence_classification")
+    left_out = TextExample(id=0, text="今天", text_pair="明天", left_out=True, where="test.json:1")
+    good = TextExample(id=1, text="今天", text_pair="明天", label="neutral")
+    assert [row["labels"] for row in encoder.training_rows([left_out, good])] == [2]
+    with pytest.raises(ValueError, match=r"test.json:1: the example has no label or answer to learn"):
+        encoder.training_rows([left_out])
+
+
 def test_what_cannot_be_learned_of_questions(tokenizers, caplog):
     encoder = TaskEncoder(load_task("cmrc2018"), tokenizers["chatglm3"], "question_answering")
     lost = QuestionExample(id=0, context="今天", question="？", answers=(Answer("明天", None),), where="a.json: Q0")

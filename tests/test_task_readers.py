@@ -62,9 +62,20 @@ def test_labels_with_white_space_or_as_whole_floats(tmp_path):
         read_examples(load_task("tnews"), tmp_path, "test")
 
 
-def test_rows_without_agreement_are_left_out(tmp_path):
+def test_rows_without_agreement_are_left_out(tmp_path, caplog):
     lines(tmp_path / "dev.json", CLUE_ROWS["cmnli"] | {"label": "-"}, CLUE_ROWS["cmnli"])
     assert [example.label for example in read_examples(load_task("cmnli"), tmp_path, "dev")] == ["contradiction"]
+    assert "1 of 2 rows of cmnli, split dev, are labelled -" in caplog.text and "dev.json:1" in caplog.text
+    lines(tmp_path / "dev.json", CLUE_ROWS["cmnli"] | {"label": "-"})
+    with pytest.raises(ValueError, match=r"1 of 1 rows of cmnli, split dev, are labelled - .*dev.json:1"):
+        read_examples(load_task("cmnli"), tmp_path, "dev")
+    unlabelled = {name: value for name, value in CLUE_ROWS["cmnli"].items() if name != "label"}
+    for other, label in ((CLUE_ROWS["cmnli"], "contradiction"), (unlabelled, None)):
+        lines(tmp_path / "test.json", other | {"id": 4}, unlabelled | {"id": 5, "label": "-"})
+        examples = read_examples(load_task("cmnli"), tmp_path, "test")
+        assert [(example.id, example.label, example.left_out) for example in examples] == [
+            (4, label, False), (5, None, True),
+        ]  # fmt: skip
 
 
 def test_csl_joins_its_keywords(tmp_path):

@@ -24,7 +24,8 @@ from chatglm_ptuning.evaluation.classification import classification_scores, con
 from chatglm_ptuning.evaluation.entities import cluener_f1, entities_of, entity_scores
 from chatglm_ptuning.evaluation.multi_label import multi_label_scores
 from chatglm_ptuning.evaluation.reading_comprehension import answer_f1, cmrc_scores, exact_match
-from chatglm_ptuning.evaluation.task_report import score_task, worst_errors, write_task_report
+from chatglm_ptuning.evaluation.task_predictions import Prediction
+from chatglm_ptuning.evaluation.task_report import score_task, worst_errors, write_results, write_task_report
 
 LABELS = ["体育", "军事", "农业", "电竞"]
 
@@ -198,6 +199,26 @@ def test_reports_of_the_other_kinds(tmp_path):
     ]
     scores = write_task_report(tmp_path, load_task("adgen"), texts, ["宽松的裤子", ""])
     assert scores.metrics["rouge-l"] == pytest.approx(50, abs=0.01) and scores.metrics["prediction_length"] == 2.5
+
+
+def test_a_row_without_agreement_is_submitted_and_not_scored(tmp_path):
+    row = {"sentence1": "他来了", "sentence2": "他没来"}
+    labels = ["-", "neutral", "contradiction"]
+    rows = [row | {"id": 4 + place, "label": label} for place, label in enumerate(labels)]
+    (tmp_path / "test.json").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    task = load_task("cmnli")
+    examples = read_examples(task, tmp_path, "test")
+    predictions = [Prediction("neutral", confidence) for confidence in (0.9, 0.8, 0.7)]
+    scores = write_results(tmp_path / "out", task, examples, predictions, "test")
+    assert scores.metrics["accuracy"] == 50
+    written = {
+        name: [json.loads(line) for line in (tmp_path / "out" / name).read_text("utf-8").splitlines()]
+        for name in ("predictions.jsonl", "cmnli_predict.json")
+    }
+    assert [(row["id"], row["score"], row["confidence"]) for row in written["predictions.jsonl"]] == [
+        (5, 1, 0.8), (6, 0, 0.7),
+    ]  # fmt: skip
+    assert [row["id"] for row in written["cmnli_predict.json"]] == [4, 5, 6]
 
 
 def test_scores_of_choices_follow_from_their_rows(tmp_path):

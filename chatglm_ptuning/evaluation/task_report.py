@@ -16,6 +16,7 @@ from chatglm_ptuning.data.tasks.examples import (
     TextExample,
     TokenExample,
     gold_of,
+    has_gold,
 )
 from chatglm_ptuning.data.tasks.prompt import candidate_answers, render_prompt
 from chatglm_ptuning.data.tasks.schema import Task
@@ -41,7 +42,7 @@ class TaskScores:
     Attributes:
         metrics: in percent; the task's own metric is among them.
         intervals: metric -> 95 % bootstrap interval, in percent.
-        of_examples: the score of each example, from 0 to 1.
+        of_examples: the score of each example that counts, from 0 to 1.
         groups: subject, category or further group of an examination -> accuracy in percent.
         entities: type -> its scores.
         labels: of a multi-label task, label -> its scores.
@@ -57,12 +58,14 @@ class TaskScores:
 
 def score_task(task: Task, examples: Sequence[AnyExample], predictions: Sequence[Any]) -> TaskScores:
     """Scores predictions: labels, lists of labels, indices of candidates, tags, or texts, one for each example.
+    Examples that are left out (`Example.left_out`) do not count.
 
     Raises:
         ValueError: if there is nothing to score, the numbers differ, or an example has no gold answer.
     """
     if not examples or len(predictions) != len(examples):
         raise ValueError(f"There are {len(predictions)} predictions for {len(examples)} examples.")
+    examples, predictions = _scored(examples, examples), _scored(examples, predictions)
     gold = [gold_of(example) for example in examples]
     if None in gold:
         raise ValueError(
@@ -111,6 +114,8 @@ def write_task_report(
         ValueError: as `score_task`.
     """
     scores = score_task(task, examples, predictions)
+    confidences = None if confidences is None else _scored(examples, confidences)
+    examples, predictions = _scored(examples, examples), _scored(examples, predictions)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows = _rows(task, examples, predictions, scores, confidences)
@@ -162,7 +167,7 @@ def write_results(
     sure = [prediction.confidence for prediction in predictions]
     confidences = None if None in sure else sure
     scores = None
-    if gold_of(examples[0]) is None:
+    if not has_gold(examples):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         _write_lines(folder / "predictions.jsonl", _rows(task, examples, values, None, confidences))
@@ -177,6 +182,12 @@ def worst_errors(rows: Sequence[dict[str, Any]], number: int = WORST_ERRORS) -> 
     """The wrong rows (`score` below 1): the lowest scores first, and among equals the surest (`confidence`)."""
     wrong = [row for row in rows if row["score"] < 1]
     return sorted(wrong, key=lambda row: (row["score"], -row.get("confidence", 0.0)))[:number]
+
+
+def _scored(examples: Sequence[AnyExample], values: Sequence[Any]) -> list[Any]:
+    """Of values that stand beside examples, those of the examples that count; all of them if there is no gold."""
+    scored = has_gold(examples)
+    return [value for example, value in zip(examples, values, strict=True) if not (scored and example.left_out)]
 
 
 def _score_labels(predictions: Sequence[str], gold: list[Any], labels: list[str]) -> TaskScores:

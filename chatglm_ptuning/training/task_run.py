@@ -8,7 +8,7 @@ from typing import Any
 
 from chatglm_ptuning.data.tasks.arguments import submission_variant, usual_split
 from chatglm_ptuning.data.tasks.encode import ANSWERING_HEADS, TaskEncoder, head_of, label_names
-from chatglm_ptuning.data.tasks.examples import AnyExample, gold_of
+from chatglm_ptuning.data.tasks.examples import AnyExample, has_gold
 from chatglm_ptuning.data.tasks.submission import can_submit
 from chatglm_ptuning.evaluation.table import print_scores
 from chatglm_ptuning.evaluation.task_model import (
@@ -132,7 +132,7 @@ class TaskRun(TrainingRun):
         predictions = self._predict(self.tested)
         columns: dict[str, dict[str, float]] = {}
         metrics: dict[str, Any] = {"predict_samples": len(self.tested)}
-        labelled = gold_of(self.tested[0]) is not None
+        labelled = has_gold(self.tested)
         if labelled and flags.compare_base and self.tuning.method != "none":
             columns["base"] = self._score_base()
             metrics |= {f"base_{name}": value for name, value in columns["base"].items()}

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from chatglm_ptuning.command_line import fail
-from chatglm_ptuning.data.tasks.examples import AnyExample, ChoiceExample, TextExample, TokenExample, gold_of
+from chatglm_ptuning.data.tasks.examples import AnyExample, ChoiceExample, TextExample, TokenExample, has_gold
 from chatglm_ptuning.data.tasks.prompt import answer_text, render_prompt
 from chatglm_ptuning.data.tasks.read import read_examples
 from chatglm_ptuning.data.tasks.registry import load_task, task_names
@@ -112,7 +112,7 @@ def _describe(task: Task) -> None:
 
 
 def _gold_counts(task: Task, examples: Sequence[AnyExample]) -> str:
-    if gold_of(examples[0]) is None:
+    if not has_gold(examples):
         return "none"
     counts: Counter[str] = Counter()
     for example in examples:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,14 @@ from chatglm_ptuning.data.chat_format import render
 from chatglm_ptuning.data.conversation import Conversation, Message
 from chatglm_ptuning.data.tasks.encode_spans import encode_question, learned_answer
 from chatglm_ptuning.data.tasks.encode_tags import DEFAULT_TOKEN_UNIT, encode_tokens
-from chatglm_ptuning.data.tasks.examples import AnyExample, QuestionExample, TextExample, TokenExample, gold_of
+from chatglm_ptuning.data.tasks.examples import (
+    AnyExample,
+    QuestionExample,
+    TextExample,
+    TokenExample,
+    gold_of,
+    has_gold,
+)
 from chatglm_ptuning.data.tasks.prompt import answer_text, longest_text, render_prompt, with_texts_of
 from chatglm_ptuning.data.tasks.schema import Task
 from chatglm_ptuning.model.losses import IGNORED_LABEL
@@ -53,7 +60,7 @@ class TaskEncoder:
     doc_stride: int = 64
     token_unit: str = DEFAULT_TOKEN_UNIT
 
-    def training_rows(self, examples: Iterable[AnyExample]) -> list[dict[str, Any]]:
+    def training_rows(self, examples: Sequence[AnyExample]) -> list[dict[str, Any]]:
         """Rows with `input_ids` and what is to be learned, for `PaddingCollator`:
 
         - generation, multiple_choice: `labels` `[seq_len]`, -100 on the prompt;
@@ -62,12 +69,16 @@ class TaskEncoder:
         - question_answering: `start_positions` and `end_positions`; 0 in a window without the answer. A question of
           which no reference stands in the context has no rows: that it has no answer would be wrong to learn.
 
+        Examples that are left out (`Example.left_out`) have no rows.
+
         Raises:
             ValueError: naming the place in the file, for an example without gold, or too long a prompt; if there are
                 examples and none has rows.
         """
         rows, left_out = [], []
         for example in examples:
+            if example.left_out and has_gold(examples):
+                continue
             if gold_of(example) is None:
                 raise ValueError(f"{example.where}: the example has no label or answer to learn.")
             own = self._training_rows_of(example)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -14,10 +14,13 @@ class Example:
         id: as the benchmark's file has it, for its submission file; where a file has none, the place of the row in its
             split, from 0.
         where: `FILE:LINE`, or the nearest there is to it, for messages.
+        left_out: whether the file has a label for it that does not count (`drop_labels`): it is predicted, as a
+            submission needs every row, and neither learned nor scored.
     """
 
     id: int | str
     where: str = ""
+    left_out: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +116,11 @@ class ChoiceExample(Example):
 
 
 AnyExample = TextExample | GenerationExample | TokenExample | QuestionExample | ChoiceExample
+
+
+def has_gold(examples: Sequence[AnyExample]) -> bool:
+    """Whether a split can be scored: all but the rows that are left out have gold, or none."""
+    return any(gold_of(example) is not None for example in examples)
 
 
 def gold_of(example: AnyExample) -> object:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from chatglm_ptuning.data.tasks.choice_readers import read_c3, read_chid, read_choices, read_exam
-from chatglm_ptuning.data.tasks.examples import AnyExample, gold_of
+from chatglm_ptuning.data.tasks.examples import AnyExample, gold_of, has_gold
 from chatglm_ptuning.data.tasks.hub import HUBS, read_hub
 from chatglm_ptuning.data.tasks.question_readers import read_squad
 from chatglm_ptuning.data.tasks.schema import Task
@@ -112,8 +112,8 @@ def _subject_of_file(task: Task, path: Path, split: str, chosen: Sequence[str | 
 
 
 def _check_all_or_none(task: Task, split: str, examples: Sequence[AnyExample]) -> None:
-    without = [example for example in examples if gold_of(example) is None]
-    if without and len(without) < len(examples):
+    without = [example for example in examples if gold_of(example) is None and not example.left_out]
+    if without and has_gold(examples):
         raise ValueError(
             f"{without[0].where}: there is no label or answer, but other rows of {task.name}, split {split}, have one "
             f"({len(without)} of {len(examples)} are without)."

@@ -149,7 +149,7 @@ class Task:
         folders: names of subfolders in which the files are looked for, too.
         fields: role -> column of the files; a dot goes into an object.
         labels: key in the files -> Chinese verbaliser. For tags, entity type -> its Chinese name.
-        drop_labels: rows with these are left out, as the benchmark says.
+        drop_labels: rows with these are neither learned nor scored, as the benchmark says.
         multi_label: a text has any number of labels; its column is a list of them, or a text.
         label_separator: between the labels of such a text.
         letters: the prompt lists candidates as A, B, C, ..., and the letter is the answer.

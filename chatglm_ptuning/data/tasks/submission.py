@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from chatglm_ptuning.data.tasks.examples import AnyExample, ChoiceExample, TokenExample, gold_of
+from chatglm_ptuning.data.tasks.examples import AnyExample, ChoiceExample, TokenExample, has_gold
 from chatglm_ptuning.data.tasks.schema import Task
 from chatglm_ptuning.data.tasks.token_readers import spans_of
 from chatglm_ptuning.prefix.files import write_atomically
@@ -32,7 +32,7 @@ def can_submit(task: Task, examples: Sequence[AnyExample]) -> bool:
     repeated = None if task.submission is None else _repeated_id(examples)
     if repeated is None:
         return task.submission is not None
-    if gold_of(examples[0]) is None:
+    if not has_gold(examples):
         raise ValueError(
             f"{repeated}, and a submission has one answer for each. Mend the file, or predict without a submission "
             f"by --max_predict_samples {len(examples)}."

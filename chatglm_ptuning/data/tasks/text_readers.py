@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 
+from transformers.utils import logging
+
 from chatglm_ptuning.data.files import Row
 from chatglm_ptuning.data.forms.fields import fail
 from chatglm_ptuning.data.tasks.examples import GenerationExample, TextExample
 from chatglm_ptuning.data.tasks.source import SplitSource, nearest_place
 from chatglm_ptuning.data.text_input import read_text
+
+logger = logging.get_logger(__name__)
 
 _LCSTS_DOC = re.compile(
     r"<doc id=(?P<id>\d+)>\s*(?:<human_label>(?P<label>\d)</human_label>\s*)?<summary>\s*(?P<summary>.*?)\s*</summary>"
@@ -25,8 +29,7 @@ def read_texts(source: SplitSource) -> list[TextExample]:
     for index, row in enumerate(source.rows()):
         several = source.task.multi_label
         label = None if several else source.label(row)
-        if label is not None and label in source.task.drop_labels:
-            continue
+        left_out = label in source.task.drop_labels
         pair = source.text(row, "text_pair") if "text_pair" in source.fields else None
         examples.append(
             TextExample(
@@ -34,12 +37,13 @@ def read_texts(source: SplitSource) -> list[TextExample]:
                 where=row.where,
                 text=source.text(row, "text"),
                 text_pair=pair,
-                label=label,
+                label=None if left_out else label,
+                left_out=left_out,
                 labels=source.labels(row) if several else None,
                 fields={role: source.text(row, role) for role in source.task.extra_fields},
             )
         )
-    return examples
+    return _that_count(source, examples)
 
 
 def read_winograd(source: SplitSource) -> list[TextExample]:
@@ -51,19 +55,41 @@ def read_winograd(source: SplitSource) -> list[TextExample]:
     examples = []
     for index, row in enumerate(source.rows()):
         label = source.label(row)
-        if label is not None and label in source.task.drop_labels:
-            continue
+        left_out = label in source.task.drop_labels
         spans = {role: source.text(row, f"{role}_text") for role in ("span1", "span2")}
         examples.append(
             TextExample(
                 id=source.example_id(row, index),
                 where=row.where,
                 text=_mark_spans(source, row, spans),
-                label=label,
+                label=None if left_out else label,
+                left_out=left_out,
                 fields=spans,
             )
         )
-    return examples
+    return _that_count(source, examples)
+
+
+def _that_count(source: SplitSource, examples: list[TextExample]) -> list[TextExample]:
+    """The examples, where labels are needed without those that are left out; the log says how many they are.
+
+    Raises:
+        ValueError: if labels are needed and all of the examples are left out.
+    """
+    left_out = [example for example in examples if example.left_out]
+    if not left_out:
+        return examples
+    what = (
+        f"{len(left_out)} of {len(examples)} rows of {source.task.name}, split {source.split}, are labelled "
+        f"{' or '.join(source.task.drop_labels)} (first: {left_out[0].where})"
+    )
+    if not source.needs_gold:
+        logger.warning(f"{what}: they are predicted, but not scored.")
+        return examples
+    if len(left_out) == len(examples):
+        raise ValueError(f"{what}, which does not count, and the split needs labels.")
+    logger.warning(f"{what}: they are left out.")
+    return [example for example in examples if not example.left_out]
 
 
 def _mark_spans(source: SplitSource, row: Row, spans: dict[str, str]) -> str:

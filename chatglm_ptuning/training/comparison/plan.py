@@ -13,7 +13,7 @@ from chatglm_ptuning.command_line import FlagChecker
 from chatglm_ptuning.data.tasks.arguments import usual_split
 from chatglm_ptuning.data.tasks.checked_yaml import read_yaml
 from chatglm_ptuning.data.tasks.encode import ANSWERING_HEADS, head_of
-from chatglm_ptuning.data.tasks.examples import AnyExample, TextExample, gold_of
+from chatglm_ptuning.data.tasks.examples import AnyExample, TextExample, gold_of, has_gold
 from chatglm_ptuning.data.tasks.registry import load_task
 from chatglm_ptuning.data.tasks.schema import Task
 from chatglm_ptuning.evaluation.task_report import score_task
@@ -317,7 +317,7 @@ class _Rows:
         """
         split = self._split_of(task, data, "test")
         tested = self._examples(task, data, split, data.max_predict_samples)
-        if not tested or gold_of(tested[0]) is None:
+        if not has_gold(tested):
             raise ValueError(
                 f"the split {split} has no labels to score against; name another one of {', '.join(task.files)} by "
                 "predict_split."
@@ -339,6 +339,8 @@ class _Rows:
         training = self._examples(task, data, self._split_of(task, data, "train"), data.max_train_samples)
         counts = {label: 0 for label in task.labels}
         for example in training:
+            if example.left_out:
+                continue
             counts[gold_of(example)] += 1
         most = max(counts, key=counts.__getitem__)
         return split, score_task(task, tested, [most] * len(tested)).metrics
