@@ -23,7 +23,7 @@ from chatglm_ptuning.command_line import parse_arguments
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.model.modeling_heads import ChatGLMForSequenceClassification
 from chatglm_ptuning.training.searching.arguments import TRAIN_ARGUMENTS, SearchArguments, Setting
-from chatglm_ptuning.training.searching.trial import run_flags
+from chatglm_ptuning.training.searching.trial import Course, run_flags, train_once
 from chatglm_ptuning.training.task_run import TaskRun
 
 TASK = """
@@ -183,6 +183,20 @@ def test_what_would_fail_every_trial_ends_the_search_and_leaves_it_usable(base, 
     assert settings(out) == [(2, 0.01)] and len(report(out)["trials"]) == 1
 
 
+def test_a_task_of_label_sets_is_not_searched_by_accuracy(tmp_path, capsys):
+    sets = tmp_path / "sets.yaml"
+    sets.write_text(TASK.replace("metric: accuracy", "metric: micro_f1\nmulti_label: true"), "utf-8")
+    code, shown = refusal(flags("no/base", sets, tmp_path / "search", "--metric", "accuracy"), capsys)
+    assert code == 1 and "must be one of macro_f1, micro_f1, subset_accuracy, loss, got 'accuracy'" in shown
+
+
+def test_a_run_without_the_score_says_which(base, task, tmp_path):
+    common = ["--task", str(task), "--task_data", str(task.parent), "--model_name_or_path", str(base)]
+    asked = run_flags(common, Setting(2, 1e-2, False, "small"), None, seed=1, max_steps=1, eval_steps=1)
+    with pytest.raises(ValueError, match="no evaluation has shown eval_micro_f1"):
+        train_once([*asked, "--output_dir", str(tmp_path)], "micro_f1", Course(), lambda step, score: None)
+
+
 def test_nothing_of_a_trial_stays_in_memory(base, task, tmp_path):
     command(flags(base, task, tmp_path, "--pre_seq_len", 2, 3, "--learning_rate", "1e-2", "1e38",
                   "--max_grad_norm", 0))  # fmt: skip
@@ -260,10 +274,7 @@ def test_two_workers_share_the_settings_and_a_killed_ones_is_taken_over(base, ta
         ("--prefix_init data text", "belong together"),
         ("--prefix_init warm", "--prefix_init must be among data, text, small, official, got 'warm'"),
         ("--eval_steps 9", "--eval_steps 9 is more than --max_steps 4"),
-        (
-            "--metric f1",
-            "--metric of weather must be one of accuracy, macro_f1, micro_f1, subset_accuracy, loss, got 'f1'",
-        ),
+        ("--metric micro_f1", "--metric of weather must be one of accuracy, macro_f1, loss, got 'micro_f1'"),
         ("--eval_split test", "never looks at a test split"),
         ("--max_source_length 1", "--max_source_length must be at least 2"),
     ],

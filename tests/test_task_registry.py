@@ -115,7 +115,7 @@ def test_groups_across_categories_are_those_the_benchmarks_publish(tmp_path):
         ("labels: {", "labels: [", "not valid YAML"),
         ("metric:", "label_separator: /\nmetric:", "'label_separator' belongs to 'multi_label: true'"),
         ("metric: macro_f1", "metric: micro_f1", "'micro_f1' belongs to 'multi_label: true'"),
-        ("metric: macro_f1", "multi_label: true\nmetric: accuracy", "the metric must be one of"),
+        ("metric: macro_f1", "multi_label: true\nmetric: accuracy", "with 'multi_label'. 'accuracy'"),
         ("metric:", "multi_label: true\nhead: generation\nmetric:", "the head must be sequence_classification"),
         ("metric:", "multi_label: true\ndrop_labels: [x]\nmetric:", "'drop_labels' leaves out rows of one label"),
         ("mine.jsonl", "'{subj}.jsonl'", "the file name '{subj}.jsonl' has {subj} in it; only {subject} may stand"),

@@ -72,7 +72,8 @@ METRICS = {
 """Metric -> the readers whose tasks it can score."""
 
 MULTI_LABEL_METRICS = ("micro_f1", "macro_f1", "subset_accuracy")
-"""Metrics of tasks whose texts have any number of labels; only the second serves others, too."""
+"""Metrics of tasks whose texts have any number of labels."""
+_MULTI_LABEL_ONLY = ("micro_f1", "subset_accuracy")
 
 SUBMISSIONS = {
     "label_lines": ("rows", "winograd"),
@@ -212,6 +213,14 @@ class Task:
         return {role: column for role, column in self.fields.items() if role not in known}
 
 
+def metrics_of(task: Task) -> list[str]:
+    """The metrics that can score a task."""
+    fitting = [name for name, readers in METRICS.items() if task.reader in readers]
+    if task.multi_label:
+        return [name for name in fitting if name in MULTI_LABEL_METRICS]
+    return [name for name in fitting if name not in _MULTI_LABEL_ONLY]
+
+
 def parse_task(content: Any, origin: str) -> Task:
     """A task from what its YAML file holds.
 
@@ -255,7 +264,7 @@ class _Checker(FieldChecker):
             reader=reader,
             head=self.one_of(content.get("head", kind.heads[0]), kind.heads, f"head (of the reader '{reader}')"),
             prompt=self.text(content["prompt"], "prompt"),
-            metric=self.metric(content["metric"], reader),
+            metric=self.text(content["metric"], "metric"),
             pre_seq_len=self.positive_int(content["pre_seq_len"], "pre_seq_len"),
             learning_rate=self.positive_float(content["learning_rate"], "learning_rate"),
             settings_from=self.text(content.get("settings_from", "the task file's author"), "settings_from"),
@@ -277,6 +286,7 @@ class _Checker(FieldChecker):
         )
         self.prompt(task)
         self.multi_label(task)
+        self.metric(task)
         return task
 
     def separator(self, content: Mapping[str, Any]) -> str:
@@ -294,16 +304,14 @@ class _Checker(FieldChecker):
             self.fail(f"'multi_label' belongs to the reader 'rows', not to '{task.reader}'.")
         if task.head not in task.heads:
             self.fail(f"with 'multi_label' the head must be {' or '.join(task.heads)}, found '{task.head}'.")
-        if task.multi_label and task.metric not in MULTI_LABEL_METRICS:
-            self.fail(f"with 'multi_label' the metric must be one of {', '.join(MULTI_LABEL_METRICS)}.")
-        if not task.multi_label and task.metric in ("micro_f1", "subset_accuracy"):
-            self.fail(f"the metric '{task.metric}' belongs to 'multi_label: true'.")
         if task.multi_label and task.drop_labels:
             self.fail("'drop_labels' leaves out rows of one label; with 'multi_label' take them out of the files.")
 
-    def metric(self, value: Any, reader: str) -> str:
-        fitting = [name for name, readers in METRICS.items() if reader in readers]
-        return self.one_of(value, fitting, f"metric (of the reader '{reader}')")
+    def metric(self, task: Task) -> None:
+        if task.metric in _MULTI_LABEL_ONLY and not task.multi_label:
+            self.fail(f"the metric '{task.metric}' belongs to 'multi_label: true'.")
+        kind = " with 'multi_label'" if task.multi_label else ""
+        self.one_of(task.metric, metrics_of(task), f"metric (of the reader '{task.reader}'{kind})")
 
     def files(self, value: Any) -> dict[str, tuple[tuple[str, ...], ...]]:
         splits = {}

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from chatglm_ptuning.command_line import fail, parse_arguments
 from chatglm_ptuning.data.tasks.registry import load_task
-from chatglm_ptuning.data.tasks.schema import METRICS
+from chatglm_ptuning.data.tasks.schema import metrics_of
 from chatglm_ptuning.training.arguments import RETIRED_FLAGS
 from chatglm_ptuning.training.failures import SIGTERM_EXIT_CODE, Preempted, TrainingStopped
 from chatglm_ptuning.training.searching.arguments import (
@@ -289,7 +289,7 @@ class Search:
 
 def _metric_of(args: SearchArguments, task_name: str) -> str:
     task = load_task(task_name)
-    known = [name for name, readers in METRICS.items() if task.reader in readers] + ["loss"]
+    known = [*metrics_of(task), "loss"]
     metric = args.metric or task.metric
     if metric not in known:
         raise ValueError(f"--metric of {task.name} must be one of {', '.join(known)}, got {metric!r}")

@@ -97,7 +97,7 @@ def train_once(flags: Sequence[str], metric: str, course: Course, tell: Callable
         tell: is called with step and score after each; what it raises ends the run.
 
     Raises:
-        ValueError, OSError, ImportError: as `train` reports them.
+        ValueError, OSError, ImportError: as `train` reports them; ValueError also if no evaluation has the metric.
         TrainingStopped: if the run cannot go on.
     """
     began = time.monotonic()
@@ -115,5 +115,7 @@ def train_once(flags: Sequence[str], metric: str, course: Course, tell: Callable
         trainer.train()
         if not course.points or course.points[-1][0] != trainer.state.global_step:
             trainer.evaluate()
+        if not course.points:
+            raise ValueError(f"no evaluation has shown eval_{metric}, which the search goes by; name another --metric.")
     finally:
         course.seconds = time.monotonic() - began
