@@ -8,6 +8,7 @@ import shlex
 import signal
 import time
 from statistics import fmean, stdev
+from unittest import mock
 
 import processes
 import pytest
@@ -23,9 +24,11 @@ from chatglm_ptuning.command_line import parse_arguments
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.model.modeling_heads import ChatGLMForSequenceClassification
 from chatglm_ptuning.training.searching.arguments import TRAIN_ARGUMENTS, SearchArguments, Setting
+from chatglm_ptuning.training.searching.command import Search
 from chatglm_ptuning.training.searching.trial import Course, run_flags, train_once
 from chatglm_ptuning.training.task_run import TaskRun
 
+SEARCH = "chatglm_ptuning.training.searching.command."
 TASK = """
 name: weather
 title: whether a row is about the weather
@@ -167,6 +170,56 @@ def test_a_trial_that_diverges_is_noted_and_the_search_goes_on(base, task, tmp_p
     assert settings(tmp_path, "failed") == [(2, 1e38)] and settings(tmp_path) == [(2, 1e-2)]
     assert "seed 42: The" in report(tmp_path)["trials"][0]["error"]
     assert "failed: seed 42" in capsys.readouterr().out
+    command(flags(base, task, tmp_path, "--learning_rate", "1e38", "1e-2", "--max_grad_norm", 0, "--max_steps", 8))
+    assert "trial " not in capsys.readouterr().out and len(report(tmp_path)["trials"]) == 2
+
+
+def failing_at(length, error):
+    """Runs of a search that learn nothing: those of one prefix length fail."""
+
+    def train(asked, metric, course, tell):
+        if asked[asked.index("--pre_seq_len") + 1] == str(length):
+            raise error
+        course.points.append((4, 50.0, 1.0))
+
+    return train
+
+
+def test_what_had_no_room_is_tried_again_by_the_next_start(task, tmp_path, monkeypatch):
+    asked = flags("no/base", task, tmp_path, "--pre_seq_len", 2, 3)
+    monkeypatch.setattr(SEARCH + "train_once", failing_at(3, torch.OutOfMemoryError("CUDA out of memory")))
+    command(asked)
+    assert settings(tmp_path) == [(2, 0.01)] and settings(tmp_path, "failed") == [(3, 0.01)]
+    monkeypatch.setattr(SEARCH + "train_once", failing_at(None, None))
+    command(asked)
+    assert settings(tmp_path) == [(2, 0.01), (3, 0.01)] and len(report(tmp_path)["trials"]) == 2
+
+
+def test_a_process_that_has_lost_its_gpu_ends_and_its_setting_is_tried_again(task, tmp_path, monkeypatch, capsys):
+    asked = flags("no/base", task, tmp_path, "--pre_seq_len", 2, 3, 4)
+    monkeypatch.setattr(SEARCH + "train_once", failing_at(3, RuntimeError("CUDA error: an illegal memory access")))
+    code, shown = refusal(asked, capsys)
+    assert code == 1 and "illegal memory access" in shown and "in the queue again" in shown
+    assert settings(tmp_path) == [(2, 0.01)]
+    monkeypatch.setattr(SEARCH + "train_once", failing_at(None, None))
+    command(asked)
+    assert sorted(settings(tmp_path)) == [(2, 0.01), (3, 0.01), (4, 0.01)] and not settings(tmp_path, "failed")
+
+
+@pytest.mark.parametrize("starts_later", [False, True])
+def test_a_setting_survives_a_kill_while_it_is_put_back(tmp_path, monkeypatch, starts_later):
+    args = SearchArguments(output_dir=str(tmp_path), pre_seq_len=[2], learning_rate=[1e-2])
+    killed, other = Search(args, [], "loss"), Search(args, [], "loss")
+    trial, setting, own = killed.next_trial()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(optuna.Study, "tell", mock.Mock(side_effect=KeyboardInterrupt))
+        killed.put_back(trial.number)
+    own.release()
+    if starts_later:
+        other = Search(args, [], "loss")
+    _, again, held = other.next_trial()
+    assert again == setting and other.next_trial() is None
+    held.release()
 
 
 def test_what_would_fail_every_trial_ends_the_search_and_leaves_it_usable(base, task, tmp_path, capsys):

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+import torch
 from filelock import FileLock, Timeout
 from transformers.utils import logging
 
@@ -20,7 +21,7 @@ from chatglm_ptuning.command_line import fail, parse_arguments
 from chatglm_ptuning.data.tasks.registry import load_task
 from chatglm_ptuning.data.tasks.schema import metrics_of
 from chatglm_ptuning.training.arguments import RETIRED_FLAGS
-from chatglm_ptuning.training.failures import SIGTERM_EXIT_CODE, Preempted, TrainingStopped
+from chatglm_ptuning.training.failures import SIGTERM_EXIT_CODE, Preempted, TrainingDiverged
 from chatglm_ptuning.training.searching.arguments import (
     TRAIN_ARGUMENTS,
     SearchArguments,
@@ -28,7 +29,7 @@ from chatglm_ptuning.training.searching.arguments import (
     flags_of,
     passed_arguments,
 )
-from chatglm_ptuning.training.searching.report import describe, print_report, write_report
+from chatglm_ptuning.training.searching.report import describe, print_report, trials_that_count, write_report
 from chatglm_ptuning.training.searching.trial import Course, run_flags, train_once
 
 if TYPE_CHECKING:
@@ -40,10 +41,12 @@ _TIMES_TAKEN_OVER = 2
 """A trial whose worker has been killed more often than this is what kills it."""
 _SQLITE_TIMEOUT = 120.0
 """Seconds to wait for another worker's write."""
+_ENDINGS = ("put_back", "error", "diverged")
+"""What is noted of a trial that ends without a result."""
 
 
 class SearchEnded(Exception):
-    """What makes every trial fail; the message is for the user."""
+    """What makes every trial of this process fail; the message is for the user."""
 
 
 class Search:
@@ -66,6 +69,7 @@ class Search:
         with self.lock:
             self.study = self._open()
             self._check_settings()
+            self._retry_failed()
             if args.is_grid:
                 known = [trial.user_attrs["setting"] for trial in self._trials()]
                 for setting in map(dataclasses.asdict, args.grid()):
@@ -114,13 +118,14 @@ class Search:
                 "ones to go on with it, or another --output_dir."
             )
 
+    def _retry_failed(self) -> None:
+        """Queues again what failed by more than its setting: the memory of a GPU may have been another program's."""
+        for trial in self._trials():
+            if trial.state.name == "FAIL" and "diverged" not in trial.user_attrs:
+                self._enqueue(**_finished_part(trial), retry_of=trial.number)
+
     def _trials(self) -> list[optuna.trial.FrozenTrial]:
-        """All but those that went back into the queue."""
-        return [
-            trial
-            for trial in self.study.get_trials(deepcopy=False)
-            if "put_back" not in trial.user_attrs and "setting" in trial.user_attrs
-        ]
+        return trials_that_count(self.study)
 
     def _waiting(self) -> bool:
         return any(trial.state.name == "WAITING" for trial in self._trials())
@@ -181,7 +186,7 @@ class Search:
             lock.release()
             lost = trial.user_attrs.get("workers_lost", 0) + 1
             if lost > _TIMES_TAKEN_OVER:
-                self.end(trial.number, "error", f"its worker was killed {lost} times; out of memory?")
+                self.end(trial.number, error=f"its worker was killed {lost} times; out of memory?")
             else:
                 self._put_back(trial.number, workers_lost=lost)
 
@@ -196,19 +201,19 @@ class Search:
         trial = self.study.get_trials(deepcopy=False)[number]
         if trial.state.is_finished():
             return
-        kept = dict(trial.user_attrs)
-        self.end(number, "put_back", True)
-        setting = kept.pop("setting", None)
-        if setting is not None:
-            self._enqueue(setting, **kept | attributes)
+        kept = _finished_part(trial)
+        self.end(number, put_back=True)
+        if "setting" in kept:
+            self._enqueue(**kept | attributes)
 
-    def end(self, number: int, attribute: str, value: Any) -> None:
-        """Ends a trial, also another worker's, as failed, and notes why."""
+    def end(self, number: int, **why: Any) -> None:
+        """Ends a trial, also another worker's, as failed, and notes why, by the names in `_ENDINGS`."""
         import optuna
 
         study_id = self.storage.get_study_id_from_name(self.study.study_name)
         trial_id = self.storage.get_trial_id_from_study_id_trial_number(study_id, number)
-        self.storage.set_trial_user_attr(trial_id, attribute, value)
+        for name, value in why.items():
+            self.storage.set_trial_user_attr(trial_id, name, value)
         self.study.tell(number, state=optuna.trial.TrialState.FAIL)
 
     # ---- working ----
@@ -217,7 +222,8 @@ class Search:
         """Tries settings until none are left.
 
         Raises:
-            SearchEnded: if the very first trial fails by what is wrong with flags, files or base.
+            SearchEnded: if the very first trial fails by what is wrong with flags, files or base, or any by an error
+                of CUDA that leaves this process no GPU.
             Preempted: on SIGTERM; as with Ctrl-C, the setting at hand goes back into the queue.
         """
         while (given := self.next_trial()) is not None:
@@ -249,7 +255,7 @@ class Search:
         if math.isfinite(mean := fmean(scores)):
             self.study.tell(trial, mean, state=optuna.trial.TrialState.COMPLETE)
         else:
-            self.end(trial.number, "error", f"its {self.metric} is {mean}")
+            self.end(trial.number, error=f"its {self.metric} is {mean}", diverged=True)
 
     def _run(self, trial: optuna.Trial, setting: Setting, seed: int) -> dict[str, Any] | None:
         """What the run with one seed has shown; None if that has ended the trial."""
@@ -274,10 +280,16 @@ class Search:
             return None
         except Preempted:
             raise
-        except (TrainingStopped, RuntimeError, MemoryError, ValueError, OSError, ImportError) as error:
+        except (RuntimeError, MemoryError, ValueError, OSError, ImportError) as error:
             if isinstance(error, (ValueError, OSError, ImportError)) and not self._has_results():
                 raise SearchEnded(str(error)) from error
-            self.end(trial.number, "error", f"seed {seed}: {str(error) or type(error).__name__}")
+            if _has_lost_gpu(error):
+                raise SearchEnded(
+                    f"{error}\nThis process cannot use its GPU any more. Its setting is in the queue again: give the "
+                    "same command to go on."
+                ) from error
+            diverged = {"diverged": True} if isinstance(error, TrainingDiverged) else {}
+            self.end(trial.number, error=f"seed {seed}: {str(error) or type(error).__name__}", **diverged)
             return None
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -285,6 +297,18 @@ class Search:
 
     def _has_results(self) -> bool:
         return any(trial.state.name in ("COMPLETE", "PRUNED") for trial in self._trials())
+
+
+def _finished_part(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
+    """What a trial that is queued again takes along: its setting, and the results of the seeds that were finished."""
+    return {name: value for name, value in trial.user_attrs.items() if name not in _ENDINGS}
+
+
+def _has_lost_gpu(error: Exception) -> bool:
+    """Whether CUDA has failed by more than memory: whatever the process asks of its GPU fails from then on."""
+    return not isinstance(error, torch.OutOfMemoryError) and (
+        isinstance(error, torch.AcceleratorError) or (isinstance(error, RuntimeError) and "CUDA error" in str(error))
+    )
 
 
 def _metric_of(args: SearchArguments, task_name: str) -> str:

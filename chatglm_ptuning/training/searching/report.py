@@ -43,11 +43,7 @@ def write_report(
     """
     settings = study.user_attrs["settings"]
     lower_is_better = study.direction.name == "MINIMIZE"
-    rows = [
-        _row(trial)
-        for trial in study.get_trials(deepcopy=False)
-        if "setting" in trial.user_attrs and "put_back" not in trial.user_attrs
-    ]
+    rows = [_row(trial) for trial in trials_that_count(study)]
     whole = sorted(
         (row for row in rows if row["state"] == "complete"), key=lambda row: row["mean"], reverse=not lower_is_better
     )
@@ -66,6 +62,15 @@ def write_report(
         _write(folder / "best_command.sh", "#!/bin/sh\n" + "\n".join(report["commands"]) + "\n")
         _draw(report, whole, folder)
     return report
+
+
+def trials_that_count(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """All but those that went back into the queue, or failed and were queued again."""
+    trials = [trial for trial in study.get_trials(deepcopy=False) if "setting" in trial.user_attrs]
+    retried = {trial.user_attrs.get("retry_of") for trial in trials}
+    # A worker that was killed while it put its trial back leaves it running: it is still to be queued.
+    back = {trial.number for trial in trials if trial.state.name == "FAIL" and "put_back" in trial.user_attrs}
+    return [trial for trial in trials if trial.number not in retried | back]
 
 
 def describe(trial: optuna.trial.FrozenTrial) -> str:
