@@ -224,6 +224,14 @@ def test_a_run_counts_only_with_its_own_flags(content, finished, tmp_path):
     assert not (stale.folder / "all_results.json").exists()
 
 
+def test_a_run_without_its_predictions_is_not_finished(finished):
+    plan, (run, *others) = finished
+    (run.folder / "predict" / "predictions.jsonl").unlink()
+    assert run.results() is None
+    prefix = make_rows(plan, [run, *others], "whole")[1]
+    assert prefix.missing == 1 and 1 not in prefix.seeds
+
+
 def test_a_folder_of_something_else_is_never_emptied(finished):
     _, (run, *_) = finished
     (run.folder / "compare_run.json").unlink()

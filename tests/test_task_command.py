@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -128,6 +129,17 @@ def runs(base, data, tmp_path_factory):
         return made[head]
 
     return run
+
+
+def test_scores_are_kept_only_with_their_files(base, data, tmp_path, monkeypatch):
+    def no_room(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("chatglm_ptuning.training.task_run.write_results", no_room)
+    asked = flags(base, data, "mood.yaml", "--tuning", "none", "--head", "generation", "--do_predict")
+    with pytest.raises(SystemExit):
+        training.main([*asked, "--predict_split", "dev", "--output_dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run" / "all_results.json").exists()
 
 
 @pytest.mark.parametrize("head", TASKS)

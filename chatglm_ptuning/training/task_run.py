@@ -140,7 +140,6 @@ class TaskRun(TrainingRun):
             scores = score_task(self.task, self.tested, [prediction.value for prediction in predictions])
             columns[self.tuning.described] = scores.metrics
             metrics |= {f"predict_{name}": value for name, value in scores.metrics.items()}
-        self.keep("predict", metrics, trainer)
         if not self.args.should_save:
             return
         write_results(
@@ -163,6 +162,8 @@ class TaskRun(TrainingRun):
                 "kit_version": kit_version(),
             },
         )
+        # Last: whoever finds the scores counts on the files about them.
+        self.keep("predict", metrics, trainer)
         if columns:
             print_scores(columns)
         print(f"The predictions on {split} are in {self.output / 'predict'}.")

@@ -148,8 +148,7 @@ def _difference(
 
 
 def _scores_of_examples(run: Run) -> list[float]:
-    path = run.folder / "predict" / "predictions.jsonl"
-    with path.open(encoding="utf-8") as lines:
+    with run.predictions.open(encoding="utf-8") as lines:
         return [json.loads(line)["score"] for line in lines]
 
 

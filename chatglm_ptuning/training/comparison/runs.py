@@ -52,10 +52,17 @@ class Run:
         words = flag_words({**self.flags, "output_dir": str(self.folder)})
         return [sys.executable, "-m", "chatglm_ptuning", "train", *words]
 
+    @property
+    def predictions(self) -> Path:
+        """The file with each example's score."""
+        return self.folder / "predict" / "predictions.jsonl"
+
     def results(self) -> dict[str, Any] | None:
         """The results of the run if it has finished, by the same flags; else None."""
         started, results = _read(self.folder / RUN_FILE), _read(self.folder / "all_results.json")
         if started is None or results is None or started.get("flags") != flag_words(self.flags):
+            return None
+        if not self.predictions.is_file():
             return None
         return results if f"predict_{self.cell.definition.metric}" in results else None
 
