@@ -151,6 +151,14 @@ def test_the_majority_is_that_of_the_training_rows(content, tmp_path):
     assert found[0] == "test" and found[1]["accuracy"] == 40.0  # "w": 3 of 5 training rows, but 2 of 5 test rows
 
 
+def test_label_sets_have_no_majority(content, folder, tmp_path):
+    sets = TASK | {"name": "sets", "metric": "micro_f1", "multi_label": True}
+    (tmp_path / "sets.yaml").write_text(yaml.safe_dump(sets, allow_unicode=True), encoding="utf-8")
+    content["tasks"] = {"sets": {"task": str(tmp_path / "sets.yaml")}}
+    found = checked(read(content, tmp_path))
+    assert found.majority == {} and {cell.task for cell in found.cells} == {"sets"}
+
+
 # ---- the table ----
 
 

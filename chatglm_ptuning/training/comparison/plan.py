@@ -328,13 +328,13 @@ class _Rows:
         return split
 
     def majority(self, name: str) -> tuple[str, Mapping[str, float]] | None:
-        """See `CheckedPlan.majority`; None for a task without labels or without training rows."""
+        """See `CheckedPlan.majority`; None for a task without labels, with sets of them, or without training rows."""
         if name not in self._trained:
             return None
         task, data = self._trained[name]
         split = self._split_of(task, data, "test")
         tested = self._examples(task, data, split, data.max_predict_samples)
-        if not isinstance(tested[0], TextExample):
+        if task.multi_label or not isinstance(tested[0], TextExample):
             return None
         training = self._examples(task, data, self._split_of(task, data, "train"), data.max_train_samples)
         counts = {label: 0 for label in task.labels}
