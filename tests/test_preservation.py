@@ -261,9 +261,11 @@ def test_what_is_wrong_is_named(base, files, tmp_path, capsys, change, code, sai
     assert said in capsys.readouterr().err
 
 
-def make_run(folder, name, **numbers):
+def make_run(folder, name, told=None, **numbers):
     (folder / name).mkdir()
     (folder / name / "all_results.json").write_text(json.dumps(numbers), "utf-8")
+    of_rows = {"task": "train", "head": None, "base_fingerprint": {"num_layers": 2}}
+    (folder / name / "prefix_config.json").write_text(json.dumps(of_rows | (told or {})), "utf-8")
     return str(folder / name)
 
 
@@ -295,6 +297,34 @@ def test_runs_of_one_weight_are_drawn_as_their_mean_with_its_deviation(tmp_path,
     assert [(mean["general_kl"], mean["general_kl_deviation"]) for mean in means[:2]] == [(1.0, 0), (0.5, 0)]
     said = capsys.readouterr().out
     assert "W 1, 3 runs: predict_rouge-l 52 ± 3" in said and "W 2" not in said
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("task", "tnews", "/a and .*/b differ in their task, train and tnews"),
+        ("head", "sequence_classification", "differ in their head, None and sequence_classification"),
+        ("base_fingerprint", {"num_layers": 3}, "differ in their base, .*2.* and .*3"),
+    ],
+)
+def test_runs_of_different_trainings_are_not_drawn_together(tmp_path, key, value, message):
+    names = [make_run(tmp_path, "a", **numbers(1, 40)), make_run(tmp_path, "b", {key: value}, **numbers(1, 60))]
+    with pytest.raises(ValueError, match=message):
+        read_points(names)
+
+
+@pytest.mark.parametrize(
+    ("task", "more", "score"),
+    [
+        ("adgen", {"predict_rouge-l": 50.0, "predict_bleu-4": 60.0}, "predict_bleu-4"),
+        ("tnews", {"eval_accuracy": 50.0}, "eval_accuracy"),
+        ("my_moods", {"predict_micro_f1": 50.0, "eval_micro_f1": 40.0}, "predict_micro_f1"),
+        ("my_moods", {}, "eval_loss"),
+    ],
+)
+def test_the_tradeoff_goes_by_the_task_s_own_metric(tmp_path, task, more, score):
+    kept = {name: value for name, value in numbers(1, 40).items() if name != "predict_rouge-l"}
+    assert read_points([make_run(tmp_path, "run", {"task": task}, **kept, **more)])[0] == score
 
 
 def test_runs_without_the_numbers_are_named(tmp_path, capsys):

@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from chatglm_ptuning.command_line import fail, parse_arguments
+from chatglm_ptuning.data.tasks.registry import load_task
 from chatglm_ptuning.evaluation.figures import new_figure, save_figure
 from chatglm_ptuning.evaluation.spread import mean_and_deviation
+from chatglm_ptuning.prefix.checkpoint import METADATA_FILE
 from chatglm_ptuning.prefix.files import write_atomically
 
 RESULTS_FILE = "all_results.json"
-_SCORES = ("predict_accuracy", "predict_macro_f1", "predict_exact_match", "predict_rouge-l", "eval_loss")
-"""What is drawn if nothing is named: the first that all runs have."""
+_METRICS = ("accuracy", "micro_f1", "macro_f1", "entity_f1", "cmrc_f1", "exact_match", "rouge-l")
+_SCORES = (*(f"{split}_{name}" for split in ("predict", "eval") for name in _METRICS), "eval_mean", "eval_loss")
+"""What is drawn if nothing is named and the task is not of the registry: the first that all runs have."""
+_SAME = {"task": "task", "head": "head", "base_fingerprint": "base"}
+"""What runs on one picture have in common: key of their `prefix_config.json` -> its name for people."""
 _DRIFT = ("preserve_base", "general_kl", "general_perplexity", "general_perplexity_base")
 
 
@@ -30,7 +35,11 @@ class TradeoffArguments:
     runs: list[str] = field(init=False)
     output: str = field(default="tradeoff.png", metadata={"help": "picture to write; the numbers go into .json beside"})
     score: str | None = field(
-        default=None, metadata={"help": f"which number of {RESULTS_FILE} (default: the first of {', '.join(_SCORES)})"}
+        default=None,
+        metadata={
+            "help": f"which number of {RESULTS_FILE} (default: the task's own metric, else the first of "
+            f"{', '.join(_SCORES)})"
+        },
     )
 
     def __post_init__(self) -> None:
@@ -62,22 +71,26 @@ def read_points(runs: Sequence[str], score: str | None = None) -> tuple[str, lis
 
     Args:
         runs: folders of `chatglm-ptuning train`.
-        score: as in `all_results.json`; None for the first of the usual ones that all runs have.
+        score: as in `all_results.json`; None for the task's own metric, or the first of the usual ones that all runs
+            have.
 
     Raises:
-        ValueError: naming every run that lacks a number, and what it lacks.
+        ValueError: naming every run that lacks a number, and what it lacks; or runs of different tasks, heads or bases.
     """
-    results = {run: _read(Path(run)) for run in runs}
-    faults = [
+    results = {run: _read(Path(run), RESULTS_FILE) for run in runs}
+    told = {run: _read(Path(run), METADATA_FILE) for run in runs}
+    faults = _differences(told)
+    faults += [
         f"{run} has no {', '.join(missing)}: train it with --report_drift true"
         for run, found in results.items()
         if (missing := [name for name in _DRIFT if not _is_number(found.get(name))])
     ]
     if score is None:
-        shared = [name for name in _SCORES if all(_is_number(found.get(name)) for found in results.values())]
+        usual = (*_own_scores(next(iter(told.values()))), *_SCORES)
+        shared = [name for name in usual if all(_is_number(found.get(name)) for found in results.values())]
         if not shared:
             faults.append(
-                f"the runs have none of {', '.join(_SCORES)} in common: train them with --do_eval or --do_predict, or "
+                f"the runs have none of {', '.join(usual)} in common: train them with --do_eval or --do_predict, or "
                 "name another number by --score"
             )
         score = shared[0] if shared else ""
@@ -91,6 +104,26 @@ def read_points(runs: Sequence[str], score: str | None = None) -> tuple[str, lis
     points = [TradeoffPoint(run, score=found[score], **{name: found[name] for name in _DRIFT})
               for run, found in results.items()]  # fmt: skip
     return score, sorted(points, key=lambda point: (point.preserve_base, point.run))
+
+
+def _differences(told: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What makes runs incomparable: each against the first."""
+    (first, one), *others = told.items()
+    return [
+        f"{first} and {run} differ in their {name}, {one.get(key)} and {other.get(key)}: draw them apart"
+        for run, other in others
+        for key, name in _SAME.items()
+        if one.get(key) != other.get(key)
+    ]
+
+
+def _own_scores(told: Mapping[str, Any]) -> tuple[str, ...]:
+    """The numbers that hold the task's own metric; none if its task is not of the registry."""
+    try:
+        metric = load_task(told.get("task") or "").metric
+    except ValueError:
+        return ()
+    return f"predict_{metric}", f"eval_{metric}"
 
 
 @dataclass(frozen=True)
@@ -189,14 +222,14 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _read(run: Path) -> dict[str, Any]:
-    path = run / RESULTS_FILE
+def _read(run: Path, name: str) -> dict[str, Any]:
+    path = run / name
     try:
         found = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{run} is no finished run: it has no {RESULTS_FILE}.") from None
+        raise ValueError(f"{run} is no finished run: it has no {name}.") from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold an object of numbers, not a {type(found).__name__}.")
+        raise ValueError(f"{path} must hold a JSON object, not a {type(found).__name__}.")
     return found
