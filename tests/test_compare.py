@@ -2,8 +2,12 @@
 
 import csv
 import json
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +19,7 @@ from filelock import FileLock
 from chatglm_ptuning.cli import main
 from chatglm_ptuning.training.comparison.plan import Plan, check_plan, read_plan
 from chatglm_ptuning.training.comparison.report import MAJORITY, make_rows, write_comparison
-from chatglm_ptuning.training.comparison.runs import runs_of
+from chatglm_ptuning.training.comparison.runs import Run, runs_of
 
 TASK = {
     "name": "weather",
@@ -315,6 +319,31 @@ def test_two_comparisons_in_one_folder_are_refused(content, tmp_path, capsys):
     with FileLock(tmp_path / ".lock"), pytest.raises(SystemExit):
         main(["compare", "--plan", str(tmp_path / "plan.yaml"), "--output_dir", str(tmp_path)])
     assert "Another comparison is at work" in capsys.readouterr().err
+
+
+def test_a_run_that_a_killed_comparison_left_behind_keeps_its_folder(content, tmp_path, monkeypatch, capsys):
+    read(content, tmp_path)
+    words = ["compare", "--plan", str(tmp_path / "plan.yaml"), "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(Run, "command", ["sh", "-c", "echo $$; exec sleep 300"])
+    comparison = multiprocessing.get_context("fork").Process(target=main, args=(words,))
+    comparison.start()
+    log = tmp_path / "runs" / "weather" / "prefix" / "seed-1" / "log.txt"
+    while not (log.exists() and log.read_text()):
+        assert comparison.is_alive()
+        time.sleep(0.05)
+    left_behind = int(log.read_text())
+    try:
+        comparison.kill()
+        comparison.join()
+        monkeypatch.setattr(Run, "command", ["true"])
+        with pytest.raises(SystemExit):
+            main(words)
+        assert "or a run that a killed one has left behind" in capsys.readouterr().err
+        assert int(log.read_text()) == left_behind
+    finally:
+        os.kill(left_behind, signal.SIGKILL)
+    with FileLock(tmp_path / ".lock", timeout=30):
+        pass
 
 
 def test_a_dry_run_prints_commands_of_flags_alone(folder, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import shlex
 import signal
 import sys
@@ -12,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -115,18 +115,13 @@ def compare(args: CompareArguments, last: dict[str, Any]) -> bool:
             print(f"{run.name}{' (finished)' if run.results() else ''}\n  {shlex.join(run.command)}")
         return False
     output.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(output / ".lock", timeout=0):
-            failures: list[Failure] = []
-            try:
-                _run_with_progress(runs, args.workers, console, failures)
-            finally:
-                rows = make_rows(checked, runs, plan.reference)
-                write_comparison(
-                    output, rows, base=plan.base, reference=plan.reference, checked=checked, failures=failures
-                )
-    except Timeout as error:
-        raise ValueError(f"Another comparison is at work in {output}; wait for it, or name another folder.") from error
+    with _locked(output) as lock:
+        failures: list[Failure] = []
+        try:
+            _run_with_progress(runs, args.workers, console, failures, lock)
+        finally:
+            rows = make_rows(checked, runs, plan.reference)
+            write_comparison(output, rows, base=plan.base, reference=plan.reference, checked=checked, failures=failures)
     print_comparison(rows, plan.reference)
     print(f"The table is in {output}: comparison.md, .csv, .json, .png.")
     for failure in failures:
@@ -168,7 +163,26 @@ def _passed_on(words: Sequence[str]) -> dict[str, Any]:
     return {name: (found[0] if len(found) == 1 else found or True) for name, found in flags.items()}
 
 
-def _run_with_progress(runs: Sequence[Run], workers: int, console: Console, failures: list[Failure]) -> None:
+@contextmanager
+def _locked(output: Path) -> Iterator[int]:
+    """Holds the folder's lock, and gives its descriptor: it is free when no process has that open any more.
+
+    Raises:
+        ValueError: if another process holds it.
+    """
+    path = output / ".lock"
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"Another comparison is at work in {output}, or a run that a killed one has left behind; wait for it "
+                f"(`fuser {path}` names the process), or name another folder."
+            ) from error
+        yield file.fileno()
+
+
+def _run_with_progress(runs: Sequence[Run], workers: int, console: Console, failures: list[Failure], lock: int) -> None:
     left = [run for run in runs if run.results() is None]
     if len(left) < len(runs):
         console.print(f"{len(runs) - len(left)} of {len(runs)} runs have finished already.")
@@ -200,7 +214,7 @@ def _run_with_progress(runs: Sequence[Run], workers: int, console: Console, fail
                 f"[red]{escape(run.name)}: exit code {failure.code}[/red]\n{escape(failure.log)}", soft_wrap=True
             )
 
-        run_all(left, workers, started, ended)
+        run_all(left, workers, started, ended, inherited=(lock,))
 
 
 @contextmanager

@@ -125,6 +125,7 @@ def run_all(
     workers: int,
     started: Callable[[Run], None] = lambda run: None,
     ended: Callable[[Run, Failure | None, float], None] = lambda run, failure, seconds: None,
+    inherited: Sequence[int] = (),
 ) -> None:
     """Runs all, `workers` at a time; with GPUs, each on one of them, in turn.
 
@@ -132,6 +133,8 @@ def run_all(
 
     Args:
         started, ended: are told of each run; `ended` also how it failed, and the seconds that its process took.
+        inherited: descriptors that the processes get, too: with a lock's, it lasts as long as any of them, also where
+            this process is killed and leaves them behind.
     """
     gpus = _gpus()
     free = list(range(workers))
@@ -143,7 +146,8 @@ def run_all(
                 run = next(waiting, None)
                 if run is None:
                     break
-                running[slot] = (run, *_start(run, gpus[slot % len(gpus)] if gpus else None), time.monotonic())
+                gpu = gpus[slot % len(gpus)] if gpus else None
+                running[slot] = (run, *_start(run, gpu, inherited), time.monotonic())
                 free.remove(slot)
                 started(run)
             if not running:
@@ -161,14 +165,19 @@ def run_all(
         _stop(running)
 
 
-def _start(run: Run, gpu: str | None) -> tuple[subprocess.Popen, IO[bytes]]:
+def _start(run: Run, gpu: str | None, inherited: Sequence[int]) -> tuple[subprocess.Popen, IO[bytes]]:
     run.prepare()
     environment = dict(os.environ)
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
     log = (run.folder / LOG_FILE).open("wb")
     process = subprocess.Popen(
-        run.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
+        run.command,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        pass_fds=inherited,
     )
     return process, log
 
