@@ -116,7 +116,7 @@ def test_a_malformed_plan_is_refused_with_the_place(content, tmp_path, change, m
 )
 def test_wrong_flags_are_refused_before_any_run(content, tmp_path, flags, message):
     content["methods"]["prefix"] = flags
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"plan.yaml: {message}"):
         checked(read(content, tmp_path))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class Plan:
         overrides: (task, method) -> flags of that cell, or None for a cell that is not run.
         last: flags that override all others.
         reference: the method that all others are compared with.
+        origin: the file that the plan was read from; empty if it is of flags.
     """
 
     base: str
@@ -58,6 +59,11 @@ class Plan:
     overrides: Mapping[tuple[str, str], Mapping[str, Any] | None] = field(default_factory=dict)
     last: Mapping[str, Any] = field(default_factory=dict)
     reference: str | None = None
+    origin: str = ""
+
+    def place(self, words: str) -> str:
+        """A place in the plan, for a message: with the file, if there is one."""
+        return f"{self.origin}: {words}" if self.origin else words
 
     def flags_of(self, task: str, method: str) -> dict[str, Any] | None:
         """All flags of a cell's runs but those in `OWN_FLAGS`; None if it is not run.
@@ -126,7 +132,7 @@ def read_plan(path: Path) -> Plan:
     """
     content = read_yaml(path, "plan")
     try:
-        return _parse(content)
+        return replace(_parse(content), origin=str(path))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -234,7 +240,7 @@ def check_plan(plan: Plan, tasks: Sequence[str], methods: Sequence[str]) -> Chec
             try:
                 cell = _check_cell(plan, task, method, flags, checker, rows)
             except ValueError as error:
-                raise ValueError(f"{task} by {method}: {error}") from error
+                raise ValueError(f"{plan.place(f'{task} by {method}')}: {error}") from error
             if isinstance(cell, str):
                 left_out[task, method] = cell
             else:
@@ -256,10 +262,11 @@ def _refuse_same_folder(what: str, names: Iterable[str]) -> None:
 
 
 def _check_flag_names(plan: Plan, checker: FlagChecker) -> None:
-    places: dict[str, Mapping[str, Any]] = {"common": plan.common, "the flags behind --": plan.last}
+    places: dict[str, Mapping[str, Any]] = {"common": plan.common}
     places |= {f"tasks.{name}": flags for name, flags in plan.tasks.items()}
     places |= {f"methods.{name}": flags for name, flags in plan.methods.items()}
     places |= {f"tasks.{task}.methods.{name}": flags or {} for (task, name), flags in plan.overrides.items()}
+    places = {plan.place(name): flags for name, flags in places.items()} | {"the flags behind --": plan.last}
     for place, flags in places.items():
         try:
             checker.check_names(flags)
