@@ -206,6 +206,14 @@ def test_a_process_that_has_lost_its_gpu_ends_and_its_setting_is_tried_again(tas
     assert sorted(settings(tmp_path)) == [(2, 0.01), (3, 0.01), (4, 0.01)] and not settings(tmp_path, "failed")
 
 
+def test_pictures_are_promised_only_where_there_are_some(task, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(SEARCH + "train_once", failing_at(2, torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(SystemExit):
+        command(flags("no/base", task, tmp_path))
+    said = capsys.readouterr().out
+    assert "search.md." in said and "pictures beside" not in said and not list(tmp_path.glob("*.png"))
+
+
 @pytest.mark.parametrize("starts_later", [False, True])
 def test_a_setting_survives_a_kill_while_it_is_put_back(tmp_path, monkeypatch, starts_later):
     args = SearchArguments(output_dir=str(tmp_path), pre_seq_len=[2], learning_rate=[1e-2])

@@ -91,7 +91,8 @@ def print_report(report: Mapping[str, Any], folder: Path) -> None:
     if report["best"]:
         print(f"The best is {_name(report['best']['setting'])}: {_outcome(report['best'])}. To repeat it:\n")
         print(report["commands"][0])
-    print(f"\nAll trials are in {folder / 'search.md'}, pictures beside it.")
+    pictures = ", pictures beside it" if report["best"] else ""
+    print(f"\nAll trials are in {folder / 'search.md'}{pictures}.")
 
 
 def _row(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
