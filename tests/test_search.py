@@ -111,7 +111,9 @@ def test_every_setting_is_tried_with_every_seed_and_the_best_command_repeats_the
     monkeypatch.chdir(tmp_path)
     lines = (out / "best_command.sh").read_text("utf-8").splitlines()[1:]
     for seed, line in zip(("1", "2"), lines, strict=True):
-        command(shlex.split(line)[1:])
+        program, arguments = shlex.split(line)[:3], shlex.split(line)[3:]
+        assert program == ["python", "-m", "chatglm_ptuning"]
+        command(arguments)
         results = json.loads((tmp_path / "output" / f"best-{seed}" / "all_results.json").read_text("utf-8"))
         points = found["best"]["seeds"][seed]["points"]
         assert results["eval_accuracy"] == found["best"]["seeds"][seed]["score"]
@@ -190,6 +192,7 @@ def test_what_had_no_room_is_tried_again_by_the_next_start(task, tmp_path, monke
     monkeypatch.setattr(SEARCH + "train_once", failing_at(3, torch.OutOfMemoryError("CUDA out of memory")))
     command(asked)
     assert settings(tmp_path) == [(2, 0.01)] and settings(tmp_path, "failed") == [(3, 0.01)]
+    assert "chatglm_ptuning train" in (tmp_path / "best_command.sh").read_text("utf-8")
     monkeypatch.setattr(SEARCH + "train_once", failing_at(None, None))
     command(asked)
     assert settings(tmp_path) == [(2, 0.01), (3, 0.01)] and len(report(tmp_path)["trials"]) == 2

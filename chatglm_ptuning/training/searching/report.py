@@ -167,7 +167,7 @@ def _commands(
     setting = Setting(**best["setting"])
     return [
         shlex.join(
-            ["chatglm-ptuning", "train",
+            ["python", "-m", "chatglm_ptuning", "train",
              *run_flags(common, setting, text, seed, settings["max_steps"], settings["eval_steps"]),
              "--output_dir", f"output/{_BEST_FOLDER}-{seed}"]
         )
