@@ -22,6 +22,7 @@ from chatglm_ptuning.data.tasks.registry import load_task
 from chatglm_ptuning.data.tasks.schema import metrics_of
 from chatglm_ptuning.training.arguments import RETIRED_FLAGS
 from chatglm_ptuning.training.failures import SIGTERM_EXIT_CODE, Preempted, TrainingDiverged
+from chatglm_ptuning.training.initialisation import PREFIX_INITS
 from chatglm_ptuning.training.searching.arguments import (
     TRAIN_ARGUMENTS,
     SearchArguments,
@@ -167,7 +168,7 @@ class Search:
         trial.suggest_int("pre_seq_len", 1, 2**31)
         trial.suggest_float("learning_rate", 0.0, 1e300)
         trial.suggest_categorical("prefix_projection", (False, True))
-        trial.suggest_categorical("prefix_init", ("data", "text", "small", "official"))
+        trial.suggest_categorical("prefix_init", PREFIX_INITS)
         return setting
 
     def _lock_of(self, number: int) -> Path:
