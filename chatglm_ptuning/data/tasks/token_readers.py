@@ -21,22 +21,24 @@ _JOINT = "\x02"
 def read_bio(source: SplitSource) -> list[TokenExample]:
     """Tokens and tags: JSON rows with two lists; or lines of a token, a tab or space, and a tag, with an empty line
     between sentences; or a table of `text_a` and `label` whose cells hold all tokens and all tags of a sentence.
+
+    Lines may have further columns between token and tag, as in CoNLL-2003, whose `-DOCSTART-` lines are left out.
     """
     if source.hub_rows is not None:
         return list(_from_rows(source, source.hub_rows))
     examples: list[TokenExample] = []
     for path in source.paths:
         text = read_text(path)
-        if text.lstrip()[:1] in ("{", "[") and not _is_token_and_tag(source, text.lstrip().partition("\n")[0]):
+        if text.lstrip()[:1] in ("{", "[") and not _ends_in_tag(source, text.lstrip().partition("\n")[0]):
             examples += _from_rows(source, SplitSource(source.task, source.split, (path,)).rows(), len(examples))
         else:
             examples += _from_lines(source, path, text, len(examples))
     return examples
 
 
-def _is_token_and_tag(source: SplitSource, line: str) -> bool:
-    """Whether a line that begins as JSON does is a token `[` or `{` and its tag."""
-    return len(line.split()) == 2 and line.split()[1] in source.task.tags
+def _ends_in_tag(source: SplitSource, line: str) -> bool:
+    """Whether a line is a token and its tag; also one that begins as JSON does, with the token `[` or `{`."""
+    return len(line.split()) > 1 and line.split()[-1] in source.task.tags
 
 
 def _from_rows(source: SplitSource, rows: Iterable[Row], first: int = 0) -> Iterable[TokenExample]:
@@ -64,32 +66,29 @@ def _check_texts(row: Row, column: str, values: Any) -> None:
 
 
 def _from_lines(source: SplitSource, path: Path, text: str, first: int) -> list[TokenExample]:
-    lines = text.split("\n")
-    examples: list[TokenExample] = []
-    headings = lines[0].rstrip("\r").split("\t")
+    lines = ["" if line.startswith("-DOCSTART-") else line.rstrip("\r") for line in text.split("\n")]
+    headings = lines[0].split("\t")
     if headings == ["text_a", "label"] or (headings == ["text_a"] and not source.needs_gold):
-        for number, line in enumerate(lines[1:], start=2):
-            if not line.strip():
-                continue
-            cells = line.rstrip("\r").split("\t")
-            if len(cells) != len(headings):
-                raise ValueError(f"{path}:{number}: {len(cells)} cells under the headings {' and '.join(headings)}.")
-            tokens, tags = (cell.split(_JOINT) for cell in cells) if len(cells) == 2 else (cells[0].split(_JOINT), None)
-            examples.append(_example(source, first + len(examples), f"{path}:{number}", tokens, tags))
-        return examples
-    tagged = source.needs_gold or any(_is_tagged(source, line) for line in lines)
-    tokens, tags, start = [], [], 0
+        return _from_table(source, path, lines, first)
+    tagged = source.needs_gold or any("\t" in line.strip() or _ends_in_tag(source, line) for line in lines)
+    examples: list[TokenExample] = []
+    tokens, tags, start, width = [], [], 0, 0
     for number, line in enumerate([*lines, ""], start=1):
-        line = line.rstrip("\r")
         if line.strip():
-            token, separator, tag = line.rpartition("\t" if "\t" in line else " ")
-            if not tagged:
-                token, tag = line.strip(), ""
-            elif not separator or not token:
+            columns = _columns(line)
+            if tagged and (len(columns) < 2 or not columns[0]):
                 raise ValueError(f"{path}:{number}: expected a token, a tab or space, and a tag; found {line[:60]!r}.")
+            width = width or len(columns)
+            uneven = len(columns) != width and max(len(columns), width) > 2
+            if uneven or (len(columns) > 2 and columns[-1] not in source.task.tags):
+                raise ValueError(
+                    f"{path}:{number}: {len(columns)} columns; expected a token and a tag. Columns between them are "
+                    f"left out if every line has as many ({width}) and a tag of {source.task.name} in the last; found "
+                    f"{line[:60]!r}."
+                )
             start = start or number
-            tokens.append(token)
-            tags.append(tag)
+            tokens.append(columns[0] if tagged else line.strip())
+            tags.append(columns[-1])
         elif tokens:
             of_sentence = tags if tagged else None
             examples.append(_example(source, first + len(examples), f"{path}:{start}", tokens, of_sentence))
@@ -99,8 +98,27 @@ def _from_lines(source: SplitSource, path: Path, text: str, first: int) -> list[
     return examples
 
 
-def _is_tagged(source: SplitSource, line: str) -> bool:
-    return "\t" in line.strip() or (len(line.split()) > 1 and line.split()[-1] in source.task.tags)
+def _from_table(source: SplitSource, path: Path, lines: Sequence[str], first: int) -> list[TokenExample]:
+    headings = lines[0].split("\t")
+    examples: list[TokenExample] = []
+    for number, line in enumerate(lines[1:], start=2):
+        if not line.strip():
+            continue
+        cells = line.split("\t")
+        if len(cells) != len(headings):
+            raise ValueError(f"{path}:{number}: {len(cells)} cells under the headings {' and '.join(headings)}.")
+        tokens, tags = (cell.split(_JOINT) for cell in cells) if len(cells) == 2 else (cells[0].split(_JOINT), None)
+        examples.append(_example(source, first + len(examples), f"{path}:{number}", tokens, tags))
+    return examples
+
+
+def _columns(line: str) -> list[str]:
+    """The cells of a line, between which stands a tab or, in a line without any, one space or more."""
+    separator = "\t" if "\t" in line else " "
+    token, _, tag = line.rpartition(separator)
+    if token and not token.strip(separator):  # the token is itself a space or tab
+        return [token, tag]
+    return [cell for cell in line.split(separator) if cell or separator == "\t"]
 
 
 def _example(
