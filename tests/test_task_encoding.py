@@ -141,6 +141,11 @@ def test_the_prompt_around_a_text_is_decided_by_nobody(tokenizers):
     text = tokenizer.decode(window.input_ids, skip_special_tokens=True)
     assert text.strip() == "找出人名、地名、机构名：春天来了\n完"
     assert window.spans[0] is None and window.spans[-1] is None
+    braces = tagger(tokenizer, "pieces", prompt="{{{text}}}是{text}，{{text}}是{{")
+    (window,) = encode_tokens(braces, TokenExample(id=0, tokens=tuple("春天{text}")))
+    assert tokenizer.decode(window.input_ids, skip_special_tokens=True).strip() == (
+        "{春天{text}}是春天{text}，{text}是{"
+    )
     with pytest.raises(ValueError, match=r"a.json:3: the prompt does not fit into --max_source_length 5"):
         encode_tokens(tagger(tokenizer, "pieces", 5), TokenExample(id=0, tokens=("甲",), where="a.json:3"))
 

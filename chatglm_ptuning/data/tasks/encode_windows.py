@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from string import Formatter
 from typing import TYPE_CHECKING
 
 from chatglm_ptuning.data.rendered import start_ids, text_ids
@@ -17,10 +18,13 @@ def around(template: str, name: str, values: Mapping[str, str], where: str) -> t
     Raises:
         ValueError: if the template does not have it.
     """
-    before, found, behind = template.rpartition("{" + name + "}")
-    if not found:
+    parts = [(text, field) for text, field, _, _ in Formatter().parse(template)]
+    places = [place for place, (_, field) in enumerate(parts) if field == name]
+    if not places:
         raise ValueError(f"{where}: the task's prompt has no {{{name}}} to read.")
-    return before.format(**values), behind.format(**values)
+    filled = [text + (values[field] if field else "") for text, field in parts]
+    last = places[-1]
+    return "".join(filled[:last]) + parts[last][0], "".join(filled[last + 1 :])
 
 
 def frame_ids(tokenizer: ChatGLMTokenizer, before: str, behind: str) -> tuple[list[int], list[int]]:
