@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from chatglm_ptuning.cli import main
 from chatglm_ptuning.data.tasks import load_task, read_examples
 
 
@@ -49,3 +50,12 @@ def test_other_columns_are_refused(tmp_path, split, text, message):
     (tmp_path / f"{split}.txt").write_text(text, "utf-8")
     with pytest.raises(ValueError, match=message):
         read_examples(load_task("msra_ner"), tmp_path, split)
+
+
+# The command
+
+
+def test_entities_of_tokens_are_shown_whole(tmp_path, capsys):
+    lines(tmp_path / "train.jsonl", {"tokens": ["Barack", "Obama", "来了"], "ner_tags": ["B-PER", "I-PER", "O"]})
+    main(["tasks", "show", "msra_ner", str(tmp_path / "train.jsonl"), "--split", "train"])
+    assert "answer: BarackObama (PER)" in capsys.readouterr().out

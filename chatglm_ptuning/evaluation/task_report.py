@@ -295,7 +295,7 @@ def _readable(task: Task, example: AnyExample, value: Any) -> Any:
         return candidate_answers(task, example)[value]
     if isinstance(example, TokenExample) and value is not None:
         return [
-            {"type": entity, "text": "".join(example.tokens[first : last + 1]), "start": first}
+            {"type": entity, "text": example.text_of(first, last), "start": first}
             for entity, first, last in spans_of(value)
         ]
     return value

@@ -85,7 +85,7 @@ def show_task(
     console.print(render_prompt(task, first), markup=False, style="cyan")
     answer = answer_text(task, first)
     if answer is None and isinstance(first, TokenExample) and first.tags is not None:
-        found = (f"{first.text[a : b + 1]} ({kind})" for kind, a, b in spans_of(first.tags))
+        found = (f"{first.text_of(a, b)} ({kind})" for kind, a, b in spans_of(first.tags))
         answer = "、".join(found) or "no entity"
     console.print(f"answer: {answer if answer is not None else 'not in this split'}", markup=False, style="green")
 

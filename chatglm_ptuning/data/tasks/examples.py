@@ -72,6 +72,10 @@ class TokenExample(Example):
         """The tokens with nothing between them."""
         return "".join(self.tokens)
 
+    def text_of(self, first: int, last: int) -> str:
+        """The text of some tokens, both ends inclusive."""
+        return "".join(self.tokens[first : last + 1])
+
 
 @dataclass(frozen=True)
 class Answer:

@@ -153,8 +153,7 @@ def _entities(examples: Sequence[AnyExample], predictions: Sequence[Prediction])
     for example, tags in zip(examples, predictions, strict=True):
         label: dict[str, dict[str, list[list[int]]]] = {}
         for entity, first, last in spans_of(tags):
-            surface = "".join(example.tokens[first : last + 1])
-            label.setdefault(entity, {}).setdefault(surface, []).append([first, last])
+            label.setdefault(entity, {}).setdefault(example.text_of(first, last), []).append([first, last])
         lines.append(json.dumps({"id": example.id, "label": label}, ensure_ascii=False) + "\n")
     return "".join(lines)
 
