@@ -55,6 +55,8 @@ def show_task(
 ) -> None:
     """Prints a task; with a folder also what its splits hold, and the first example of the first one as a prompt.
 
+    A split whose files are not there gets a row that says so; one that was asked for is an error.
+
     Raises:
         ValueError: if there is no such task, if no split can be read, or if a split that was asked for cannot.
     """
@@ -64,7 +66,8 @@ def show_task(
         return
     if Path(folder).is_file() and not splits and len(task.files) > 1:
         raise ValueError(f"{folder} is one file: say by --split which it is, {', '.join(task.files)}.")
-    read, missing = {}, []
+    read: dict[str, list[AnyExample]] = {}
+    missing = ""
     for split in splits or task.files:
         try:
             read[split] = read_examples(task, folder, split, subjects=subjects)
@@ -72,12 +75,16 @@ def show_task(
             # Of a benchmark one often has some splits only; a file that is there and wrong is another matter.
             if splits or "has no file of" not in str(error):
                 raise
-            missing.append(str(error))
+            missing = missing or str(error)
     if not read:
-        raise ValueError(missing[0])
+        raise ValueError(missing)
     table = Table("split", "examples", "gold", title=f"{task.name} in {folder}")
-    for split, examples in read.items():
-        table.add_row(split, str(len(examples)), escape(_gold_counts(task, examples)))
+    for split in splits or task.files:
+        if split in read:
+            table.add_row(split, str(len(read[split])), escape(_gold_counts(task, read[split])))
+        else:
+            names = " or ".join(" + ".join(parts) for parts in task.files[split])
+            table.add_row(split, "not there", escape(f"looked for {names}"))
     console = Console()
     console.print(table)
     first = next(iter(read.values()))[0]
