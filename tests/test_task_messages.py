@@ -7,6 +7,7 @@ import pytest
 
 from chatglm_ptuning.cli import main
 from chatglm_ptuning.data.tasks import load_task, read_examples
+from chatglm_ptuning.data.tasks.schema import Task
 
 
 def lines(path: Path, *rows: object) -> None:
@@ -52,6 +53,43 @@ def test_other_columns_are_refused(tmp_path, split, text, message):
         read_examples(load_task("msra_ner"), tmp_path, split)
 
 
+# Rows
+
+MOOD = """
+name: mood
+title: moods of messages
+reader: rows
+fields: {text: message, label: mood}
+labels: {happy: 高兴, sad: 难过}
+prompt: "{text}"
+metric: macro_f1
+pre_seq_len: 6
+learning_rate: 5.0e-3
+files: {train: train.jsonl, test: test.jsonl}
+"""
+
+
+def task_of(folder: Path, text: str) -> Task:
+    (folder / "mine.yaml").write_text(text, "utf-8")
+    return load_task(folder / "mine.yaml")
+
+
+@pytest.mark.parametrize("value", [None, "", -1])
+def test_an_empty_label_is_not_a_missing_field(tmp_path, value):
+    task = task_of(tmp_path, MOOD)
+    lines(tmp_path / "train.jsonl", {"message": "好", "mood": "happy"}, {"message": "好", "mood": value})
+    message = rf"jsonl:2: the field 'mood', which .* as its label, is {json.dumps(value)}; the split train needs one"
+    with pytest.raises(ValueError, match=message):
+        read_examples(task, tmp_path, "train")
+
+
+def test_an_empty_label_of_several(tmp_path):
+    task = task_of(tmp_path, MOOD + "multi_label: true\n")
+    lines(tmp_path / "train.jsonl", {"message": "好", "mood": []}, {"message": "好", "mood": None})
+    with pytest.raises(ValueError, match=r"jsonl:2: the field 'mood', .* is null; .* without any label, an empty list"):
+        read_examples(task, tmp_path, "train")
+
+
 # The command
 
 
@@ -59,3 +97,11 @@ def test_entities_of_tokens_are_shown_whole(tmp_path, capsys):
     lines(tmp_path / "train.jsonl", {"tokens": ["Barack", "Obama", "来了"], "ner_tags": ["B-PER", "I-PER", "O"]})
     main(["tasks", "show", "msra_ner", str(tmp_path / "train.jsonl"), "--split", "train"])
     assert "answer: BarackObama (PER)" in capsys.readouterr().out
+
+
+def test_a_split_without_a_file_is_shown_as_such(tmp_path, capsys):
+    (tmp_path / "train.txt").write_text("王\tB-PER\n", "utf-8")
+    main(["tasks", "show", "msra_ner", str(tmp_path)])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "train │ 1 │ PER 1" in shown
+    assert "dev │ not there │ looked for msra_dev_bio.txt or dev.tsv or" in shown

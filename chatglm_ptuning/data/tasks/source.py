@@ -90,7 +90,15 @@ class SplitSource:
         return value
 
     def missing(self, row: Row, role: str, column: str) -> NoReturn:
-        """Refuses a row without a column."""
+        """Refuses a row without a column, or with nothing in it."""
+        value = value_of(row, column, _ABSENT)
+        if value is not _ABSENT:
+            no_label = " (of a text without any label, an empty list)" if self.task.multi_label else ""
+            fail(
+                row,
+                f"the field '{column}', which the task {self.task.name} reads as its {role}, is {json.dumps(value)}; "
+                f"the split {self.split} needs one in every row{no_label}.",
+            )
         near = difflib.get_close_matches(column, row, n=1, cutoff=0.5)
         hint = f" Did you mean '{near[0]}'?" if near else ""
         fail(
