@@ -90,6 +90,45 @@ def test_an_empty_label_of_several(tmp_path):
         read_examples(task, tmp_path, "train")
 
 
+# Questions
+
+QUESTION = {"id": "Q1", "question": "谁？", "answers": [{"text": "王", "answer_start": 0}]}
+
+
+def squad(*questions: object) -> str:
+    content = {"data": [{"paragraphs": [{"context": "王来了", "qas": questions}]}]}
+    return json.dumps(content, ensure_ascii=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("\n", r"cmrc2018_dev.json is empty; expected SQuAD's one object"),
+        ('{"id": 1}\n{"id": 2}', r'json:2: not valid JSON: Extra data .* expected SQuAD\'s one object {"data": \['),
+        ('{"id": 1}', r"json: there is no key 'data', it has id; expected SQuAD's"),
+        ("[[]]", r"json: document 1: there is no key 'paragraphs', found \[\]; expected SQuAD's"),
+        ('{"data": {}}', r"json: 'data' must be a list, found {}"),
+        (squad(QUESTION, {"question": "谁？"}),
+         r"document 1, paragraph 1, question 2: there is no key 'id', it has question; "),
+        (squad(QUESTION | {"answers": {"text": ["王"]}}), r"question 1: 'answers' must be a list, found {'text'"),
+        (squad(QUESTION | {"answers": ["王"]}), r"question 1, answer 1: there is no key 'text', found 王"),
+        ('[{"context_text": "王", "qas": [{"query_text": "谁？"}]}]', "1, question 1: there is no key 'query_id'"),
+        (squad(QUESTION, QUESTION), r"json: the question id 'Q1' stands twice in the split dev"),
+    ],
+)  # fmt: skip
+def test_faulty_questions_are_refused_with_their_place(tmp_path, text, message):
+    (tmp_path / "cmrc2018_dev.json").write_text(text, "utf-8")
+    with pytest.raises(ValueError, match=message):
+        read_examples(load_task("cmrc2018"), tmp_path, "dev")
+
+
+def test_an_empty_file_of_another_benchmark(tmp_path):
+    (tmp_path / "d-dev.json").write_text("", "utf-8")
+    (tmp_path / "m-dev.json").write_text("", "utf-8")
+    with pytest.raises(ValueError, match=r"d-dev.json is empty; expected one JSON list of"):
+        read_examples(load_task("c3"), tmp_path, "dev")
+
+
 # The command
 
 

@@ -49,10 +49,11 @@ def _idiom_answers(source: SplitSource, path: Path) -> dict[str, Any]:
     beside = path.with_name(_answers_beside(path))
     beside = next((found for found in spellings(beside) if found.is_file()), None)
     if beside is not None:
-        _, content = SplitSource(source.task, source.split, (beside,)).documents()[0]
+        expected = "one JSON object, idiom tag -> index of the right candidate"
+        _, content = SplitSource(source.task, source.split, (beside,)).documents(expected)[0]
         if isinstance(content, Mapping):
             return dict(content)
-        raise ValueError(f"{beside} must be one JSON object, idiom tag -> index of the right candidate.")
+        raise ValueError(f"{beside} must be {expected}.")
     return {}
 
 
@@ -142,9 +143,10 @@ def read_c3(source: SplitSource) -> list[ChoiceExample]:
         return [_c3_example(source, row.where, row, row.get("context"), row.get("id", i)) for i, row in
                 enumerate(source.hub_rows)]  # fmt: skip
     examples = []
-    for path, content in source.documents():
+    expected = "one JSON list of [[context, ...], [question, ...], id]"
+    for path, content in source.documents(expected):
         if not isinstance(content, list):
-            raise ValueError(f"{path} must be a list of [[context, ...], [question, ...], id]: it is not a file of C3.")
+            raise ValueError(f"{path} must be {expected}: it is not a file of C3.")
         for number, entry in enumerate(content):
             where = f"{path}: document {number + 1}"
             if not isinstance(entry, list) or len(entry) < 2 or not isinstance(entry[1], list):

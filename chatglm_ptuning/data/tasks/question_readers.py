@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,12 @@ from chatglm_ptuning.data.files import Row
 from chatglm_ptuning.data.forms.fields import fail
 from chatglm_ptuning.data.tasks.examples import Answer, QuestionExample
 from chatglm_ptuning.data.tasks.source import SplitSource, nearest_place
+
+_FORM = (
+    'SQuAD\'s one object {"data": [{"paragraphs": [{"context": "...", "qas": [{"id": "1", "question": "...", '
+    '"answers": [{"text": "...", "answer_start": 0}]}]}]}]}, or CMRC2018\'s one list [{"context_text": "...", "qas": '
+    '[{"query_id": "1", "query_text": "...", "answers": ["..."]}]}]'
+)
 
 
 def read_squad(source: SplitSource) -> list[QuestionExample]:
@@ -25,33 +32,65 @@ def read_squad(source: SplitSource) -> list[QuestionExample]:
     """
     if source.hub_rows is not None:
         return [_flat(source, row) for row in source.hub_rows]
-    examples = []
-    for path, content in source.documents():
-        try:
-            examples += list(_nested(source, path, content))
-        except KeyError as error:
-            raise ValueError(
-                f"{path}: there is no key {error} where SQuAD's and CMRC2018's form have it; it is not a file of "
-                f"{source.task.name}."
-            ) from error
-        except (TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not in SQuAD's form nor in CMRC2018's: {error}.") from error
+    examples = [example for path, content in source.documents(_FORM) for example in _nested(source, path, content)]
+    if not source.split.startswith("train"):  # a submission has one answer for each id; nobody submits this split
+        _check_ids(source, examples)
     return examples
 
 
+def _check_ids(source: SplitSource, examples: Sequence[QuestionExample]) -> None:
+    twice = next((index for index, count in Counter(str(e.id) for e in examples).items() if count > 1), None)
+    if twice is not None:
+        raise ValueError(
+            f"{', '.join(map(str, source.paths))}: the question id '{twice}' stands twice in the split {source.split}; "
+            "a submission has one answer for each id, so give each question its own."
+        )
+
+
 def _nested(source: SplitSource, path: Path, content: Any) -> Iterator[QuestionExample]:
-    for document in content if isinstance(content, list) else content["data"]:
-        if "context_text" in document:
-            for qa in document["qas"]:
-                answers = [(text, None) for text in qa.get("answers") or ()]
-                context, question = document["context_text"], qa["query_text"]
-                yield _example(source, f"{path}: {qa['query_id']}", qa["query_id"], context, question, answers)
+    if isinstance(content, list):
+        documents = [(f"{path}: document {number}", document) for number, document in enumerate(content, start=1)]
+    else:
+        documents = _entries(str(path), content, "data", "document")
+    for place, document in documents:
+        if isinstance(document, Mapping) and "context_text" in document:
+            for where, qa in _entries(place, document, "qas", "question"):
+                index, question = _value(where, qa, "query_id"), _value(where, qa, "query_text")
+                answers = [(text, None) for _, text in _given(where, qa)]
+                yield _example(source, f"{path}: {index}", index, document["context_text"], question, answers)
             continue
-        for paragraph in document["paragraphs"]:
-            for qa in paragraph["qas"]:
-                answers = [(answer["text"], answer.get("answer_start")) for answer in qa.get("answers") or ()]
-                where = f"{path}: {qa['id']}"
-                yield _example(source, where, qa["id"], paragraph["context"], qa["question"], answers)
+        for inside, paragraph in _entries(place, document, "paragraphs", "paragraph"):
+            for where, qa in _entries(inside, paragraph, "qas", "question"):
+                index, question = _value(where, qa, "id"), _value(where, qa, "question")
+                given = _given(where, qa)
+                answers = [(_value(at, answer, "text"), answer.get("answer_start")) for at, answer in given]
+                context = _value(inside, paragraph, "context")
+                yield _example(source, f"{path}: {index}", index, context, question, answers)
+
+
+def _value(where: str, holder: Any, key: str) -> Any:
+    """What an object has under a key.
+
+    Raises:
+        ValueError: naming the place, if it is no object or does not have the key.
+    """
+    if isinstance(holder, Mapping) and key in holder:
+        return holder[key]
+    found = f"it has {', '.join(holder) or 'nothing'}" if isinstance(holder, Mapping) else f"found {str(holder)[:60]}"
+    raise ValueError(f"{where}: there is no key '{key}', {found}; expected {_FORM}.")
+
+
+def _entries(where: str, holder: Any, key: str, kind: str) -> list[tuple[str, Any]]:
+    """The entries of a list in an object, each with its place."""
+    entries = _value(where, holder, key)
+    if not isinstance(entries, list):
+        raise ValueError(f"{where}: '{key}' must be a list, found {str(entries)[:60]}; expected {_FORM}.")
+    return [(f"{where}, {kind} {number}", entry) for number, entry in enumerate(entries, start=1)]
+
+
+def _given(where: str, qa: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The answers of a question, which test files leave out."""
+    return _entries(where, qa, "answers", "answer") if qa.get("answers") else []
 
 
 def _flat(source: SplitSource, row: Row) -> QuestionExample:

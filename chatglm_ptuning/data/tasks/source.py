@@ -50,9 +50,13 @@ class SplitSource:
             return list(self.hub_rows)
         return [row for path in self.paths for row in read_table(path)]
 
-    def documents(self) -> list[tuple[Path, Any]]:
-        """Each file's one JSON value; for benchmarks whose files are not rows."""
-        return [(path, _read_json(path)) for path in self.paths]
+    def documents(self, expected: str) -> list[tuple[Path, Any]]:
+        """Each file's one JSON value; for benchmarks whose files are not rows.
+
+        Args:
+            expected: what that value is, for the message.
+        """
+        return [(path, _read_json(path, expected)) for path in self.paths]
 
     def get(self, row: Row, role: str) -> Any:
         """The value of a role; None if the task or the row does not have it."""
@@ -270,12 +274,16 @@ def spellings(path: Path) -> tuple[Path, Path]:
     return path, path.with_name(f"{path.name}.gz")
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path, expected: str) -> Any:
     text = read_text(path)
+    if not text.strip():
+        raise ValueError(f"{path} is empty; expected {expected}.")
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno}).") from error
+        raise ValueError(
+            f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno}); expected {expected}."
+        ) from error
     except RecursionError as error:
         raise ValueError(f"{path}: nested too deeply.") from error
 
