@@ -129,6 +129,57 @@ def test_an_empty_file_of_another_benchmark(tmp_path):
         read_examples(load_task("c3"), tmp_path, "dev")
 
 
+# Choices
+
+RIDDLE = """
+name: riddle
+title: riddles
+reader: choices
+fields: {question: q, candidates: c, answer: a}
+prompt: "{question}（{options}）"
+metric: accuracy
+pre_seq_len: 8
+learning_rate: 0.01
+files: {train: t.jsonl}
+"""
+
+
+def test_answers_by_index_text_and_letter(tmp_path):
+    task = task_of(tmp_path, RIDDLE + "letters: true\n")
+    rows = [(["日", "月"], 1), (["日", "月"], "月"), (["日", "月"], "B"), (["日", "月"], " b "), ([5, 6.5, 7], "6.5")]
+    lines(tmp_path / "t.jsonl", *({"q": "谜", "c": candidates, "a": answer} for candidates, answer in rows))
+    examples = read_examples(task, tmp_path, "train")
+    assert [example.answer for example in examples] == [1] * 5
+    assert examples[4].candidates == ("5", "6.5", "7")
+
+
+@pytest.mark.parametrize(
+    ("row", "letters", "message"),
+    [
+        ({"c": ["日", "月"], "a": "C"}, True,
+         r"jsonl:1: the answer must be an index below 2, a letter from A to B, or the text of a candidate .日、月., found"),
+        ({"c": ["日", "月"], "a": "B"}, False, r"an index below 2, or the text of a candidate .日、月., found 'B'"),
+        ({"c": [5, 6, 7], "a": 2}, False, None),
+        ({"c": [5, 6, 7], "a": 6}, False, r"an index below 3, or the text of a candidate .*, found 6"),
+        ({"a": 1}, False, r"there is no field 'c', which the task riddle reads as its candidates; the row has q, a"),
+        ({"c": "日月", "a": 1}, False, r"the field 'c' must be a list of texts, found 日月"),
+        ({"c": ["日", None], "a": 1}, False, r"the field 'c' must be text, found null"),
+        ({"c": ["日"], "a": 0}, False, r"the field 'c' must have two candidates or more, found \['日'\]"),
+        ({"c": ["日", "日"], "a": 0}, False, r"the field 'c' has the candidate '日' twice"),
+        ({"c": ["日", "月"]}, False, r"there is no field 'a', which the task riddle reads as its answer"),
+        ({"c": ["日", "月"], "a": None}, False, r"the field 'a', .* as its answer, is null"),
+    ],
+)  # fmt: skip
+def test_faulty_choices_are_refused(tmp_path, row, letters, message):
+    task = task_of(tmp_path, RIDDLE + "letters: true\n" * letters)
+    lines(tmp_path / "t.jsonl", {"q": "谜", **row})
+    if message is None:
+        assert read_examples(task, tmp_path, "train")[0].answer == row["a"]
+        return
+    with pytest.raises(ValueError, match=message):
+        read_examples(task, tmp_path, "train")
+
+
 # The command
 
 

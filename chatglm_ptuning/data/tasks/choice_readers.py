@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 from chatglm_ptuning.data.files import Row
@@ -105,8 +106,16 @@ def _index(source: SplitSource, row: Row, value: Any, candidates: list[str]) -> 
         return None
     if isinstance(value, str) and value in candidates:
         return candidates.index(value)
+    letters = ascii_uppercase[: len(candidates)] if source.task.letters else ""
+    if isinstance(value, str) and value.strip().upper() in [*letters]:
+        return letters.index(value.strip().upper())
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(candidates):
-        fail(row, f"the answer must be an index below {len(candidates)} into the candidates, found {value!r}.")
+        letter = f"a letter from A to {letters[-1]}, " if letters else ""
+        fail(
+            row,
+            f"the answer must be an index below {len(candidates)} into the candidates, {letter}or the text of a candidate "
+            f"({'、'.join(candidates)[:60]}), found {value!r}.",
+        )
     return value
 
 
@@ -115,12 +124,12 @@ def _are_texts(value: Any) -> bool:
 
 
 def read_choices(source: SplitSource) -> list[ChoiceExample]:
-    """Rows with a list of candidates; the answer is an index (from 0) or one of the candidates."""
+    """Rows with a list of candidates; the answer is an index (from 0), one of the candidates, or with `letters` its
+    letter.
+    """
     examples = []
     for index, row in enumerate(source.rows()):
-        candidates = source.get(row, "candidates")
-        if not _are_texts(candidates):
-            fail(row, f"the field '{source.fields['candidates']}' must be a list of texts, found {candidates!r}.")
+        candidates = _candidates(source, row)
         texts = {role: source.text(row, role) for role in ("context", "question") if role in source.fields}
         answer = source.get(row, "answer")
         if answer is None and source.needs_gold:
@@ -135,6 +144,21 @@ def read_choices(source: SplitSource) -> list[ChoiceExample]:
             )
         )
     return examples
+
+
+def _candidates(source: SplitSource, row: Row) -> list[str]:
+    column, given = source.fields["candidates"], source.get(row, "candidates")
+    if given is None:
+        source.missing(row, "candidates", column)
+    if not isinstance(given, list) or any(isinstance(entry, list) for entry in given):
+        fail(row, f"the field '{column}' must be a list of texts, found {str(given)[:60]}.")
+    candidates = [as_text(row, entry, column) for entry in given]
+    if len(candidates) < 2:
+        fail(row, f"the field '{column}' must have two candidates or more, found {given}.")
+    twice = next((text for text in candidates if candidates.count(text) > 1), None)
+    if twice is not None:
+        fail(row, f"the field '{column}' has the candidate {twice!r} twice; they must differ.")
+    return candidates
 
 
 def read_c3(source: SplitSource) -> list[ChoiceExample]:
