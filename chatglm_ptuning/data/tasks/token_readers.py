@@ -17,6 +17,11 @@ from chatglm_ptuning.data.text_input import read_text
 _JOINT = "\x02"
 """Between the tokens, and between the tags, of a row of the table that Baidu published MSRA's corpus in."""
 
+_CLUENER_ROW = (
+    'A row looks like {"text": "王宁在沪", "label": {"name": {"王宁": [[0, 1]]}, "address": {"沪": [[3, 3]]}}}: '
+    "characters count from 0, and both ends are inside."
+)
+
 
 def read_bio(source: SplitSource) -> list[TokenExample]:
     """Tokens and tags: JSON rows with two lists; or lines of a token, a tab or space, and a tag, with an empty line
@@ -150,12 +155,13 @@ def read_cluener(source: SplitSource) -> list[TokenExample]:
         text = row.get("text")
         if not isinstance(text, str):
             fail(row, f"there is no field 'text' with text in it; the row has {', '.join(row)}.")
-        if "label" not in row and source.needs_gold:
-            fail(row, f"there is no field 'label'; the row has {', '.join(row)}.")
-        tags = _span_tags(source, row, text, row["label"]) if "label" in row else None
+        label = row.get("label")
+        if label is None and source.needs_gold:
+            fail(row, f"there is no field 'label' with entities in it; the row has {', '.join(row)}. {_CLUENER_ROW}")
+        tags = None if label is None else _span_tags(source, row, text, label)
         example = _example(source, with_id.example_id(row, index), row.where, list(text), tags)
-        if tags is not None:
-            entities = frozenset((entity, surface) for entity, texts in row["label"].items() for surface in texts)
+        if label is not None:
+            entities = frozenset((entity, surface) for entity, texts in label.items() for surface in texts)
             example = replace(example, entities=entities)
         examples.append(example)
     return examples
@@ -169,8 +175,9 @@ def _span_tags(source: SplitSource, row: Row, text: str, label: Any) -> list[str
             for surface, places in surfaces.items()
             for start, end in places
         ]
-    except (AttributeError, TypeError, ValueError) as error:
-        fail(row, f"'label' must be entity type -> text -> list of [start, end] ({error}).")
+    except (AttributeError, TypeError, ValueError):
+        shown = str(label)[:60]
+        fail(row, f"'label' must be entity type -> text -> list of [start, end], found {shown}. {_CLUENER_ROW}")
     for start, end, entity, surface in spans:
         if entity not in source.task.labels:
             near = difflib.get_close_matches(entity, source.task.labels, n=1, cutoff=0.5)
