@@ -1,6 +1,7 @@
 """What readers of tasks take beside the plain form of their files, and what they say about what they refuse."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,49 @@ def test_an_empty_label_of_several(tmp_path):
         read_examples(task, tmp_path, "train")
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"label": []}, r"json:1: 'label' must be entity type -> .* found \[\]\. A row looks like {\"text\""),
+        ({"label": {"name": {"王": [0, 1]}}}, r"found {'name': {'王': \[0, 1\]}}\. A row looks like"),
+        ({"label": {"name": {"王": [["a", 1]]}}}, r"found {'name': {'王': \[\['a', 1\]\]}}\. A row looks like"),
+        ({"label": None}, r"no field 'label' with entities in it; the row has text, label\. A row looks like"),
+        ({"entities": [{"start": 0}]}, r"no field 'label' .*; the row has text, entities\. A row looks like"),
+    ],
+)
+def test_other_forms_of_entities_are_refused_with_a_row_of_the_right_one(tmp_path, row, message):
+    lines(tmp_path / "train.json", {"text": "王来了", **row})
+    with pytest.raises(ValueError, match=message) as raised:
+        read_examples(load_task("cluener"), tmp_path, "train")
+    example = re.search(r"A row looks like ({.*}):", str(raised.value))
+    (tmp_path / "train.json").write_text(example[1], "utf-8")
+    (read,) = read_examples(load_task("cluener"), tmp_path, "train")
+    assert read.tags == ("B-name", "I-name", "O", "B-address")
+
+
+# Task files
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            MOOD.replace("reader: rows", "reader: [rows"),
+            r"mine.yaml:5: not valid YAML: expected ',' or '\]'.* line 4\.$",
+        ),
+        (MOOD.replace("reader:", "name:"), r"mine.yaml:4: not valid YAML: the key 'name' stands twice .* from line 2"),
+        (MOOD.replace("messages", "a\x07"), r"mine.yaml:3: not valid YAML: the character U\+0007 may not stand there"),
+        (MOOD.encode("gb18030"), r"mine.yaml:6: not UTF-8 text .* `iconv -f GB18030 -t UTF-8 mine.yaml > utf8.yaml`"),
+    ],
+)
+def test_a_task_file_that_cannot_be_read_is_named_with_its_line(tmp_path, text, message):
+    (tmp_path / "mine.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=message):
+        load_task(tmp_path / "mine.yaml")
+    with pytest.raises(ValueError, match=r"^There is no task file \S*/mind.yaml .did you mean 'mine.yaml'\?.\.$"):
+        load_task(tmp_path / "mind.yaml")
+
+
 # Questions
 
 QUESTION = {"id": "Q1", "question": "谁？", "answers": [{"text": "王", "answer_start": 0}]}
@@ -157,10 +201,10 @@ def test_answers_by_index_text_and_letter(tmp_path):
     ("row", "letters", "message"),
     [
         ({"c": ["日", "月"], "a": "C"}, True,
-         r"jsonl:1: the answer must be an index below 2, a letter from A to B, or the text of a candidate .日、月., found"),
-        ({"c": ["日", "月"], "a": "B"}, False, r"an index below 2, or the text of a candidate .日、月., found 'B'"),
+         r"jsonl:1: .* below 2 into the candidates, a letter from A to B, or the text of a candidate .日、月., found"),
+        ({"c": ["日", "月"], "a": "B"}, False, r"an index below 2 .*, or the text of a candidate .日、月., found 'B'"),
         ({"c": [5, 6, 7], "a": 2}, False, None),
-        ({"c": [5, 6, 7], "a": 6}, False, r"an index below 3, or the text of a candidate .*, found 6"),
+        ({"c": [5, 6, 7], "a": 6}, False, r"an index below 3 .*, or the text of a candidate .*, found 6"),
         ({"a": 1}, False, r"there is no field 'c', which the task riddle reads as its candidates; the row has q, a"),
         ({"c": "日月", "a": 1}, False, r"the field 'c' must be a list of texts, found 日月"),
         ({"c": ["日", None], "a": 1}, False, r"the field 'c' must be text, found null"),

@@ -132,7 +132,7 @@ def test_a_faulty_file_is_refused_by_its_key(tmp_path, old, new, message):
 def test_unknown_names_and_missing_files_are_refused():
     with pytest.raises(ValueError, match="no task 'tnew'; did you mean tnews"):
         load_task("tnew")
-    with pytest.raises(ValueError, match=r"nowhere.yaml cannot be read"):
+    with pytest.raises(ValueError, match=r"^There is no task file nowhere.yaml\.$"):
         load_task("nowhere.yaml")
 
 

@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 
 import yaml
 
+from chatglm_ptuning.data.text_input import read_text
+
 
 def read_yaml(path: Path, what: str) -> Any:
     """What a YAML file holds.
@@ -17,16 +19,23 @@ def read_yaml(path: Path, what: str) -> Any:
         what: the kind of file, for the message.
 
     Raises:
-        ValueError: if the file is missing, not YAML, or has a key twice.
+        ValueError: naming file and line, if the file is missing, not UTF-8, not YAML, or has a key twice.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"The {what} {path} cannot be read: {error}.") from error
+    if not path.is_file():
+        there = [child.name for child in sorted(path.parent.glob("*.y*ml"))]
+        raise ValueError(f"There is no {what} {path}{nearest(path.name, there)}.")
+    text = read_text(path)
     try:
         return yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    except yaml.MarkedYAMLError as error:
+        place = path if error.problem_mark is None else f"{path}:{error.problem_mark.line + 1}"
+        begun = f" {error.context} from line {error.context_mark.line + 1}" if error.context_mark else ""
+        raise ValueError(f"{place}: not valid YAML: {error.problem}{begun}.") from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ValueError(
+            f"{path}:{line}: not valid YAML: the character U+{error.character:04X} may not stand there."
+        ) from error
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
