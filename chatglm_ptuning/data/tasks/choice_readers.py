@@ -113,8 +113,8 @@ def _index(source: SplitSource, row: Row, value: Any, candidates: list[str]) -> 
         letter = f"a letter from A to {letters[-1]}, " if letters else ""
         fail(
             row,
-            f"the answer must be an index below {len(candidates)} into the candidates, {letter}or the text of a candidate "
-            f"({'、'.join(candidates)[:60]}), found {value!r}.",
+            f"the answer must be an index below {len(candidates)} into the candidates, {letter}or the text of a "
+            f"candidate ({'、'.join(candidates)[:60]}), found {value!r}.",
         )
     return value
 
