@@ -17,7 +17,7 @@ from chatglm_ptuning.prefix.files import write_atomically
 
 logger = logging.get_logger(__name__)
 
-Prediction = Any
+PredictedValue = Any
 """A label, an index of a candidate, a list of tags, or a text, as the task has it."""
 
 
@@ -55,7 +55,7 @@ def _repeated_id(examples: Sequence[AnyExample]) -> str | None:
 def write_submission(
     task: Task,
     examples: Sequence[AnyExample],
-    predictions: Sequence[Prediction],
+    predictions: Sequence[PredictedValue],
     folder: str | Path,
     split: str = "test",
     variant: str | None = None,
@@ -105,7 +105,7 @@ def write_submission(
     return path
 
 
-def _check(task: Task, example: AnyExample, prediction: Prediction) -> None:
+def _check(task: Task, example: AnyExample, prediction: PredictedValue) -> None:
     where = f"the prediction for {example.id!r} ({example.where})"
     if isinstance(example, ChoiceExample):
         if isinstance(prediction, bool) or not isinstance(prediction, int):
@@ -127,20 +127,20 @@ def _check(task: Task, example: AnyExample, prediction: Prediction) -> None:
         raise ValueError(f"{where} must be text, found {prediction!r}.")
 
 
-def _lines(key: str) -> Callable[[Sequence[AnyExample], Sequence[Prediction]], str]:
-    def write(examples: Sequence[AnyExample], predictions: Sequence[Prediction]) -> str:
+def _lines(key: str) -> Callable[[Sequence[AnyExample], Sequence[PredictedValue]], str]:
+    def write(examples: Sequence[AnyExample], predictions: Sequence[PredictedValue]) -> str:
         rows = ({"id": example.id, key: value} for example, value in zip(examples, predictions, strict=True))
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     return write
 
 
-def _map(examples: Sequence[AnyExample], predictions: Sequence[Prediction]) -> str:
+def _map(examples: Sequence[AnyExample], predictions: Sequence[PredictedValue]) -> str:
     answers = {str(example.id): prediction for example, prediction in zip(examples, predictions, strict=True)}
     return json.dumps(answers, ensure_ascii=False, indent=2) + "\n"
 
 
-def _exam(examples: Sequence[AnyExample], predictions: Sequence[Prediction]) -> str:
+def _exam(examples: Sequence[AnyExample], predictions: Sequence[PredictedValue]) -> str:
     subjects: dict[str, dict[str, str]] = {}
     for example, prediction in zip(examples, predictions, strict=True):
         answers = subjects.setdefault(getattr(example, "subject", None) or "", {})
@@ -148,7 +148,7 @@ def _exam(examples: Sequence[AnyExample], predictions: Sequence[Prediction]) -> 
     return json.dumps(subjects, ensure_ascii=False, indent=2) + "\n"
 
 
-def _entities(examples: Sequence[AnyExample], predictions: Sequence[Prediction]) -> str:
+def _entities(examples: Sequence[AnyExample], predictions: Sequence[PredictedValue]) -> str:
     lines = []
     for example, tags in zip(examples, predictions, strict=True):
         label: dict[str, dict[str, list[list[int]]]] = {}
@@ -158,7 +158,7 @@ def _entities(examples: Sequence[AnyExample], predictions: Sequence[Prediction])
     return "".join(lines)
 
 
-_WRITE: dict[str, Callable[[Sequence[AnyExample], Sequence[Prediction]], str]] = {
+_WRITE: dict[str, Callable[[Sequence[AnyExample], Sequence[PredictedValue]], str]] = {
     "label_lines": _lines("label"),
     "answer_lines": _lines("answer"),
     "choice_lines": _lines("label"),
