@@ -259,7 +259,7 @@ class _Checker(FieldChecker):
         reader = self.one_of(content["reader"], READERS, "reader")
         kind = READERS[reader]
         task = Task(
-            name=self.text(content["name"], "name"),
+            name=self.name(content["name"]),
             title=self.text(content["title"], "title"),
             reader=reader,
             head=self.one_of(content.get("head", kind.heads[0]), kind.heads, f"head (of the reader '{reader}')"),
@@ -285,9 +285,17 @@ class _Checker(FieldChecker):
             origin=self.origin,
         )
         self.prompt(task)
-        self.multi_label(task)
+        self.label_rules(task)
         self.metric(task)
         return task
+
+    def name(self, value: Any) -> str:
+        name = self.text(value, "name")
+        if name in (".", "..") or "/" in name or "\\" in name:
+            self.fail(
+                f"'name' also names folders, so that it must be without / and \\ and no dots alone, found {name!r}."
+            )
+        return name
 
     def separator(self, content: Mapping[str, Any]) -> str:
         value = content.get("label_separator", Task.label_separator)
@@ -297,7 +305,7 @@ class _Checker(FieldChecker):
             self.fail("'label_separator' belongs to 'multi_label: true'.")
         return value
 
-    def multi_label(self, task: Task) -> None:
+    def label_rules(self, task: Task) -> None:
         if task.drop_labels and task.reader not in ("rows", "winograd"):
             self.fail(f"'drop_labels' belongs to the readers 'rows' and 'winograd', not to '{task.reader}'.")
         if task.multi_label and task.reader != "rows":
