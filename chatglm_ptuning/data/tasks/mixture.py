@@ -102,6 +102,9 @@ class _MixtureChecker(FieldChecker):
         value = self.mapping(value, f"'{what}'")
         self.known_keys(value, _KEYS_OF_A_TASK, f"key of {what}")
         task = self.task(self.text(value.get("task", name), f"{what}.task"))
+        if "task" in value and name not in (task.name, *task.aliases):
+            # Scores, heads and --task go by the task's own name.
+            self.fail(f"'{what}' is the task {task.name}; write {task.name} instead of {name}.")
         if "task_data" not in value:
             self.fail(f"'{what}' has no 'task_data': the folder with its files, or huggingface or modelscope.")
         return MixedTask(
