@@ -38,7 +38,7 @@ TASKS = {
     "mood": "title: moods\nreader: rows\nfields: {text: text, label: label}\nlabels: {good: 好, bad: 不}\n"
     "prompt: '{text}（{labels}）'\nmetric: accuracy\n",
     "names": "title: names\nreader: bio\nlabels: {PER: 人名}\nprompt: '{labels}：{text}'\nmetric: entity_f1\n",
-    "spans": "title: answers\nreader: squad\nprompt: '{context}问：{question}'\nmetric: cmrc_f1\n",
+    "spans": "title: answers\nreader: squad\nprompt: '问：{question}{context}'\nmetric: cmrc_f1\n",
     "reply": "title: replies\nreader: pairs\nfields: {text: text, target: reply}\nprompt: '{text}'\nmetric: rouge-l\n",
 }
 METRICS = {"mood": "accuracy", "names": "entity_f1", "spans": "cmrc_f1"}
@@ -115,6 +115,7 @@ def task_at(folder: Path, name: str, *more: str) -> list[str]:
         ("tasks: {eprstm: {task_data: x}}", "did you mean eprstmt"),
         ("tasks: {eprstmt: {}}", r"'tasks.eprstmt' has no 'task_data'"),
         ("tasks: {}", "names no task"),
+        ("tasks: {mine: {task: eprstmt, task_data: x}}", "'tasks.mine' is the task fewclue_eprstmt; write fewclue_epr"),
         ("temprature: 2\ntasks: {eprstmt: {task_data: x}}", r"'temprature' \(did you mean 'temperature'\?\)"),
         ("temperature: 0\ntasks: {eprstmt: {task_data: x}}", "'temperature' must be a number above 0, found 0"),
         ("tasks: {eprstmt: {task_data: x, heads: generation}}", r"'heads' \(did you mean 'head'\?\)"),

@@ -297,3 +297,13 @@ def test_labels_of_texts_with_several(tokenizers):
     assert rows[0]["labels"] == [1.0, 0, 0, 0, 0, 1, 0, 0, 0, 0] and rows[1]["labels"] == [0.0] * 10
     with pytest.raises(ValueError, match="--head generation cannot solve news_topic; sequence_classification can"):
         head_of(task, "generation")
+
+
+@pytest.mark.parametrize("prompt", ["{context}问：{question}", "{{question}}{context}", "{question}"])
+def test_a_context_is_not_searched_before_its_question_is_read(prompt):
+    task = replace(load_task("cmrc2018"), prompt=prompt)
+    with pytest.raises(ValueError, match=r"cmrc2018.yaml: .* must have {question} before {context}: "):
+        head_of(task, None)
+    assert head_of(task, "generation") == "generation"
+    again = replace(task, prompt="{context}问：{question}{context}")
+    assert head_of(again, None) == "question_answering"

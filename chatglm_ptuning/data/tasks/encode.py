@@ -22,7 +22,7 @@ from chatglm_ptuning.data.tasks.examples import (
     has_gold,
 )
 from chatglm_ptuning.data.tasks.prompt import answer_text, longest_text, render_prompt, with_texts_of
-from chatglm_ptuning.data.tasks.schema import Task
+from chatglm_ptuning.data.tasks.schema import Task, placeholders
 from chatglm_ptuning.model.losses import IGNORED_LABEL
 
 if TYPE_CHECKING:
@@ -158,12 +158,20 @@ def head_of(task: Task, head: str | None) -> str:
     """The head to solve the task with: the one asked for, or the task's own.
 
     Raises:
-        ValueError: if it cannot solve the task, naming those that can.
+        ValueError: if it cannot solve the task, naming those that can; or if it searches a context without having read
+            the question.
     """
-    if head is None:
-        return task.head
+    head = task.head if head is None else head
     if head not in task.heads:
         raise ValueError(f"--head {head} cannot solve {task.name}; {' or '.join(task.heads)} can.")
+    if head == "question_answering":
+        names = placeholders(task.prompt)
+        if "context" not in names or "question" not in names[: len(names) - 1 - names[::-1].index("context")]:
+            raise ValueError(
+                f"{task.origin}: for the head question_answering the prompt must have {{question}} before {{context}}: "
+                "the base reads from left to right, and would find the same span for every question. Turn them "
+                "round, or take the head generation."
+            )
     return head
 
 
