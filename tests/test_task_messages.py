@@ -111,6 +111,20 @@ def test_other_forms_of_entities_are_refused_with_a_row_of_the_right_one(tmp_pat
     assert read.tags == ("B-name", "I-name", "O", "B-address")
 
 
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("cluener", {"text": "", "label": {}}, r"json:2: there is no text to tag"),
+        ("adgen", {"content": "裤", "summary": " "}, r"json:2: the field 'summary' is empty, .* train needs a target"),
+    ],
+)
+def test_nothing_to_tag_or_to_write_is_refused(tmp_path, name, row, message):
+    good = {"text": "王", "label": {}, "content": "裤", "summary": "宽松"}
+    lines(tmp_path / "train.json", good, row)
+    with pytest.raises(ValueError, match=message):
+        read_examples(load_task(name), tmp_path, "train")
+
+
 # Task files
 
 

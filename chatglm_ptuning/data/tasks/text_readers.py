@@ -138,7 +138,11 @@ def _target(source: SplitSource, row: Row) -> str | None:
     value = source.get(row, "target")
     if value in (None, "") and not source.needs_gold:
         return None
-    return source.text(row, "target")
+    target = source.text(row, "target")
+    if not target.strip() and source.needs_gold:
+        column = source.fields["target"]
+        fail(row, f"the field '{column}' is empty, and the split {source.split} needs a target; delete the row.")
+    return target
 
 
 def read_lcsts(source: SplitSource) -> list[GenerationExample]:

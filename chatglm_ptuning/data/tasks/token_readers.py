@@ -130,6 +130,8 @@ def _example(
     source: SplitSource, index: int | str, where: str, tokens: Sequence[str], tags: Sequence[str] | None
 ) -> TokenExample:
     known = source.task.tags
+    if not tokens and source.needs_gold:
+        raise ValueError(f"{where}: there is no text to tag; delete the row.")
     if tags is not None and len(tags) != len(tokens):
         raise ValueError(f"{where}: {len(tokens)} tokens and {len(tags)} tags; there must be a tag for each token.")
     for place, tag in enumerate(tags or ()):
