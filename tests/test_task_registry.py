@@ -1,5 +1,6 @@
 """Task files: those that the kit ships, one that a user adds, and what is refused."""
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -175,6 +176,10 @@ def test_the_documentation_names_every_reader_and_its_example_is_a_task(tmp_path
     from chatglm_ptuning.data.tasks.schema import METRICS, READERS, SUBMISSIONS
 
     assert all(f"`{name}`" in text for name in (*READERS, *METRICS, *SUBMISSIONS))
+    named = {row.split("`")[1]: row for row in text.split("| in the prompt |")[1].split("\n") if row.startswith("| `")}
+    for name, kind in READERS.items():
+        cell = named[name].split("|")[2]
+        assert set(re.findall(r"{(\w+)}", cell)) == {*kind.in_prompt, *["labels"] * kind.labels}, name
 
 
 @pytest.mark.parametrize("name", ["cmrc2018", "drcd"])
