@@ -323,6 +323,15 @@ def test_a_run_on_another_task_does_not_go_on_in_the_same_folder(base, data, tmp
     assert json.loads((run / "prefix_config.json").read_text("utf-8"))["task"] == "weather"
 
 
+def test_another_prompt_than_in_training_is_pointed_out(base, data, runs, tmp_path, caplog):
+    run = runs("sequence_classification")[0]
+    evaluate(base, data, "mood.yaml", tmp_path / "same", "--ptuning_checkpoint", run)
+    assert "with the prompt" not in caplog.text
+    (data / "reworded.yaml").write_text(MOODS.replace("问：{text}答：", "{text}，{labels}？"), "utf-8")
+    evaluate(base, data, "reworded.yaml", tmp_path / "other", "--ptuning_checkpoint", run)
+    assert "was trained with the prompt '问：{text}答：'; now it is '{text}，很好、有雨？'." in caplog.text
+
+
 def test_tags_stand_on_what_they_were_trained_on(base, data, tmp_path):
     train(base, data, "cluener", tmp_path / "run", "--token_unit", "characters", steps=1)
     for more, unit in (([], "characters"), (["--token_unit", "pieces"], "pieces")):

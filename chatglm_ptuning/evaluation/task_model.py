@@ -23,6 +23,8 @@ TOKEN_UNIT = "token_unit"
 """Key of `PrefixMetadata.training`: what a tag stood on, of a prefix for tags."""
 TRAIN_SPLIT = "split"
 """Key of `PrefixMetadata.training`: the split of the task that it was trained on."""
+PROMPTS = "prompts"
+"""Key of `PrefixMetadata.training`: what each task asked, by its name (`asked_of`)."""
 
 
 def model_settings(task: Task, head: str) -> dict[str, Any]:
@@ -53,6 +55,11 @@ def recorded_details(checkpoint: str | Path, base: str, hub: str = "hf", revisio
     metadata = read_prefix(checkpoint, config).metadata
     return {"task": metadata.task, "head": metadata.head, "labels": metadata.labels,
             "tasks": metadata.tasks, "training": metadata.training}  # fmt: skip
+
+
+def asked_of(task: Task) -> str:
+    """The prompt of a task with the verbalisers of its labels in their place."""
+    return task.prompt.replace("{labels}", "、".join(task.labels.values()))
 
 
 def tasks_of(details: Mapping[str, Any]) -> dict[str, tuple[str, list[str] | None]]:
@@ -100,6 +107,9 @@ def recorded_head(details: Mapping[str, Any], task: Task, asked: str | None, sou
     before = details.get("task")
     if details.get("head") is not None and before not in (None, task.name):
         logger.warning(f"What is in {source} was trained for the task {before}, and is used for {task.name}.")
+    prompt = details.get("training", {}).get(PROMPTS, {}).get(task.name)
+    if prompt not in (None, asked_of(task)):
+        logger.warning(f"What is in {source} was trained with the prompt {prompt!r}; now it is {asked_of(task)!r}.")
     names = label_names(task, head)
     if names is not None and labels is None:
         raise ValueError(

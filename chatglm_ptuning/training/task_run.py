@@ -12,8 +12,10 @@ from chatglm_ptuning.data.tasks.examples import AnyExample, has_gold
 from chatglm_ptuning.data.tasks.submission import can_submit
 from chatglm_ptuning.evaluation.table import print_scores
 from chatglm_ptuning.evaluation.task_model import (
+    PROMPTS,
     TOKEN_UNIT,
     TRAIN_SPLIT,
+    asked_of,
     model_settings,
     recorded_details,
     recorded_head,
@@ -95,6 +97,7 @@ class TaskRun(TrainingRun):
         details = super().details()
         if self.args.do_train:
             details["training"][TRAIN_SPLIT] = self._split_name("train", self.data_args.train_split)
+        details["training"][PROMPTS] = {self.task.name: asked_of(self.task)}
         if self.encoder.head == "token_classification":
             details["training"][TOKEN_UNIT] = self.encoder.token_unit
         recorded = {"task": self.task.name, "head": self.encoder.head, "labels": None if names is None else list(names)}

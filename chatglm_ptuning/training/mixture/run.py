@@ -12,7 +12,7 @@ from chatglm_ptuning.data.tasks.arguments import TaskArguments, usual_split
 from chatglm_ptuning.data.tasks.encode import TaskEncoder, label_names
 from chatglm_ptuning.data.tasks.examples import AnyExample
 from chatglm_ptuning.data.tasks.mixture import MixedTask, read_mixture
-from chatglm_ptuning.evaluation.task_model import TOKEN_UNIT
+from chatglm_ptuning.evaluation.task_model import PROMPTS, TOKEN_UNIT, asked_of
 from chatglm_ptuning.evaluation.task_predictions import predict_together
 from chatglm_ptuning.evaluation.task_report import score_task
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMPreTrainedModel
@@ -169,6 +169,7 @@ class MixtureRun(TrainingRun):
         details = super().details()
         details["task"] = Path(self.data_args.task_mixture or "").stem
         details["training"][TOKEN_UNIT] = next(iter(self.encoders.values())).token_unit
+        details["training"][PROMPTS] = {entry.task.name: asked_of(entry.task) for entry in self.mixture.tasks}
         details["tasks"] = {
             entry.task.name: {"head": entry.head, "labels": label_names(entry.task, entry.head)}
             for entry in self.mixture.tasks
