@@ -446,3 +446,61 @@ def test_two_processes_train_and_predict_as_one(base, data, head, tmp_path):
         one, two = ([entry[metric] for entry in state["log_history"] if metric in entry] for state in states)
         assert len(one) == 3 and one == pytest.approx(two, rel=1e-3)
     assert results[0]["eval_loss"] == pytest.approx(results[1]["eval_loss"], rel=1e-3)
+
+
+UNEVEN = """
+name: pick
+title: a text among several
+reader: choices
+fields: {context: text, question: question, candidates: answers, answer: right, id: number}
+prompt: "{context}问：{question}"
+metric: accuracy
+pre_seq_len: 4
+learning_rate: 1.0e-2
+files: {train: train.jsonl, dev: dev.jsonl}
+"""
+
+
+def write_uneven(kind: str, folder: Path) -> str:
+    """Two examples of which one takes several passes of the model where the other takes one; the task's name."""
+    texts = ["今天天气很好" * 30, "甲乙丙丁戊"]
+    if kind == "token_classification":
+        rows = [{"text": text, "label": {"name": {text[:2]: [[0, 1]]}}} for text in texts]
+        for split in ("train", "dev"):
+            lines(folder / "cluener" / f"{split}.json", rows)
+        return "cluener"
+    if kind == "question_answering":
+        paragraphs = [
+            {"context": text, "qas": [{"id": text, "question": "谁", "answers": [{"text": "甲", "answer_start": 0}]}]}
+            for text in ("甲" + text for text in texts)
+        ]
+        for split in ("train", "dev"):
+            content = json.dumps({"data": [{"paragraphs": paragraphs}]}, ensure_ascii=False)
+            (folder / f"cmrc2018_{split}.json").write_text(content, "utf-8")
+        return "cmrc2018"
+    (folder / "pick.yaml").write_text(UNEVEN, "utf-8")
+    answers = [[beginning + 2 * texts[0] for beginning in "甲乙丙"], ["我", "你"]]
+    asked = {"text": "今天", "question": "谁", "right": 0}
+    rows = [{**asked, "number": number, "answers": row} for number, row in enumerate(answers)]
+    for split in ("train", "dev"):
+        lines(folder / f"{split}.jsonl", rows)
+    return "pick.yaml"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["token_classification", "question_answering", "multiple_choice"])
+def test_processes_that_share_a_base_keep_step_where_one_has_more_to_compute(base, tmp_path, kind):
+    task = write_uneven(kind, tmp_path)
+    argv = flags(
+        base, tmp_path, task, "--do_train", "--do_predict", "--predict_split", "dev", "--max_steps", "1",
+        "--pre_seq_len", "4", "--per_device_train_batch_size", "1", "--per_device_eval_batch_size", "1",
+        "--disable_tqdm", "true", "--max_source_length", "128", "--doc_stride", "8", "--report_drift", "false",
+        "--output_dir", tmp_path / "run",
+    )  # fmt: skip
+    config = Path(__file__).resolve().parents[1] / "ds_config" / "zero3.json"
+    processes.run([*argv, "--deepspeed", str(config)], 2, tmp_path / "logs", seconds=150)
+    more = ["--split", "dev", "--ptuning_checkpoint", tmp_path / "run", "--max_source_length", 128, "--doc_stride", 8]
+    evaluate(base, tmp_path, task, tmp_path / "alone", *more)
+    together, alone = (read(tmp_path / place / "predictions.jsonl") for place in ("run/predict", "alone"))
+    assert [row["prediction"] for row in together] == [row["prediction"] for row in alone]
+    assert [row["confidence"] for row in together] == pytest.approx([row["confidence"] for row in alone], abs=1e-4)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +13,7 @@ from chatglm_ptuning.data.chat_format import render
 from chatglm_ptuning.data.collate import PaddingCollator
 from chatglm_ptuning.data.conversation import Conversation, Message
 from chatglm_ptuning.evaluation.generate import bidirectional_rows
+from chatglm_ptuning.model.zero3 import most_of_processes
 
 if TYPE_CHECKING:
     from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
@@ -188,12 +188,14 @@ def _score_batch(
     after_prompt = output.last_hidden_state[:, -1]
     cache = output.past_key_values
     scores = [torch.zeros(len(row)) for row in candidates]
-    for trees in zip_longest(*(_trees(row, chunk_size) for row in candidates)):
-        trees = [tree or _Tree() for tree in trees]
+    of_rows = [list(_trees(row, chunk_size)) for row in candidates]
+    for turn in range(most_of_processes(model, max(map(len, of_rows)))):
+        trees = [row[turn] if turn < len(row) else _Tree() for row in of_rows]
+        nodes = most_of_processes(model, max(len(tree.tokens) for tree in trees))
         hidden = after_prompt[:, None]
-        if any(tree.tokens for tree in trees):
-            inner = _run_trees(model, trees, mask, cache)
-            cache.crop(-inner.shape[1])  # what is left is the prompt, for the next trees
+        if nodes:
+            inner = _run_trees(model, trees, nodes, mask, cache)
+            cache.crop(-nodes)  # what is left is the prompt, for the next trees
             hidden = torch.cat((hidden, inner), dim=1)
         for row, tree in enumerate(trees):
             values = _log_probabilities(model, hidden[row], tree, chunk_size)
@@ -203,10 +205,9 @@ def _score_batch(
 
 
 def _run_trees(
-    model: ChatGLMForConditionalGeneration, trees: Sequence[_Tree], prompt_mask: torch.Tensor, cache: Cache
+    model: ChatGLMForConditionalGeneration, trees: Sequence[_Tree], nodes: int, prompt_mask: torch.Tensor, cache: Cache
 ) -> torch.Tensor:
     """Hidden states of the inner nodes `[batch, nodes, hidden_size]`; rows with fewer nodes are filled up."""
-    nodes = max(len(tree.tokens) for tree in trees)
     rows, device = len(trees), prompt_mask.device
     input_ids = torch.zeros(rows, nodes, dtype=torch.long)
     depths = torch.zeros(rows, nodes, dtype=torch.long)
@@ -232,8 +233,7 @@ def _log_probabilities(
     """log P(token | node) of every step that a candidate takes; the node -1 is the end of the prompt."""
     wanted = sorted({step for steps in tree.steps for step in steps})
     values: dict[tuple[int, int], float] = {}
-    last = max((node for node, _ in wanted), default=-2) + 1
-    for start in range(0, last + 1, chunk_size):
+    for start in range(0, len(hidden), chunk_size):  # of all rows alike, as processes that share a base keep step
         logits = model.transformer.output_layer(hidden[start : start + chunk_size]).float()
         steps = [step for step in wanted if start <= step[0] + 1 < start + chunk_size]
         if not steps:

@@ -61,7 +61,8 @@ def do_together(
     """The result of every item, in their order; the items are shared among the processes, if there are several.
 
     Process `r` of `n` takes the items `r`, `r + n`, ... Where they do not come out even it takes one of its own twice,
-    as with a partitioned base (ZeRO-3) all processes have to compute equally often.
+    as with a partitioned base (ZeRO-3) all processes have to compute equally often. Where an item may take several
+    passes of the model, `work` has to see to that itself, by `most_of_processes`.
 
     Args:
         work: gives a result for each item it is given.

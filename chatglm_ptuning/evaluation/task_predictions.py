@@ -25,6 +25,7 @@ from chatglm_ptuning.evaluation.candidates import (
 )
 from chatglm_ptuning.evaluation.generate import generate_answers
 from chatglm_ptuning.evaluation.parallel import do_together, is_first_process
+from chatglm_ptuning.model.zero3 import most_of_processes
 
 if TYPE_CHECKING:
     from chatglm_ptuning.model.modeling_chatglm import ChatGLMPreTrainedModel
@@ -283,11 +284,15 @@ def _forward(
     model.eval()
     try:
         with torch.no_grad(), _progress(len(rows), what) as bar:
-            for start in range(0, len(order), settings.batch_size):
-                places = order[start : start + settings.batch_size]
+            size = settings.batch_size
+            batches = [order[start : start + size] for start in range(0, len(order), size)]
+            for turn in range(most_of_processes(model, len(batches))):
+                places = batches[min(turn, len(batches) - 1)]
                 batch = collate([{"input_ids": rows[place]} for place in places])
-                yield places, model(**{name: value.to(model.device) for name, value in batch.items()}, use_cache=False)
-                bar.update(len(places))
+                output = model(**{name: value.to(model.device) for name, value in batch.items()}, use_cache=False)
+                if turn < len(batches):  # after that only other processes have something to compute
+                    yield places, output
+                    bar.update(len(places))
     finally:
         for module in training:
             module.training = True

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 
 def is_partitioned(parameters: Iterable[torch.Tensor]) -> bool:
@@ -21,6 +21,18 @@ def is_partitioned(parameters: Iterable[torch.Tensor]) -> bool:
 def whole_shape(parameter: torch.Tensor) -> torch.Size:
     """The shape of the whole parameter, also where ZeRO-3 has partitioned it."""
     return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def most_of_processes(model: nn.Module, count: int) -> int:
+    """The largest of the processes' counts, if their model is partitioned; otherwise the own one.
+
+    So often each has to call a module, though it has less to compute than others: a call gathers parameters from all.
+    """
+    if not is_partitioned(model.parameters()):
+        return count
+    most = torch.tensor(count, device=model.device)
+    distributed.all_reduce(most, distributed.ReduceOp.MAX)
+    return int(most)
 
 
 def gathered(parameters: Iterable[torch.Tensor], *, modify: bool = False) -> AbstractContextManager[None]:
