@@ -281,6 +281,15 @@ def test_a_run_reports_every_task_and_the_best_by_their_mean(run):
     assert any(f"loss_{name}" in entry for entry in logged for name in METRICS)
 
 
+def test_every_task_has_its_own_loss_where_the_loaders_of_evaluations_are_kept(folder, run, tmp_path):
+    more = f"--task_mixture {folder / 'mix.yaml'} --ptuning_checkpoint {run} --do_train false --do_eval"
+    workers = "--dataloader_num_workers 1 --dataloader_persistent_workers true"
+    train(flags(folder, tmp_path, *more.split(), *workers.split()))
+    ours, theirs = (json.loads((path / "all_results.json").read_text()) for path in (tmp_path, run))
+    losses = [f"eval_{name}_loss" for name in METRICS]
+    assert [ours[name] for name in losses] == pytest.approx([theirs[name] for name in losses])
+
+
 def test_a_resumed_run_ends_as_an_uninterrupted_one(folder, run, tmp_path):
     shutil.copytree(run / "checkpoint-3", tmp_path / "run" / "checkpoint-3")
     argv = flags(folder, tmp_path / "run", "--task_mixture", str(folder / "mix.yaml"), "--pre_seq_len", "3")

@@ -134,8 +134,10 @@ class PrefixTrainer(Trainer):
         super()._run_epoch(epoch=epoch, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As the Trainer's; under several processes filled up as in training."""
-        rows = self.eval_dataset if eval_dataset is None or isinstance(eval_dataset, str) else eval_dataset
+        """As the Trainer's; under several processes filled up as in training, except rows that are meant by name."""
+        if isinstance(eval_dataset, str):
+            return super().get_eval_dataloader(eval_dataset)
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
         return super().get_eval_dataloader(PaddedRows(rows, self._rows_at_once(self.args.eval_batch_size)))
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:

@@ -73,7 +73,6 @@ class MixtureRun(TrainingRun):
                 limit = entry.max_eval_samples or flags.max_eval_samples
                 self.watched[name] = self._examples_of(entry, "dev", entry.eval_split, limit)
                 self.eval_rows[name] = self._rows(name, self.watched[name])
-        self.eval_examples = [row for rows in self.eval_rows.values() for row in rows]
         self.probabilities = self.mixture.probabilities(list(self.train_sizes.values())) if args.do_train else []
         if args.should_save:
             self._show()
@@ -120,14 +119,13 @@ class MixtureRun(TrainingRun):
             model=self.model,
             args=self.args,
             train_dataset=self.train_examples or None,
-            eval_dataset=self.eval_examples or None,
+            eval_dataset=self.eval_rows or None,
             data_collator=OneTaskCollator({name: self._padding(name) for name in self.encoders}),
             replay=self._replay(),
             tuning=self.tuning,
             details=self.details(),
             train_sizes=self.train_sizes,
             probabilities=self.probabilities,
-            eval_rows=self.eval_rows,
             score=self._score,
         )
 

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from chatglm_ptuning.data.collate import PaddingCollator
 from chatglm_ptuning.training.mixture.sampler import MixtureSampler
-from chatglm_ptuning.training.sampler import TASK_KEY, row_lengths
+from chatglm_ptuning.training.sampler import TASK_KEY, PaddedRows, row_lengths
 from chatglm_ptuning.training.trainer import PrefixTrainer
 
 logger = logging.get_logger(__name__)
@@ -41,10 +41,10 @@ class MixtureTrainer(PrefixTrainer):
     """Trains one prefix on several tasks.
 
     Args:
-        args, kwargs: as for `PrefixTrainer`; `train_dataset` has the rows of all tasks, those of a task together.
+        args, kwargs: as for `PrefixTrainer`; `train_dataset` has the rows of all tasks, those of a task together, and
+            `eval_dataset` those of each task to compute its loss on, by its name.
         train_sizes: rows of each task in `train_dataset`, in their order.
         probabilities: of drawing each task.
-        eval_rows: rows of each task to compute its loss on, by its name.
         score: gives a task's scores and the name of the one that enters the mean.
     """
 
@@ -53,14 +53,14 @@ class MixtureTrainer(PrefixTrainer):
         *args: Any,
         train_sizes: Mapping[str, int],
         probabilities: Sequence[float],
-        eval_rows: Mapping[str, Sequence[dict[str, Any]]],
         score: Callable[[str], tuple[dict[str, float], str]],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.train_sizes = dict(train_sizes)
         self.probabilities = probabilities
-        self.eval_rows = eval_rows
+        at_once = self._rows_at_once(self.args.eval_batch_size)
+        self.eval_dataset = {task: PaddedRows(rows, at_once) for task, rows in (self.eval_dataset or {}).items()}
         self.score = score
         self._drawn: set[str] = set()
         self._losses = torch.zeros(2, len(self.train_sizes), dtype=torch.float64)
@@ -114,10 +114,11 @@ class MixtureTrainer(PrefixTrainer):
         """
         metrics: dict[str, float] = {}
         losses, scores = [], []
-        for task, rows in self.eval_rows.items():
+        for task in self.eval_dataset:
             prefix = f"{metric_key_prefix}_{task}"
+            # By name: the Trainer keeps persistent workers' loaders, and those without a name are one to it.
             loop = self.evaluation_loop(
-                self.get_eval_dataloader(rows), task, prediction_loss_only=True, metric_key_prefix=prefix
+                self.get_eval_dataloader(task), task, prediction_loss_only=True, metric_key_prefix=prefix
             )
             of_task, own = self.score(task)
             losses.append(loop.metrics[f"{prefix}_loss"])
