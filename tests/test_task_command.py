@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from pathlib import Path
 
 import processes
@@ -330,6 +331,26 @@ def test_another_prompt_than_in_training_is_pointed_out(base, data, runs, tmp_pa
     (data / "reworded.yaml").write_text(MOODS.replace("问：{text}答：", "{text}，{labels}？"), "utf-8")
     evaluate(base, data, "reworded.yaml", tmp_path / "other", "--ptuning_checkpoint", run)
     assert "was trained with the prompt '问：{text}答：'; now it is '{text}，很好、有雨？'." in caplog.text
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+def test_attention_that_cannot_score_candidates_is_refused_before_the_base_is_loaded(
+    base, data, tmp_path, capsys, attention
+):
+    tokenizer_alone = tmp_path / "base"
+    shutil.copytree(base, tokenizer_alone, ignore=shutil.ignore_patterns("*.safetensors"))
+    words = ["--do_train", "--output_dir", tmp_path / "run", "--attn_implementation", attention]
+    argv = flags(tokenizer_alone, data, "mood.yaml", *words)
+    candidates = f"--attn_implementation {attention} does not go with mood and the head generation"
+    for what in ("--do_eval", "--do_predict"):
+        said = refusal(capsys, training.main, [*argv, "--head", "generation", what, "--predict_split", "dev"])
+        assert candidates in " ".join(said.split())
+    mixture = tmp_path / "mix.yaml"
+    mixture.write_text(f"tasks: {{mood: {{task: {data}/mood.yaml, task_data: {data}, head: generation}}}}", "utf-8")
+    mixed = ["--task_mixture", mixture, "--model_name_or_path", tokenizer_alone, "--do_eval", *words]
+    assert candidates in " ".join(refusal(capsys, training.main, list(map(str, mixed))).split())
+    linear = refusal(capsys, training.main, [*argv, "--head", "sequence_classification", "--do_eval"])
+    assert candidates not in " ".join(linear.split())  # but that there are no weights
 
 
 def test_tags_stand_on_what_they_were_trained_on(base, data, tmp_path):

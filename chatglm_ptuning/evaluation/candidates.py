@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
     from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
+CANDIDATE_ATTENTIONS = ("sdpa", "eager")
+"""Attention implementations that take the mask of a tree of candidates."""
+
 
 def encode_candidates(tokenizer: ChatGLMTokenizer, answers: Sequence[str]) -> list[list[int]]:
     """Each answer's ids as they follow a prompt of the chat format, with the token that ends an answer.
@@ -68,7 +71,7 @@ def score_candidates(
     per_prompt = _per_prompt(prompts, candidates, batch_size, chunk_size)
     model.check_prefix_is_trained()
     implementation = model.config._attn_implementation
-    if implementation not in ("sdpa", "eager"):
+    if implementation not in CANDIDATE_ATTENTIONS:
         raise ValueError(
             f"Candidates are scored with a mask of their own, which attention {implementation!r} does not take: "
             "call model.set_attn_implementation('sdpa')."

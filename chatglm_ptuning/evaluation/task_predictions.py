@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from chatglm_ptuning.data.collate import PaddingCollator, row_length
-from chatglm_ptuning.data.tasks.encode import TaskEncoder
+from chatglm_ptuning.data.tasks.encode import ANSWERING_HEADS, TaskEncoder
 from chatglm_ptuning.data.tasks.encode_spans import SpanWindow, encode_question
 from chatglm_ptuning.data.tasks.encode_tags import TagWindow, encode_tokens, tags_of
 from chatglm_ptuning.data.tasks.examples import AnyExample, ChoiceExample, QuestionExample, TextExample, TokenExample
@@ -98,9 +98,14 @@ def predict(
         return _tag(model, encoder, examples, settings)
     if encoder.head == "question_answering":
         return _extract(model, encoder, examples, settings)
-    if isinstance(examples[0], (TextExample, ChoiceExample)):
+    if chooses_candidates(encoder.head, examples):
         return _choose(model, encoder, examples, settings)
     return _write(model, encoder, examples, settings)
+
+
+def chooses_candidates(head: str, examples: Sequence[AnyExample]) -> bool:
+    """Whether `predict` answers such examples by the score of candidates, not by a linear head or a written text."""
+    return head in ANSWERING_HEADS and bool(examples) and isinstance(examples[0], (TextExample, ChoiceExample))
 
 
 def _write(

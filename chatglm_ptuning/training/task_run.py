@@ -10,6 +10,7 @@ from chatglm_ptuning.data.tasks.arguments import submission_variant, usual_split
 from chatglm_ptuning.data.tasks.encode import ANSWERING_HEADS, TaskEncoder, head_of, label_names
 from chatglm_ptuning.data.tasks.examples import AnyExample, has_gold
 from chatglm_ptuning.data.tasks.submission import can_submit
+from chatglm_ptuning.evaluation.candidates import CANDIDATE_ATTENTIONS
 from chatglm_ptuning.evaluation.table import print_scores
 from chatglm_ptuning.evaluation.task_model import (
     PROMPTS,
@@ -21,10 +22,15 @@ from chatglm_ptuning.evaluation.task_model import (
     recorded_head,
     recorded_token_unit,
 )
-from chatglm_ptuning.evaluation.task_predictions import Prediction, PredictionSettings, predict_together
+from chatglm_ptuning.evaluation.task_predictions import (
+    Prediction,
+    PredictionSettings,
+    chooses_candidates,
+    predict_together,
+)
 from chatglm_ptuning.evaluation.task_report import TaskScores, score_task, write_results
 from chatglm_ptuning.prefix.checkpoint import kit_version
-from chatglm_ptuning.training.arguments import DataArguments, PrefixTrainingArguments
+from chatglm_ptuning.training.arguments import DataArguments, ModelArguments, PrefixTrainingArguments
 from chatglm_ptuning.training.file_run import TrainingRun
 from chatglm_ptuning.training.head_start import start_head
 from chatglm_ptuning.training.trainer import PrefixTrainer
@@ -58,6 +64,8 @@ class TaskRun(TrainingRun):
         self.tested = self._split("test", flags.predict_split, flags.max_predict_samples) if args.do_predict else []
         whole = flags.max_predict_samples is None and flags.subjects is None
         self.may_submit = whole and bool(self.tested) and can_submit(self.task, self.tested)
+        for examples in (self.watched, self.tested):
+            check_attention(self.model_args, self.encoder, examples)
         self.train_examples = self.encoder.training_rows(training)
         self.eval_examples = self.encoder.training_rows(self.watched)
         if args.should_save:
@@ -174,6 +182,22 @@ class TaskRun(TrainingRun):
     def _score_base(self) -> dict[str, float]:
         with self.tuning.plain_base():
             return self._score(self.tested).metrics
+
+
+def check_attention(model_args: ModelArguments, encoder: TaskEncoder, examples: Sequence[AnyExample]) -> None:
+    """Before the base is loaded: whether its attention will do for predictions on these examples.
+
+    Raises:
+        ValueError: naming the flag, if it will not.
+    """
+    implementation = model_args.attn_implementation
+    if implementation in (None, *CANDIDATE_ATTENTIONS) or not chooses_candidates(encoder.head, examples):
+        return
+    raise ValueError(
+        f"--attn_implementation {implementation} does not go with {encoder.task.name} and the head {encoder.head}: its "
+        f"candidate answers are scored with a mask that only {' and '.join(CANDIDATE_ATTENTIONS)} take. Give one of "
+        "these, or leave --do_eval and --do_predict out."
+    )
 
 
 def prediction_settings(flags: DataArguments, args: PrefixTrainingArguments) -> PredictionSettings:

@@ -22,7 +22,7 @@ from chatglm_ptuning.training.head_start import start_head
 from chatglm_ptuning.training.mixture.trainer import MixtureTrainer, OneTaskCollator
 from chatglm_ptuning.training.sampler import TASK_KEY
 from chatglm_ptuning.training.source_attention import source_of_rows
-from chatglm_ptuning.training.task_run import prediction_settings
+from chatglm_ptuning.training.task_run import check_attention, prediction_settings
 from chatglm_ptuning.training.trainer import PrefixTrainer
 
 
@@ -72,6 +72,7 @@ class MixtureRun(TrainingRun):
             if args.do_eval:
                 limit = entry.max_eval_samples or flags.max_eval_samples
                 self.watched[name] = self._examples_of(entry, "dev", entry.eval_split, limit)
+                check_attention(self.model_args, self.encoders[name], self.watched[name])
                 self.eval_rows[name] = self._rows(name, self.watched[name])
         self.probabilities = self.mixture.probabilities(list(self.train_sizes.values())) if args.do_train else []
         if args.should_save:
