@@ -298,6 +298,16 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(folder, run, tmp_path):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_only_tasks_that_had_no_step_before_a_resumption_either_are_warned_of(folder, tmp_path, caplog):
+    argv = flags(folder, tmp_path, "--task_mixture", str(folder / "mix.yaml"), "--pre_seq_len", "3", "--seed", "3")
+    train([*argv, "--max_steps", "3"])
+    assert "No step was of" not in caplog.text  # with this seed they are of all three tasks
+    train([*argv, "--max_steps", "4", "--resume_from_checkpoint", "true"])
+    assert "No step was of" not in caplog.text
+    train([*argv, "--max_steps", "1"])
+    assert "No step was of" in caplog.text
+
+
 @pytest.mark.parametrize("name", METRICS)
 def test_each_task_is_evaluated_with_its_own_head(folder, run, tmp_path, name):
     argv = ["--model_name_or_path", str(folder / "base"), "--ptuning_checkpoint", str(run), "--split", "dev"]

@@ -62,7 +62,6 @@ class MixtureTrainer(PrefixTrainer):
         at_once = self._rows_at_once(self.args.eval_batch_size)
         self.eval_dataset = {task: PaddedRows(rows, at_once) for task, rows in (self.eval_dataset or {}).items()}
         self.score = score
-        self._drawn: set[str] = set()
         self._losses = torch.zeros(2, len(self.train_sizes), dtype=torch.float64)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
@@ -82,15 +81,23 @@ class MixtureTrainer(PrefixTrainer):
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As the PrefixTrainer's; warns of tasks whose turn never came."""
         result = super().train(*args, **kwargs)
-        missed = [task for task in self.train_sizes if task not in self._drawn]
+        drawn = self._drawn()
+        missed = [task for number, task in enumerate(self.train_sizes) if number not in drawn]
         if missed:
             logger.warning(f"No step was of {', '.join(missed)}: train for longer, or draw it more often.")
         return result
 
+    def _drawn(self) -> set[int]:
+        """Numbers of the tasks of all steps so far, those before a resumption too."""
+        sampler, steps, drawn = self._epoch_sampler, self.state.global_step, set()
+        for epoch in range(-(-steps // sampler.steps)):
+            sampler.set_epoch(epoch)
+            drawn |= set(sampler.tasks_of_steps()[: steps - epoch * sampler.steps])
+        return drawn
+
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the PrefixTrainer's; adds the loss up by task."""
         loss = super().training_step(model, inputs, *args, **kwargs)
-        self._drawn.add(inputs[TASK_KEY])
         place = list(self.train_sizes).index(inputs[TASK_KEY])
         self._losses[0, place] += float(loss)
         self._losses[1, place] += 1 / self.args.gradient_accumulation_steps
