@@ -260,6 +260,14 @@ def test_a_checkpoint_holds_every_head_and_says_whose(folder, shared):
         ChatGLMForMultipleTasks(load_model(str(folder / "base")), {"keys": TaskHead("question_answering")})
 
 
+def test_heads_leave_the_devices_of_the_base_as_they_are(folder):
+    base = load_model(str(folder / "base"))
+    base.transformer.encoder.layers[1].to("meta")  # stands for another device, from which nothing may be moved
+    model = ChatGLMForMultipleTasks(base, {"mood": TaskHead("sequence_classification", ["good", "bad"])})
+    assert {parameter.device.type for parameter in model.transformer.encoder.layers[1].parameters()} == {"meta"}
+    assert model.heads["mood"].weight.device == base.device
+
+
 def _heads_of(path: Path) -> dict[str, TaskHead]:
     recorded = json.loads((path / METADATA_FILE).read_text(encoding="utf-8"))["tasks"]
     return {name: TaskHead(entry["head"], entry["labels"]) for name, entry in recorded.items()}

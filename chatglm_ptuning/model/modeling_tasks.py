@@ -64,8 +64,9 @@ class ChatGLMForMultipleTasks(ChatGLMPreTrainedModel):
             if head.labels is not None:
                 config.id2label = dict(enumerate(head.labels))
                 config.label2id = {label: place for place, label in enumerate(head.labels)}
-            model = model_class(config, self.transformer).to(language_model.device)
-            self.heads[name] = getattr(model, model.head_name)
+            model = model_class(config, self.transformer)
+            # Not the whole model, whose transformer may be spread over several devices.
+            self.heads[name] = getattr(model, model.head_name).to(language_model.device)
             self._of_task[name] = model
         for name in _OF_LOADING:
             if hasattr(language_model, name):
