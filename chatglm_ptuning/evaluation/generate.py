@@ -58,27 +58,21 @@ def generate_answers(
             selected prefix is untrained, or there is not one selected prefix per example.
     """
     _check_arguments(examples, batch_size, max_new_tokens, num_beams)
-    if not do_sample and (temperature is not None or top_p is not None):
-        raise ValueError(f"temperature={temperature} and top_p={top_p} are for sampling: set do_sample=True with them.")
+    settings = _generation_settings(
+        tokenizer,
+        temperature,
+        top_p,
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        do_sample=do_sample,
+        repetition_penalty=repetition_penalty,
+    )
     model.check_prefix_is_trained()
     selection = model.selected_prefix
     if isinstance(selection, tuple) and len(selection) != len(examples):
         raise ValueError(
             f"set_prefix named a prefix for each of {len(selection)} rows; there are {len(examples)} examples."
         )
-    stops = stop_ids(tokenizer)
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        do_sample=do_sample,
-        repetition_penalty=repetition_penalty,
-        eos_token_id=stops,
-        pad_token_id=tokenizer.pad_token_id,
-        use_cache=True,
-    )
-    if do_sample:
-        settings.update(temperature=1.0 if temperature is None else temperature, top_p=1.0 if top_p is None else top_p)
-        settings.update(top_k=0)
     bidirectional = bidirectional_rows(model, len(examples), source_attention)
     source_of = (lambda row: row["source_length"]) if any(bidirectional) else None
     pad = PaddingCollator(tokenizer.pad_token_id, "left", source_length=source_of)
@@ -101,9 +95,30 @@ def generate_answers(
             inputs = {name: value.to(model.device) for name, value in batch.items()}
             output = model.generate(**inputs, generation_config=settings)
             for row, new in zip(rows, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
-                answers[row] = answer_text(tokenizer, new, stops)
+                answers[row] = answer_text(tokenizer, new, settings.eos_token_id)
             bar.update(len(rows))
     return answers
+
+
+def _generation_settings(
+    tokenizer: ChatGLMTokenizer, temperature: float | None, top_p: float | None, **settings: Any
+) -> GenerationConfig:
+    """All settings of `generate`, so that it takes none from elsewhere.
+
+    Raises:
+        ValueError: if sampling settings come without `do_sample`.
+    """
+    if settings["do_sample"]:
+        settings |= {
+            "temperature": 1.0 if temperature is None else temperature,
+            "top_p": 1.0 if top_p is None else top_p,
+            "top_k": 0,
+        }
+    elif temperature is not None or top_p is not None:
+        raise ValueError(f"temperature={temperature} and top_p={top_p} are for sampling: set do_sample=True with them.")
+    return GenerationConfig(
+        **settings, eos_token_id=stop_ids(tokenizer), pad_token_id=tokenizer.pad_token_id, use_cache=True
+    )
 
 
 def bidirectional_rows(model: ChatGLMForConditionalGeneration, rows: int, source_attention: str | None) -> list[bool]:
