@@ -13,6 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from chatglm_ptuning import ChatGLMForSequenceClassification, ChatGLMForTokenClassification
 from chatglm_ptuning.cli import main
 from chatglm_ptuning.data.collate import PaddingCollator
+from chatglm_ptuning.training import head_start
 from chatglm_ptuning.training.head_start import probe_head
 
 NANO = Path(__file__).parents[1] / "data" / "chatglm-nano"
@@ -98,6 +99,27 @@ def test_several_labels_at_once_are_a_regression_each(make):
         two = torch.stack((torch.zeros(80), logits[:, place]), -1)
         assert is_a_regression_of_sklearn(two, states, labels[:, place].astype(int))
     assert logits[:, 2].unique().numel() == 1 and logits[0, 2] < -4, "a label that no row has"
+
+
+def test_large_fits_are_to_fewer_states_and_small_ones_to_all(make, monkeypatch):
+    fits = []
+    fit = LogisticRegression.fit
+    monkeypatch.setattr(LogisticRegression, "fit", lambda self, *rows: fits.append(len(rows[0])) or fit(self, *rows))
+    rows = rows_of(80, lambda ids: ids[-1] % 3)
+
+    def fitted():
+        fits.clear()
+        model = make(num_labels=3)
+        count = probe_head(model, model.classifier_head, rows, PaddingCollator(0), **SIZES)
+        return count, fits, model.classifier_head.weight.numel()
+
+    count, sizes, products = fitted()
+    assert (count, sizes) == (80, [64] * 4 + [80])
+    monkeypatch.setattr(head_start, "_CHOICE_STATES", 50)
+    monkeypatch.setattr(head_start, "_CHEAP_PRODUCTS", 79 * products)
+    assert fitted()[:2] == (80, [40] * 4 + [80])
+    monkeypatch.setattr(head_start, "MAX_PRODUCTS", 60 * products)
+    assert fitted()[:2] == (60, [48] * 4 + [60])
 
 
 def test_a_single_class_leaves_the_head_as_it_is(make):

@@ -23,6 +23,12 @@ from chatglm_ptuning.model.modeling_heads import Head
 HEAD_INITS = ("probe", "random")
 MAX_STATES = 20_000
 """States that a head is fitted to at most: 330 MB in float32 at a hidden size of 4,096."""
+MAX_PRODUCTS = 6_000_000_000
+"""States x hidden size x outputs of a fit at most. An iteration then takes 1.4 seconds of a core, and 200 are the most:
+five minutes. It is 12,309 states at a hidden size of 4,096 with 119 outputs; IFLYTEK has 12,133."""
+_CHOICE_STATES = 2_000
+"""States that are enough to choose the strength by, where a fit to all of them has more than `_CHEAP_PRODUCTS`."""
+_CHEAP_PRODUCTS = 500_000_000
 _STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 _HELD_OUT = 0.2
 _FEW = 20
@@ -66,15 +72,15 @@ def probe_head(
 ) -> int:
     """Sets the head to the logistic regression from its present inputs to the rows' labels.
 
-    Its strength of regularisation is chosen on a fifth of the rows. Several labels at once are as many regressions.
-    Every process of a job computes the same head.
+    Its strength of regularisation is chosen on a fifth of the rows, in large fits of 2,000 of them. Several labels at
+    once are as many regressions. Every process of a job computes the same head.
 
     Args:
         model: that calls the head; its other parameters stay as they are.
         rows: training rows with `labels`: a class, a list of 0.0 and 1.0, or a class for each token.
         collate: makes a batch of rows.
         batch_size: rows in one forward pass.
-        seed: of the choice of rows, where there are more than `MAX_STATES` states.
+        seed: of the choice of rows, where there are more states than `MAX_STATES` or `MAX_PRODUCTS` allow.
 
     Returns:
         The number of states that the head was fitted to; 0 if it stays random, as all labels are the same.
@@ -102,6 +108,7 @@ def _states_and_labels(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Inputs of the head `[n, hidden_size]` and their labels `[n]` or `[n, num_labels]`."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    most = min(MAX_STATES, MAX_PRODUCTS // head.weight.numel())
     seen: list[torch.Tensor] = []
     hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float().cpu()))
     states, labels, count, training = [], [], 0, model.training
@@ -120,12 +127,12 @@ def _states_and_labels(
             states.append(of_batch)
             labels.append(target)
             count += len(target)
-            if count >= MAX_STATES:
+            if count >= most:
                 break
     finally:
         hook.remove()
         model.train(training)
-    return torch.cat(states)[:MAX_STATES].numpy(), torch.cat(labels)[:MAX_STATES].numpy()
+    return torch.cat(states)[:most].numpy(), torch.cat(labels)[:most].numpy()
 
 
 def _fit(states: np.ndarray, labels: np.ndarray, outputs: int, seed: int) -> tuple[np.ndarray, np.ndarray] | None:
@@ -133,15 +140,16 @@ def _fit(states: np.ndarray, labels: np.ndarray, outputs: int, seed: int) -> tup
     mean, scale = states.mean(0), states.std(0)
     scale = np.where(scale > 1e-6 * max(float(scale.max()), 1e-30), scale, 1.0)
     standard = (states - mean) / scale
+    choice = len(states) if states.size * outputs <= _CHEAP_PRODUCTS else _CHOICE_STATES
     if labels.ndim == 1:
-        fitted = _fit_classes(standard, labels, outputs, seed)
+        fitted = _fit_classes(standard, labels, outputs, choice, seed)
         if fitted is None:
             return None
         weight, bias = fitted
     else:
         weight, bias = np.zeros((outputs, states.shape[1])), np.zeros(outputs)
         for place, column in enumerate(labels.T):
-            binary = _fit_classes(standard, column.astype(np.int64), 2, seed)
+            binary = _fit_classes(standard, column.astype(np.int64), 2, choice, seed)
             if binary is None:
                 bias[place] = math.log((column.sum() + 0.5) / (len(column) - column.sum() + 0.5))
             else:
@@ -151,7 +159,7 @@ def _fit(states: np.ndarray, labels: np.ndarray, outputs: int, seed: int) -> tup
 
 
 def _fit_classes(
-    states: np.ndarray, labels: np.ndarray, outputs: int, seed: int
+    states: np.ndarray, labels: np.ndarray, outputs: int, choice: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -161,7 +169,7 @@ def _fit_classes(
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # near its optimum is near enough for a start
-        strength = _choose_strength(states, labels, seed)
+        strength = _choose_strength(states, labels, choice, seed)
         found = LogisticRegression(C=strength, max_iter=200).fit(states, labels)
     weight, bias = np.zeros((outputs, states.shape[1])), np.empty(outputs)
     if len(classes) == 2:  # one row of weights, for the second class
@@ -174,12 +182,12 @@ def _fit_classes(
     return weight, bias
 
 
-def _choose_strength(states: np.ndarray, labels: np.ndarray, seed: int) -> float:
-    """scikit-learn's C with the lowest loss on held-out rows."""
+def _choose_strength(states: np.ndarray, labels: np.ndarray, choice: int, seed: int) -> float:
+    """scikit-learn's C with the lowest loss on rows that are held out of `choice` of them."""
     from sklearn.linear_model import LogisticRegression
 
-    order = np.random.default_rng(seed).permutation(len(labels))
-    cut = int(len(labels) * _HELD_OUT)
+    order = np.random.default_rng(seed).permutation(len(labels))[:choice]
+    cut = int(len(order) * _HELD_OUT)
     held_out, fitted = order[:cut], order[cut:]
     known = np.unique(labels[fitted])
     held_out = held_out[np.isin(labels[held_out], known)]
