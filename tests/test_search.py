@@ -193,6 +193,9 @@ def test_what_had_no_room_is_tried_again_by_the_next_start(task, tmp_path, monke
     command(asked)
     assert settings(tmp_path) == [(2, 0.01)] and settings(tmp_path, "failed") == [(3, 0.01)]
     assert "chatglm_ptuning train" in (tmp_path / "best_command.sh").read_text("utf-8")
+    for _ in range(2):
+        command(asked)
+        assert settings(tmp_path, "failed") == [(3, 0.01)] and len(report(tmp_path)["trials"]) == 2
     monkeypatch.setattr(SEARCH + "train_once", failing_at(None, None))
     command(asked)
     assert settings(tmp_path) == [(2, 0.01), (3, 0.01)] and len(report(tmp_path)["trials"]) == 2

@@ -123,7 +123,7 @@ class Search:
         """Queues again what failed by more than its setting: the memory of a GPU may have been another program's."""
         for trial in self._trials():
             if trial.state.name == "FAIL" and "diverged" not in trial.user_attrs:
-                self._enqueue(**_finished_part(trial), retry_of=trial.number)
+                self._enqueue(**_finished_part(trial) | {"retry_of": trial.number, "workers_lost": 0})
 
     def _trials(self) -> list[optuna.trial.FrozenTrial]:
         return trials_that_count(self.study)
