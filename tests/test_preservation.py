@@ -261,10 +261,13 @@ def test_what_is_wrong_is_named(base, files, tmp_path, capsys, change, code, sai
     assert said in capsys.readouterr().err
 
 
+FINGERPRINT = {"shape": {"num_layers": 2}, "sample": {"w": [1.0, -2.0]}, "sample_sha256": "a", "quantized": []}
+
+
 def make_run(folder, name, told=None, **numbers):
     (folder / name).mkdir()
     (folder / name / "all_results.json").write_text(json.dumps(numbers), "utf-8")
-    of_rows = {"task": "train", "head": None, "base_fingerprint": {"num_layers": 2}}
+    of_rows = {"task": "train", "head": None, "base_fingerprint": FINGERPRINT}
     (folder / name / "prefix_config.json").write_text(json.dumps(of_rows | (told or {})), "utf-8")
     return str(folder / name)
 
@@ -300,17 +303,25 @@ def test_runs_of_one_weight_are_drawn_as_their_mean_with_its_deviation(tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "message"),
+    ("other", "message"),
     [
-        ("task", "tnews", "/a and .*/b differ in their task, train and tnews"),
-        ("head", "sequence_classification", "differ in their head, None and sequence_classification"),
-        ("base_fingerprint", {"num_layers": 3}, "differ in their base, .*2.* and .*3"),
+        ({"task": "tnews"}, "/a and .*/b differ in task mood and tnews: draw them apart"),
+        ({"head": "generation"}, "differ in head sequence_classification and generation"),
+        ({"base_fingerprint": FINGERPRINT | {"shape": {"num_layers": 3}}}, r"in their base \(num_layers is 3, not 2\)"),
     ],
 )
-def test_runs_of_different_trainings_are_not_drawn_together(tmp_path, key, value, message):
-    names = [make_run(tmp_path, "a", **numbers(1, 40)), make_run(tmp_path, "b", {key: value}, **numbers(1, 60))]
+def test_runs_of_different_trainings_are_not_drawn_together(tmp_path, other, message):
+    told = {"task": "mood", "head": "sequence_classification"}
+    names = [make_run(tmp_path, "a", told, **numbers(1, 40)), make_run(tmp_path, "b", told | other, **numbers(1, 60))]
     with pytest.raises(ValueError, match=message):
         read_points(names)
+
+
+def test_runs_on_files_and_on_a_quantised_form_of_the_base_are_drawn_together(tmp_path):
+    quantised = {"base_fingerprint": FINGERPRINT | {"sample_sha256": "b", "quantized": ["w"]}, "task": "train_1"}
+    names = [make_run(tmp_path, "a", **numbers(1, 40)), make_run(tmp_path, "b", quantised, **numbers(1, 60)),
+             make_run(tmp_path, "c", {"base_fingerprint": None}, **numbers(2, 60))]  # fmt: skip
+    assert len(read_points(names)[1]) == 3
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,12 @@ from chatglm_ptuning.evaluation.figures import new_figure, save_figure
 from chatglm_ptuning.evaluation.spread import mean_and_deviation
 from chatglm_ptuning.prefix.checkpoint import METADATA_FILE
 from chatglm_ptuning.prefix.files import write_atomically
+from chatglm_ptuning.prefix.fingerprint import difference
 
 RESULTS_FILE = "all_results.json"
 _METRICS = ("accuracy", "micro_f1", "macro_f1", "entity_f1", "cmrc_f1", "exact_match", "rouge-l")
 _SCORES = (*(f"{split}_{name}" for split in ("predict", "eval") for name in _METRICS), "eval_mean", "eval_loss")
 """What is drawn if nothing is named and the task is not of the registry: the first that all runs have."""
-_SAME = {"task": "task", "head": "head", "base_fingerprint": "base"}
-"""What runs on one picture have in common: key of their `prefix_config.json` -> its name for people."""
 _DRIFT = ("preserve_base", "general_kl", "general_perplexity", "general_perplexity_base")
 
 
@@ -109,12 +108,16 @@ def read_points(runs: Sequence[str], score: str | None = None) -> tuple[str, lis
 def _differences(told: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What makes runs incomparable: each against the first."""
     (first, one), *others = told.items()
-    return [
-        f"{first} and {run} differ in their {name}, {one.get(key)} and {other.get(key)}: draw them apart"
-        for run, other in others
-        for key, name in _SAME.items()
-        if one.get(key) != other.get(key)
-    ]
+    faults = []
+    for run, other in others:
+        # What runs on files call their task is the name of a file.
+        names = ("task", "head") if one.get("head") or other.get("head") else ()
+        found = [f"{name} {one.get(name)} and {other.get(name)}" for name in names if one.get(name) != other.get(name)]
+        fingerprints = one.get("base_fingerprint"), other.get("base_fingerprint")
+        if all(fingerprints) and (what := difference(*fingerprints)):
+            found.append(f"their base ({what})")
+        faults += [f"{first} and {run} differ in {name}: draw them apart" for name in found]
+    return faults
 
 
 def _own_scores(told: Mapping[str, Any]) -> tuple[str, ...]:
