@@ -115,7 +115,6 @@ def task_at(folder: Path, name: str, *more: str) -> list[str]:
         ("tasks: {eprstm: {task_data: x}}", "did you mean eprstmt"),
         ("tasks: {eprstmt: {}}", r"'tasks.eprstmt' has no 'task_data'"),
         ("tasks: {}", "names no task"),
-        ("tasks: {mine: {task: eprstmt, task_data: x}}", "'tasks.mine' is the task fewclue_eprstmt; write fewclue_epr"),
         ("temprature: 2\ntasks: {eprstmt: {task_data: x}}", r"'temprature' \(did you mean 'temperature'\?\)"),
         ("temperature: 0\ntasks: {eprstmt: {task_data: x}}", "'temperature' must be a number above 0, found 0"),
         ("tasks: {eprstmt: {task_data: x, heads: generation}}", r"'heads' \(did you mean 'head'\?\)"),

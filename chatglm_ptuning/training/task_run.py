@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from chatglm_ptuning.data.tasks.arguments import submission_variant, usual_split
-from chatglm_ptuning.data.tasks.encode import ANSWERING_HEADS, TaskEncoder, head_of, label_names
+from chatglm_ptuning.data.tasks.encode import ANSWERING_HEADS, TaskEncoder, check_order, head_of, label_names
 from chatglm_ptuning.data.tasks.examples import AnyExample, has_gold
 from chatglm_ptuning.data.tasks.submission import can_submit
 from chatglm_ptuning.evaluation.candidates import CANDIDATE_ATTENTIONS
@@ -84,7 +84,9 @@ class TaskRun(TrainingRun):
     def _head_and_unit(self) -> tuple[str, str | None]:
         checkpoint = self.model_args.ptuning_checkpoint
         if checkpoint is None:
-            return head_of(self.task, self.data_args.head), None
+            head = head_of(self.task, self.data_args.head)
+            check_order(self.task, head)
+            return head, None
         model_args = self.model_args
         details = recorded_details(checkpoint, model_args.model_name_or_path, model_args.hub, model_args.revision)
         return recorded_head(details, self.task, self.data_args.head, checkpoint), recorded_token_unit(details)

@@ -158,21 +158,28 @@ def head_of(task: Task, head: str | None) -> str:
     """The head to solve the task with: the one asked for, or the task's own.
 
     Raises:
-        ValueError: if it cannot solve the task, naming those that can; or if it searches a context without having read
-            the question.
+        ValueError: if it cannot solve the task, naming those that can.
     """
     head = task.head if head is None else head
     if head not in task.heads:
         raise ValueError(f"--head {head} cannot solve {task.name}; {' or '.join(task.heads)} can.")
-    if head == "question_answering":
-        names = placeholders(task.prompt)
-        if "context" not in names or "question" not in names[: len(names) - 1 - names[::-1].index("context")]:
-            raise ValueError(
-                f"{task.origin}: for the head question_answering the prompt must have {{question}} before {{context}}: "
-                "the base reads from left to right, and would find the same span for every question. Turn them "
-                "round, or take the head generation."
-            )
     return head
+
+
+def check_order(task: Task, head: str) -> None:
+    """Refuses to train a head that searches a context for a question which comes only behind it.
+
+    Raises:
+        ValueError: in that case; a prompt with one question for all texts names none.
+    """
+    names = placeholders(task.prompt)
+    last = len(names) - 1 - names[::-1].index("context") if "context" in names else len(names)
+    if head == "question_answering" and "question" in names and "question" not in names[:last]:
+        raise ValueError(
+            f"{task.origin}: for the head question_answering the prompt must have {{question}} before {{context}}: the "
+            "base reads from left to right, and would find the same span for every question. Turn them round, or take "
+            "the head generation."
+        )
 
 
 def label_names(task: Task, head: str) -> Sequence[str] | None:

@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from chatglm_ptuning.data.tasks.checked_yaml import FieldChecker, nearest, read_yaml
-from chatglm_ptuning.data.tasks.encode import head_of
+from chatglm_ptuning.data.tasks.encode import check_order, head_of
 from chatglm_ptuning.data.tasks.hub import HUBS
 from chatglm_ptuning.data.tasks.registry import load_task
 from chatglm_ptuning.data.tasks.schema import Task
+
+logger = logging.get_logger(__name__)
 
 _KEYS = ("temperature", "tasks")
 _KEYS_OF_A_TASK = (
@@ -103,8 +107,7 @@ class _MixtureChecker(FieldChecker):
         self.known_keys(value, _KEYS_OF_A_TASK, f"key of {what}")
         task = self.task(self.text(value.get("task", name), f"{what}.task"))
         if "task" in value and name not in (task.name, *task.aliases):
-            # Scores, heads and --task go by the task's own name.
-            self.fail(f"'{what}' is the task {task.name}; write {task.name} instead of {name}.")
+            logger.warning(f"{self.origin}: '{name}' is the task {task.name}; scores and --task call it that.")
         if "task_data" not in value:
             self.fail(f"'{what}' has no 'task_data': the folder with its files, or huggingface or modelscope.")
         return MixedTask(
@@ -133,7 +136,9 @@ class _MixtureChecker(FieldChecker):
         named = value.get("head")
         if named is not None:
             self.one_of(named, task.heads, f"{what}.head")
-        return head_of(task, named)
+        head = head_of(task, named)
+        check_order(task, head)
+        return head
 
     def split(self, task: Task, value: Mapping[str, Any], key: str, what: str) -> str | None:
         if key not in value:
