@@ -109,6 +109,11 @@ def _index(source: SplitSource, row: Row, value: Any, candidates: list[str]) -> 
     letters = ascii_uppercase[: len(candidates)] if source.task.letters else ""
     if isinstance(value, str) and value.strip().upper() in [*letters]:
         return letters.index(value.strip().upper())
+    if type(value) is int and str(value) in candidates:
+        of_text = candidates.index(str(value))
+        if of_text != value and 0 <= value < len(candidates):
+            fail(row, f"the answer {value} may be an index, or the candidate with the index {of_text}: write that.")
+        return of_text
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(candidates):
         letter = f"a letter from A to {letters[-1]}, " if letters else ""
         fail(
@@ -156,7 +161,7 @@ def _candidates(source: SplitSource, row: Row) -> list[str]:
     if len(candidates) < 2:
         fail(row, f"the field '{column}' must have two candidates or more, found {given}.")
     twice = next((text for text in candidates if candidates.count(text) > 1), None)
-    if twice is not None:
+    if twice is not None and not source.task.letters:  # by letters they are told apart
         fail(row, f"the field '{column}' has the candidate {twice!r} twice; they must differ.")
     return candidates
 

@@ -84,10 +84,10 @@ class SplitSource:
         value = self.get(row, "id")
         if value is None:
             others = (row.get(name) for name in ("idx", "id"))  # CLUE has either, also in files of one task
-            value = next((other for other in others if isinstance(other, (int, float, str))), None)
+            value = next((other for other in others if type(other) in (int, str) or _is_whole(other)), None)
         if value is None or value == "":
             return index
-        if isinstance(value, float) and value.is_integer():
+        if _is_whole(value):
             return int(value)
         if isinstance(value, bool) or not isinstance(value, (int, str)):
             fail(row, f"the id must be a whole number or text, found {str(value)[:60]}.")
@@ -164,6 +164,11 @@ class SplitSource:
 
 
 _ABSENT = object()
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether a float is a whole number, as tables with gaps have them."""
+    return isinstance(value, float) and value.is_integer()
 
 
 def value_of(row: Mapping[str, Any], column: str, absent: Any) -> Any:

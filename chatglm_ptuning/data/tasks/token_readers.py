@@ -80,7 +80,12 @@ def _from_lines(source: SplitSource, path: Path, text: str, first: int) -> list[
     tokens, tags, start, width = [], [], 0, 0
     for number, line in enumerate([*lines, ""], start=1):
         if line.strip():
-            columns = _columns(line)
+            columns = _columns(line) if tagged else line.split()
+            if not tagged and len(columns) > 1:
+                raise ValueError(
+                    f"{path}:{number}: {len(columns)} columns; a split without tags has a token on each line and "
+                    f"nothing else, found {line[:60]!r}."
+                )
             if tagged and (len(columns) < 2 or not columns[0]):
                 raise ValueError(f"{path}:{number}: expected a token, a tab or space, and a tag; found {line[:60]!r}.")
             width = width or len(columns)
@@ -92,7 +97,7 @@ def _from_lines(source: SplitSource, path: Path, text: str, first: int) -> list[
                     f"{line[:60]!r}."
                 )
             start = start or number
-            tokens.append(columns[0] if tagged else line.strip())
+            tokens.append(columns[0])
             tags.append(columns[-1])
         elif tokens:
             of_sentence = tags if tagged else None
