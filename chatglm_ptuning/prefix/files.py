@@ -38,7 +38,9 @@ def check_output_folder(path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: if a file is in the way, or nothing may be written there.
     """
-    there = next(part for part in (Path(path).absolute(), *Path(path).absolute().parents) if part.exists())
+    there = Path(path).absolute()
+    while not os.path.exists(there):  # noqa: PTH110  (Path.exists raises below a folder that may not be entered)
+        there = there.parent
     if not there.is_dir():
         raise ValueError(f"--output_dir {path}: {there} is a file; name a folder.")
     if not os.access(there, os.W_OK | os.X_OK):

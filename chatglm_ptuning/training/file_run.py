@@ -112,7 +112,7 @@ class TrainingRun:
         if before != now:
             raise ValueError(
                 f"{checkpoint} is of a run on {described_tasks(before)}, and this one is on {described_tasks(now)}: "
-                "name another --output_dir, or start anew by --overwrite_output_dir."
+                "name another --output_dir, or start anew by --overwrite_output_dir without --resume_from_checkpoint."
             )
 
     def _read_general_rows(self) -> GeneralRows:
@@ -270,7 +270,8 @@ class TrainingRun:
         else:
             logger.warning(
                 f"{checkpoint} has all of the {trainer.state.max_steps} steps of this run: nothing was left to train. "
-                "A larger --max_steps or --num_train_epochs trains on, --overwrite_output_dir starts anew."
+                "A larger --max_steps or --num_train_epochs trains on, --overwrite_output_dir without "
+                "--resume_from_checkpoint starts anew."
             )
         trainer.save_state()
         if self.args.should_save:

@@ -179,6 +179,8 @@ def _locked(output: Path) -> Iterator[int]:
                 f"Another comparison is at work in {output}, or a run that a killed one has left behind; wait for it "
                 f"(`fuser {path}` names the process), or name another folder."
             ) from error
+        except OSError as error:
+            raise ValueError(f"{output} is on storage that cannot be locked ({error}): name another folder.") from error
         yield file.fileno()
 
 
