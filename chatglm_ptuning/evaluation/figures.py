@@ -75,7 +75,7 @@ def draw_confusion_matrix(path: Path, matrix: np.ndarray, names: Sequence[str], 
     axes.set_xticks(range(0, len(columns), step), columns[::step], rotation=90, **options)
     axes.set_yticks(range(0, len(shown), step), shown[::step], **options)
     axes.set(xlabel="predicted", ylabel="expected")
-    axes.set_title(title if font else "labels by their number, see the file beside", **options)
+    axes.set_title(title if font else "labels by their number, see metrics.json", **options)
     if len(names) <= _ALL_NUMBERS:
         for (row, column), count in np.ndenumerate(matrix):
             if count:

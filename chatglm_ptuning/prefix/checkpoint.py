@@ -283,7 +283,7 @@ def _read_peft(folder: Path, config: ChatGLMConfig) -> PrefixCheckpoint:
     if adapter.get("peft_type") != "PREFIX_TUNING":
         raise ValueError(
             f"{folder / PEFT_METADATA_FILE} is an adapter of type {adapter.get('peft_type')}; only PREFIX_TUNING can "
-            "be used as a prefix."
+            "be used as a prefix. `chatglm-ptuning evaluate` scores LoRA adapters, PEFT loads them."
         )
     safe, pickled = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
     source = safe if safe.exists() else pickled
