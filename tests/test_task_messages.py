@@ -32,6 +32,13 @@ def test_columns_between_token_and_tag_are_left_out(tmp_path, mark):
         ]  # fmt: skip
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_of_any_system(tmp_path, end):
+    (tmp_path / "train.txt").write_bytes(end.join(["王\tB-PER", "宁\tI-PER", "", "沪\tB-LOC", ""]).encode())
+    examples = read_examples(load_task("msra_ner"), tmp_path, "train")
+    assert [example.tokens for example in examples] == [("王", "宁"), ("沪",)]
+
+
 def test_a_token_may_be_a_space_or_a_tab(tmp_path):
     text = "王  B-PER\n\u3000 O\n  O\n \tO\n\t\tO\n\u3000\tO\n"
     (tmp_path / "train.txt").write_text(text, "utf-8")

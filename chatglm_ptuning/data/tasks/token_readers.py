@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -71,7 +72,7 @@ def _check_texts(row: Row, column: str, values: Any) -> None:
 
 
 def _from_lines(source: SplitSource, path: Path, text: str, first: int) -> list[TokenExample]:
-    lines = ["" if line.startswith("-DOCSTART-") else line.rstrip("\r") for line in text.split("\n")]
+    lines = ["" if line.startswith("-DOCSTART-") else line for line in re.split("\r\n?|\n", text)]
     headings = lines[0].split("\t")
     if headings == ["text_a", "label"] or (headings == ["text_a"] and not source.needs_gold):
         return _from_table(source, path, lines, first)
