@@ -73,7 +73,7 @@ def test_rows_of_a_hub_that_belong_to_no_subject_are_not_read_for_each(tmp_path)
     task, source = load_task("ceval"), f"huggingface:{tmp_path}"
     (example,) = read_examples(task, source, "val", subjects=["law"])
     assert example.answer == 1
-    with pytest.raises(ValueError, match="all of its rows are of one subject, name that by --subject"):
+    with pytest.raises(ValueError, match="all of its rows are of one subject, name that by --subjects"):
         read_examples(task, source, "val")
 
 

@@ -29,11 +29,11 @@ def main(argv: Sequence[str]) -> None:
     show.add_argument("task", help="name of a task, or the file of your own, MY_TASK.yaml")
     show.add_argument("folder", nargs="?", help="its files; or huggingface, modelscope, huggingface:OWNER/NAME")
     show.add_argument("--split", action="append", help="this split alone (may be given several times)")
-    show.add_argument("--subject", action="append", help="of an examination, this subject or category alone")
+    show.add_argument("--subjects", nargs="+", help="of an examination, these subjects or categories alone")
     args = parser.parse_args(list(argv))
     try:
         if args.command == "show":
-            show_task(args.task, args.folder, args.split, args.subject)
+            show_task(args.task, args.folder, args.split, args.subjects)
         else:
             list_tasks()
     except (ValueError, OSError, ImportError) as error:

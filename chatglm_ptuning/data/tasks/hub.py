@@ -43,7 +43,7 @@ def read_hub(
     if not is_only_subject:
         places = [place for place in places if place.config is not None and "{subject}" in place.config]
         if not places:
-            raise ValueError(f"{task.name} is read from {hub} by subject: name one by --subject.")
+            raise ValueError(f"{task.name} is read from {hub} by subject: name one by --subjects.")
     errors: dict[str, Exception] = {}
     for place in places:
         config = None if place.config is None else place.config.format(subject=subject)
@@ -58,7 +58,7 @@ def read_hub(
             errors.setdefault(_first_line(error), error)
     else:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
-        of_one = "" if is_only_subject else "If all of its rows are of one subject, name that by --subject. "
+        of_one = "" if is_only_subject else "If all of its rows are of one subject, name that by --subjects. "
         raise ValueError(
             f"{task.name}, split {split}, could not be read from {hub}:{place.id}{offline}: {' / '.join(errors)} "
             f"{of_one}Without a network, fetch the published files elsewhere and name their folder."

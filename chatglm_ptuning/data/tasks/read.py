@@ -106,7 +106,7 @@ def _subject_of_file(task: Task, path: Path, split: str, chosen: Sequence[str | 
     if name not in of_name:
         known = f", or name the file as its split {split} does ({next(iter(of_name))})" if of_name else ""
         raise ValueError(
-            f"{path} is one file, and {task.name} has a file for each subject: name one by --subject{known}."
+            f"{path} is one file, and {task.name} has a file for each subject: name one by --subjects{known}."
         )
     return of_name[name]
 

@@ -143,7 +143,7 @@ class SplitSource:
         """A label as the task may know it; tables and hubs give whole numbers as floats."""
         if isinstance(value, bool):
             return json.dumps(value)
-        if isinstance(value, float) and value.is_integer() and str(value) not in self.task.labels:
+        if _is_whole(value) and str(value) not in self.task.labels:
             return str(int(value))
         return str(value).strip()
 
