@@ -240,6 +240,7 @@ class Screen:
             cwd=cwd,
             env=_environment(),
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs ignore it
         )
         os.close(side)
         self.printed = b""

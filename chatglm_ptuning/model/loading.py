@@ -111,7 +111,7 @@ def load_model(
         model = model_class.from_pretrained(folder, dtype=chosen, **overrides)
     # Prefix checkpoints record it: a path in the hub's cache says little to others.
     model.config.name_or_path = str(model_name_or_path)
-    if pre_seq_len and quantization is not None:
+    if quantization is not None:
         keep_layout(model)
     return model.eval()
 

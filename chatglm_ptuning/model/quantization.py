@@ -62,8 +62,11 @@ def _is_no_cast_notice(record: logging.LogRecord) -> bool:
 
 
 def keep_layout(model: torch.nn.Module) -> None:
-    """Has bitsandbytes leave the layout of its weights alone, so that a prefix can be trained through them."""
-    # On some CPUs bitsandbytes re-orders 4-bit weights at the first inference, and from then on gives no gradients.
+    """Has bitsandbytes leave the layout of its 4-bit weights alone, so that every CPU computes the same.
+
+    On CPUs with AVX512-BF16 it would re-order them at the first inference: from then on they give no gradients, a
+    float32 model computes in bfloat16, and shapes that are no multiples of its blocks fail.
+    """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
