@@ -1,6 +1,7 @@
-"""Muon in float32.
+"""Muon that orthogonalises in bfloat16 on a GPU and in float32 on a CPU.
 
-torch.optim.Muon orthogonalises in bfloat16, which CPUs without bfloat16 arithmetic run some hundred times slower.
+torch.optim.Muon always takes bfloat16, which CPUs without bfloat16 arithmetic run some hundred times slower, and
+orthogonalises one matrix at a time.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315
 def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """Brings the singular values of each matrix `[count, rows, columns]` near 1 (Newton-Schulz iteration)."""
     wide = matrices.shape[-2] <= matrices.shape[-1]
-    x = matrices if wide else matrices.mT
+    x = (matrices if wide else matrices.mT).to(torch.bfloat16 if matrices.is_cuda else torch.float32)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
         x = _A * x + (_B * gram + _C * gram @ gram) @ x
-    return x if wide else x.mT
+    return (x if wide else x.mT).to(matrices.dtype)
 
 
 class Muon(torch.optim.Optimizer):
