@@ -157,6 +157,13 @@ def test_the_first_chatglm_is_refused(field, tmp_path):
         ChatGLMForConditionalGeneration.from_pretrained(tmp_path)
 
 
+def test_a_base_that_reads_prompts_in_both_directions_is_refused(tmp_path):
+    save({"model_type": "chatglm", "source_attention": "bidirectional"}, tmp_path)
+    with pytest.raises(ValueError, match=r"source_attention 'bidirectional'.*version 0\.1\.0.*train") as error:
+        ChatGLMForConditionalGeneration.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
 def test_glm4_generates_until_any_of_its_end_tokens(tiny_config, ids):
     model = ChatGLMForConditionalGeneration(tiny_config(rope_ratio=500, eos_token_id=[90, 91, 92])).eval()
     assert model.generation_config.eos_token_id == [90, 91, 92]

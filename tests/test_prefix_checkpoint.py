@@ -64,6 +64,7 @@ def test_what_a_checkpoint_records(prefix_folders, tiny_base):
     assert recorded["base_fingerprint"]["shape"]["hidden_size"] == 32
     assert len(recorded["base_fingerprint"]["sample_sha256"]) == 64
     assert recorded["task"] == "task projected" and recorded["trained"] is True
+    assert "source_attention" not in recorded
     names = ["embedding.weight", "trans.0.bias", "trans.0.weight", "trans.2.bias", "trans.2.weight"]
     assert sorted(load_file(folder / WEIGHTS_FILE)) == [PREFIX_KEY + name for name in names]
 
@@ -384,6 +385,25 @@ def test_a_base_of_other_sizes_is_refused_with_both(tiny_config, prefix_folders,
 def test_an_unknown_base_is_said(load, prefix_folders, tmp_path, caplog):
     load().load_prefix(official(tmp_path / "p", prefix_folders["a"], "bin"))
     assert "does not say which base it was trained on" in caplog.text
+
+
+def test_a_prefix_that_reads_prompts_in_both_directions_is_refused(load, trained, copied, ids):
+    edit_metadata(copied, source_attention="bidirectional")
+    for model in (load(), trained()):
+        before = state_of(model)
+        with pytest.raises(ValueError, match=r"source_attention 'bidirectional'.*version 0\.1\.0.*train") as error:
+            model.load_prefix(copied)
+        assert str(copied) in str(error.value)
+        assert same_state(before, state_of(model))
+
+
+def test_a_prefix_of_version_0_1_that_reads_causally_loads(load, prefix_folders, copied, ids):
+    edit_metadata(copied, source_attention="causal")
+    model = load().eval()
+    model.load_prefix(prefix_folders["a"], name="new")
+    expected = model(ids).logits
+    model.load_prefix(copied, name="old")
+    assert torch.equal(model(ids).logits, expected)
 
 
 # Damage

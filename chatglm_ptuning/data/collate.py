@@ -2,31 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
-from chatglm_ptuning.model.chat_turn import source_length
 from chatglm_ptuning.model.losses import IGNORED_LABEL
-
-if TYPE_CHECKING:
-    from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
-
-
-def prompt_length(tokenizer: ChatGLMTokenizer) -> Callable[[Mapping[str, Any]], int]:
-    """`source_length` of a `PaddingCollator` for the language model: the prompt, see `chat_turn.source_length`."""
-    return partial(_prompt_length, tokenizer)
-
-
-def _prompt_length(tokenizer: ChatGLMTokenizer, row: Mapping[str, Any]) -> int:
-    return source_length(tokenizer, row["input_ids"], row.get("labels"))
-
-
-def row_length(row: Mapping[str, Any]) -> int:
-    """`source_length` of a `PaddingCollator` for linear heads: all of a row is read before anything is said of it."""
-    return len(row["input_ids"])
 
 
 class PaddingCollator:
@@ -37,7 +18,6 @@ class PaddingCollator:
             and labels go by position.
         padding_side: `right` for training, `left` for generation.
         pad_to_multiple_of: round the length up to a multiple of this.
-        source_length: how many ids at the beginning of an example are a source that is not read causally.
 
     Raises:
         ValueError: for another padding side.
@@ -48,14 +28,12 @@ class PaddingCollator:
         pad_token_id: int,
         padding_side: str = "right",
         pad_to_multiple_of: int = 1,
-        source_length: Callable[[Mapping[str, Any]], int] | None = None,
     ) -> None:
         if padding_side not in {"left", "right"}:
             raise ValueError(f"padding_side={padding_side!r} must be 'left' or 'right'")
         self.pad_token_id = pad_token_id
         self.padding_side = padding_side
         self.pad_to_multiple_of = pad_to_multiple_of
-        self.source_length = source_length
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """The batch, int64 on the CPU, every tensor `[batch, seq_len]`.
@@ -64,7 +42,6 @@ class PaddingCollator:
         - `labels`, if the examples have them, -100 on pads; `[batch]` if they are numbers, and float32 `[batch,
           num_labels]` if they are lists of floating-point numbers, one for each class of a linear head.
         - `start_positions`, `end_positions`, if the examples have them, `[batch]`.
-        - `source_mask`, if there is a `source_length`: 1 on the source, 0 behind it and on pads.
 
         Other keys of the examples (`reference`) stay out.
 
@@ -79,8 +56,6 @@ class PaddingCollator:
         for name in ("start_positions", "end_positions"):
             if name in examples[0]:
                 batch[name] = torch.tensor([example[name] for example in examples])
-        if self.source_length is not None:
-            batch["source_mask"] = self._pad([self._source_row(example) for example in examples], 0)
         if any("labels" in example for example in examples):
             batch["labels"] = self._labels(examples)
         return batch
@@ -97,10 +72,6 @@ class PaddingCollator:
                     "be equally many"
                 )
         return self._pad([example["labels"] for example in examples], IGNORED_LABEL)
-
-    def _source_row(self, example: Mapping[str, Any]) -> list[int]:
-        length = self.source_length(example)
-        return [int(place < length) for place in range(len(example["input_ids"]))]
 
     def _pad(self, rows: list[Sequence[int]], value: int) -> torch.Tensor:
         length = max(len(row) for row in rows)

@@ -12,7 +12,6 @@ from transformers.cache_utils import Cache
 from chatglm_ptuning.data.chat_format import render
 from chatglm_ptuning.data.collate import PaddingCollator
 from chatglm_ptuning.data.conversation import Conversation, Message
-from chatglm_ptuning.evaluation.generate import bidirectional_rows
 from chatglm_ptuning.model.zero3 import most_of_processes
 
 if TYPE_CHECKING:
@@ -43,7 +42,6 @@ def score_candidates(
     *,
     batch_size: int = 8,
     chunk_size: int = 512,
-    source_attention: str | None = None,
 ) -> list[torch.Tensor]:
     """The log-likelihood of every candidate behind every prompt, under the selected prefix.
 
@@ -58,8 +56,6 @@ def score_candidates(
         batch_size: prompts computed together.
         chunk_size: tokens of a prompt's tree that run through the model at once, and rows of logits that are held at
             once. Results do not depend on it.
-        source_attention: whether the tokens of a prompt, the whole of which is source, see all of it
-            (`bidirectional`) or those before them (`causal`); None for what each prompt's prefix was trained with.
 
     Returns:
         For every prompt, float32 `[num_candidates]` on the CPU.
@@ -81,7 +77,6 @@ def score_candidates(
         raise ValueError(
             f"set_prefix named a prefix for each of {len(selection)} rows; there are {len(prompts)} prompts."
         )
-    bidirectional = bidirectional_rows(model, len(prompts), source_attention)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     scores: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
     training = [module for module in model.modules() if module.training]
@@ -95,7 +90,6 @@ def score_candidates(
                 model,
                 [prompts[row] for row in rows],
                 [per_prompt[row] for row in rows],
-                [bidirectional[row] for row in rows],
                 chunk_size,
             )
             for row, values in zip(rows, batch, strict=True):
@@ -177,7 +171,6 @@ def _score_batch(
     model: ChatGLMForConditionalGeneration,
     prompts: Sequence[Sequence[int]],
     candidates: Sequence[Sequence[Sequence[int]]],
-    bidirectional: Sequence[bool],
     chunk_size: int,
 ) -> list[torch.Tensor]:
     device = model.device
@@ -186,7 +179,6 @@ def _score_batch(
     output = model.transformer(
         input_ids=batch["input_ids"].to(device), attention_mask=mask.long(),
         position_ids=batch["position_ids"].to(device), use_cache=True,
-        source_mask=mask & torch.tensor(bidirectional, device=device)[:, None] if any(bidirectional) else None,
     )  # fmt: skip
     after_prompt = output.last_hidden_state[:, -1]
     cache = output.past_key_values

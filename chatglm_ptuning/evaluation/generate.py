@@ -11,8 +11,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from chatglm_ptuning.data.collate import PaddingCollator
-from chatglm_ptuning.model.chat_turn import source_length, stop_ids
-from chatglm_ptuning.prefix.checkpoint import SOURCE_ATTENTIONS
+from chatglm_ptuning.model.chat_turn import stop_ids
 
 if TYPE_CHECKING:
     from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
@@ -32,7 +31,6 @@ def generate_answers(
     temperature: float | None = None,
     top_p: float | None = None,
     repetition_penalty: float = 1.0,
-    source_attention: str | None = None,
     progress: bool = True,
 ) -> list[str]:
     """Generates one answer per prompt under the selected prefix, greedily by default.
@@ -47,7 +45,6 @@ def generate_answers(
         max_new_tokens: tokens of an answer at most, without its prompt.
         temperature: of sampling; None for 1.
         top_p: share of probability to sample from; None for all of it.
-        source_attention: `causal` or `bidirectional`; None for what each row's prefix was trained with.
         progress: whether to show a bar on stderr.
 
     Returns:
@@ -73,9 +70,7 @@ def generate_answers(
         raise ValueError(
             f"set_prefix named a prefix for each of {len(selection)} rows; there are {len(examples)} examples."
         )
-    bidirectional = bidirectional_rows(model, len(examples), source_attention)
-    source_of = (lambda row: row["source_length"]) if any(bidirectional) else None
-    pad = PaddingCollator(tokenizer.pad_token_id, "left", source_length=source_of)
+    pad = PaddingCollator(tokenizer.pad_token_id, "left")
     order = sorted(range(len(examples)), key=lambda index: len(examples[index]["input_ids"]), reverse=True)
     answers = [""] * len(examples)
     with _ready_to_generate(model), tqdm(total=len(examples), desc="generating", disable=not progress) as bar:
@@ -83,14 +78,7 @@ def generate_answers(
             rows = order[start : start + batch_size]
             if isinstance(selection, tuple):
                 model.set_prefix([selection[row] for row in rows])
-            prompts = [list(examples[row]["input_ids"]) for row in rows]
-            sources = [
-                source_length(tokenizer, prompt) if bidirectional[row] else 0
-                for row, prompt in zip(rows, prompts, strict=True)
-            ]
-            batch = pad(
-                [{"input_ids": ids, "source_length": length} for ids, length in zip(prompts, sources, strict=True)]
-            )
+            batch = pad([{"input_ids": list(examples[row]["input_ids"])} for row in rows])
             del batch["position_ids"]  # `generate` makes its own
             inputs = {name: value.to(model.device) for name, value in batch.items()}
             output = model.generate(**inputs, generation_config=settings)
@@ -119,17 +107,6 @@ def _generation_settings(
     return GenerationConfig(
         **settings, eos_token_id=stop_ids(tokenizer), pad_token_id=tokenizer.pad_token_id, use_cache=True
     )
-
-
-def bidirectional_rows(model: ChatGLMForConditionalGeneration, rows: int, source_attention: str | None) -> list[bool]:
-    """Which of so many prompts are read as a whole: as `source_attention` says, or None for as the prefixes do.
-
-    Raises:
-        ValueError: for another word.
-    """
-    if source_attention not in (None, *SOURCE_ATTENTIONS):
-        raise ValueError(f"source_attention must be one of {', '.join(SOURCE_ATTENTIONS)}, got {source_attention!r}.")
-    return [(source_attention or model.source_attention_of_row(row)) == "bidirectional" for row in range(rows)]
 
 
 def answer_text(tokenizer: ChatGLMTokenizer, new_ids: Sequence[int], stops: Sequence[int]) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from chatglm_ptuning.data.collate import PaddingCollator, row_length
+from chatglm_ptuning.data.collate import PaddingCollator
 from chatglm_ptuning.data.tasks.encode import ANSWERING_HEADS, TaskEncoder
 from chatglm_ptuning.data.tasks.encode_spans import SpanWindow, encode_question
 from chatglm_ptuning.data.tasks.encode_tags import TagWindow, encode_tokens, tags_of
@@ -282,8 +282,7 @@ def _forward(
     what: str,
 ) -> Iterator[tuple[list[int], Mapping[str, torch.Tensor] | Any]]:
     """Outputs of a model with a linear head in batches, the longest rows first, with the places of their rows."""
-    source = row_length if model.source_attention_of_row() == "bidirectional" else None
-    collate = PaddingCollator(encoder.tokenizer.pad_token_id, "right", source_length=source)
+    collate = PaddingCollator(encoder.tokenizer.pad_token_id, "right")
     order = sorted(range(len(rows)), key=lambda place: len(rows[place]), reverse=True)
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -7,23 +7,17 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
-from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
-    blockwise_overlay,
     causal_mask_function,
     create_causal_mask,
     find_packed_sequence_indices,
-    or_masks,
 )
 
 if TYPE_CHECKING:
     from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
     from chatglm_ptuning.prefix.bank import ActivePrefix
-
-SOURCE_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
-"""Attention implementations that take a mask which is not causal."""
 
 
 def positions_from_mask(
@@ -55,7 +49,6 @@ def causal_mask_with_prefix(
     past_key_values: Cache | None,
     position_ids: torch.Tensor | None,
     prefix: ActivePrefix | None,
-    source_mask: torch.Tensor | None = None,
 ) -> torch.Tensor | BlockMask | None:
     """The mask for the selected attention implementation, over the prefix, the cached tokens and the new ones.
 
@@ -68,15 +61,10 @@ def causal_mask_with_prefix(
             and tokens.
         position_ids: `[batch or 1, seq_len]`. Without a mask and a cache, positions that start anew mark rows packed
             from several sequences: each sees the prefix and itself.
-        source_mask: `[batch, seq_len]`, 1 on the tokens with which a row begins that all see each other (prefix
-            language model, Du et al. 2022, section 2.1); the tokens behind them are causal.
 
     Raises:
-        ValueError: if the attention implementation cannot serve a prefix, or on a `source_mask` as `_source_blocks`.
+        ValueError: if the attention implementation cannot serve a prefix.
     """
-    blocks = None
-    if source_mask is not None:
-        blocks = _source_blocks(config, inputs_embeds, attention_mask, past_key_values, position_ids, source_mask)
     if prefix is None:
         return create_causal_mask(
             config=config,
@@ -84,7 +72,6 @@ def causal_mask_with_prefix(
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_ids=position_ids,
-            block_sequence_ids=blocks,
         )
     batch, seq_len = inputs_embeds.shape[:2]
     if past_key_values is not None:
@@ -109,9 +96,6 @@ def causal_mask_with_prefix(
             )
         if packed is not None:
             mask_function = _packed_mask_function(packed, prefix.length)
-    if blocks is not None:
-        behind = token_slots - seq_len  # of a static cache
-        mask_function = or_masks(mask_function, blockwise_overlay(pad(blocks, (prefix.length, behind), value=-1)))
     padding = None
     if attention_mask is not None or prefix.mask is not None:
         if attention_mask is None:
@@ -127,65 +111,12 @@ def causal_mask_with_prefix(
         kv_offset=0,
         mask_function=mask_function,
         attention_mask=padding,
-        allow_is_causal_skip=blocks is None
-        and not (getattr(past_key_values, "is_compileable", False) and seq_len == 1),
+        allow_is_causal_skip=not (getattr(past_key_values, "is_compileable", False) and seq_len == 1),
         dtype=inputs_embeds.dtype,
         config=config,
         use_vmap=False,
         device=inputs_embeds.device,
     )
-
-
-def _source_blocks(
-    config: ChatGLMConfig,
-    inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | BlockMask | None,
-    past_key_values: Cache | None,
-    position_ids: torch.Tensor | None,
-    source_mask: torch.Tensor,
-) -> torch.Tensor | None:
-    """`[batch, seq_len]`, 0 on the tokens of the source and -1 on all others; None if cached tokens hold the source.
-
-    Raises:
-        ValueError: if `source_mask` has another shape, marks tokens that are not the beginning of their row, or comes
-            with a filled cache (whose tokens did not see the new ones), a ready-made mask, packed rows, or an attention
-            implementation that is causal.
-    """
-    batch, seq_len = inputs_embeds.shape[:2]
-    if source_mask.shape != (batch, seq_len):
-        raise ValueError(f"source_mask has the shape {tuple(source_mask.shape)}; the tokens have {(batch, seq_len)}.")
-    source = source_mask.to(inputs_embeds.device, torch.bool)
-    if past_key_values is not None and int(past_key_values.get_seq_length()):
-        if source.any():
-            raise ValueError(
-                "source_mask marks tokens behind a filled cache, whose tokens have not seen them: pass the whole "
-                "source in one call, with an empty cache."
-            )
-        return None
-    implementation = config._attn_implementation
-    if implementation not in SOURCE_IMPLEMENTATIONS:
-        raise ValueError(
-            f"source_mask needs attention that is not causal, and {implementation!r} is: call "
-            f"model.set_attn_implementation with one of {', '.join(SOURCE_IMPLEMENTATIONS)}."
-        )
-    if attention_mask is not None and attention_mask.ndim != 2:
-        raise ValueError(
-            "source_mask goes with an attention_mask of [batch, seq_len], not with one that is ready made."
-        )
-    packed = None
-    if attention_mask is None and past_key_values is None and position_ids is not None:
-        packed = find_packed_sequence_indices(position_ids.expand(batch, -1))
-    if packed is not None:
-        raise ValueError("source_mask and rows packed from several sequences are not supported together.")
-    real = torch.ones_like(source) if attention_mask is None else attention_mask[:, :seq_len].to(source)
-    source = source & real
-    late = (source & ((real & ~source).cumsum(-1) > 0)).any(-1)
-    if late.any():
-        raise ValueError(
-            f"source_mask marks tokens behind others that it leaves out, in rows {late.nonzero().flatten().tolist()}: "
-            "the source is the beginning of a row."
-        )
-    return source.long() - 1
 
 
 def _packed_mask_function(sequence_of: torch.Tensor, prefix_length: int) -> Callable[..., torch.Tensor]:

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import logging
 
-from chatglm_ptuning.model.chat_turn import Answer, ChatTurn, source_length
+from chatglm_ptuning.model.chat_turn import Answer, ChatTurn
 
 if TYPE_CHECKING:
     from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
@@ -121,8 +121,7 @@ class ChatMixin:
         turn = ChatTurn(tokenizer, query, history, role)
         ids = turn.input_ids()
         settings = self._chat_settings(turn, ids, max_length, do_sample, top_p, temperature, logits_processor, kwargs)
-        source = int(settings["source_mask"].sum()) if "source_mask" in settings else 0
-        settings |= {"past_key_values": self._reusable_part(past_key_values, ids, source), "use_cache": True}
+        settings |= {"past_key_values": self._reusable_part(past_key_values, ids), "use_cache": True}
         generated: list[int] = []
         answer = shown = None
         cache = past_key_values
@@ -162,9 +161,6 @@ class ChatMixin:
                 [*(logits_processor or []), InvalidScoreLogitsProcessor(turn.stop_ids[0])]
             ),
         }
-        if self.source_attention_of_row() == "bidirectional":
-            slots = torch.arange(len(ids), device=self.device)[None]
-            settings["source_mask"] = (slots < source_length(turn.tokenizer, ids)).long()
         if do_sample:
             given = {"top_p": top_p, "temperature": temperature}
             settings |= {name: self._chat_default(name, value) for name, value in given.items()}
@@ -183,7 +179,7 @@ class ChatMixin:
         values = (given, getattr(self.generation_config, name, None), _OFFICIAL_SETTINGS[name])
         return next(value for value in values if value is not None)
 
-    def _reusable_part(self, cache: Cache | None, ids: list[int], source: int) -> Cache | None:
+    def _reusable_part(self, cache: Cache | None, ids: list[int]) -> Cache | None:
         """The cache, cut to the tokens with which `ids` begin; None where nothing can be kept.
 
         Raises:
@@ -199,8 +195,7 @@ class ChatMixin:
             (place for place, pair in enumerate(zip(cached_ids, ids, strict=False)) if pair[0] != pair[1]),
             min(len(cached_ids), len(ids) - 1),
         )
-        # The first `source` tokens have all seen each other: they are the same as a whole, or not at all.
-        if common == 0 or common < source or not isinstance(cache, DynamicCache):
+        if common == 0 or not isinstance(cache, DynamicCache):
             return None
         cache.crop(common - length)
         cache.cached_ids = cached_ids[:common]

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chatglm_ptuning.model.chat_templates import ROLE_FORMATS
-from chatglm_ptuning.model.losses import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
@@ -48,26 +47,6 @@ def stop_ids(tokenizer: ChatGLMTokenizer) -> list[int]:
     """The ids that end an answer: eos, and in a format with roles those that can follow an assistant."""
     roles = ["<|user|>", "<|observation|>"] if tokenizer.chat_format in ROLE_FORMATS else []
     return [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(roles)]
-
-
-def source_length(tokenizer: ChatGLMTokenizer, input_ids: Sequence[int], labels: Sequence[int] | None = None) -> int:
-    """How many ids at the beginning of a row are its source, where the source is not read causally.
-
-    In the formats with roles, what stands before the first answer: so the turns that follow add to a conversation and
-    change nothing of it, in training as in a chat. In the others the whole prompt, which is one text.
-
-    Args:
-        input_ids: a prompt, or a training row.
-        labels: of a training row, -100 where nothing is learned; the source ends before the first that is.
-    """
-    length = len(input_ids)
-    if labels is not None:
-        length = next((place for place, label in enumerate(labels) if label != IGNORED_LABEL), length)
-    if tokenizer.chat_format in ROLE_FORMATS:
-        assistant = tokenizer.convert_tokens_to_ids("<|assistant|>")
-        first = next((place for place, index in enumerate(input_ids) if index == assistant), length)
-        length = min(length, first + 1)
-    return length
 
 
 class ChatTurn:

@@ -53,6 +53,12 @@ def check_architecture(fields: dict[str, Any], source: str = "This") -> None:
             f"{source} is a base that sees images (it has vision_config), such as glm-4v-9b or cogagent; this kit is "
             f"for text. {_INSTEAD}"
         )
+    attention = fields.get("source_attention", "causal")  # version 0.1.0 recorded it
+    if attention != "causal":
+        raise ValueError(
+            f"{source} is the configuration of a base that was trained with source_attention {attention!r}; this "
+            "version reads every prompt causally. Use version 0.1.0 of chatglm-ptuning for it, or train it again."
+        )
     model_type = fields.get("model_type", "chatglm")
     if model_type in _OTHER_ARCHITECTURES:
         raise ValueError(

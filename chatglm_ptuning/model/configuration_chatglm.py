@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from chatglm_ptuning.model.checkpoint_forms import check_architecture, official_fields
-from chatglm_ptuning.prefix.checkpoint import SOURCE_ATTENTIONS
 
 
 class ChatGLMConfig(PreTrainedConfig):
@@ -24,9 +23,6 @@ class ChatGLMConfig(PreTrainedConfig):
     - `multi_query_group_num`: number of key/value groups; the prefix holds one key and one value per group.
 
     `prefix_dropout` is the dropout on the prefix's keys and values in training mode (official: 0.1).
-    `source_attention` is how the trainable prefix, or a model without one, reads its source: `causal`, as the family
-    was tuned to chat, or `bidirectional` (prefix language model). It is a record that training, `chat` and evaluation
-    follow; a plain forward pass follows its `source_mask` alone.
     `quantization_bit` of 4 or 8 says that the weight files are official quantised ones; once they are loaded, and so
     de-quantised, it is 0 and `dequantized_from_bit` has the number.
 
@@ -79,7 +75,6 @@ class ChatGLMConfig(PreTrainedConfig):
     pre_seq_len: int | None = None
     prefix_projection: bool = False
     prefix_dropout: float = 0.1
-    source_attention: str = "causal"
     initializer_range: float = 0.02
     use_cache: bool = True
     tie_word_embeddings: bool = False
@@ -126,13 +121,6 @@ class ChatGLMConfig(PreTrainedConfig):
         """
         name = str(kwargs.get("name_or_path", ""))
         return super().from_dict(official_fields(config_dict, name or "This", name), **kwargs)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As in transformers; `source_attention`, which the official files do not know, only where it is not causal."""
-        fields = super().to_dict()
-        if fields.get("source_attention") == "causal":
-            del fields["source_attention"]
-        return fields
 
     @property
     def num_key_value_heads(self) -> int:
@@ -183,10 +171,6 @@ class ChatGLMConfig(PreTrainedConfig):
             raise ValueError(f"pre_seq_len must be None or an integer from 0 on, got {self.pre_seq_len!r}.")
         if not isinstance(self.prefix_projection, bool):
             raise ValueError(f"prefix_projection must be true or false, got {self.prefix_projection!r}.")
-        if self.source_attention not in SOURCE_ATTENTIONS:
-            raise ValueError(
-                f"source_attention must be one of {', '.join(SOURCE_ATTENTIONS)}, got {self.source_attention!r}."
-            )
         if self.prefix_projection and not self.pre_seq_len:
             raise ValueError(f"prefix_projection=True needs pre_seq_len of at least 1, got {self.pre_seq_len!r}.")
         if self.pre_seq_len and self.multi_query_group_num != self.num_key_value_heads:

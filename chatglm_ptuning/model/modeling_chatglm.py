@@ -387,7 +387,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        source_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states `[batch, seq_len, hidden_size]` after the final norm, with the prefix that is selected.
@@ -398,13 +397,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             position_ids: `[batch, seq_len]`; by default 0, 1, 2, ... on the real tokens, whether padded left or right.
             past_key_values: a cache of the tokens before. It belongs to the prefix it was filled with.
             use_cache: whether to return a cache; by default as in the configuration.
-            source_mask: `[batch, seq_len]`, 1 on the tokens with which a row begins that all see each other, whatever
-                `config.source_attention` says; None for causal attention.
             kwargs: `output_hidden_states`, `output_attentions` and arguments for the attention function.
 
         Raises:
-            ValueError: if the mask does not cover the tokens, the cache was filled under another prefix, or
-                `source_mask` cannot be followed; the message says why.
+            ValueError: if the mask does not cover the tokens, or the cache was filled under another prefix.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
@@ -418,7 +414,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if position_ids is None:
             position_ids = positions_from_mask(attention_mask, inputs_embeds, past_key_values)
         mask = causal_mask_with_prefix(
-            self.config, inputs_embeds, attention_mask, past_key_values, position_ids, prefix, source_mask
+            self.config, inputs_embeds, attention_mask, past_key_values, position_ids, prefix
         )
         hidden_states = self.encoder(
             inputs_embeds.float() if self.config.fp32_residual_connection else inputs_embeds,
@@ -461,7 +457,6 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
-        source_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As `ChatGLMModel.forward`, with logits `[batch, seq_len, padded_vocab_size]`.
@@ -472,7 +467,6 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             logits_to_keep: compute the logits of the last so many positions alone (0: all), or of the given ones.
             num_items_in_batch: what the loss is divided by instead of the number of supervised tokens here; the
                 Trainer passes the number in all of a step's batches.
-            source_mask: as for `ChatGLMModel.forward`; `generate` takes it for the prompts.
         """
         outputs = self.transformer(
             input_ids=input_ids,
@@ -481,7 +475,6 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            source_mask=source_mask,
             **kwargs,
         )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
@@ -506,31 +499,6 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         self.check_prefix_is_trained()
         with self.transformer.prefixes.repeating_rows():
             return super().generate(*args, **kwargs)
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.LongTensor,
-        *args: Any,
-        attention_mask: torch.Tensor | None = None,
-        source_mask: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """As in transformers; `source_mask` `[batch, prompt_len]` goes with the tokens of the prompts alone."""
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, attention_mask=attention_mask, **kwargs)
-        if source_mask is None:
-            return inputs
-        tokens = inputs["input_ids"] if inputs["input_ids"] is not None else inputs["inputs_embeds"]
-        cache = inputs.get("past_key_values")
-        if attention_mask is not None and attention_mask.ndim == 2:
-            start = attention_mask.shape[1] - tokens.shape[1]
-        else:
-            start = 0 if cache is None else int(cache.get_seq_length())
-        if start < source_mask.shape[1]:
-            part = source_mask[:, start : start + tokens.shape[1]]
-            inputs["source_mask"] = nn.functional.pad(part, (0, tokens.shape[1] - part.shape[1]))
-            # Not the causal mask that is ready made for a static cache.
-            inputs["attention_mask"] = attention_mask
-        return inputs
 
     def create_masks_for_generate(
         self,

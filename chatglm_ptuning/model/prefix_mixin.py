@@ -60,21 +60,6 @@ class PrefixMixin:
         """What `set_prefix` chose last: a name, None, or a tuple with one of these per batch row."""
         return self._switch.selection
 
-    def source_attention_of_row(self, row: int = 0) -> str:
-        """How the prefix that is selected for a batch row reads the source: `causal` or `bidirectional`.
-
-        A loaded prefix reads it as it was trained to, the trainable one as `config.source_attention` says, and so does
-        a model without a trainable prefix; the plain base under one is causal. `chat` and evaluation follow it; a
-        forward pass and `generate` do what their `source_mask` says.
-        """
-        selection = self.selected_prefix
-        name = selection[row] if isinstance(selection, tuple) else selection
-        if name is None and self._trainable is not None:
-            return "causal"
-        if name is None or self._is_trainable(name):
-            return self.base_model.config.source_attention
-        return self._switch.bank.source_attention(name)
-
     def set_prefix(self, name: str | Sequence[str | None] | None) -> None:
         """Chooses the prefix of the following calls, and the head that was loaded with it.
 
@@ -134,8 +119,7 @@ class PrefixMixin:
             if self._is_trainable(name):
                 self._replace_trainable(encoder, checkpoint)
             else:
-                metadata = checkpoint.metadata
-                self._switch.bank.add(name, encoder.key_values(), metadata.trained, metadata.source_attention)
+                self._switch.bank.add(name, encoder.key_values(), checkpoint.metadata.trained)
             self._switch.mark_changed(name)
             self.set_prefix(name)
             heads = {key: checkpoint.heads[key] for key in self._heads()}
@@ -195,7 +179,6 @@ class PrefixMixin:
             kv_channels=config.kv_channels,
             base_model_name=config.name_or_path or None,
             base_fingerprint=self.base_fingerprint(),
-            source_attention=self.source_attention_of_row(),
             trained=trained and not self._untrained_heads(),
             **details,
         )
@@ -321,7 +304,6 @@ class PrefixMixin:
             base.config.pre_seq_len = encoder.pre_seq_len
             base.config.prefix_projection = encoder.prefix_projection
             base.prefix_encoder = encoder.to(before.embedding.weight.device).train(before.training)
-        base.config.source_attention = checkpoint.metadata.source_attention
         if not checkpoint.metadata.trained:
             self._trainable.mark_untrained()
 

@@ -46,7 +46,6 @@ class PrefixBank:
     def __init__(self) -> None:
         self._prefixes: dict[str, torch.Tensor] = {}
         self._untrained: set[str] = set()
-        self._source_attention: dict[str, str] = {}
         self._copies: dict[tuple[str, torch.device, torch.dtype], torch.Tensor] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -60,16 +59,14 @@ class PrefixBank:
         """Names in the order of loading."""
         return list(self._prefixes)
 
-    def add(self, name: str, key_values: torch.Tensor, trained: bool = True, source_attention: str = "causal") -> None:
+    def add(self, name: str, key_values: torch.Tensor, trained: bool = True) -> None:
         """Adds or replaces a prefix.
 
         Args:
             trained: False for one that was saved with its random first values.
-            source_attention: with which it was trained.
         """
         self.remove(name)
         self._prefixes[name] = key_values.detach().to(torch.float32).cpu()
-        self._source_attention[name] = source_attention
         if not trained:
             self._untrained.add(name)
 
@@ -77,16 +74,11 @@ class PrefixBank:
         """Removes a prefix, if it is there, and frees its copies."""
         self._prefixes.pop(name, None)
         self._untrained.discard(name)
-        self._source_attention.pop(name, None)
         self._copies = {key: copy for key, copy in self._copies.items() if key[0] != name}
 
     def is_untrained(self, name: str) -> bool:
         """Whether the prefix was saved with its random first values."""
         return name in self._untrained
-
-    def source_attention(self, name: str) -> str:
-        """How the source is read with this prefix, one of SOURCE_ATTENTIONS."""
-        return self._source_attention[name]
 
     def get(self, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """The prefix for use in attention, `[num_layers * 2, groups, length, kv_channels]`."""

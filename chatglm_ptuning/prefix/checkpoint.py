@@ -34,8 +34,6 @@ PREFIX_KEY = "transformer.prefix_encoder."
 """In front of every parameter of the prefix encoder, in this kit's files as in the official ones."""
 HEADS_KEY = "heads."
 """In front of a task's name and the parameters of its head, where several tasks share a prefix."""
-SOURCE_ATTENTIONS = ("causal", "bidirectional")
-"""How the tokens of the source see each other: each those before it, or all of them (prefix language model)."""
 
 _CHECKPOINT_FOLDER = re.compile(r"checkpoint-(\d+)")
 
@@ -52,7 +50,6 @@ class PrefixMetadata:
         head: the name of the head trained beside it (`sequence_classification`, ...); None for the language model.
         labels: what the head's outputs stand for, in their order.
         tasks: of a prefix that several tasks share, each task's `head` and `labels` by its name.
-        source_attention: one of SOURCE_ATTENTIONS, with which it was trained.
         trained: False if it was saved with its random first values.
     """
 
@@ -69,7 +66,6 @@ class PrefixMetadata:
     head: str | None = None
     labels: list[str] | None = None
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    source_attention: str = "causal"
     trained: bool = True
     kit_version: str | None = None
 
@@ -239,6 +235,12 @@ def _read_kit(folder: Path) -> PrefixCheckpoint:
 
 def _read_metadata(source: Path) -> PrefixMetadata:
     fields = _read_json(source)
+    attention = fields.get("source_attention", "causal")  # version 0.1.0 recorded it
+    if attention != "causal":
+        raise ValueError(
+            f"The prefix in {source.parent} was trained with source_attention {attention!r}; this version reads every "
+            "prompt causally. Use version 0.1.0 of chatglm-ptuning for it, or train it again."
+        )
     known = PrefixMetadata.__dataclass_fields__
     try:
         metadata = PrefixMetadata(**{key: value for key, value in fields.items() if key in known})
@@ -251,11 +253,6 @@ def _read_metadata(source: Path) -> PrefixMetadata:
     tasks = metadata.tasks
     if not (isinstance(tasks, dict) and all(isinstance(entry, dict) and "head" in entry for entry in tasks.values())):
         raise ValueError(f"{source}: tasks must map names to objects that have a head.")
-    if metadata.source_attention not in SOURCE_ATTENTIONS:
-        raise ValueError(
-            f"{source}: source_attention must be one of {', '.join(SOURCE_ATTENTIONS)}, got "
-            f"{metadata.source_attention!r}."
-        )
     fingerprint = metadata.base_fingerprint
     if fingerprint is not None and not (isinstance(fingerprint, dict) and fingerprint.keys() >= FINGERPRINT_FIELDS):
         raise ValueError(f"{source}: base_fingerprint must be null or hold {', '.join(sorted(FINGERPRINT_FIELDS))}.")

@@ -11,7 +11,6 @@ from transformers.utils import logging
 from chatglm_ptuning.data.forms import FORMS, Columns
 from chatglm_ptuning.data.tasks.arguments import TaskArguments
 from chatglm_ptuning.model.hub import BaseArguments
-from chatglm_ptuning.prefix.checkpoint import SOURCE_ATTENTIONS
 from chatglm_ptuning.prefix.files import check_output_folder
 from chatglm_ptuning.prefix.latest import runs_folder
 from chatglm_ptuning.training.distributed import prepare_processes
@@ -65,13 +64,6 @@ class ModelArguments(BaseArguments):
         default=None,
         metadata={"help": "start from a trained prefix, such as one that several tasks share (--task_mixture)"},
     )
-    source_attention: str | None = field(
-        default=None,
-        metadata={
-            "help": "whether the tokens of a prompt see all of it (bidirectional) or those before them (default: the "
-            "checkpoint's, or causal)"
-        },
-    )
     dtype: str = field(default="auto", metadata={"help": "of the base: auto, float32, bfloat16, float16"})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "eager, sdpa, flash_attention_2 or flex_attention (default: sdpa)"}
@@ -88,10 +80,6 @@ class ModelArguments(BaseArguments):
         if self.init_prefix is not None and (self.ptuning_checkpoint is not None or self.prefix_init == "text"):
             raise ValueError("--init_prefix, --ptuning_checkpoint and --init_prefix_text each say what the prefix "
                              "starts from; give one of them")  # fmt: skip
-        if self.source_attention not in (None, *SOURCE_ATTENTIONS):
-            raise ValueError(
-                f"--source_attention must be one of {', '.join(SOURCE_ATTENTIONS)}, got {self.source_attention!r}"
-            )
         if self.pre_seq_len is not None and self.pre_seq_len < 1:
             raise ValueError(f"--pre_seq_len must be at least 1, got {self.pre_seq_len}")
 

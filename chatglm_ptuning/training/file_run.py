@@ -39,7 +39,6 @@ from chatglm_ptuning.training.preservation import (
     read_general_rows,
 )
 from chatglm_ptuning.training.report import draw_loss_curve, print_samples
-from chatglm_ptuning.training.source_attention import source_attention_of_base, source_of_rows
 from chatglm_ptuning.training.trainer import PrefixTrainer
 from chatglm_ptuning.training.tuning import base_dtype, prefix_length, tuning_of_run
 from chatglm_ptuning.tuning.methods import PREFIX_METHODS
@@ -181,7 +180,6 @@ class TrainingRun:
             quantization_type=model_args.quantization_type,
             dtype=base_dtype(self.args, model_args),
             attn_implementation=model_args.attn_implementation,
-            **source_attention_of_base(model_args),
             **self.model_settings(),
         )
         model = self.make_model(loaded)
@@ -210,9 +208,7 @@ class TrainingRun:
             args=self.args,
             train_dataset=self.train_examples or None,
             eval_dataset=self.eval_examples or None,
-            data_collator=PaddingCollator(
-                self.tokenizer.pad_token_id, "right", source_length=source_of_rows(self.model, self.tokenizer)
-            ),
+            data_collator=PaddingCollator(self.tokenizer.pad_token_id, "right"),
             replay=self._replay(),
             tuning=self.tuning,
             details=self.details(),

@@ -506,15 +506,7 @@ class PrefixTrainer(Trainer):
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        loaded = self.accelerator.unwrap_model(model or self.model)
-        wanted = loaded.source_attention_of_row()
         self.tuning.load(Path(resume_from_checkpoint))
-        found = loaded.source_attention_of_row()
-        if found != wanted:
-            raise ValueError(
-                f"{resume_from_checkpoint} was trained with --source_attention {found}, this run has {wanted}: give "
-                "the same, or start a new run from that prefix by --ptuning_checkpoint and another --output_dir."
-            )
 
     def _load_best_model(self) -> None:
         self.tuning.load(Path(self.state.best_model_checkpoint))

@@ -14,7 +14,6 @@ from chatglm_ptuning.model.hub import find_base
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 from chatglm_ptuning.prefix.checkpoint import read_prefix
 from chatglm_ptuning.training.initialisation import first_ids, init_from_checkpoint, init_prefix
-from chatglm_ptuning.training.source_attention import choose_source_attention
 from chatglm_ptuning.tuning.load import load_tuned, prepare_tuning
 from chatglm_ptuning.tuning.methods import PROMPT_METHODS
 from chatglm_ptuning.tuning.record import read_record
@@ -89,9 +88,7 @@ def tuning_of_run(
         _check_wanted_length(model, model_args)
     if not args.do_train:
         if checkpoint is not None:
-            tuning = load_tuned(model, checkpoint, task)
-            choose_source_attention(model, model_args, trains=False)
-            return tuning
+            return load_tuned(model, checkpoint, task)
         if model_args.pre_seq_len and args.tuning != "none":
             raise ValueError(
                 f"--pre_seq_len {model_args.pre_seq_len} without --do_train needs a --ptuning_checkpoint: an untrained "
@@ -102,10 +99,8 @@ def tuning_of_run(
     if args.tuning == "ptuning_v2":
         if checkpoint is not None:
             model.load_prefix(checkpoint, task=task)
-            choose_source_attention(model, model_args, trains=True)
         elif model_args.init_prefix is not None:
             with_head = init_from_checkpoint(model, model_args.init_prefix, task, head, (details or {}).get("labels"))
-            choose_source_attention(model, model_args, trains=True)
             if args.should_save:
                 print(f"The prefix{' and the head start' if with_head else ' starts'} from {model_args.init_prefix}.")
         else:

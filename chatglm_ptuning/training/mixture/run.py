@@ -21,7 +21,6 @@ from chatglm_ptuning.training.file_run import TrainingRun
 from chatglm_ptuning.training.head_start import start_head
 from chatglm_ptuning.training.mixture.trainer import MixtureTrainer, OneTaskCollator
 from chatglm_ptuning.training.sampler import TASK_KEY
-from chatglm_ptuning.training.source_attention import source_of_rows
 from chatglm_ptuning.training.task_run import check_attention, prediction_settings
 from chatglm_ptuning.training.trainer import PrefixTrainer
 
@@ -121,7 +120,7 @@ class MixtureRun(TrainingRun):
             args=self.args,
             train_dataset=self.train_examples or None,
             eval_dataset=self.eval_rows or None,
-            data_collator=OneTaskCollator({name: self._padding(name) for name in self.encoders}),
+            data_collator=OneTaskCollator(PaddingCollator(self.tokenizer.pad_token_id, "right")),
             replay=self._replay(),
             tuning=self.tuning,
             details=self.details(),
@@ -139,7 +138,7 @@ class MixtureRun(TrainingRun):
             count = start_head(
                 self.model.for_task(name),
                 rows,
-                self._padding(name),
+                trainer.data_collator.padding,
                 head_init=self.args.head_init,
                 batch_size=self.args.per_device_eval_batch_size,
                 seed=self.args.seed,
@@ -158,10 +157,6 @@ class MixtureRun(TrainingRun):
         """All of them, though some task may not have had its turn by an evaluation."""
         for head in self.model.heads.values():
             head.mark_set()
-
-    def _padding(self, name: str) -> PaddingCollator:
-        source = source_of_rows(self.model.for_task(name), self.tokenizer)
-        return PaddingCollator(self.tokenizer.pad_token_id, "right", source_length=source)
 
     def details(self) -> dict[str, Any]:
         """What the prefix checkpoint records of this run."""

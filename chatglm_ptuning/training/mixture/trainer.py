@@ -19,9 +19,9 @@ logger = logging.get_logger(__name__)
 
 
 class OneTaskCollator:
-    """As the padding collator of a task, with the task that all rows of the batch belong to."""
+    """As the padding collator, with the task that all rows of the batch belong to."""
 
-    def __init__(self, padding: Mapping[str, PaddingCollator]) -> None:
+    def __init__(self, padding: PaddingCollator) -> None:
         self.padding = padding
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -33,8 +33,7 @@ class OneTaskCollator:
         tasks = {example[TASK_KEY] for example in examples}
         if len(tasks) != 1:
             raise ValueError(f"a batch must be of one task, got rows of {', '.join(sorted(tasks))}")
-        task = tasks.pop()
-        return self.padding[task](examples) | {TASK_KEY: task}
+        return self.padding(examples) | {TASK_KEY: tasks.pop()}
 
 
 class MixtureTrainer(PrefixTrainer):
