@@ -123,6 +123,8 @@ def test_groups_across_categories_are_those_the_benchmarks_publish(tmp_path):
         ("metric: macro_f1", "multi_label: true\nmetric: accuracy", "with 'multi_label'. 'accuracy'"),
         ("metric:", "multi_label: true\nhead: generation\nmetric:", "the head must be sequence_classification"),
         ("metric:", "multi_label: true\ndrop_labels: [x]\nmetric:", "'drop_labels' leaves out rows of one label"),
+        ("metric:", "echo: true\nmetric:", "'echo' is for the heads token_classification and question_answering"),
+        ("metric:", "echo: twice\nmetric:", "'echo' must be true or false, found 'twice'"),
         ("mine.jsonl", "'{subj}.jsonl'", "the file name '{subj}.jsonl' has {subj} in it; only {subject} may stand"),
         ("mine.jsonl", "'t{1}.jsonl'", "'.1.' is not a plain name in braces"),
     ],

@@ -94,6 +94,8 @@ class EvaluationArguments(TaskArguments, InferenceBaseArguments):
         TaskArguments.__post_init__(self)
         if self.task is not None and self.test_file:
             raise ValueError("--task brings its own files: give --task_data and no --test_file")
+        if self.task is None and self.echo is not None:
+            raise ValueError("--echo belongs to a --task")
         if self.task is None and self.split:
             raise ValueError("--split belongs to a --task; name files by --test_file")
         for name in ("max_target_length", "per_device_eval_batch_size", "num_beams", "max_predict_samples"):

@@ -145,6 +145,8 @@ class DataArguments(TaskArguments):
         if self.task is not None and (self.train_file or self.validation_file or self.test_file):
             raise ValueError("--task brings its own files: give --task_data and no --train_file, --validation_file or "
                              "--test_file")  # fmt: skip
+        if self.task is None and self.task_mixture is None and self.echo is not None:
+            raise ValueError("--echo belongs to a --task or a --task_mixture")
         if self.task is None and (self.train_split or self.eval_split or self.predict_split):
             raise ValueError("--train_split, --eval_split and --predict_split belong to a --task")
         for name in ("max_source_length", "max_target_length"):

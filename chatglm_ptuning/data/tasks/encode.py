@@ -40,7 +40,7 @@ class TaskEncoder:
 
     Texts to classify and questions to answer are prompts in the chat format of the tokenizer; a sequence
     classification ends where the answer's text would begin, so that its last state is the one that would say it.
-    Texts to tag and contexts to search stand in the task's prompt without the chat's roles.
+    Texts to tag and contexts to search stand in the task's prompt without the chat's roles, with `echo` twice.
 
     Attributes:
         head: one of the task's heads.
@@ -50,6 +50,9 @@ class TaskEncoder:
         max_target_length: tokens of an answer to learn at most.
         token_unit: what a tag stands on: `characters` splits the tokenizer's pieces where a character of the file
             ends, `pieces` leaves them whole.
+        echo: whether a text to tag or a context to search is read twice. Tags and spans are read off the second copy,
+            whose tokens have seen the whole text though attention is causal (Springer et al. 2024, "Repetition
+            improves language model embeddings"). Both copies of a window fit into `max_source_length`.
     """
 
     task: Task
@@ -59,6 +62,7 @@ class TaskEncoder:
     max_target_length: int = 128
     doc_stride: int = 64
     token_unit: str = DEFAULT_TOKEN_UNIT
+    echo: bool = False
 
     def training_rows(self, examples: Sequence[AnyExample]) -> list[dict[str, Any]]:
         """Rows with `input_ids` and what is to be learned, for `PaddingCollator`:

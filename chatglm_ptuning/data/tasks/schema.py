@@ -11,6 +11,8 @@ from chatglm_ptuning.data.tasks.checked_yaml import FieldChecker, nearest, quote
 
 HEADS = ("generation", "sequence_classification", "token_classification", "question_answering", "multiple_choice")
 """How a task is solved: by writing or scoring an answer, by a linear head, or by choosing among a row's candidates."""
+ECHO_HEADS = ("token_classification", "question_answering")
+"""Heads that may read their text twice (`TaskEncoder.echo`)."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,7 @@ class Task:
         multi_label: a text has any number of labels; its column is a list of them, or a text.
         label_separator: between the labels of such a text.
         letters: the prompt lists candidates as A, B, C, ..., and the letter is the answer.
+        echo: whether the heads of `ECHO_HEADS` read the text twice unless told otherwise.
         subjects: of an examination, by their names in its files.
         groups: of an examination, further sets of subjects that the benchmark reports, across its categories.
         hub: `huggingface` or `modelscope` -> where it is there.
@@ -179,6 +182,7 @@ class Task:
     multi_label: bool = False
     label_separator: str = ","
     letters: bool = False
+    echo: bool = False
     subjects: Mapping[str, Subject] = field(default_factory=dict)
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     hub: Mapping[str, HubSource] = field(default_factory=dict)
@@ -276,6 +280,7 @@ class _Checker(FieldChecker):
             multi_label=self.flag(content.get("multi_label", False), "multi_label"),
             label_separator=self.separator(content),
             letters=self.flag(content.get("letters", False), "letters"),
+            echo=self.echo(content.get("echo", False), kind, reader),
             subjects=self.subjects(content.get("subjects", {}), reader),
             groups=self.groups(content.get("groups", {}), content.get("subjects", {})),
             hub=self.hub(content.get("hub", {})),
@@ -303,6 +308,11 @@ class _Checker(FieldChecker):
             self.fail(f"'label_separator' must be text, found {value!r}.")
         if "label_separator" in content and content.get("multi_label") is not True:
             self.fail("'label_separator' belongs to 'multi_label: true'.")
+        return value
+
+    def echo(self, value: Any, kind: ReaderKind, reader: str) -> bool:
+        if self.flag(value, "echo") and not set(kind.heads) & set(ECHO_HEADS):
+            self.fail(f"'echo' is for the heads {' and '.join(ECHO_HEADS)}; the reader '{reader}' has neither.")
         return value
 
     def label_rules(self, task: Task) -> None:
