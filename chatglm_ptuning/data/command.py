@@ -19,9 +19,9 @@ from chatglm_ptuning.data.histogram import draw_lengths
 from chatglm_ptuning.data.preprocess import Preprocessor
 from chatglm_ptuning.data.report import Lengths, PreparationReport, percentiles
 from chatglm_ptuning.data.show import describe, print_example, print_tokens
+from chatglm_ptuning.files import write_atomically
 from chatglm_ptuning.model.hub import DEFAULT_MODEL
 from chatglm_ptuning.model.loading import load_tokenizer
-from chatglm_ptuning.prefix.files import write_atomically
 
 CHECK_FILE = "data_check.json"
 HISTOGRAM_FILE = "lengths.png"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from chatglm_ptuning.prefix.files import write_atomically
+from chatglm_ptuning.files import write_atomically
 
 if TYPE_CHECKING:
     import datasets

@@ -26,10 +26,10 @@ from chatglm_ptuning.evaluation.parallel import (
 )
 from chatglm_ptuning.evaluation.table import print_scores
 from chatglm_ptuning.evaluation.task_run import evaluate_task
+from chatglm_ptuning.files import check_output_folder, write_atomically
 from chatglm_ptuning.model.hub import DEFAULT_MODEL, InferenceBaseArguments
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
-from chatglm_ptuning.prefix.checkpoint import kit_version
-from chatglm_ptuning.prefix.files import check_output_folder, write_atomically
+from chatglm_ptuning.version import kit_version
 
 DEFAULT_TEST_FILE = str(Path(DEFAULT_MODEL).parent / "news_topic" / "dev.json")
 """What is scored when no file is named: bundled with the sources, columns `content` and `summary`."""

@@ -30,7 +30,7 @@ from chatglm_ptuning.evaluation.metrics import score
 from chatglm_ptuning.evaluation.multi_label import counts_of_texts, multi_label_scores
 from chatglm_ptuning.evaluation.reading_comprehension import answer_f1, cmrc_scores, exact_match
 from chatglm_ptuning.evaluation.task_predictions import Prediction
-from chatglm_ptuning.prefix.files import write_atomically
+from chatglm_ptuning.files import write_atomically
 
 WORST_ERRORS = 20
 

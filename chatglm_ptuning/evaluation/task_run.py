@@ -23,7 +23,7 @@ from chatglm_ptuning.evaluation.task_model import (
 from chatglm_ptuning.evaluation.task_predictions import PredictionSettings, predict_together
 from chatglm_ptuning.evaluation.task_report import write_results
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
-from chatglm_ptuning.prefix.checkpoint import kit_version
+from chatglm_ptuning.version import kit_version
 
 if TYPE_CHECKING:
     from chatglm_ptuning.data.tasks.schema import Task

@@ -16,8 +16,8 @@ from chatglm_ptuning.command_line import fail, parse_arguments
 from chatglm_ptuning.data.tasks.registry import load_task
 from chatglm_ptuning.evaluation.figures import new_figure, save_figure
 from chatglm_ptuning.evaluation.spread import mean_and_deviation
+from chatglm_ptuning.files import write_atomically
 from chatglm_ptuning.prefix.checkpoint import METADATA_FILE
-from chatglm_ptuning.prefix.files import write_atomically
 from chatglm_ptuning.prefix.fingerprint import difference
 
 RESULTS_FILE = "all_results.json"

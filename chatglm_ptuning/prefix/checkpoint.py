@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
-from chatglm_ptuning.prefix.files import read_tensors, write_atomically
+from chatglm_ptuning.files import read_json_object, read_tensors, write_atomically
 from chatglm_ptuning.prefix.fingerprint import FINGERPRINT_FIELDS
+from chatglm_ptuning.version import kit_version
 
 if TYPE_CHECKING:
     from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
@@ -204,14 +204,6 @@ def write_prefix(
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def kit_version() -> str | None:
-    """The installed version of this package; None when it runs uninstalled from its sources."""
-    try:
-        return version("chatglm-ptuning")
-    except PackageNotFoundError:
-        return None
-
-
 def _read_kit(folder: Path) -> PrefixCheckpoint:
     for name in (METADATA_FILE, WEIGHTS_FILE):
         if not (folder / name).exists():
@@ -234,7 +226,7 @@ def _read_kit(folder: Path) -> PrefixCheckpoint:
 
 
 def _read_metadata(source: Path) -> PrefixMetadata:
-    fields = _read_json(source)
+    fields = read_json_object(source)
     attention = fields.get("source_attention", "causal")  # version 0.1.0 recorded it
     if attention != "causal":
         raise ValueError(
@@ -268,7 +260,7 @@ def _read_official(source: Path, config: ChatGLMConfig) -> PrefixCheckpoint:
 
 
 def _read_shards(index: Path) -> dict[str, torch.Tensor]:
-    shard_of = _read_json(index).get("weight_map")
+    shard_of = read_json_object(index).get("weight_map")
     if not isinstance(shard_of, dict):
         raise ValueError(f"{index} has no weight_map.")
     shards = sorted({shard for key, shard in shard_of.items() if _is_prefix_key(key)})
@@ -276,7 +268,7 @@ def _read_shards(index: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_peft(folder: Path, config: ChatGLMConfig) -> PrefixCheckpoint:
-    adapter = _read_json(folder / PEFT_METADATA_FILE)
+    adapter = read_json_object(folder / PEFT_METADATA_FILE)
     if adapter.get("peft_type") != "PREFIX_TUNING":
         raise ValueError(
             f"{folder / PEFT_METADATA_FILE} is an adapter of type {adapter.get('peft_type')}; only PREFIX_TUNING can "
@@ -325,16 +317,6 @@ def _embedding(parameters: Mapping[str, torch.Tensor], source: Path) -> torch.Te
 
 def _has_projection(parameters: Mapping[str, torch.Tensor]) -> bool:
     return any(name.startswith("trans.") for name in parameters)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, it holds a {type(content).__name__}.")
-    return content
 
 
 def _is_prefix_key(name: str) -> bool:

@@ -10,8 +10,8 @@ from transformers.utils import logging
 
 from chatglm_ptuning.data.forms import FORMS, Columns
 from chatglm_ptuning.data.tasks.arguments import TaskArguments
+from chatglm_ptuning.files import check_output_folder
 from chatglm_ptuning.model.hub import BaseArguments
-from chatglm_ptuning.prefix.files import check_output_folder
 from chatglm_ptuning.prefix.latest import runs_folder
 from chatglm_ptuning.training.distributed import prepare_processes
 from chatglm_ptuning.training.initialisation import PREFIX_INITS

@@ -19,10 +19,10 @@ from chatglm_ptuning.evaluation.metrics import score
 from chatglm_ptuning.evaluation.parallel import generate_answers_together
 from chatglm_ptuning.evaluation.table import print_scores
 from chatglm_ptuning.evaluation.task_model import described_tasks, recorded_details, tasks_of
+from chatglm_ptuning.files import write_atomically
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMPreTrainedModel
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
-from chatglm_ptuning.prefix.files import write_atomically
 from chatglm_ptuning.training.arguments import (
     DataArguments,
     ModelArguments,

@@ -31,12 +31,12 @@ from chatglm_ptuning.evaluation.task_predictions import (
     predict_together,
 )
 from chatglm_ptuning.evaluation.task_report import TaskScores, score_task, write_results
-from chatglm_ptuning.prefix.checkpoint import kit_version
 from chatglm_ptuning.training.arguments import DataArguments, ModelArguments, PrefixTrainingArguments
 from chatglm_ptuning.training.file_run import TrainingRun
 from chatglm_ptuning.training.head_start import start_head
 from chatglm_ptuning.training.trainer import PrefixTrainer
 from chatglm_ptuning.tuning.methods import PREFIX_METHODS
+from chatglm_ptuning.version import kit_version
 
 
 class TaskRun(TrainingRun):

@@ -24,10 +24,10 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
+from chatglm_ptuning.files import write_atomically
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_ptuning.model.zero3 import gathered, is_partitioned, whole_shape
 from chatglm_ptuning.prefix.checkpoint import PREFIX_KEY, read_prefix
-from chatglm_ptuning.prefix.files import write_atomically
 from chatglm_ptuning.training import optimizer_state
 from chatglm_ptuning.training.callbacks import FiniteGuard, LogAtCheckpoints, StopOnSignal, ZeroLossGuard
 from chatglm_ptuning.training.distributed import everywhere

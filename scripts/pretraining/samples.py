@@ -16,8 +16,8 @@ import numpy as np
 import sentencepiece
 from tqdm import tqdm
 
+from chatglm_ptuning.files import write_atomically
 from chatglm_ptuning.model.vocabulary import SentencePieceVocabulary
-from chatglm_ptuning.prefix.files import write_atomically
 from pretraining import instructions
 from pretraining.corpus import Corpus
 

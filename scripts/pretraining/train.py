@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
+from chatglm_ptuning.files import write_atomically
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 from chatglm_ptuning.model.vocabulary import SentencePieceVocabulary
-from chatglm_ptuning.prefix.files import write_atomically
 from pretraining.corpus import Corpus, read_corpus
 from pretraining.measure import held_out_loss
 from pretraining.muon import Muon

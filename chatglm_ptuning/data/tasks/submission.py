@@ -13,7 +13,7 @@ from transformers.utils import logging
 from chatglm_ptuning.data.tasks.examples import AnyExample, ChoiceExample, TokenExample, has_gold
 from chatglm_ptuning.data.tasks.schema import Task
 from chatglm_ptuning.data.tasks.token_readers import spans_of
-from chatglm_ptuning.prefix.files import write_atomically
+from chatglm_ptuning.files import write_atomically
 
 logger = logging.get_logger(__name__)
 

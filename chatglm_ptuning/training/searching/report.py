@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from chatglm_ptuning.evaluation.spread import mean_and_deviation
-from chatglm_ptuning.prefix.files import write_atomically
+from chatglm_ptuning.files import write_atomically
 from chatglm_ptuning.training.searching.arguments import Setting
 from chatglm_ptuning.training.searching.trial import run_flags
 
