@@ -19,7 +19,7 @@ from chatglm_ptuning.data.preprocess import Preprocessor
 from chatglm_ptuning.model.hub import DEFAULT_MODEL
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.model.quantization import quantization_settings
-from chatglm_ptuning.prefix.checkpoint import read_prefix
+from chatglm_ptuning.prefix.formats import read_prefix
 from chatglm_ptuning.training.run import main as train
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -181,7 +181,7 @@ def test_a_fingerprint_without_the_new_field_is_still_read(forms, tmp_path):
     assert content["base_fingerprint"].pop("quantized") == []
     path.write_text(json.dumps(content), "utf-8")
     forms["4 nf4"]().load_prefix(tmp_path / "old")
-    assert read_prefix(tmp_path / "old", forms["float32"]().config).metadata.pre_seq_len == 4
+    assert read_prefix(tmp_path / "old", forms["float32"]().config.prefix_shape).metadata.pre_seq_len == 4
 
 
 def test_a_head_keeps_its_precision(base):
@@ -258,7 +258,9 @@ def test_two_processes_train_the_same_prefix_as_one(base, tmp_path):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
         output = tmp_path / f"prefix-{world}"
         subprocess.run([*command, str(script), str(base), str(output)], check=True, capture_output=True, timeout=300)
-        prefixes.append(read_prefix(output, ChatGLMConfig.from_pretrained(base)).parameters["embedding.weight"])
+        prefixes.append(
+            read_prefix(output, ChatGLMConfig.from_pretrained(base).prefix_shape).parameters["embedding.weight"]
+        )
     assert torch.allclose(*prefixes, atol=1e-5)
     start = torch.randn(4, 4, 2, 8, generator=torch.Generator().manual_seed(4)).flatten(1)
     assert not torch.allclose(prefixes[0], start, atol=1e-3)

@@ -14,8 +14,8 @@ from chatglm_ptuning.data.tasks.schema import ECHO_HEADS, Task
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.hub import find_base
 from chatglm_ptuning.model.modeling_heads import HEAD_CLASSES
-from chatglm_ptuning.prefix.checkpoint import read_prefix
-from chatglm_ptuning.tuning.load import is_foreign_lora
+from chatglm_ptuning.prefix.formats import read_prefix
+from chatglm_ptuning.prefix.formats.peft import adapter_type
 from chatglm_ptuning.tuning.record import read_record
 
 logger = logging.get_logger(__name__)
@@ -52,10 +52,10 @@ def recorded_details(checkpoint: str | Path, base: str, hub: str = "hf", revisio
     record = read_record(checkpoint)
     if record is not None:
         return record.details
-    if is_foreign_lora(Path(checkpoint)):
+    if adapter_type(Path(checkpoint)) == "LORA":
         return {}
     config = ChatGLMConfig.from_pretrained(find_base(base, hub, revision, weights=False))
-    metadata = read_prefix(checkpoint, config).metadata
+    metadata = read_prefix(checkpoint, config.prefix_shape).metadata
     return {"task": metadata.task, "head": metadata.head, "labels": metadata.labels,
             "tasks": metadata.tasks, "training": metadata.training}  # fmt: skip
 

@@ -27,7 +27,8 @@ from transformers.utils import logging
 from chatglm_ptuning.files import write_atomically
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_ptuning.model.zero3 import gathered, is_partitioned, whole_shape
-from chatglm_ptuning.prefix.checkpoint import PREFIX_KEY, read_prefix
+from chatglm_ptuning.prefix.checkpoint import PREFIX_KEY
+from chatglm_ptuning.prefix.formats import read_prefix
 from chatglm_ptuning.training import optimizer_state
 from chatglm_ptuning.training.callbacks import FiniteGuard, LogAtCheckpoints, StopOnSignal, ZeroLossGuard
 from chatglm_ptuning.training.distributed import everywhere
@@ -490,7 +491,7 @@ class PrefixTrainer(Trainer):
         trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
         if all(value.dtype == torch.float32 for value in trained.values()):
             return
-        read = read_prefix(checkpoint, model.config)
+        read = read_prefix(checkpoint, model.config.prefix_shape)
         values = {PREFIX_KEY + name: value for name, value in read.parameters.items()} | read.heads
         optimizer_state.restore_full_precision(trained, values)
 
