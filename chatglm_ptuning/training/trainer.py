@@ -43,6 +43,7 @@ from chatglm_ptuning.training.failures import (
     is_out_of_memory,
 )
 from chatglm_ptuning.training.preservation import Replay
+from chatglm_ptuning.training.progress import ProgressFile
 from chatglm_ptuning.training.sampler import SAMPLING_STRATEGIES, EpochSampler, PaddedRows, row_lengths
 from chatglm_ptuning.tuning.tuning import PrefixTuning, Tuning
 
@@ -89,7 +90,7 @@ class PrefixTrainer(Trainer):
         self._epoch_sampler: EpochSampler | None = None
         self._finite = FiniteGuard()
         self._signal = StopOnSignal()
-        for callback in (ZeroLossGuard(), LogAtCheckpoints(), self._signal):
+        for callback in (ZeroLossGuard(), LogAtCheckpoints(), ProgressFile(), self._signal):
             self.add_callback(callback)
 
     @property
