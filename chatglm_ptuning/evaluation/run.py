@@ -17,7 +17,6 @@ from chatglm_ptuning.data.preprocess import Preprocessor
 from chatglm_ptuning.data.report import PreparationReport
 from chatglm_ptuning.data.tasks.arguments import TaskArguments
 from chatglm_ptuning.evaluation.chosen_prefix import PLAIN_BASE, choose_prefix, load_chosen, results_folder
-from chatglm_ptuning.evaluation.metrics import score
 from chatglm_ptuning.evaluation.parallel import (
     generate_answers_together,
     is_first_process,
@@ -27,6 +26,7 @@ from chatglm_ptuning.evaluation.parallel import (
 from chatglm_ptuning.evaluation.table import print_scores
 from chatglm_ptuning.evaluation.task_run import evaluate_task
 from chatglm_ptuning.files import check_output_folder, write_atomically
+from chatglm_ptuning.metrics.generation import score
 from chatglm_ptuning.model.hub import DEFAULT_MODEL, InferenceBaseArguments
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.version import kit_version

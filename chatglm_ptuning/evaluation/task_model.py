@@ -9,8 +9,9 @@ from typing import Any
 from transformers.utils import logging
 
 from chatglm_ptuning.data.tasks.arguments import TrainedReading
-from chatglm_ptuning.data.tasks.encode import ANSWERING_HEADS, head_of, label_names
-from chatglm_ptuning.data.tasks.schema import ECHO_HEADS, Task
+from chatglm_ptuning.data.tasks.encode import ANSWERING_HEADS, ECHO_HEADS, head_of, label_names
+from chatglm_ptuning.data.tasks.readers import heads_of
+from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.hub import find_base
 from chatglm_ptuning.model.modeling_heads import HEAD_CLASSES
@@ -97,17 +98,17 @@ def recorded_head(details: Mapping[str, Any], task: Task, asked: str | None, sou
         details = {**details, **shared[task.name], "task": task.name}
     recorded, labels = details.get("head"), details.get("labels")
     if recorded is None or recorded in ANSWERING_HEADS:
-        answering = [head for head in task.heads if head in ANSWERING_HEADS]
+        answering = [head for head in heads_of(task) if head in ANSWERING_HEADS]
         own = [head for head in (recorded, task.head) if head in answering]
         head = asked or (own or answering or [task.head])[0]
     else:
         head = recorded
     if asked is not None and asked != head:
         raise ValueError(f"--head {asked}: what is in {source} was trained with the head {head}.")
-    if head not in task.heads:
+    if head not in heads_of(task):
         raise ValueError(
             f"What is in {source} was trained with the head {head}, for {details.get('task') or 'an unnamed task'}; "
-            f"{task.name} takes {' or '.join(task.heads)}."
+            f"{task.name} takes {' or '.join(heads_of(task))}."
         )
     head = head_of(task, head)
     before = details.get("task")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatglm_ptuning.data.tasks.arguments import TrainedReading, submission_variant, usual_split
 from chatglm_ptuning.data.tasks.encode import ANSWERING_HEADS, head_of
+from chatglm_ptuning.data.tasks.readers import heads_of
 from chatglm_ptuning.data.tasks.submission import can_submit
 from chatglm_ptuning.evaluation.chosen_prefix import load_chosen, results_folder
 from chatglm_ptuning.evaluation.parallel import is_first_process, print_once
@@ -26,7 +27,7 @@ from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.version import kit_version
 
 if TYPE_CHECKING:
-    from chatglm_ptuning.data.tasks.schema import Task
+    from chatglm_ptuning.data.tasks.task import Task
     from chatglm_ptuning.evaluation.run import EvaluationArguments
 
 BASE_FOLDER = "base"
@@ -119,7 +120,7 @@ def _how_to_solve(
     """
     trained, variant = None, None
     if prefix is None:
-        head = head_of(task, args.head or next((name for name in task.heads if name in ANSWERING_HEADS), None))
+        head = head_of(task, args.head or next((name for name in heads_of(task) if name in ANSWERING_HEADS), None))
     else:
         details = recorded_details(prefix, args.model_name_or_path, hub=args.hub, revision=args.revision)
         head = recorded_head(details, task, args.head, prefix)
@@ -129,6 +130,6 @@ def _how_to_solve(
     if head not in ANSWERING_HEADS and (prefix is None or args.compare_base):
         raise ValueError(
             f"The plain base has no {head.replace('_', ' ')} head for {task.name}; it can be scored by "
-            f"{' or '.join(name for name in task.heads if name in ANSWERING_HEADS) or 'no head at all'}."
+            f"{' or '.join(name for name in heads_of(task) if name in ANSWERING_HEADS) or 'no head at all'}."
         )
     return head, trained, variant

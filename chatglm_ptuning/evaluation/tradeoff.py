@@ -15,8 +15,8 @@ from typing import Any
 from chatglm_ptuning.command_line import fail, parse_arguments
 from chatglm_ptuning.data.tasks.registry import load_task
 from chatglm_ptuning.evaluation.figures import new_figure, save_figure
-from chatglm_ptuning.evaluation.spread import mean_and_deviation
 from chatglm_ptuning.files import write_atomically
+from chatglm_ptuning.metrics.spread import mean_and_deviation
 from chatglm_ptuning.prefix.fingerprint import difference
 from chatglm_ptuning.prefix.formats.kit import METADATA_FILE
 

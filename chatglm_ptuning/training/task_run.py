@@ -7,9 +7,15 @@ from dataclasses import asdict
 from typing import Any
 
 from chatglm_ptuning.data.tasks.arguments import TrainedReading, submission_variant, usual_split
-from chatglm_ptuning.data.tasks.encode import ANSWERING_HEADS, TaskEncoder, check_order, head_of, label_names
+from chatglm_ptuning.data.tasks.encode import (
+    ANSWERING_HEADS,
+    ECHO_HEADS,
+    TaskEncoder,
+    check_order,
+    head_of,
+    label_names,
+)
 from chatglm_ptuning.data.tasks.examples import AnyExample, has_gold
-from chatglm_ptuning.data.tasks.schema import ECHO_HEADS
 from chatglm_ptuning.data.tasks.submission import can_submit
 from chatglm_ptuning.evaluation.candidates import CANDIDATE_ATTENTIONS
 from chatglm_ptuning.evaluation.table import print_scores

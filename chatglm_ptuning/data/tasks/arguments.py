@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from chatglm_ptuning.data.tasks.encode import TaskEncoder, head_of
+from chatglm_ptuning.data.tasks.encode import ECHO_HEADS, HEADS, TaskEncoder, head_of
 from chatglm_ptuning.data.tasks.encode_tags import DEFAULT_TOKEN_UNIT, TOKEN_UNITS
 from chatglm_ptuning.data.tasks.examples import AnyExample
 from chatglm_ptuning.data.tasks.read import read_examples
 from chatglm_ptuning.data.tasks.registry import load_task
-from chatglm_ptuning.data.tasks.schema import ECHO_HEADS, HEADS, Task
+from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
 CANDIDATE_SCORES = ("sum", "mean", "calibrated")

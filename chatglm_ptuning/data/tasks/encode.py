@@ -22,7 +22,8 @@ from chatglm_ptuning.data.tasks.examples import (
     has_gold,
 )
 from chatglm_ptuning.data.tasks.prompt import answer_text, longest_text, render_prompt, with_texts_of
-from chatglm_ptuning.data.tasks.schema import Task, placeholders
+from chatglm_ptuning.data.tasks.readers import READERS, heads_of
+from chatglm_ptuning.data.tasks.task import Task, placeholders
 from chatglm_ptuning.model.losses import IGNORED_LABEL
 
 if TYPE_CHECKING:
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+HEADS = tuple(dict.fromkeys(head for reader in READERS.values() for head in reader.heads))
+"""Every way to solve a task."""
+ECHO_HEADS = ("token_classification", "question_answering")
+"""Heads that may read their text twice (`TaskEncoder.echo`)."""
 ANSWERING_HEADS = ("generation", "multiple_choice")
 """Heads that are the language model itself: what is learned is the text of the answer."""
 
@@ -165,8 +170,8 @@ def head_of(task: Task, head: str | None) -> str:
         ValueError: if it cannot solve the task, naming those that can.
     """
     head = task.head if head is None else head
-    if head not in task.heads:
-        raise ValueError(f"--head {head} cannot solve {task.name}; {' or '.join(task.heads)} can.")
+    if head not in heads_of(task):
+        raise ValueError(f"--head {head} cannot solve {task.name}; {' or '.join(heads_of(task))} can.")
     return head
 
 

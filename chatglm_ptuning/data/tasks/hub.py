@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from chatglm_ptuning.data.files import Row
-from chatglm_ptuning.data.tasks.schema import HubSource, Task
+from chatglm_ptuning.data.tasks.task import HubSource, Task
 
 HUBS = ("huggingface", "modelscope")
 

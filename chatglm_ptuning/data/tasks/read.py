@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from chatglm_ptuning.data.tasks.choice_readers import read_c3, read_chid, read_choices, read_exam
 from chatglm_ptuning.data.tasks.examples import AnyExample, gold_of, has_gold
 from chatglm_ptuning.data.tasks.hub import HUBS, read_hub
-from chatglm_ptuning.data.tasks.question_readers import read_squad
-from chatglm_ptuning.data.tasks.schema import Task
+from chatglm_ptuning.data.tasks.readers import reader_of
 from chatglm_ptuning.data.tasks.source import SplitSource, find_files
-from chatglm_ptuning.data.tasks.text_readers import read_lcsts, read_pairs, read_texts, read_winograd
-from chatglm_ptuning.data.tasks.token_readers import read_bio, read_cluener
-
-_READ: dict[str, Callable[[SplitSource], Sequence[AnyExample]]] = {
-    "rows": read_texts,
-    "winograd": read_winograd,
-    "pairs": read_pairs,
-    "lcsts": read_lcsts,
-    "bio": read_bio,
-    "cluener": read_cluener,
-    "squad": read_squad,
-    "chid": read_chid,
-    "c3": read_c3,
-    "choices": read_choices,
-    "exam": read_exam,
-}
+from chatglm_ptuning.data.tasks.task import Task
 
 
 def read_examples(
@@ -62,7 +45,7 @@ def read_examples(
         else:
             paths = find_files(task, Path(source), split, subject)
             found = SplitSource(task, split, paths, fields=task.fields, subject=subject)
-        examples += _READ[task.reader](found)
+        examples += reader_of(task).read(found)
     if not examples:
         raise ValueError(f"{source} holds no row of {task.name}, split {split}.")
     _check_all_or_none(task, split, examples)

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from chatglm_ptuning.data.forms.fields import fail
 from chatglm_ptuning.data.json_rows import json_rows
 from chatglm_ptuning.data.row import BadRows, Row
-from chatglm_ptuning.data.tasks.schema import Task
+from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.data.text_input import read_text
 
 _WITHOUT_GOLD = ("test", "unlabel")

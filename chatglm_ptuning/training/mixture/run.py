@@ -9,10 +9,10 @@ from typing import Any
 
 from chatglm_ptuning.data.collate import PaddingCollator
 from chatglm_ptuning.data.tasks.arguments import TaskArguments, TrainedReading, usual_split
-from chatglm_ptuning.data.tasks.encode import TaskEncoder, label_names
+from chatglm_ptuning.data.tasks.encode import ECHO_HEADS, TaskEncoder, label_names
 from chatglm_ptuning.data.tasks.examples import AnyExample
 from chatglm_ptuning.data.tasks.mixture import MixedTask, read_mixture
-from chatglm_ptuning.data.tasks.schema import ECHO_HEADS, Task
+from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.evaluation.task_model import (
     ECHO,
     PROMPTS,

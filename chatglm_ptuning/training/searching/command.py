@@ -19,7 +19,8 @@ from transformers.utils import logging
 
 from chatglm_ptuning.command_line import fail, parse_arguments
 from chatglm_ptuning.data.tasks.encode import head_of
-from chatglm_ptuning.data.tasks.schema import Task, metrics_of
+from chatglm_ptuning.data.tasks.readers import reader_of
+from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.training.arguments import RETIRED_FLAGS
 from chatglm_ptuning.training.failures import SIGTERM_EXIT_CODE, Preempted, TrainingDiverged
 from chatglm_ptuning.training.initialisation import PREFIX_INITS
@@ -313,7 +314,7 @@ def _has_lost_gpu(error: Exception) -> bool:
 
 
 def _metric_of(args: SearchArguments, task: Task) -> str:
-    known = [*metrics_of(task), "loss"]
+    known = [*reader_of(task).metrics_of(task), "loss"]
     metric = args.metric or task.metric
     if metric not in known:
         raise ValueError(f"--metric of {task.name} must be one of {', '.join(known)}, got {metric!r}")

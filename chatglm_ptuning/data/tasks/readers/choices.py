@@ -6,12 +6,14 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any
+from typing import Any, ClassVar
 
 from chatglm_ptuning.data.files import Row
 from chatglm_ptuning.data.forms.fields import fail
 from chatglm_ptuning.data.tasks.examples import ChoiceExample
+from chatglm_ptuning.data.tasks.readers.reader import Reader
 from chatglm_ptuning.data.tasks.source import SplitSource, as_text, spellings
+from chatglm_ptuning.data.tasks.submission_formats import exam_map, id_lines, id_map
 
 ASKED_BLANK = "____"
 """Stands for the idiom that is asked for."""
@@ -22,28 +24,41 @@ _IDIOM = re.compile(r"#idiom\d*#")
 _LETTERS = ("A", "B", "C", "D")
 
 
-def read_chid(source: SplitSource) -> list[ChoiceExample]:
-    """ChID, an example for each missing idiom.
+class _ChoiceReader(Reader):
+    options = ("letters",)
+    heads = ("multiple_choice", "generation")
+    placeholders = ("context", "question", "options")
+    metrics = ("accuracy",)
 
-    CLUE's form: `content` is a list of passages with `#idiom000378#`, and the answers (idiom tag -> index) stand in a
-    file of their own, `train_answer.json` beside `train.json`. FewCLUE's: `content` is one passage with one `#idiom#`,
-    and `answer` the index.
-    """
-    answers: dict[str, Any] = {}
-    for path in source.paths:
-        answers |= _idiom_answers(source, path)
-    examples: list[ChoiceExample] = []
-    for index, row in enumerate(source.rows()):
-        candidates, content = row.get("candidates"), row.get("content")
-        if not _are_texts(candidates):
-            fail(row, f"there is no field 'candidates' with a list of idioms; the row has {', '.join(row)}.")
-        if isinstance(content, str):
-            examples.append(_one_blank(source, row, content, candidates, index))
-        elif _are_texts(content):
-            examples += _many_blanks(source, row, content, candidates, answers)
-        else:
-            fail(row, f"there is no field 'content' with text or a list of texts; the row has {', '.join(row)}.")
-    return examples
+
+class ChidReader(_ChoiceReader):
+    """ChID: idioms that are missing in a passage."""
+
+    name = "chid"
+    submissions: ClassVar = {"answer_lines": id_lines("answer"), "idiom_map": id_map}
+
+    def read(self, source: SplitSource) -> list[ChoiceExample]:
+        """As `Reader.read`, an example for each missing idiom.
+
+        CLUE's form: `content` is a list of passages with `#idiom000378#`, and the answers (idiom tag -> index) stand in
+        a file of their own, `train_answer.json` beside `train.json`. FewCLUE's: `content` is one passage with one
+        `#idiom#`, and `answer` the index.
+        """
+        answers: dict[str, Any] = {}
+        for path in source.paths:
+            answers |= _idiom_answers(source, path)
+        examples: list[ChoiceExample] = []
+        for index, row in enumerate(source.rows()):
+            candidates, content = row.get("candidates"), row.get("content")
+            if not _are_texts(candidates):
+                fail(row, f"there is no field 'candidates' with a list of idioms; the row has {', '.join(row)}.")
+            if isinstance(content, str):
+                examples.append(_one_blank(source, row, content, candidates, index))
+            elif _are_texts(content):
+                examples += _many_blanks(source, row, content, candidates, answers)
+            else:
+                fail(row, f"there is no field 'content' with text or a list of texts; the row has {', '.join(row)}.")
+        return examples
 
 
 def _idiom_answers(source: SplitSource, path: Path) -> dict[str, Any]:
@@ -128,27 +143,35 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(entry, str) for entry in value)
 
 
-def read_choices(source: SplitSource) -> list[ChoiceExample]:
-    """Rows with a list of candidates; the answer is an index (from 0), one of the candidates, or with `letters` its
-    letter.
-    """
-    examples = []
-    for index, row in enumerate(source.rows()):
-        candidates = _candidates(source, row)
-        texts = {role: source.text(row, role) for role in ("context", "question") if role in source.fields}
-        answer = source.get(row, "answer")
-        if answer is None and source.needs_gold:
-            source.missing(row, "answer", source.fields.get("answer", "answer"))
-        examples.append(
-            ChoiceExample(
-                id=source.example_id(row, index),
-                where=row.where,
-                candidates=tuple(candidates),
-                answer=_index(source, row, answer, candidates),
-                **texts,
+class ChoicesReader(_ChoiceReader):
+    """Rows with a list of candidates."""
+
+    name = "choices"
+    fields = ("candidates",)
+    optional_fields = ("context", "question", "answer", "id")
+    submissions: ClassVar = {"answer_lines": id_lines("answer")}
+
+    def read(self, source: SplitSource) -> list[ChoiceExample]:
+        """As `Reader.read`; the answer is an index (from 0), one of the candidates, or with `letters` its
+        letter.
+        """
+        examples = []
+        for index, row in enumerate(source.rows()):
+            candidates = _candidates(source, row)
+            texts = {role: source.text(row, role) for role in ("context", "question") if role in source.fields}
+            answer = source.get(row, "answer")
+            if answer is None and source.needs_gold:
+                source.missing(row, "answer", source.fields.get("answer", "answer"))
+            examples.append(
+                ChoiceExample(
+                    id=source.example_id(row, index),
+                    where=row.where,
+                    candidates=tuple(candidates),
+                    answer=_index(source, row, answer, candidates),
+                    **texts,
+                )
             )
-        )
-    return examples
+        return examples
 
 
 def _candidates(source: SplitSource, row: Row) -> list[str]:
@@ -166,25 +189,33 @@ def _candidates(source: SplitSource, row: Row) -> list[str]:
     return candidates
 
 
-def read_c3(source: SplitSource) -> list[ChoiceExample]:
-    """C3: a list of `[[context, ...], [{question, choice, answer}, ...], id]`; a hub has a row for each question."""
-    if source.hub_rows is not None:
-        return [_c3_example(source, row.where, row, row.get("context"), row.get("id", i)) for i, row in
-                enumerate(source.hub_rows)]  # fmt: skip
-    examples = []
-    expected = "one JSON list of [[context, ...], [question, ...], id]"
-    for path, content in source.documents(expected):
-        if not isinstance(content, list):
-            raise ValueError(f"{path} must be {expected}: it is not a file of C3.")
-        for number, entry in enumerate(content):
-            where = f"{path}: document {number + 1}"
-            if not isinstance(entry, list) or len(entry) < 2 or not isinstance(entry[1], list):
-                raise ValueError(f"{where} must be [[context, ...], [question, ...], id].")
-            document = entry[2] if len(entry) > 2 else number
-            for place, question in enumerate(entry[1]):
-                index = question.get("id", f"{document}-{place}") if isinstance(question, Mapping) else place
-                examples.append(_c3_example(source, f"{where}, question {place + 1}", question, entry[0], index))
-    return examples
+class C3Reader(_ChoiceReader):
+    """C3: questions about a dialogue or text; the file is one nested list."""
+
+    name = "c3"
+    submissions: ClassVar = {"choice_lines": id_lines("label")}
+
+    def read(self, source: SplitSource) -> list[ChoiceExample]:
+        """As `Reader.read`: a list of `[[context, ...], [{question, choice, answer}, ...], id]`; a hub
+        has a row for each question.
+        """
+        if source.hub_rows is not None:
+            return [_c3_example(source, row.where, row, row.get("context"), row.get("id", i)) for i, row in
+                    enumerate(source.hub_rows)]  # fmt: skip
+        examples = []
+        expected = "one JSON list of [[context, ...], [question, ...], id]"
+        for path, content in source.documents(expected):
+            if not isinstance(content, list):
+                raise ValueError(f"{path} must be {expected}: it is not a file of C3.")
+            for number, entry in enumerate(content):
+                where = f"{path}: document {number + 1}"
+                if not isinstance(entry, list) or len(entry) < 2 or not isinstance(entry[1], list):
+                    raise ValueError(f"{where} must be [[context, ...], [question, ...], id].")
+                document = entry[2] if len(entry) > 2 else number
+                for place, question in enumerate(entry[1]):
+                    index = question.get("id", f"{document}-{place}") if isinstance(question, Mapping) else place
+                    examples.append(_c3_example(source, f"{where}, question {place + 1}", question, entry[0], index))
+        return examples
 
 
 def _c3_example(source: SplitSource, where: str, question: Any, context: Any, index: int | str) -> ChoiceExample:
@@ -218,34 +249,45 @@ def _place_of(answer: Any, choices: list[str]) -> int | None:
     return stripped.index(wanted) if wanted in stripped else None
 
 
-def read_exam(source: SplitSource) -> list[ChoiceExample]:
-    """One subject of C-Eval or CMMLU: a table of the question (`question` or `Question`), A, B, C, D and the answer."""
-    subject = source.task.subjects[source.subject or ""]
-    examples = []
-    for index, row in enumerate(source.rows()):
-        lower = {name.lower(): name for name in row}
-        for name in ("question", "a", "b", "c", "d"):
-            if name not in lower:
-                fail(row, f"there is no column '{name if len(name) > 1 else name.upper()}'; it has {', '.join(row)}.")
-        answer = row[lower["answer"]] if "answer" in lower else None
-        if isinstance(answer, str):
-            answer = answer.strip().upper() or None
-        if answer is None and source.needs_gold:
-            fail(row, f"there is no answer, and the split {source.split} needs them.")
-        if answer not in (None, *_LETTERS):
-            fail(row, f"the answer must be A, B, C or D, found {answer!r}.")
-        examples.append(
-            ChoiceExample(
-                id=_exam_id(row, index),
-                where=row.where,
-                question=as_text(row, row[lower["question"]], "question"),
-                candidates=tuple(as_text(row, row[lower[letter]], letter.upper()) for letter in "abcd"),
-                answer=None if answer is None else _LETTERS.index(answer),
-                subject=source.subject,
-                category=subject.category,
+class ExamReader(_ChoiceReader):
+    """C-Eval and CMMLU: a table for each subject."""
+
+    name = "exam"
+    needs = ("subjects",)
+    options = ("letters", "groups")
+    placeholders = (*_ChoiceReader.placeholders, "subject", "category")
+    submissions: ClassVar = {"exam_map": exam_map}
+
+    def read(self, source: SplitSource) -> list[ChoiceExample]:
+        """As `Reader.read`, of one subject: columns for question (`question` or `Question`), A, B, C, D and answer."""
+        subject = source.task.subjects[source.subject or ""]
+        examples = []
+        for index, row in enumerate(source.rows()):
+            lower = {name.lower(): name for name in row}
+            for name in ("question", "a", "b", "c", "d"):
+                if name not in lower:
+                    fail(
+                        row, f"there is no column '{name if len(name) > 1 else name.upper()}'; it has {', '.join(row)}."
+                    )
+            answer = row[lower["answer"]] if "answer" in lower else None
+            if isinstance(answer, str):
+                answer = answer.strip().upper() or None
+            if answer is None and source.needs_gold:
+                fail(row, f"there is no answer, and the split {source.split} needs them.")
+            if answer not in (None, *_LETTERS):
+                fail(row, f"the answer must be A, B, C or D, found {answer!r}.")
+            examples.append(
+                ChoiceExample(
+                    id=_exam_id(row, index),
+                    where=row.where,
+                    question=as_text(row, row[lower["question"]], "question"),
+                    candidates=tuple(as_text(row, row[lower[letter]], letter.upper()) for letter in "abcd"),
+                    answer=None if answer is None else _LETTERS.index(answer),
+                    subject=source.subject,
+                    category=subject.category,
+                )
             )
-        )
-    return examples
+        return examples
 
 
 def _exam_id(row: Row, index: int) -> int | str:

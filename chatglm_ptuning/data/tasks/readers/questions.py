@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from chatglm_ptuning.data.files import Row
 from chatglm_ptuning.data.forms.fields import fail
 from chatglm_ptuning.data.tasks.examples import Answer, QuestionExample
+from chatglm_ptuning.data.tasks.readers.reader import Reader
 from chatglm_ptuning.data.tasks.source import SplitSource, nearest_place
+from chatglm_ptuning.data.tasks.submission_formats import id_map
 
 _FORM = (
     'SQuAD\'s one object {"data": [{"paragraphs": [{"context": "...", "qas": [{"id": "1", "question": "...", '
@@ -18,20 +20,30 @@ _FORM = (
 )
 
 
-def read_squad(source: SplitSource) -> list[QuestionExample]:
-    """Questions and their reference answers.
+class SquadReader(Reader):
+    """Questions about a context, and the answers that stand in it."""
 
-    - SQuAD's nested form, in which CLUE has CMRC2018 and DRCD: `data`, `paragraphs`, `qas`, `answers` with `text` and
-      `answer_start`;
-    - CMRC2018's own form: a list of `context_text` with `qas` of `query_text`, `query_id` and `answers` as texts;
-    - flat rows of a hub: `context`, `question`, `answers` with lists of `text` and `answer_start`.
+    name = "squad"
+    options = ("echo",)
+    heads = ("question_answering", "generation")
+    placeholders = ("context", "question")
+    metrics = ("cmrc_f1", "cmrc_em")
+    submissions: ClassVar = {"answer_map": id_map}
 
-    Contexts are kept as they are, so that `answer_start` holds. An answer that does not stand where the file says gets
-    the nearest place where it does stand, or None.
-    """
-    if source.hub_rows is not None:
-        return [_flat(source, row) for row in source.hub_rows]
-    return [example for path, content in source.documents(_FORM) for example in _nested(source, path, content)]
+    def read(self, source: SplitSource) -> list[QuestionExample]:
+        """As `Reader.read`, from any of these forms:
+
+        - SQuAD's nested form, in which CLUE has CMRC2018 and DRCD: `data`, `paragraphs`, `qas`, `answers` with `text`
+          and `answer_start`;
+        - CMRC2018's own form: a list of `context_text` with `qas` of `query_text`, `query_id` and `answers` as texts;
+        - flat rows of a hub: `context`, `question`, `answers` with lists of `text` and `answer_start`.
+
+        Contexts are kept as they are, so that `answer_start` holds. An answer that does not stand where the file says
+        gets the nearest place where it does stand, or None.
+        """
+        if source.hub_rows is not None:
+            return [_flat(source, row) for row in source.hub_rows]
+        return [example for path, content in source.documents(_FORM) for example in _nested(source, path, content)]
 
 
 def _nested(source: SplitSource, path: Path, content: Any) -> Iterator[QuestionExample]:
