@@ -28,7 +28,7 @@ from chatglm_ptuning.evaluation.task_predictions import PredictionSettings, pred
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.modeling_heads import HEAD_CLASSES
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
-from chatglm_ptuning.prefix.checkpoint import METADATA_FILE
+from chatglm_ptuning.prefix.formats.kit import METADATA_FILE
 from chatglm_ptuning.training.comparison.plan import Plan, check_plan
 
 FORMATS = ("chatglm2", "chatglm3", "base", "glm4")
