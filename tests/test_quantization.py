@@ -63,17 +63,16 @@ def dequantized(model, batch):
 
 
 @pytest.mark.parametrize(("bits", "kind"), **ids_of)
-def test_the_loss_is_near_that_of_the_whole_base_and_the_gradient_reaches_the_prefix(batch, bits, kind):
+def test_the_loss_is_that_of_the_quantised_weights_and_the_gradient_reaches_the_prefix(batch, bits, kind):
     whole_loss, whole = loss_and_gradient(nano(batch), batch)
     model = nano(batch, bits, kind)
     linear = model.transformer.encoder.layers[0].mlp.dense_h_to_4h.weight
     assert linear.dtype == (torch.int8 if bits == 8 else torch.uint8)
     assert model.transformer.output_layer.weight.dtype == torch.float32
     loss, gradient = loss_and_gradient(model, batch)
-    # Measured: 0.0005 with 8 bits, 0.006 with nf4, 0.004 with fp4.
-    assert loss == pytest.approx(whole_loss, rel=0.002 if bits == 8 else 0.02)
-    if bits == 8:  # which quantises the activations too: measured 0.6, where a gradient of noise would have 0.0
-        assert torch.cosine_similarity(gradient.flatten(), whole.flatten(), dim=0) > 0.4
+    if bits == 8:  # which quantises the activations too, so only nearness can be asked; measured: 0.0024 and 0.99
+        assert loss == pytest.approx(whole_loss, rel=0.005)
+        assert torch.cosine_similarity(gradient.flatten(), whole.flatten(), dim=0) > 0.9
     else:
         expected_loss, expected = loss_and_gradient(dequantized(model, batch), batch)
         assert loss == pytest.approx(expected_loss, rel=1e-4)
