@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from chatglm_ptuning.data.conversation import Conversation, Message
+from chatglm_ptuning.chat.message import Conversation, Message
 from chatglm_ptuning.data.files import Row, read_rows
 from chatglm_ptuning.data.forms import Columns, to_conversation
 
@@ -210,7 +210,7 @@ def test_names_what_is_wrong_in_a_row(values, message):
 
 
 def test_only_answers_can_be_learned():
-    with pytest.raises(ValueError, match=re.escape("a message of the role 'user' cannot be learned")):
+    with pytest.raises(ValueError, match=re.escape("A message of the role 'user' cannot be learned")):
         Message("user", "问", loss=True)
 
 

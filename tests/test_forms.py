@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from chatglm_ptuning.data.conversation import Conversation, Document, Message
+from chatglm_ptuning.chat.message import Conversation, Document, Message
 from chatglm_ptuning.data.forms import Columns, find_form, to_conversation
 from chatglm_ptuning.data.row import Row
 

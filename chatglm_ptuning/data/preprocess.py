@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from chatglm_ptuning.data.chat_format import reference_text, render, split_for_training
-from chatglm_ptuning.data.conversation import Conversation, Document, Message
+from chatglm_ptuning.chat.message import Conversation, Document, Message
 from chatglm_ptuning.data.forms import MESSAGE_FORMS, Columns, find_form, understand
 from chatglm_ptuning.data.forms.fields import fail
-from chatglm_ptuning.data.rendered import start_ids, text_ids
 from chatglm_ptuning.data.report import Lengths, PreparationReport
 from chatglm_ptuning.data.row import BadRows
 from chatglm_ptuning.data.truncation import cut_source
@@ -77,17 +75,18 @@ class Preprocessor:
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         self.tokenizer = tokenizer
+        self.chat = tokenizer.chat
         self.columns = columns
         self.max_source_length = max_source_length
         self.max_target_length = max_target_length
         self.source_prefix = source_prefix
         self.num_workers = num_workers
         self.progress = progress
-        shortest = render(Conversation([Message("user", "？")], source_prefix), tokenizer, for_generation=True)
-        if len(shortest.input_ids) > max_source_length:
+        shortest = self.chat.encode_prompt(Conversation([Message("user", "？")], source_prefix))
+        if len(shortest) > max_source_length:
             raise ValueError(
                 f"max_source_length={max_source_length} is too small: in the {tokenizer.chat_format} format a question "
-                f"of one character takes {len(shortest.input_ids)} tokens"
+                f"of one character takes {len(shortest)} tokens"
                 f"{' with the source prefix' if source_prefix else ''}; set --max_source_length higher."
             )
 
@@ -203,15 +202,15 @@ class Preprocessor:
         if isinstance(found, Document):
             return self._pieces(found)
         prepared = Prepared()
-        for part in split_for_training(found, self.tokenizer):
+        for part in self.chat.training_parts(found):
             self._add_training_example(row, part, form in MESSAGE_FORMS, prepared)
         if not prepared.examples:
             prepared.counted.append("too_long")
         return prepared
 
     def _pieces(self, document: Document) -> Prepared:
-        start = start_ids(self.tokenizer)
-        ids = [*text_ids(self.tokenizer, self.source_prefix + document.text), self.tokenizer.eos_token_id]
+        vocabulary, start = self.chat.vocabulary, self.chat.start_ids
+        ids = [*vocabulary.encode(self.source_prefix + document.text), vocabulary.end_id]
         room = self.max_source_length + self.max_target_length - len(start)
         prepared = Prepared()
         for begin in range(0, len(ids), room):
@@ -223,10 +222,10 @@ class Preprocessor:
 
     def _add_training_example(self, row: Row, conversation: Conversation, shared: bool, prepared: Prepared) -> None:
         try:
-            rendered = render(conversation, self.tokenizer)
+            encoded = self.chat.encode(conversation)
         except ValueError as error:
-            fail(row, f"{error}.")
-        source, target = rendered.answer_start, len(rendered.input_ids) - rendered.answer_start - 1
+            fail(row, str(error))
+        source, target = encoded.answer_start, len(encoded.input_ids) - encoded.answer_start - 1
         source_room, target_room = self.max_source_length, self.max_target_length
         limit = source_room + target_room
         if shared:
@@ -234,19 +233,19 @@ class Preprocessor:
             source_room = limit - min(target, target_room)
         counted = []
         if source > source_room:
-            cut = cut_source(conversation, source_room, self.tokenizer)
+            cut = cut_source(conversation, source_room, self.chat)
             if cut is None:
                 return
             counted += ["history_cut"] * cut.history_cut + ["source_cut"] * cut.text_cut
-            rendered = render(cut.conversation, self.tokenizer)
+            encoded = self.chat.encode(cut.conversation)
         if shared:
-            target_room = limit - rendered.answer_start
-        ids, mask = rendered.input_ids, rendered.loss_mask
+            target_room = limit - encoded.answer_start
+        ids, mask = encoded.input_ids, encoded.loss_mask
         if target > target_room:
-            if target_room <= rendered.answer_header:
+            if target_room <= len(self.chat.answer_header(conversation.messages[-1].metadata)):
                 return
             counted.append("target_cut")
-            ids = ids[: rendered.answer_start + target_room]
+            ids = ids[: encoded.answer_start + target_room]
         labels = [index if learned else IGNORED_LABEL for index, learned in zip(ids, mask, strict=False)]
         prepared.counted += counted
         prepared.examples.append({"input_ids": ids, "labels": labels})
@@ -265,18 +264,18 @@ class Preprocessor:
             fail(row, "a plain text has no question to answer; name two columns, or score it by its loss (--do_eval).")
         plain = found.not_learned()
         try:
-            whole = render(plain, self.tokenizer)
+            whole = self.chat.encode(plain)
         except ValueError as error:
-            fail(row, f"{error}.")
+            fail(row, str(error))
         prepared = Prepared(lengths=[(whole.answer_start, len(whole.input_ids) - whole.answer_start - 1)])
         prompt = whole.input_ids[: whole.answer_start]
         if len(prompt) > self.max_source_length:
-            cut = cut_source(plain, self.max_source_length, self.tokenizer)
+            cut = cut_source(plain, self.max_source_length, self.chat)
             if cut is None:
                 return Prepared(counted=["too_long"])
             prepared.counted += ["history_cut"] * cut.history_cut + ["source_cut"] * cut.text_cut
-            prompt = render(cut.conversation, self.tokenizer, for_generation=True).input_ids
-        prepared.examples.append({"input_ids": prompt, "reference": reference_text(found.messages[-1], self.tokenizer)})
+            prompt = self.chat.encode_prompt(cut.conversation.asked)
+        prepared.examples.append({"input_ids": prompt, "reference": self.chat.text_of(found.messages[-1])})
         return prepared
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from chatglm_ptuning.data.conversation import Message
+from chatglm_ptuning.chat.message import Message
 from chatglm_ptuning.data.forms.fields import fail, parsed, shown, text
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from chatglm_ptuning.data.conversation import Conversation, Document, Message
+from chatglm_ptuning.chat.message import Conversation, Document, Message
 from chatglm_ptuning.data.forms.fields import answer, fail, names, parsed, shown, text
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from chatglm_ptuning.data.conversation import Conversation, Document
+from chatglm_ptuning.chat.message import Conversation, Document
 from chatglm_ptuning.data.forms import columns as by_columns
 from chatglm_ptuning.data.forms.fields import fail, names, parsed
 from chatglm_ptuning.data.forms.messages import chatglm3, messages

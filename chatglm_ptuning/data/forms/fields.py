@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from chatglm_ptuning.data.conversation import Message
+from chatglm_ptuning.chat.message import Message
 from chatglm_ptuning.data.row import Row
 
 _SHOWN = 60

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from chatglm_ptuning.data.conversation import Conversation, Message
+from chatglm_ptuning.chat.message import Conversation, Message
 from chatglm_ptuning.data.forms.calls import named_calls
 from chatglm_ptuning.data.forms.fields import answer, fail, learns, names, text, tool_list, turns_of
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
 
-from chatglm_ptuning.data.chat_format import render
-from chatglm_ptuning.data.conversation import Conversation, Message
+from chatglm_ptuning.chat.message import Conversation, Message
 from chatglm_ptuning.data.tasks.encode_spans import encode_question, learned_answer
 from chatglm_ptuning.data.tasks.encode_tags import DEFAULT_TOKEN_UNIT, encode_tokens
 from chatglm_ptuning.data.tasks.examples import (
@@ -116,9 +115,7 @@ class TaskEncoder:
         if isinstance(example, TextExample) and self.head == "sequence_classification":
             return [{"input_ids": self.prompt_ids(example), "labels": self._label_number(example)}]
         prompt = self.prompt_ids(example)
-        asked = [Message("user", "？"), Message("assistant", answer_text(self.task, example) or "", loss=True)]
-        rendered = render(Conversation(asked), self.tokenizer)
-        answer = rendered.input_ids[rendered.answer_start :]
+        answer = self.tokenizer.chat.encode_answer(Message("assistant", answer_text(self.task, example) or ""))
         if len(answer) > self.max_target_length + 1:
             answer = answer[: self.max_target_length]
         return [{"input_ids": prompt + answer, "labels": [IGNORED_LABEL] * len(prompt) + answer}]
@@ -134,11 +131,12 @@ class TaskEncoder:
         Raises:
             ValueError: if the prompt without any text is longer than `max_source_length`.
         """
-        header = self._answer_header() if self.head == "sequence_classification" else []
+        chat = self.tokenizer.chat
+        header = chat.answer_header() if self.head == "sequence_classification" else []
 
         def ids_of(candidate: AnyExample) -> list[int]:
             asked = Conversation([Message("user", render_prompt(self.task, candidate))])
-            return [*render(asked, self.tokenizer, for_generation=True).input_ids, *header]
+            return [*chat.encode_prompt(asked), *header]
 
         ids = ids_of(example)
         if len(ids) <= self.max_source_length:
@@ -156,11 +154,6 @@ class TaskEncoder:
                 f"{example.where}: the prompt does not fit into --max_source_length {self.max_source_length}."
             )
         return ids
-
-    def _answer_header(self) -> list[int]:
-        """What precedes the text of every answer: its line of metadata, in the formats that have one."""
-        rendered = render(Conversation([Message("user", "？"), Message("assistant", "。")]), self.tokenizer)
-        return rendered.input_ids[rendered.answer_start : rendered.answer_start + rendered.answer_header]
 
 
 def head_of(task: Task, head: str | None) -> str:

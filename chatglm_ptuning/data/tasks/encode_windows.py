@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import TYPE_CHECKING, TypeVar
 
-from chatglm_ptuning.data.rendered import start_ids, text_ids
-
 if TYPE_CHECKING:
     from chatglm_ptuning.data.tasks.encode import TaskEncoder
 
@@ -60,11 +58,11 @@ def frame_of(encoder: TaskEncoder, name: str, values: Mapping[str, str], where: 
         raise ValueError(f"{where}: the task's prompt has no {{{name}}} to read.")
     last = places[-1]
     filled = [text + (values[field] if field else "") for text, field in parts]
-    tokenizer = encoder.tokenizer
-    before = [*start_ids(tokenizer), *text_ids(tokenizer, "".join(filled[:last]) + parts[last][0])]
+    encode = encoder.tokenizer.vocabulary.encode
+    before = [*encoder.tokenizer.start_ids, *encode("".join(filled[:last]) + parts[last][0])]
     text_behind = "".join(filled[last + 1 :])
-    behind = text_ids(tokenizer, text_behind) if text_behind else []
-    between = text_ids(tokenizer, _BETWEEN_COPIES) if encoder.echo else None
+    behind = encode(text_behind) if text_behind else []
+    between = encode(_BETWEEN_COPIES) if encoder.echo else None
     free = encoder.max_source_length - len(before) - len(behind)
     room = free if between is None else (free - len(between)) // 2
     if room < 1:
