@@ -77,6 +77,22 @@ def prefix_folders(tiny_base, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture
+def prefix_in_layers() -> Callable[..., torch.Tensor]:
+    """Gives the keys and values, `[num_layers * 2, rows, groups, length, kv_channels]`, that a forward pass puts in."""
+
+    def seen(model, input_ids: torch.Tensor, **arguments) -> torch.Tensor:
+        found: list[torch.Tensor] = []
+        layers = model.transformer.encoder.layers
+        hooks = [layer.register_forward_pre_hook(lambda _, inputs: found.extend(inputs[1:3])) for layer in layers]
+        model(input_ids, **arguments)
+        for hook in hooks:
+            hook.remove()
+        return torch.stack(found)
+
+    return seen
+
+
+@pytest.fixture
 def ids() -> torch.Tensor:
     """Token ids `[3, 7]`, none of them special."""
     return torch.randint(3, 96, (3, 7), generator=torch.Generator().manual_seed(1))

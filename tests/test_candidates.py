@@ -68,6 +68,12 @@ def test_equals_one_by_one_with_a_prefix_per_row(load, prefix_folders):
     model.set_prefix(prefixes)
     scores = score_candidates(model, PROMPTS, CANDIDATES, batch_size=3, chunk_size=4)
     assert model.selected_prefix == tuple(prefixes)
+    model.set_prefix("b")
+    for prefix in (prefixes, model.prefix_batch(prefixes)):
+        passed = score_candidates(model, PROMPTS, CANDIDATES, batch_size=3, chunk_size=4, prefix=prefix)
+        assert all(map(torch.equal, passed, scores)) and model.selected_prefix == "b"
+    with pytest.raises(ValueError, match=r"each of 3 rows, .* 4\."):
+        score_candidates(model, PROMPTS, CANDIDATES, prefix=["a", None, "b"])
     assert_equals_naive(model, scores, PROMPTS, CANDIDATES, prefixes)
 
 

@@ -9,7 +9,8 @@ from chatglm_ptuning import ChatGLMConfig, ChatGLMForConditionalGeneration, Chat
 from chatglm_ptuning.evaluation.run import EvaluationArguments
 from chatglm_ptuning.model.loading import load_model
 from chatglm_ptuning.model.placement import layer_devices
-from chatglm_ptuning.model.prefix_switch import PrefixSwitch
+from chatglm_ptuning.prefix.bank import LoadedPrefix, PrefixBank
+from chatglm_ptuning.prefix.batch import assemble
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +107,12 @@ def test_a_head_stays_in_memory(base, tmp_path, ids, part):
     with torch.no_grad():
         assert torch.equal(model.eval()(ids).logits, whole.eval()(ids).logits)
     accelerate.cpu_offload(model.classifier_head, torch.device("cpu"))
+    model.load_prefix(tmp_path / "prefix")  # whose head does not go into the model's own
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, whole(ids).logits)
+    accelerate.cpu_offload(whole.classifier_head, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"classifier_head\.weight has been offloaded"):
-        model.load_prefix(tmp_path / "prefix")
+        whole.load_prefix(tmp_path / "prefix")
 
 
 def test_nothing_changes_without_a_device_map(base):
@@ -117,23 +122,26 @@ def test_nothing_changes_without_a_device_map(base):
 def test_each_layer_gets_its_part_of_the_prefix_where_it_is():
     # "meta" stands for a second device, which this machine lacks.
     cpu, other = torch.device("cpu"), torch.device("meta")
-    switch = PrefixSwitch()
+    bank = PrefixBank()
     values = torch.randn(3, 8, 2, 4)
-    switch.bank.add("a", values)
-    switch.bank.add("b", values[:2])
+    bank.add("a", LoadedPrefix(values, {}))
+    bank.add("b", LoadedPrefix(values[:2], {}))
+
+    def batch_of(selection, *devices):
+        names = [selection] if isinstance(selection, str) else selection
+        prefixes = {place: {name: bank.key_values(name, place, torch.float32) for name in names} for place in devices}
+        return assemble(selection, prefixes, devices, bank.versions, {})
+
     for selection, mask in (("a", None), (("b", "a"), True)):
-        switch.selection = selection
-        active = switch.active(None, 2, cpu, torch.float32, layer_devices=(cpu, cpu, other, other))
-        assert [entry.device for entry in active.key_values] == [cpu] * 4 + [other] * 4
-        assert {tuple(entry.shape) for entry in active.key_values} == {(2, 2, 3, 4)}
-        assert (active.length, active.mask is not None) == (3, bool(mask))
-    assert torch.equal(active.key_values[3][1], values[:, 3].transpose(0, 1))
-    # Made once for each device: the same memory serves every step.
-    switch.selection = "a"
-    first, second = (
-        switch.active(None, 2, cpu, torch.float32, layer_devices=(cpu, cpu, cpu, cpu)).key_values for _ in range(2)
-    )
-    assert first.data_ptr() == second.data_ptr()
+        batch = batch_of(selection, cpu, cpu, other, other)
+        layers = [entry for layer in range(4) for entry in batch.layer(layer, 2)]
+        assert [entry.device for entry in layers] == [cpu] * 4 + [other] * 4
+        assert {tuple(entry.shape) for entry in layers} == {(2, 2, 3, 4)}
+        assert (batch.length, batch.mask is not None) == (3, bool(mask))
+    assert torch.equal(layers[3][1], values[:, 3].transpose(0, 1))
+    # Made once for each device: the same memory serves every batch and all of its rows.
+    first, second = (batch_of("a", cpu, cpu, cpu, cpu).layer(2, 5)[0] for _ in range(2))
+    assert first.data_ptr() == second.data_ptr() and first.stride(0) == 0
 
 
 def test_the_flag_takes_auto_alone(base):

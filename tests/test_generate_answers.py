@@ -91,7 +91,13 @@ def test_one_prefix_per_example_follows_the_order_of_the_examples(model, tokeniz
     model.set_prefix(names)
     assert answers_of(model, tokenizer, examples, batch_size=2) == expected
     assert model.selected_prefix == tuple(names)
-    with pytest.raises(ValueError, match="each of 6 rows; there are 1 examples"):
+    model.set_prefix("a")
+    for prefix in (names, model.prefix_batch(names)):
+        assert answers_of(model, tokenizer, examples, batch_size=2, prefix=prefix) == expected
+    plain = answers_of(model, tokenizer, examples, prefix=model.prefix_batch(None))
+    assert plain == list(ANSWERS.values()) and model.selected_prefix == "a"
+    model.set_prefix(names)
+    with pytest.raises(ValueError, match=r"each of 6 rows, .* 1\."):
         answers_of(model, tokenizer, examples[:1])
 
 

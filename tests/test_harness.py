@@ -122,8 +122,13 @@ def test_questions_have_the_likelihoods_of_the_own_scoring(harness, prefix, data
     assert len(found) == 12 and harness.cut_contexts == 0
     torch.testing.assert_close(found, own_scores(harness, pairs), atol=1e-4, rtol=0)
     if with_prefix:
-        harness.model.set_prefix(None)
+        harness.prefix = harness.model.prefix_batch(None)
         plain = [score for score, _ in harness.loglikelihood(ask(*pairs), disable_tqdm=True)]
+        harness.prefix, selected = None, harness.model.selected_prefix
+        harness.model.set_prefix(None)
+        assert plain == [score for score, _ in harness.loglikelihood(ask(*pairs), disable_tqdm=True)]
+        harness.prefix = selected
+        assert found == [score for score, _ in harness.loglikelihood(ask(*pairs), disable_tqdm=True)]
         assert max(abs(a - b) for a, b in zip(found, plain, strict=True)) > 0.01
 
 

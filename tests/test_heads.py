@@ -252,7 +252,12 @@ def test_a_head_travels_with_its_prefix(make, tmp_path, ids, cls, start):
     assert set(load_file(tmp_path / WEIGHTS_FILE)) == {prefix, f"{head}.weight", f"{head}.bias"}
     other = make(cls, **start)
     other.load_prefix(tmp_path)
-    assert all(torch.equal(value, head_of(model)[name]) for name, value in head_of(other).items())
+    if start:  # its own head is the trainable prefix's; else the loaded one stays with the loaded prefix
+        assert all(torch.equal(value, head_of(model)[name]) for name, value in head_of(other).items())
+    other.check_prefix_is_trained()
+    other.save_prefix(tmp_path / "again")
+    for name, value in load_file(tmp_path / "again" / WEIGHTS_FILE).items():
+        assert torch.equal(value, load_file(tmp_path / WEIGHTS_FILE)[name])
     for ours, theirs in zip(other(ids).to_tuple(), model(ids).to_tuple(), strict=False):
         if isinstance(ours, torch.Tensor):
             torch.testing.assert_close(ours, theirs)
@@ -284,8 +289,41 @@ def test_heads_switch_with_prefixes(make, folders, ids):
         torch.testing.assert_close(model(ids).logits, alone[name])
     model.set_prefix(["mood", "mood", None])
     torch.testing.assert_close(model(ids).logits[:2], alone["mood"][:2], **ALIKE)
-    with pytest.raises(ValueError, match="one prefix at a time: got mood, topic"):
-        model.set_prefix(["mood", "topic", None])
+    for refuse in (model.set_prefix, model.prefix_batch, lambda names: model(ids, prefix=names)):
+        with pytest.raises(ValueError, match="one prefix at a time: got mood, topic"):
+            refuse(["mood", "topic", None])
+
+
+@torch.no_grad()
+def test_a_head_is_passed_with_its_prefix(make, folders, ids):
+    model = with_prefix(make(pre_seq_len=2), 8)
+    own = {None: model(ids, prefix=model.prefix_batch(None)).logits, "default": model(ids).logits}
+    before = head_of(model)
+    for name, folder in folders.items():
+        model.load_prefix(folder, name)
+    logits = {}
+    for name in folders:
+        model.set_prefix(name)
+        logits[name] = model(ids).logits
+    for selected in (None, "topic", "mood"):
+        model.set_prefix(selected)
+        for name in folders:
+            for prefix in (name, [name] * 3, [name, None, name], model.prefix_batch(name)):
+                torch.testing.assert_close(model(ids, prefix=prefix).logits[::2], logits[name][::2], **ALIKE)
+        assert torch.equal(model(ids, prefix="default").logits, own["default"])
+        assert torch.equal(model(ids, prefix=model.prefix_batch(None)).logits, own[None])
+        assert model.selected_prefix == selected
+    assert all(torch.equal(value, before[name]) for name, value in head_of(model).items())
+
+
+def test_without_its_prefix_an_untrained_head_is_refused(make, folders):
+    model = make()
+    model.load_prefix(folders["mood"], "mood")
+    model.check_prefix_is_trained()
+    for plain in (model.prefix_batch(None), model.base_model.prefix_batch(None)):
+        with pytest.raises(ValueError, match="classifier_head of ChatGLMForSequenceClassification is untrained"):
+            model.check_prefix_is_trained(plain)
+    model.check_prefix_is_trained(model.prefix_batch("mood"))
 
 
 def test_a_missing_or_other_head_is_refused(make, folders, prefix_folders, tmp_path):

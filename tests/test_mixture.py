@@ -248,6 +248,18 @@ def test_a_checkpoint_holds_every_head_and_says_whose(folder, shared):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     with pytest.raises(KeyError, match="mood, names, spans, reply"):
         again.for_task("moods")
+    inference = ChatGLMForMultipleTasks(load_model(str(folder / "base")), _heads_of(path)).eval()
+    inference.load_prefix(path, "shared")
+    for name in TASKS:
+        rows = {key: value for key, value in batch_of(folder, name).items() if key in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            wanted, found = model.for_task(name)(**rows), inference.for_task(name)(**rows)
+            passed = inference.for_task(name)(**rows, prefix=inference.prefix_batch("shared"))
+        for key in ("logits", "start_logits", "end_logits"):
+            if key in wanted:
+                torch.testing.assert_close(found[key], wanted[key])
+                assert torch.equal(passed[key], found[key])
+        inference.for_task(name).check_prefix_is_trained()
     single = load_model(str(folder / "base"), model_class=HEAD_CLASSES["sequence_classification"])
     with pytest.raises(ValueError, match=r"shared by mood, names, spans, reply\..*task="):
         single.load_prefix(path)

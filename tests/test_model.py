@@ -203,7 +203,7 @@ def test_input_require_grads_are_harmless(trained, ids):
     assert model.transformer.prefix_encoder.embedding.weight.grad.abs().sum() > 0
 
 
-def test_prefix_dropout_is_drawn_per_row_and_in_training_only(trained, ids):
+def test_prefix_dropout_is_drawn_per_row_and_in_training_only(trained, ids, prefix_in_layers):
     model = trained(prefix_dropout=0.5)
     same = ids[:1].expand(2, -1)
     first, second = model(same).logits
@@ -211,8 +211,10 @@ def test_prefix_dropout_is_drawn_per_row_and_in_training_only(trained, ids):
     model.train()
     first, second = model(same).logits
     assert (first - second).abs().max() > 1e-3
-    prefix = model.transformer.active_prefix(torch.zeros(400, 1)).key_values
+    prefix = prefix_in_layers(model, ids[:1, :1].expand(400, 1))
     assert abs((prefix == 0).float().mean() - 0.5) < 0.02
+    ready_made = prefix_in_layers(model, ids, prefix=model.prefix_batch("default"))
+    assert (ready_made != 0).all()
     model.config.prefix_dropout = 0.0
     first, second = model(same).logits
     torch.testing.assert_close(first, second)

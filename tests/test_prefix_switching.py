@@ -161,15 +161,16 @@ def test_the_trainable_prefix_in_a_list_takes_gradients(trained, prefix_folders,
 
 
 @torch.no_grad()
-def test_dropout_in_a_list_is_for_the_trainable_prefix(trained, prefix_folders, ids):
+def test_dropout_in_a_list_is_for_the_trainable_prefix(trained, prefix_folders, ids, prefix_in_layers):
     model = trained(prefix_dropout=0.5).train()
     model.load_prefix(prefix_folders["a"], "a")
     model.set_prefix(["a", "default", None])
-    prefix = model.transformer.active_prefix(torch.zeros(3, 1))
-    zeros = (prefix.key_values == 0).float().mean(dim=(0, 2, 3, 4))
+    zeros = (prefix_in_layers(model, ids) == 0).float().mean(dim=(0, 2, 3, 4))
     assert zeros[0] == 0.25, "of 4 slots the shorter prefix leaves 1 empty"
     assert 0.3 < zeros[1] < 0.7
+    prefix = model.prefix_batch(["a", "default", None])
     assert prefix.mask.tolist() == [[False, True, True, True], [True] * 4, [False] * 4]
+    assert (prefix.lengths, prefix.length) == ((3, 4, 0), 4)
 
 
 # Caches

@@ -55,8 +55,8 @@ def _computed(model):
     return lengths, handle
 
 
-def _chat(model, tokenizer, query, history):
-    return model.chat(tokenizer, query, history, do_sample=False, max_new_tokens=12)
+def _chat(model, tokenizer, query, history, **settings):
+    return model.chat(tokenizer, query, history, do_sample=False, max_new_tokens=12, **settings)
 
 
 @pytest.mark.parametrize("chat_format", ["chatglm2", "chatglm3"])
@@ -106,6 +106,26 @@ def test_sessions_share_a_model(model, tokenizer):
             model.set_prefix(name)
             expected, histories[name] = _chat(model, tokenizer, query, histories[name])
             assert answer == expected
+
+
+def test_answers_of_several_sessions_may_be_interleaved(model, tokenizer):
+    model.set_prefix(None)
+    sessions, expected = {}, {}
+    for name in ("ads", "qa", None):
+        sessions[name] = _session(model, tokenizer)
+        sessions[name].switch_prefix(name)
+        expected[name] = _chat(model, tokenizer, "你好", [], prefix=model.prefix_batch(name))[0]
+    assert len(set(expected.values())) > 1
+    streams, answers = {name: session.stream("你好") for name, session in sessions.items()}, dict.fromkeys(sessions, "")
+    while streams:
+        for name in list(streams):
+            piece = next(streams[name], None)
+            if piece is None:
+                del streams[name]
+            else:
+                answers[name] += piece
+    assert answers == expected
+    assert model.selected_prefix is None, "sessions leave the selection alone"
 
 
 def test_a_prefix_loaded_anew_under_its_name(folder, tokenizer):

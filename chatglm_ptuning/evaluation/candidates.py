@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from chatglm_ptuning.chat.message import Message
 from chatglm_ptuning.data.collate import PaddingCollator
 from chatglm_ptuning.model.zero3 import most_of_processes
+from chatglm_ptuning.prefix.batch import PrefixArgument, PrefixBatch
 
 if TYPE_CHECKING:
     from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
@@ -36,8 +37,9 @@ def score_candidates(
     *,
     batch_size: int = 8,
     chunk_size: int = 512,
+    prefix: PrefixArgument = None,
 ) -> list[torch.Tensor]:
-    """The log-likelihood of every candidate behind every prompt, under the selected prefix.
+    """The log-likelihood of every candidate behind every prompt.
 
     It is the sum over the candidate's tokens of log P(token | prompt, tokens before), the end token included if the
     candidate has one; so a candidate that begins another is told apart from it. A prompt runs through the model once.
@@ -50,27 +52,26 @@ def score_candidates(
         batch_size: prompts computed together.
         chunk_size: tokens of a prompt's tree that run through the model at once, and rows of logits that are held at
             once. Results do not depend on it.
+        prefix: as for a forward pass, for all prompts or one for each; by default the selected one.
 
     Returns:
         For every prompt, float32 `[num_candidates]` on the CPU.
 
     Raises:
-        ValueError: if a prompt or candidate is empty or a number out of range, the selected prefix is untrained, or the
-            attention implementation takes no masks of one's own.
+        ValueError: if a prompt or candidate is empty or a number out of range, the prefix is untrained, the prefixes
+            are for another number of prompts, or the attention implementation takes no masks of one's own.
     """
     per_prompt = _per_prompt(prompts, candidates, batch_size, chunk_size)
-    model.check_prefix_is_trained()
     implementation = model.config._attn_implementation
     if implementation not in CANDIDATE_ATTENTIONS:
         raise ValueError(
             f"Candidates are scored with a mask of their own, which attention {implementation!r} does not take: "
             "call model.set_attn_implementation('sdpa')."
         )
-    selection = model.selected_prefix
-    if isinstance(selection, tuple) and len(selection) != len(prompts):
-        raise ValueError(
-            f"set_prefix named a prefix for each of {len(selection)} rows; there are {len(prompts)} prompts."
-        )
+    with torch.no_grad():
+        prefix = model.resolve_prefix(prefix)
+    prefix.check_rows(len(prompts))
+    model.check_prefix_is_trained(prefix)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     scores: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
     training = [module for module in model.modules() if module.training]
@@ -78,18 +79,16 @@ def score_candidates(
     try:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            if isinstance(selection, tuple):
-                model.set_prefix([selection[row] for row in rows])
             batch = _score_batch(
                 model,
                 [prompts[row] for row in rows],
                 [per_prompt[row] for row in rows],
+                prefix.select(rows),
                 chunk_size,
             )
             for row, values in zip(rows, batch, strict=True):
                 scores[row] = values
     finally:
-        model.set_prefix(selection)
         for module in training:
             module.training = True
     return scores
@@ -165,6 +164,7 @@ def _score_batch(
     model: ChatGLMForConditionalGeneration,
     prompts: Sequence[Sequence[int]],
     candidates: Sequence[Sequence[Sequence[int]]],
+    prefix: PrefixBatch,
     chunk_size: int,
 ) -> list[torch.Tensor]:
     device = model.device
@@ -172,7 +172,7 @@ def _score_batch(
     mask = batch["attention_mask"].to(device, torch.bool)
     output = model.transformer(
         input_ids=batch["input_ids"].to(device), attention_mask=mask.long(),
-        position_ids=batch["position_ids"].to(device), use_cache=True,
+        position_ids=batch["position_ids"].to(device), use_cache=True, prefix=prefix,
     )  # fmt: skip
     after_prompt = output.last_hidden_state[:, -1]
     cache = output.past_key_values
@@ -183,7 +183,7 @@ def _score_batch(
         nodes = most_of_processes(model, max(len(tree.tokens) for tree in trees))
         hidden = after_prompt[:, None]
         if nodes:
-            inner = _run_trees(model, trees, nodes, mask, cache)
+            inner = _run_trees(model, trees, nodes, mask, cache, prefix)
             cache.crop(-nodes)  # what is left is the prompt, for the next trees
             hidden = torch.cat((hidden, inner), dim=1)
         for row, tree in enumerate(trees):
@@ -194,7 +194,12 @@ def _score_batch(
 
 
 def _run_trees(
-    model: ChatGLMForConditionalGeneration, trees: Sequence[_Tree], nodes: int, prompt_mask: torch.Tensor, cache: Cache
+    model: ChatGLMForConditionalGeneration,
+    trees: Sequence[_Tree],
+    nodes: int,
+    prompt_mask: torch.Tensor,
+    cache: Cache,
+    prefix: PrefixBatch,
 ) -> torch.Tensor:
     """Hidden states of the inner nodes `[batch, nodes, hidden_size]`; rows with fewer nodes are filled up."""
     rows, device = len(trees), prompt_mask.device
@@ -212,7 +217,7 @@ def _run_trees(
     mask = torch.cat((prompt_mask[:, None].expand(-1, nodes, -1), sees.to(device)), dim=-1)[:, None]
     return model.transformer(
         input_ids=input_ids.to(device), attention_mask=mask, position_ids=lengths + depths.to(device),
-        past_key_values=cache, use_cache=True,
+        past_key_values=cache, use_cache=True, prefix=prefix,
     ).last_hidden_state  # fmt: skip
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,16 +17,19 @@ from chatglm_ptuning.data.prepared import lengths_of
 from chatglm_ptuning.model.losses import IGNORED_LABEL
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMModel, ChatGLMPreTrainedModel
 from chatglm_ptuning.model.zero3 import gathering_modules
+from chatglm_ptuning.prefix.batch import PrefixArgument, PrefixBatch
 
 _POSITIONS_AT_ONCE = 256
 """Positions whose logits are in memory together: 256 of 65,024 numbers are 64 MiB in float32, of which the two
 distributions and the gradient take about five at a time."""
 
 
-def kl_from_base(model: ChatGLMPreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def kl_from_base(
+    model: ChatGLMPreTrainedModel, batch: Mapping[str, torch.Tensor], prefix: PrefixArgument = None
+) -> torch.Tensor:
     """The sum of KL(base || tuned) over all real positions of a batch, a float32 scalar in nats.
 
-    The base is the same model with its prefix off, and gets no gradient. Both distributions of the next token are over
+    The base is the same model without its prefix, and gets no gradient. Both distributions of the next token are over
     the whole vocabulary, by the output layer of the language model, also in a model with another head. The direction
     punishes the tuned model where it finds unlikely what the base would say (forgetting), rather than what it says
     anew. Neither pass has dropout on the prefix, so the value is that of the model as it will be used, and nothing
@@ -37,13 +40,13 @@ def kl_from_base(model: ChatGLMPreTrainedModel, batch: Mapping[str, torch.Tensor
 
     Args:
         batch: `input_ids`, `attention_mask` and `position_ids`, each `[batch, seq_len]`.
+        prefix: as for a forward pass; by default the selected one.
     """
     base: ChatGLMModel = model.base_model
     real = batch["attention_mask"].bool()
-    with _without_prefix_dropout(base):
-        with torch.no_grad(), base.prefixes.off():
-            theirs = _states(base, batch)[real]
-        ours = _states(base, batch)[real]
+    with torch.no_grad():
+        theirs = _states(base, batch, base.prefix_batch(None))[real]
+    ours = _states(base, batch, base.resolve_prefix(prefix))[real]
     return sum(
         checkpoint(_chunk_divergence, base, *chunks, use_reentrant=False)
         for chunks in zip(theirs.split(_POSITIONS_AT_ONCE), ours.split(_POSITIONS_AT_ONCE), strict=True)
@@ -56,14 +59,16 @@ def measure_drift(
     pad_token_id: int,
     batch_size: int,
     *,
+    prefix: PrefixArgument = None,
     under_engine: bool = False,
 ) -> dict[str, float]:
-    """How far the selected prefix has moved the model from its base on some examples.
+    """How far a prefix has moved the model from its base on some examples.
 
     Processes of `torch.distributed` share the examples, and all get the same numbers.
 
     Args:
         examples: with `input_ids` and `labels`, as for training.
+        prefix: as for a forward pass; by default the selected one.
         under_engine: a DeepSpeed engine manages the model already (it has been trained).
 
     Returns:
@@ -84,10 +89,11 @@ def measure_drift(
     model.eval()
     try:
         with torch.no_grad(), nullcontext() if under_engine else gathering_modules(model):
+            prefix = model.resolve_prefix(prefix)
             for start in range(0, len(rows), batch_size):
                 part = slice(start, start + batch_size)
                 batch = {name: value.to(model.device) for name, value in collate(rows[part]).items()}
-                sums += _sums(model.base_model, batch, counts[part].to(model.device), chunks).cpu()
+                sums += _sums(model.base_model, batch, counts[part].to(model.device), chunks, prefix).cpu()
     finally:
         model.train(was_training)
     if several:
@@ -103,19 +109,9 @@ def measure_drift(
     }
 
 
-@contextmanager
-def _without_prefix_dropout(base: ChatGLMModel) -> Iterator[None]:
-    # The flag of this module alone decides on it; the layers' own flags decide on gradient checkpointing, and stay.
-    before, base.training = base.training, False
-    try:
-        yield
-    finally:
-        base.training = before
-
-
-def _states(base: ChatGLMModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _states(base: ChatGLMModel, batch: Mapping[str, torch.Tensor], prefix: PrefixBatch) -> torch.Tensor:
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-    return base(**inputs, use_cache=False).last_hidden_state
+    return base(**inputs, use_cache=False, prefix=prefix).last_hidden_state
 
 
 def _chunk_divergence(base: ChatGLMModel, theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
@@ -124,7 +120,9 @@ def _chunk_divergence(base: ChatGLMModel, theirs: torch.Tensor, ours: torch.Tens
     return functional.kl_div(found, expected, reduction="sum", log_target=True)
 
 
-def _sums(base: ChatGLMModel, batch: Mapping[str, torch.Tensor], counts: torch.Tensor, chunks: int) -> torch.Tensor:
+def _sums(
+    base: ChatGLMModel, batch: Mapping[str, torch.Tensor], counts: torch.Tensor, chunks: int, prefix: PrefixBatch
+) -> torch.Tensor:
     """Sums of a batch, float64: divergence, positions, loss of the base and of the tuned model, labels.
 
     Args:
@@ -133,9 +131,7 @@ def _sums(base: ChatGLMModel, batch: Mapping[str, torch.Tensor], counts: torch.T
     """
     real = batch["attention_mask"].bool() & counts[:, None]
     labels = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED_LABEL)[real]
-    with base.prefixes.off():
-        theirs = _states(base, batch)[real]
-    ours = _states(base, batch)[real]
+    theirs, ours = (_states(base, batch, used)[real] for used in (base.prefix_batch(None), prefix))
     sums = torch.zeros(5, dtype=torch.float64, device=labels.device)
     for one, other, wanted in zip(*(whole.tensor_split(chunks) for whole in (theirs, ours, labels)), strict=True):
         expected, found = (base.output_layer(states).float().log_softmax(-1) for states in (one, other))

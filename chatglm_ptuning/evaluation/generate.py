@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from chatglm_ptuning.data.collate import PaddingCollator
+from chatglm_ptuning.prefix.batch import PrefixArgument
 
 if TYPE_CHECKING:
     from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
@@ -30,20 +31,21 @@ def generate_answers(
     temperature: float | None = None,
     top_p: float | None = None,
     repetition_penalty: float = 1.0,
+    prefix: PrefixArgument = None,
     progress: bool = True,
 ) -> list[str]:
-    """Generates one answer per prompt under the selected prefix, greedily by default.
+    """Generates one answer per prompt, greedily by default.
 
     The settings are those given here and no others: `generation_config.json` of the base, which may ask for sampling
     or limit the whole length, has no part in it. The longest prompts come first, so that a batch that does not fit in
-    memory shows at once; the answers are in the order of the examples. With a prefix per row (`set_prefix` with a
-    list) there must be one entry per example.
+    memory shows at once; the answers are in the order of the examples.
 
     Args:
         examples: each with `input_ids`, the prompt alone, as `Preprocessor.for_generation` makes them.
         max_new_tokens: tokens of an answer at most, without its prompt.
         temperature: of sampling; None for 1.
         top_p: share of probability to sample from; None for all of it.
+        prefix: as for `generate`, for all examples or one for each; by default the selected one.
         progress: whether to show a bar on stderr.
 
     Returns:
@@ -52,7 +54,7 @@ def generate_answers(
 
     Raises:
         ValueError: if a number is out of range, a prompt is empty, sampling settings come without `do_sample`, the
-            selected prefix is untrained, or there is not one selected prefix per example.
+            prefix is untrained, or the prefixes are for another number of examples.
     """
     _check_arguments(examples, batch_size, max_new_tokens, num_beams)
     settings = _generation_settings(
@@ -64,24 +66,19 @@ def generate_answers(
         do_sample=do_sample,
         repetition_penalty=repetition_penalty,
     )
-    model.check_prefix_is_trained()
-    selection = model.selected_prefix
-    if isinstance(selection, tuple) and len(selection) != len(examples):
-        raise ValueError(
-            f"set_prefix named a prefix for each of {len(selection)} rows; there are {len(examples)} examples."
-        )
+    prefix = model.resolve_prefix(prefix)
+    prefix.check_rows(len(examples))
+    model.check_prefix_is_trained(prefix)
     pad = PaddingCollator(tokenizer.pad_token_id, "left")
     order = sorted(range(len(examples)), key=lambda index: len(examples[index]["input_ids"]), reverse=True)
     answers = [""] * len(examples)
     with _ready_to_generate(model), tqdm(total=len(examples), desc="generating", disable=not progress) as bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            if isinstance(selection, tuple):
-                model.set_prefix([selection[row] for row in rows])
             batch = pad([{"input_ids": list(examples[row]["input_ids"])} for row in rows])
             del batch["position_ids"]  # `generate` makes its own
             inputs = {name: value.to(model.device) for name, value in batch.items()}
-            output = model.generate(**inputs, generation_config=settings)
+            output = model.generate(**inputs, prefix=prefix.select(rows), generation_config=settings)
             for row, new in zip(rows, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
                 answers[row] = tokenizer.chat.answer_text(new)
             bar.update(len(rows))
@@ -112,7 +109,7 @@ def _generation_settings(
 @contextmanager
 def _ready_to_generate(model: ChatGLMForConditionalGeneration) -> Iterator[None]:
     """Evaluation mode without the base's own generation settings; everything is put back afterwards."""
-    settings, selection = model.generation_config, model.selected_prefix
+    settings = model.generation_config
     training = [module for module in model.modules() if module.training]
     model.eval()
     # `generate` fills what its argument leaves open from these.
@@ -121,7 +118,6 @@ def _ready_to_generate(model: ChatGLMForConditionalGeneration) -> Iterator[None]
         yield
     finally:
         model.generation_config = settings
-        model.set_prefix(selection)
         for module in training:
             module.training = True
 

@@ -153,7 +153,7 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
     subject = "base" if prefix is None else "prefix"
     answers = {}
     for name in ("base", "prefix") if prefix is not None and args.compare_base else (subject,):
-        with nullcontext() if name == subject else tuned.plain_base():
+        with nullcontext() if name == subject else tuned.plain_base() as used:
             answers[name] = generate_answers_together(
                 model,
                 tokenizer,
@@ -161,6 +161,7 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
                 batch_size=args.per_device_eval_batch_size,
                 max_new_tokens=args.max_target_length,
                 num_beams=args.num_beams,
+                prefix=used,
             )
     references = [example["reference"] for example in examples]
     scores = {name: score(texts, references) for name, texts in answers.items()}

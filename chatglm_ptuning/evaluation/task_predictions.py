@@ -26,6 +26,7 @@ from chatglm_ptuning.evaluation.candidates import (
 from chatglm_ptuning.evaluation.generate import generate_answers
 from chatglm_ptuning.evaluation.parallel import do_together, is_first_process
 from chatglm_ptuning.model.zero3 import most_of_processes
+from chatglm_ptuning.prefix.batch import PrefixArgument, PrefixBatch
 
 if TYPE_CHECKING:
     from chatglm_ptuning.model.modeling_chatglm import ChatGLMPreTrainedModel
@@ -65,17 +66,22 @@ def predict_together(
     encoder: TaskEncoder,
     examples: Sequence[AnyExample],
     settings: PredictionSettings,
+    prefix: PrefixArgument = None,
     *,
     under_engine: bool = False,
 ) -> list[Prediction]:
     """As `predict`, with the examples shared among the processes, if there are several; all get all predictions."""
-    return do_together(examples, lambda share: predict(model, encoder, share, settings), model, under_engine)
+    return do_together(examples, lambda share: predict(model, encoder, share, settings, prefix), model, under_engine)
 
 
 def predict(
-    model: ChatGLMPreTrainedModel, encoder: TaskEncoder, examples: Sequence[AnyExample], settings: PredictionSettings
+    model: ChatGLMPreTrainedModel,
+    encoder: TaskEncoder,
+    examples: Sequence[AnyExample],
+    settings: PredictionSettings,
+    prefix: PrefixArgument = None,
 ) -> list[Prediction]:
-    """Predictions under the selected prefix, in the order of the examples.
+    """Predictions in the order of the examples.
 
     - generation and multiple_choice: the candidate answer (verbalisers, or the example's own) of the highest score
       (`score_candidates`); where there are no candidates, a text written by beam or greedy search;
@@ -87,20 +93,23 @@ def predict(
 
     Args:
         model: of the class that `HEAD_CLASSES` has for the encoder's head.
+        prefix: as for a forward pass, one for all examples; by default the selected one.
 
     Raises:
-        ValueError: if a prompt is too long for `max_source_length`, or the selected prefix is untrained.
+        ValueError: if a prompt is too long for `max_source_length`, or the prefix is untrained.
     """
-    model.check_prefix_is_trained()
+    with torch.no_grad():
+        prefix = model.resolve_prefix(prefix)
+    model.check_prefix_is_trained(prefix)
     if encoder.head == "sequence_classification":
-        return _classify(model, encoder, examples, settings)
+        return _classify(model, encoder, examples, settings, prefix)
     if encoder.head == "token_classification":
-        return _tag(model, encoder, examples, settings)
+        return _tag(model, encoder, examples, settings, prefix)
     if encoder.head == "question_answering":
-        return _extract(model, encoder, examples, settings)
+        return _extract(model, encoder, examples, settings, prefix)
     if chooses_candidates(encoder.head, examples):
-        return _choose(model, encoder, examples, settings)
-    return _write(model, encoder, examples, settings)
+        return _choose(model, encoder, examples, settings, prefix)
+    return _write(model, encoder, examples, settings, prefix)
 
 
 def chooses_candidates(head: str, examples: Sequence[AnyExample]) -> bool:
@@ -109,7 +118,11 @@ def chooses_candidates(head: str, examples: Sequence[AnyExample]) -> bool:
 
 
 def _write(
-    model: ChatGLMPreTrainedModel, encoder: TaskEncoder, examples: Sequence[AnyExample], settings: PredictionSettings
+    model: ChatGLMPreTrainedModel,
+    encoder: TaskEncoder,
+    examples: Sequence[AnyExample],
+    settings: PredictionSettings,
+    prefix: PrefixBatch,
 ) -> list[Prediction]:
     answers = generate_answers(
         model,
@@ -118,20 +131,25 @@ def _write(
         batch_size=settings.batch_size,
         max_new_tokens=settings.max_new_tokens,
         num_beams=settings.num_beams,
+        prefix=prefix,
         progress=is_first_process(),
     )
     return [Prediction(answer) for answer in answers]
 
 
 def _choose(
-    model: ChatGLMPreTrainedModel, encoder: TaskEncoder, examples: Sequence[AnyExample], settings: PredictionSettings
+    model: ChatGLMPreTrainedModel,
+    encoder: TaskEncoder,
+    examples: Sequence[AnyExample],
+    settings: PredictionSettings,
+    prefix: PrefixBatch,
 ) -> list[Prediction]:
     own_candidates = isinstance(examples[0], ChoiceExample)
     answers = [candidate_answers(encoder.task, example) for example in (examples if own_candidates else examples[:1])]
     encoded = [encode_candidates(encoder.tokenizer, row) for row in answers]
     neutral = None
     if settings.candidate_scores == "calibrated":
-        neutral = _neutral_scores(model, encoder, examples, encoded, settings)
+        neutral = _neutral_scores(model, encoder, examples, encoded, settings, prefix)
     predictions = []
     prompts = [encoder.prompt_ids(example) for example in examples]
     with _progress(len(examples), "scoring candidates") as bar:
@@ -139,7 +157,7 @@ def _choose(
         for start in range(0, len(prompts), block):
             part = slice(start, start + block)
             candidates = encoded[part] if own_candidates else encoded[0]
-            scores = score_candidates(model, prompts[part], candidates, batch_size=settings.batch_size)
+            scores = score_candidates(model, prompts[part], candidates, batch_size=settings.batch_size, prefix=prefix)
             for place, row in enumerate(scores, start=start):
                 if settings.candidate_scores == "mean":
                     row = length_normalised(row, encoded[place if own_candidates else 0])
@@ -158,11 +176,12 @@ def _neutral_scores(
     examples: Sequence[AnyExample],
     encoded: Sequence[Sequence[Sequence[int]]],
     settings: PredictionSettings,
+    prefix: PrefixBatch,
 ) -> list[torch.Tensor]:
     """Scores of every list of candidates behind the prompt of an empty text."""
     empty = [_without_content(example) for example in examples[: len(encoded)]]
     prompts = [encoder.prompt_ids(example) for example in empty]
-    return score_candidates(model, prompts, list(encoded), batch_size=settings.batch_size)
+    return score_candidates(model, prompts, list(encoded), batch_size=settings.batch_size, prefix=prefix)
 
 
 def _without_content(example: AnyExample) -> AnyExample:
@@ -179,12 +198,16 @@ def _without_content(example: AnyExample) -> AnyExample:
 
 
 def _classify(
-    model: ChatGLMPreTrainedModel, encoder: TaskEncoder, examples: Sequence[AnyExample], settings: PredictionSettings
+    model: ChatGLMPreTrainedModel,
+    encoder: TaskEncoder,
+    examples: Sequence[AnyExample],
+    settings: PredictionSettings,
+    prefix: PrefixBatch,
 ) -> list[Prediction]:
     names = list(encoder.task.labels)
     rows = [encoder.prompt_ids(example) for example in examples]
     predictions: list[Prediction] = [Prediction(None)] * len(rows)
-    for places, output in _forward(model, encoder, rows, settings, "classifying"):
+    for places, output in _forward(model, encoder, rows, settings, prefix, "classifying"):
         for place, logits in zip(places, output.logits.cpu(), strict=True):
             if encoder.task.multi_label:
                 row = logits.sigmoid()
@@ -198,7 +221,11 @@ def _classify(
 
 
 def _tag(
-    model: ChatGLMPreTrainedModel, encoder: TaskEncoder, examples: Sequence[TokenExample], settings: PredictionSettings
+    model: ChatGLMPreTrainedModel,
+    encoder: TaskEncoder,
+    examples: Sequence[TokenExample],
+    settings: PredictionSettings,
+    prefix: PrefixBatch,
 ) -> list[Prediction]:
     windows: list[TagWindow] = []
     of_example: list[range] = []
@@ -209,7 +236,8 @@ def _tag(
     tags = encoder.task.tags
     chosen: list[list[str]] = [[]] * len(windows)
     sure: list[list[float]] = [[]] * len(windows)
-    for places, output in _forward(model, encoder, [window.input_ids for window in windows], settings, "tagging"):
+    rows = [window.input_ids for window in windows]
+    for places, output in _forward(model, encoder, rows, settings, prefix, "tagging"):
         probabilities, best = output.logits.softmax(-1).max(-1)
         for place, row, values in zip(places, best.tolist(), probabilities.tolist(), strict=True):
             chosen[place] = [tags[index] for index in row[: len(windows[place].input_ids)]]
@@ -233,6 +261,7 @@ def _extract(
     encoder: TaskEncoder,
     examples: Sequence[QuestionExample],
     settings: PredictionSettings,
+    prefix: PrefixBatch,
 ) -> list[Prediction]:
     windows: list[SpanWindow] = []
     of_window: list[int] = []
@@ -241,7 +270,8 @@ def _extract(
         windows += own
         of_window += [number] * len(own)
     best: list[tuple[float, str]] = [(float("-inf"), "")] * len(examples)
-    for places, output in _forward(model, encoder, [window.input_ids for window in windows], settings, "extracting"):
+    rows = [window.input_ids for window in windows]
+    for places, output in _forward(model, encoder, rows, settings, prefix, "extracting"):
         for row, place in enumerate(places):
             window, number = windows[place], of_window[place]
             length = len(window.input_ids)
@@ -279,6 +309,7 @@ def _forward(
     encoder: TaskEncoder,
     rows: Sequence[Sequence[int]],
     settings: PredictionSettings,
+    prefix: PrefixBatch,
     what: str,
 ) -> Iterator[tuple[list[int], Mapping[str, torch.Tensor] | Any]]:
     """Outputs of a model with a linear head in batches, the longest rows first, with the places of their rows."""
@@ -293,7 +324,8 @@ def _forward(
             for turn in range(most_of_processes(model, len(batches))):
                 places = batches[min(turn, len(batches) - 1)]
                 batch = collate([{"input_ids": rows[place]} for place in places])
-                output = model(**{name: value.to(model.device) for name, value in batch.items()}, use_cache=False)
+                inputs = {name: value.to(model.device) for name, value in batch.items()}
+                output = model(**inputs, use_cache=False, prefix=prefix)
                 if turn < len(batches):  # after that only other processes have something to compute
                     yield places, output
                     bar.update(len(places))

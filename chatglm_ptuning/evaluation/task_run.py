@@ -78,8 +78,8 @@ def evaluate_task(args: EvaluationArguments, prefix: Path | None) -> dict[str, A
     )
     scores: dict[str, Any] = {}
     for name in ("base", "prefix") if args.compare_base and prefix is not None else (subject,):
-        with nullcontext() if name == subject else tuned.plain_base():
-            predictions = predict_together(model, encoder, examples, settings)
+        with nullcontext() if name == subject else tuned.plain_base() as used:
+            predictions = predict_together(model, encoder, examples, settings, used)
         if not is_first_process():
             continue
         result = write_results(

@@ -17,7 +17,7 @@ from transformers.masking_utils import (
 
 if TYPE_CHECKING:
     from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
-    from chatglm_ptuning.prefix.bank import ActivePrefix
+    from chatglm_ptuning.prefix.batch import PrefixBatch
 
 
 def positions_from_mask(
@@ -48,7 +48,7 @@ def causal_mask_with_prefix(
     attention_mask: torch.Tensor | BlockMask | None,
     past_key_values: Cache | None,
     position_ids: torch.Tensor | None,
-    prefix: ActivePrefix | None,
+    prefix: PrefixBatch,
 ) -> torch.Tensor | BlockMask | None:
     """The mask for the selected attention implementation, over the prefix, the cached tokens and the new ones.
 
@@ -65,7 +65,7 @@ def causal_mask_with_prefix(
     Raises:
         ValueError: if the attention implementation cannot serve a prefix.
     """
-    if prefix is None:
+    if not prefix.length:
         return create_causal_mask(
             config=config,
             inputs_embeds=inputs_embeds,
@@ -130,7 +130,7 @@ def _packed_mask_function(sequence_of: torch.Tensor, prefix_length: int) -> Call
 
 
 def _widen_ready_mask(
-    mask: torch.Tensor | BlockMask, token_slots: int, prefix: ActivePrefix
+    mask: torch.Tensor | BlockMask, token_slots: int, prefix: PrefixBatch
 ) -> torch.Tensor | BlockMask:
     if mask.shape[-1] == prefix.length + token_slots:
         return mask

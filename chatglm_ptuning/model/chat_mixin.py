@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import logging
 
 from chatglm_ptuning.chat.turn import Answer, ChatTurn
+from chatglm_ptuning.prefix.batch import PrefixArgument, PrefixBatch
 
 if TYPE_CHECKING:
     from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
@@ -42,7 +43,7 @@ class InvalidScoreLogitsProcessor(LogitsProcessor):
 
 
 class ChatMixin:
-    """Chatting with a language model; the prefix is the selected one."""
+    """Chatting with a language model."""
 
     @torch.no_grad()
     def chat(
@@ -57,6 +58,7 @@ class ChatMixin:
         top_p: float | None = None,
         temperature: float | None = None,
         logits_processor: LogitsProcessorList | None = None,
+        prefix: PrefixArgument = None,
         **kwargs: Any,
     ) -> tuple[str | dict[str, Any], list]:
         """Answers a query (official file: modeling_chatglm.py of ChatGLM3-6B).
@@ -68,6 +70,7 @@ class ChatMixin:
             max_length: most tokens of conversation and answer together; `seq_length` of the base is a limit anyway.
             do_sample, top_p, temperature: where not given, those of the base's generation_config.json, and where it
                 has none, True, 0.8 and 0.8 as in the official code.
+            prefix: as for `generate`; by default the selected one.
             kwargs: more settings of `generate`; `max_new_tokens` replaces `max_length`.
 
         Returns:
@@ -75,15 +78,15 @@ class ChatMixin:
             `name` and `parameters` if the history's system message has `tools`, else with `name` and `content`.
 
         Raises:
-            ValueError: if the history has another form, the conversation leaves no room for an answer, or the selected
-                prefix is untrained.
+            ValueError: if the history has another form, the conversation leaves no room for an answer, or the prefix
+                is untrained.
         """
         turn = ChatTurn(tokenizer.chat, query, history, role)
         ids = turn.input_ids()
         settings = self._chat_settings(
             tokenizer, ids, max_length, do_sample, top_p, temperature, logits_processor, kwargs
         )
-        output = self.generate(**settings, num_beams=num_beams)
+        output = self.generate(**settings, num_beams=num_beams, prefix=prefix)
         answer = turn.read(output[0, len(ids) :].tolist())
         return answer.response, answer.history
 
@@ -101,6 +104,7 @@ class ChatMixin:
         temperature: float | None = None,
         logits_processor: LogitsProcessorList | None = None,
         return_past_key_values: bool = False,
+        prefix: PrefixArgument = None,
         **kwargs: Any,
     ) -> Iterator[tuple]:
         """Answers a query, yielding the response so far each time it has grown; the last one is the whole.
@@ -112,7 +116,7 @@ class ChatMixin:
             past_key_values: the cache that an earlier call gave. It saves computing the tokens at the beginning that
                 are the same in this conversation, and never changes the answer; `history` is needed all the same.
             return_past_key_values: whether to yield the cache too. It holds this turn as far as it has been computed,
-                is the same object each time, and belongs to the selected prefix.
+                is the same object each time, and belongs to the prefix.
 
         Yields:
             (response, history), or (response, history, past_key_values).
@@ -125,7 +129,8 @@ class ChatMixin:
         settings = self._chat_settings(
             tokenizer, ids, max_length, do_sample, top_p, temperature, logits_processor, kwargs
         )
-        settings |= {"past_key_values": self._reusable_part(past_key_values, ids), "use_cache": True}
+        prefix = self.resolve_prefix(prefix)
+        settings |= {"past_key_values": self._reusable_part(past_key_values, ids, prefix), "use_cache": True}
         generated: list[int] = []
         answer = shown = None
         cache = past_key_values
@@ -133,7 +138,7 @@ class ChatMixin:
         def result(answer: Answer) -> tuple:
             return (answer.response, answer.history, cache) if return_past_key_values else answer[:2]
 
-        for token, cache in self.generate(**settings, custom_generate=type(self)._generate_steps):  # noqa: B007
+        for token, cache in self.generate(**settings, prefix=prefix, custom_generate=type(self)._generate_steps):  # noqa: B007
             generated.append(token)
             answer = turn.read(generated)
             if not answer.unfinished and (shown is None or answer.history != shown.history):
@@ -183,7 +188,7 @@ class ChatMixin:
         values = (given, getattr(self.generation_config, name, None), _OFFICIAL_SETTINGS[name])
         return next(value for value in values if value is not None)
 
-    def _reusable_part(self, cache: Cache | None, ids: list[int]) -> Cache | None:
+    def _reusable_part(self, cache: Cache | None, ids: list[int], prefix: PrefixBatch) -> Cache | None:
         """The cache, cut to the tokens with which `ids` begin; None where nothing can be kept.
 
         Raises:
@@ -192,7 +197,7 @@ class ChatMixin:
         length = 0 if cache is None else int(cache.get_seq_length())
         if length == 0:
             return cache
-        self.base_model.prefixes.claim_cache(cache)
+        prefix.claim(cache)
         cached_ids: list[int] = getattr(cache, "cached_ids", [])[:length]
         # The last token is computed in any case: its logits are needed.
         common = next(

@@ -9,14 +9,13 @@ positions, prefixes and loading have theirs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.sdpa_attention import repeat_kv
@@ -32,16 +31,17 @@ from chatglm_ptuning.model.chat_mixin import ChatMixin
 from chatglm_ptuning.model.checkpoint_forms import register_conversions
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.first_values import FirstValues
+from chatglm_ptuning.model.generation_mixin import PrefixGenerationMixin
 from chatglm_ptuning.model.losses import next_token_loss
 from chatglm_ptuning.model.packed_weights import check_unpacked, packed_dtype_plan
-from chatglm_ptuning.model.placement import execution_device, layer_devices, out_of_offload
+from chatglm_ptuning.model.placement import execution_device, out_of_offload
 from chatglm_ptuning.model.prefix_encoder import PrefixEncoder
 from chatglm_ptuning.model.prefix_mixin import PrefixMixin
-from chatglm_ptuning.model.prefix_switch import TRAINABLE_PREFIX, PrefixSwitch
 from chatglm_ptuning.model.rotary import RotaryEmbedding
 from chatglm_ptuning.model.weight_files import describe_damage, describe_missing
 from chatglm_ptuning.model.zero3 import gathered, is_partitioned
-from chatglm_ptuning.prefix.bank import ActivePrefix
+from chatglm_ptuning.prefix.bank import TRAINABLE_PREFIX, PrefixBank
+from chatglm_ptuning.prefix.batch import PrefixArgument, PrefixBatch, PrefixSelection
 from chatglm_ptuning.prefix.rotation import apply_rotary_pos_emb
 
 register_conversions()
@@ -211,19 +211,16 @@ class GLMTransformer(nn.Module):
         self.layers = nn.ModuleList([GLMBlock(config, layer_idx) for layer_idx in range(config.num_layers)])
         self.final_layernorm = _norm(config) if config.post_layer_norm else nn.Identity()
 
-    def forward(
-        self, hidden_states: torch.Tensor, prefix: torch.Tensor | tuple[torch.Tensor, ...] | None, **kwargs: Any
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, prefix: PrefixBatch, **kwargs: Any) -> torch.Tensor:
         """Hidden states `[batch, seq_len, hidden_size]` -> the same shape.
 
         Args:
             hidden_states: the embeddings.
-            prefix: `[num_layers * 2, batch, groups, pre_seq_len, kv_channels]`, or its entries, each on the device of
-                its layer; None for no prefix.
+            prefix: of the batch's rows.
             kwargs: for every layer.
         """
         for layer_idx, layer in enumerate(self.layers):
-            key, value = (None, None) if prefix is None else (prefix[2 * layer_idx], prefix[2 * layer_idx + 1])
+            key, value = prefix.layer(layer_idx, hidden_states.shape[0])
             hidden_states = layer(hidden_states, key, value, **kwargs)
         return self.final_layernorm(hidden_states)
 
@@ -359,7 +356,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if config.pre_seq_len:
             self.prefix_encoder = PrefixEncoder(config)
         self.gradient_checkpointing = False  # read by merge_with_config_defaults: no cache while it is on
-        self.prefixes = PrefixSwitch(TRAINABLE_PREFIX if config.pre_seq_len else None)
+        self.prefixes = PrefixBank()
+        self.prefix_selection: PrefixSelection = TRAINABLE_PREFIX if config.pre_seq_len else None
+        self.known_fingerprint: dict[str, Any] | None = None  # of a base that is partitioned among processes
         self.freeze_base()
         self.post_init()
 
@@ -371,13 +370,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         """Replaces the word embeddings."""
         self.embedding.word_embeddings = value
 
-    def active_prefix(self, states: torch.Tensor) -> ActivePrefix | None:
-        """The prefix in use for `states` `[batch, ...]`, in their dtype, where the layers are; None for none."""
-        rate = self.config.prefix_dropout if self.training else 0.0
-        encoder = getattr(self, "prefix_encoder", None)
-        devices = layer_devices(self.encoder.layers)
-        return self.prefixes.active(encoder, states.shape[0], states.device, states.dtype, rate, devices)
-
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -388,9 +380,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        prefix: PrefixArgument = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states `[batch, seq_len, hidden_size]` after the final norm, with the prefix that is selected.
+        """Hidden states `[batch, seq_len, hidden_size]` after the final norm, with a prefix in front of every layer.
 
         Args:
             input_ids: `[batch, seq_len]`, or instead `inputs_embeds` `[batch, seq_len, hidden_size]`.
@@ -398,10 +391,14 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             position_ids: `[batch, seq_len]`; by default 0, 1, 2, ... on the real tokens, whether padded left or right.
             past_key_values: a cache of the tokens before. It belongs to the prefix it was filled with.
             use_cache: whether to return a cache; by default as in the configuration.
+            prefix: what `prefix_batch` gives, or a name, or a list with a name or None for each row. None stands for
+                the selected prefix (of a model in training the trainable one); `prefix_batch(None)` is the plain base.
             kwargs: `output_hidden_states`, `output_attentions` and arguments for the attention function.
 
         Raises:
-            ValueError: if the mask does not cover the tokens, or the cache was filled under another prefix.
+            KeyError: if a prefix of that name is not loaded.
+            ValueError: if the mask does not cover the tokens, the cache was filled under another prefix, or the prefix
+                is for another number of rows.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
@@ -409,9 +406,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             inputs_embeds = self.embedding(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        prefix = self.active_prefix(inputs_embeds)
+        prefix = self._prefix_for(prefix, inputs_embeds)
         if past_key_values is not None:
-            self.prefixes.claim_cache(past_key_values)
+            prefix.claim(past_key_values)
         if position_ids is None:
             position_ids = positions_from_mask(attention_mask, inputs_embeds, past_key_values)
         mask = causal_mask_with_prefix(
@@ -419,7 +416,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         )
         hidden_states = self.encoder(
             inputs_embeds.float() if self.config.fp32_residual_connection else inputs_embeds,
-            None if prefix is None else prefix.key_values,
+            prefix=prefix,
             position_embeddings=self.rotary_pos_emb(position_ids, inputs_embeds.dtype),
             attention_mask=mask,
             past_key_values=past_key_values,
@@ -430,7 +427,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
 
-class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, GenerationMixin):
+class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, PrefixGenerationMixin):
     """The language model: `forward` gives logits and loss, `generate` is transformers' own, `chat` the official one."""
 
     def __init__(self, config: ChatGLMConfig) -> None:
@@ -458,6 +455,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        prefix: PrefixArgument = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As `ChatGLMModel.forward`, with logits `[batch, seq_len, padded_vocab_size]`.
@@ -468,6 +466,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             logits_to_keep: compute the logits of the last so many positions alone (0: all), or of the given ones.
             num_items_in_batch: what the loss is divided by instead of the number of supervised tokens here; the
                 Trainer passes the number in all of a step's batches.
+            prefix: as for `ChatGLMModel.forward`.
         """
         outputs = self.transformer(
             input_ids=input_ids,
@@ -476,6 +475,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            prefix=prefix,
             **kwargs,
         )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
@@ -490,28 +490,3 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, with the selected prefix.
-
-        Raises:
-            ValueError: if the selected prefix is untrained.
-        """
-        self.check_prefix_is_trained()
-        with self.transformer.prefixes.repeating_rows():
-            return super().generate(*args, **kwargs)
-
-    def create_masks_for_generate(
-        self,
-        config: ChatGLMConfig,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
-        position_ids: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Callable | torch.Tensor | None:
-        """Called by `generate` to prepare the mask outside a compiled forward pass."""
-        if config._attn_implementation == "flex_attention":
-            return attention_mask  # `generate` takes tensors only; the forward pass makes the BlockMask
-        prefix = self.transformer.active_prefix(inputs_embeds)
-        return causal_mask_with_prefix(config, inputs_embeds, attention_mask, past_key_values, position_ids, prefix)

@@ -1,7 +1,8 @@
 """ChatGLM with a linear head: classification of sequences and tokens, and spans that answer a question.
 
 With `pre_seq_len` the base is frozen, and the head is trained beside the prefix. Both stay in float32, and
-`save_prefix` and `load_prefix` keep them together.
+`save_prefix` and `load_prefix` keep them together: a loaded prefix brings its own head to every forward pass, in place
+of the module here.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from chatglm_ptuning.model.modeling_chatglm import (
     ChatGLMPreTrainedModel,
 )
 from chatglm_ptuning.model.placement import out_of_offload
+from chatglm_ptuning.prefix.batch import PrefixArgument
 
 _head_to_come: ContextVar[bool] = ContextVar("head_to_come", default=False)
 
@@ -57,8 +59,12 @@ class Head(Float32Module, FirstValues, nn.Linear):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Hidden states `[..., hidden_size]` of any floating type -> float32 `[..., outputs]`."""
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            return super().forward(hidden_states.to(self.weight))  # a spread base may end on another device
+        return _linear_in_float32(hidden_states, self.weight, self.bias)
+
+
+def _linear_in_float32(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    with torch.autocast(states.device.type, enabled=False):
+        return functional.linear(states.to(weight), weight, bias)  # a spread base may end on another device
 
 
 class ChatGLMWithHead(ChatGLMPreTrainedModel):
@@ -88,6 +94,14 @@ class ChatGLMWithHead(ChatGLMPreTrainedModel):
 
     def _outputs(self) -> int:
         return self.config.num_labels
+
+    def _apply_head(self, states: torch.Tensor, prefix: PrefixArgument) -> torch.Tensor:
+        """States `[..., hidden_size]` -> float32 `[..., outputs]`, by the head that belongs to the prefix."""
+        states, key = self.dropout(states), self.head_key or self.head_name
+        loaded = self._head_parameters(prefix, states.device)
+        if f"{key}.weight" in loaded:
+            return _linear_in_float32(states, loaded[f"{key}.weight"], loaded[f"{key}.bias"])
+        return getattr(self, self.head_name)(states)
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -121,6 +135,7 @@ class ChatGLMForSequenceClassification(ChatGLMWithHead):
         labels: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        prefix: PrefixArgument = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
         """As `ChatGLMModel.forward`, with logits `[batch, num_labels]`, float32.
@@ -136,12 +151,12 @@ class ChatGLMForSequenceClassification(ChatGLMWithHead):
             ValueError: if a row has no real token.
         """
         outputs = self.transformer(
-            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, prefix=prefix, **kwargs
         )
         hidden_states = outputs.last_hidden_state
         last = self._last_real_position(input_ids, attention_mask, hidden_states)
         pooled = hidden_states[torch.arange(hidden_states.shape[0], device=last.device), last]
-        logits = self.classifier_head(self.dropout(pooled))
+        logits = self._apply_head(pooled, prefix)
         loss = None if labels is None else self._loss(logits, labels.to(logits.device), num_items_in_batch)
         return SequenceClassifierOutputWithPast(
             loss=loss,
@@ -199,6 +214,7 @@ class ChatGLMForTokenClassification(ChatGLMWithHead):
         attention_mask: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        prefix: PrefixArgument = None,
         **kwargs: Any,
     ) -> TokenClassifierOutput:
         """As `ChatGLMModel.forward`, with logits `[batch, seq_len, num_labels]`, float32.
@@ -207,8 +223,8 @@ class ChatGLMForTokenClassification(ChatGLMWithHead):
             labels: `[batch, seq_len]`, -100 on tokens that have none.
             num_items_in_batch: what the loss is divided by instead of the number of labelled tokens here.
         """
-        outputs = self.transformer(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        logits = self.classifier_head(self.dropout(outputs.last_hidden_state))
+        outputs = self.transformer(input_ids=input_ids, attention_mask=attention_mask, prefix=prefix, **kwargs)
+        logits = self._apply_head(outputs.last_hidden_state, prefix)
         loss = None
         if labels is not None:
             loss = cross_entropy(logits, labels, num_items_in_batch)
@@ -234,6 +250,7 @@ class ChatGLMForQuestionAnswering(ChatGLMWithHead):
         start_positions: torch.LongTensor | None = None,
         end_positions: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        prefix: PrefixArgument = None,
         **kwargs: Any,
     ) -> QuestionAnsweringModelOutput:
         """As `ChatGLMModel.forward`, with `start_logits` and `end_logits` `[batch, seq_len]`, float32.
@@ -244,9 +261,9 @@ class ChatGLMForQuestionAnswering(ChatGLMWithHead):
             num_items_in_batch: what each loss is divided by instead of the number of positions here.
         """
         outputs: BaseModelOutputWithPast = self.transformer(
-            input_ids=input_ids, attention_mask=attention_mask, **kwargs
+            input_ids=input_ids, attention_mask=attention_mask, prefix=prefix, **kwargs
         )
-        start_logits, end_logits = self.qa_outputs(self.dropout(outputs.last_hidden_state)).unbind(-1)
+        start_logits, end_logits = self._apply_head(outputs.last_hidden_state, prefix).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
             # Pads are no places to choose from, or a row's loss would depend on the others of its batch.

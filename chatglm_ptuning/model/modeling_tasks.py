@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMPreTrainedModel
 from chatglm_ptuning.model.modeling_heads import HEAD_CLASSES, ChatGLMWithHead
+from chatglm_ptuning.prefix.checkpoint import HEADS_KEY
 
 _OF_LOADING = ("hf_device_map", "hf_quantizer", "is_quantized", "quantization_method")
 """Attributes of a loaded model that the Trainer asks for."""
@@ -67,6 +68,7 @@ class ChatGLMForMultipleTasks(ChatGLMPreTrainedModel):
             model = model_class(config, self.transformer)
             # Not the whole model, whose transformer may be spread over several devices.
             self.heads[name] = getattr(model, model.head_name).to(language_model.device)
+            model.head_key = f"{HEADS_KEY}{name}"
             self._of_task[name] = model
         for name in _OF_LOADING:
             if hasattr(language_model, name):

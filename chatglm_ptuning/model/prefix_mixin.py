@@ -1,8 +1,8 @@
-"""What a ChatGLM model can do with prefixes: load, save, switch, initialise."""
+"""What a ChatGLM model can do with prefixes: load, save, select, put in front of a batch, initialise."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from os import PathLike
 from typing import Any
@@ -12,11 +12,12 @@ from transformers.utils import logging
 
 from chatglm_ptuning.model.base_weights import fingerprint_of_base
 from chatglm_ptuning.model.first_values import FirstValues
+from chatglm_ptuning.model.placement import layer_devices
 from chatglm_ptuning.model.prefix_encoder import PrefixEncoder
-from chatglm_ptuning.model.prefix_switch import TRAINABLE_PREFIX, PrefixSwitch
 from chatglm_ptuning.model.virtual_tokens import key_values_before
 from chatglm_ptuning.model.zero3 import gathered, gathering_modules, is_partitioned, whole_shape
-from chatglm_ptuning.prefix.bank import PrefixSelection
+from chatglm_ptuning.prefix.bank import TRAINABLE_PREFIX, LoadedPrefix, PrefixBank
+from chatglm_ptuning.prefix.batch import PrefixArgument, PrefixBatch, PrefixSelection, RowDropout, assemble
 from chatglm_ptuning.prefix.checkpoint import PrefixCheckpoint, PrefixMetadata, has_projection
 from chatglm_ptuning.prefix.fit import Recipient, check_fits
 from chatglm_ptuning.prefix.formats import kit, read_prefix
@@ -27,16 +28,20 @@ logger = logging.get_logger(__name__)
 class PrefixMixin:
     """Prefix methods of a ChatGLM model and of the models around it.
 
-    The state lives in the ChatGLMModel inside: the trainable prefix in its `prefix_encoder`, the loaded ones and the
-    choice among them in its `prefixes`. A model with a head keeps one head for each prefix that came with one.
+    The ChatGLMModel inside holds the trainable prefix (`prefix_encoder`, with the model's own head), the loaded ones
+    with their heads (`prefixes`) and the selected one (`prefix_selection`). Forward passes and `generate` use the
+    prefix that they are given as an argument, and the selected one where they are given none.
     """
+
+    head_key: str | None = None
+    """In front of the names of the head's parameters in a prefix, if it is not the head's name in the model."""
 
     @property
     def _trainable(self) -> PrefixEncoder | None:
         return getattr(self.base_model, "prefix_encoder", None)
 
     @property
-    def _switch(self) -> PrefixSwitch:
+    def _bank(self) -> PrefixBank:
         return self.base_model.prefixes
 
     def _is_trainable(self, name: PrefixSelection) -> bool:
@@ -50,44 +55,114 @@ class PrefixMixin:
 
     @property
     def prefix_names(self) -> list[str]:
-        """Names that `set_prefix` takes: the trainable prefix (as "default"), then the loaded ones."""
+        """Names of prefixes: the trainable one (as "default"), then the loaded ones."""
         trainable = [] if self._trainable is None else [TRAINABLE_PREFIX]
-        return trainable + self._switch.bank.names
+        return trainable + self._bank.names
 
     @property
     def selected_prefix(self) -> PrefixSelection:
         """What `set_prefix` chose last: a name, None, or a tuple with one of these per batch row."""
-        return self._switch.selection
+        return self.base_model.prefix_selection
 
     def set_prefix(self, name: str | Sequence[str | None] | None) -> None:
-        """Chooses the prefix of the following calls, and the head that was loaded with it.
+        """Selects the prefix, with the head that belongs to it, of all calls that are given no other.
 
         Args:
-            name: a loaded prefix; None for the plain base; or a list with a name or None for every batch row. In
-                `generate` the beams and the returned sequences of a row share its prefix.
+            name: as for `prefix_batch`. In `generate` the beams and the returned sequences of a row share its prefix.
+
+        Raises:
+            KeyError, ValueError: as `prefix_batch`; the selection is as before then.
+        """
+        self.base_model.prefix_selection = self._checked(name)
+
+    def prefix_batch(self, prefix: str | Sequence[str | None] | None = None) -> PrefixBatch:
+        """Makes the prefix of a batch, to be given to forward passes and `generate` as their argument `prefix`.
+
+        The trainable prefix is taken as it is now, without dropout; gradients flow back to it.
+
+        Args:
+            prefix: a name, for any number of rows; None for the plain base (with the model's own head); or a list, with
+                a name or None for every row of the batch.
 
         Raises:
             KeyError: if a prefix of that name is not loaded; the message lists those that are.
             ValueError: if the list is empty, or names several prefixes in a model with a head.
         """
-        single = name is None or isinstance(name, str)
-        names = [name] if single else list(name)
-        if not names:
-            raise ValueError("set_prefix needs a name, None, or a list with at least one entry.")
-        for entry in names:
-            if entry is not None:
-                self._check_loaded(entry)
-        different = sorted({entry for entry in names if entry is not None})
-        if len(different) > 1 and self._heads():
+        base = self.base_model
+        return self._make_batch(self._checked(prefix), base.device, base.embedding.word_embeddings.weight.dtype)
+
+    def resolve_prefix(self, prefix: PrefixArgument = None) -> PrefixBatch:
+        """What the argument `prefix` of a call stands for: a batch itself, names, or None for the selected prefix.
+
+        Raises:
+            KeyError, ValueError: as `prefix_batch`.
+        """
+        if isinstance(prefix, PrefixBatch):
+            return prefix
+        return self.prefix_batch(self.selected_prefix if prefix is None else prefix)
+
+    def _prefix_for(self, prefix: PrefixArgument, states: torch.Tensor) -> PrefixBatch:
+        """The prefix of a forward pass with `states` `[batch, ...]`; with dropout in training, unless it is ready made.
+
+        Raises:
+            KeyError, ValueError: as `prefix_batch`; if the batch has another number of rows.
+        """
+        rows = states.shape[0]
+        if not isinstance(prefix, PrefixBatch):
+            selection = self.selected_prefix if prefix is None else self._checked(prefix)
+            rate = self.config.prefix_dropout if self.training and self._trainable is not None else 0.0
+            row_dropout = RowDropout(TRAINABLE_PREFIX, rate, rows) if rate else None
+            prefix = self._make_batch(selection, states.device, states.dtype, row_dropout)
+        prefix.check_rows(rows)
+        return prefix
+
+    def _make_batch(
+        self,
+        selection: PrefixSelection,
+        device: torch.device,
+        dtype: torch.dtype,
+        row_dropout: RowDropout | None = None,
+    ) -> PrefixBatch:
+        devices = layer_devices(self.base_model.encoder.layers) or (device,)
+        names = _distinct(selection)
+        prefixes: dict[torch.device, dict[str, torch.Tensor]] = {place: {} for place in devices}
+        for name in names:
+            whole = self._trainable.key_values().permute(1, 2, 0, 3) if self._is_trainable(name) else None
+            for place, found in prefixes.items():
+                found[name] = self._bank.key_values(name, place, dtype) if whole is None else whole.to(place, dtype)
+        heads = self._loaded_heads(names, devices[0])
+        return assemble(selection, prefixes, devices, self._bank.versions, heads, row_dropout)
+
+    def _loaded_heads(self, names: Sequence[str], device: torch.device) -> Mapping[str, torch.Tensor]:
+        """Parameters of the head that was loaded with the only one of these prefixes; the trainable one has none."""
+        if len(names) != 1 or self._is_trainable(names[0]):
+            return {}
+        return self._bank.heads(names[0], device)
+
+    def _head_parameters(self, prefix: PrefixArgument, device: torch.device) -> Mapping[str, torch.Tensor]:
+        """Parameters of the head that was loaded with what the argument `prefix` stands for; empty if none was."""
+        if isinstance(prefix, PrefixBatch):
+            return prefix.heads
+        names = _distinct(self.selected_prefix if prefix is None else self._checked(prefix))
+        return self._loaded_heads(names, device)
+
+    def _checked(self, prefix: str | Sequence[str | None] | None) -> PrefixSelection:
+        if prefix is None or isinstance(prefix, str):
+            selection = prefix
+        else:
+            selection = tuple(prefix)
+            if not selection:
+                raise ValueError("A list of prefixes needs at least one entry, a name or None for each row.")
+        names = _distinct(selection)
+        loaded = self.prefix_names
+        for name in names:
+            if name not in loaded:
+                raise KeyError(f"No prefix named {name!r} is loaded; loaded: {', '.join(loaded) or 'none'}.")
+        if len(names) > 1 and self._heads():
             raise ValueError(
-                f"{type(self).__name__} has one head, so one prefix at a time: got {', '.join(different)}."
+                f"{type(self).__name__} has one head, so one prefix at a time: got {', '.join(sorted(names))}."
             )
-        heads = self._heads()
-        if heads and self._is_trainable(self.selected_prefix):
-            self._switch.heads[TRAINABLE_PREFIX] = {key: value.detach().clone() for key, value in heads.items()}
-        self._switch.selection = name if single else tuple(names)
-        for entry in different:
-            self._set_heads(self._switch.heads.get(entry, {}))
+        return selection
 
     def load_prefix(
         self, path: str | PathLike[str] | PrefixCheckpoint, name: str = TRAINABLE_PREFIX, *, task: str | None = None
@@ -115,16 +190,15 @@ class PrefixMixin:
             checkpoint = checkpoint.of_task(task, getattr(self, "head_name", ""))
         check_fits(checkpoint, self._recipient(task))
         encoder = self._encoder_from(checkpoint)
-        with gathered(self._trainable_parameters(), modify=True):
-            if self._is_trainable(name):
+        heads = {key: checkpoint.heads[key] for key in self._heads()}
+        if self._is_trainable(name):
+            with gathered([*self._trainable.parameters(), *self._heads().values()], modify=True):
                 self._replace_trainable(encoder, checkpoint)
-            else:
-                self._switch.bank.add(name, encoder.key_values(), checkpoint.metadata.trained)
-            self._switch.mark_changed(name)
-            self.set_prefix(name)
-            heads = {key: checkpoint.heads[key] for key in self._heads()}
-            self._set_heads(heads)
-            self._switch.heads[name] = heads
+                self._set_heads(heads)
+            self._bank.mark_changed(name)
+        else:
+            self._bank.add(name, LoadedPrefix(encoder.key_values(), heads, checkpoint.metadata.trained))
+        self.set_prefix(name)
 
     def unload_prefix(self, name: str) -> None:
         """Forgets a loaded prefix; if it was in use, the plain base is.
@@ -137,11 +211,10 @@ class PrefixMixin:
             raise ValueError(
                 "The trainable prefix is a part of the model and cannot be unloaded; use set_prefix(None)."
             )
-        self._check_loaded(name)
-        if name in self._switch.selected_names:
+        self._checked(name)
+        if name in _distinct(self.selected_prefix):
             self.set_prefix(None)
-        self._switch.bank.remove(name)
-        self._switch.heads.pop(name, None)
+        self._bank.remove(name)
 
     def save_prefix(self, path: str | PathLike[str], **details: Any) -> None:
         """Writes the selected prefix, with the head trained beside it, as `prefix_config.json` and
@@ -162,9 +235,11 @@ class PrefixMixin:
             raise ValueError(f"save_prefix writes one prefix; select it by set_prefix first (selected: {name}).")
         if self._is_trainable(name):
             parameters, trained = self._trainable.saved_parameters(), not self._trainable.is_untrained
+            loaded_heads: Mapping[str, torch.Tensor] = {}
         else:
-            bank = self._switch.bank
-            parameters, trained = {"embedding.weight": bank[name].flatten(1)}, not bank.is_untrained(name)
+            loaded = self._bank[name]
+            parameters, trained = {"embedding.weight": loaded.key_values.flatten(1)}, loaded.trained
+            loaded_heads = loaded.heads
         if any(value.numel() == 0 for value in parameters.values()):
             raise ValueError(
                 "The prefix is partitioned among processes (ZeRO-3): call save_prefix within "
@@ -176,10 +251,10 @@ class PrefixMixin:
             *base.config.prefix_shape.sizes,
             base_model_name=base.config.name_or_path or None,
             base_fingerprint=self.base_fingerprint(),
-            trained=trained and not self._untrained_heads(),
+            trained=trained and not self._untrained_heads(loaded_heads),
             **details,
         )
-        kit.write(path, metadata, parameters, self._heads())
+        kit.write(path, metadata, parameters, {**self._heads(), **loaded_heads})
 
     def base_fingerprint(self) -> dict[str, Any]:
         """What prefixes of this base are known by, see `fingerprint_of_base`.
@@ -189,13 +264,9 @@ class PrefixMixin:
         base = self.base_model
         if not is_partitioned(base.parameters()):
             return fingerprint_of_base(base)
-        if self._switch.base_fingerprint is None:
-            self._switch.base_fingerprint = fingerprint_of_base(base)
-        return self._switch.base_fingerprint
-
-    def _trainable_parameters(self) -> list[torch.nn.Parameter]:
-        encoder = self._trainable
-        return [*([] if encoder is None else encoder.parameters()), *self._heads().values()]
+        if base.known_fingerprint is None:
+            base.known_fingerprint = fingerprint_of_base(base)
+        return base.known_fingerprint
 
     @torch.no_grad()
     def init_prefix_from_ids(self, input_ids: torch.Tensor) -> None:
@@ -218,44 +289,50 @@ class PrefixMixin:
             key_values = key_values_before(base, base.embedding(input_ids.to(base.device)))
         with gathered(encoder.parameters(), modify=True):
             encoder.set_key_values(key_values)
-        self._switch.mark_changed(TRAINABLE_PREFIX)
+        self._bank.mark_changed(TRAINABLE_PREFIX)
 
-    def check_prefix_is_trained(self) -> None:
+    def check_prefix_is_trained(self, prefix: PrefixArgument = None) -> None:
         """Refuses inference with a prefix or a linear head that still has its random first values.
+
+        Args:
+            prefix: as for a forward pass; by default the selected one.
 
         Raises:
             ValueError: in that case.
         """
-        for name in self._switch.selected_names:
+        if isinstance(prefix, PrefixBatch):
+            names = prefix.names
+        else:
+            names = _distinct(self.selected_prefix if prefix is None else self._checked(prefix))
+        for name in names:
             if self._is_trainable(name) and self._trainable.is_untrained:
                 raise ValueError(
                     f"The prefix of pre_seq_len={self._trainable.pre_seq_len} is untrained: its values are random. "
                     "Load a trained one by load_prefix(path), or use the plain base by set_prefix(None)."
                 )
-            if not self._is_trainable(name) and self._switch.bank.is_untrained(name):
+            if not self._is_trainable(name) and name in self._bank and not self._bank[name].trained:
                 raise ValueError(
                     f"The prefix {name!r} was saved untrained: its values are random. Load a trained one by "
                     "load_prefix(path), or use the plain base by set_prefix(None)."
                 )
-        untrained = self._untrained_heads()
+        untrained = self._untrained_heads(self._head_parameters(prefix, torch.device("cpu")))
         if untrained:
             raise ValueError(
                 f"The {', '.join(untrained)} of {type(self).__name__} is untrained: its values are random. Train it, "
                 "or load a prefix with its head by load_prefix(path)."
             )
 
-    def _untrained_heads(self) -> list[str]:
-        """Names of the linear heads that nobody has trained or loaded."""
-        encoder = self._trainable
+    def _untrained_heads(self, loaded: Iterable[str]) -> list[str]:
+        """Names of the model's own linear heads that nobody has trained, but for those that `loaded` ones replace."""
+        replaced = {name.rpartition(".")[0] for name in loaded}
         return [
             name
             for name, module in self.named_modules()
-            if isinstance(module, FirstValues) and module is not encoder and module.is_untrained
+            if isinstance(module, FirstValues)
+            and module is not self._trainable
+            and module.is_untrained
+            and (self.head_key or name) not in replaced
         ]
-
-    def _check_loaded(self, name: str) -> None:
-        if name not in self.prefix_names:
-            raise KeyError(f"No prefix named {name!r} is loaded; loaded: {', '.join(self.prefix_names) or 'none'}.")
 
     def _recipient(self, task: str | None) -> Recipient:
         """This model, as a prefix is checked against it."""
@@ -313,3 +390,9 @@ class PrefixMixin:
             if ours[name].is_meta:  # a copy into it would do nothing
                 raise ValueError(f"{name} has been offloaded, so it cannot be set: keep the head in memory.")
             ours[name].copy_(value)
+
+
+def _distinct(selection: PrefixSelection) -> list[str]:
+    """The names in a selection, each once."""
+    names = selection if isinstance(selection, tuple) else (selection,)
+    return list(dict.fromkeys(name for name in names if name is not None))

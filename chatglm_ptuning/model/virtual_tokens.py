@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache
 
 from chatglm_ptuning.model.attention_mask import causal_mask_with_prefix, positions_from_mask
 from chatglm_ptuning.model.float32_module import Float32Module
+from chatglm_ptuning.prefix.batch import PrefixBatch
 from chatglm_ptuning.prefix.rotation import rotate_keys
 
 
@@ -40,9 +41,9 @@ def key_values_before(base: PreTrainedModel, inputs_embeds: torch.Tensor) -> tor
         Context().run(
             encoder,
             states.float() if config.fp32_residual_connection else states,
-            None,
+            PrefixBatch(),
             position_embeddings=base.rotary_pos_emb(position_ids, states.dtype),
-            attention_mask=causal_mask_with_prefix(config, states, None, None, position_ids, None),
+            attention_mask=causal_mask_with_prefix(config, states, None, None, position_ids, PrefixBatch()),
             past_key_values=cache,
             use_cache=True,
         )
@@ -77,7 +78,6 @@ class VirtualTokens(Float32Module):
         self.prompt_encoder = prompt_encoder.float()
         self.pre_seq_len = pre_seq_len
         self._base = weakref.ref(base)
-        self._known: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(self) -> torch.Tensor:
         """The embeddings of the virtual tokens, float32 `[pre_seq_len, hidden_size]`."""
@@ -86,17 +86,8 @@ class VirtualTokens(Float32Module):
             return self.prompt_encoder(torch.arange(self.pre_seq_len, device=device)[None])[0]
 
     def key_values(self) -> torch.Tensor:
-        """As `PrefixEncoder.key_values`: `[pre_seq_len, num_layers * 2, groups, kv_channels]`, float32.
-
-        Where no gradient is wanted, as at every token of a generation, they are computed anew only after a change.
-        """
-        embeddings = self()
-        if torch.is_grad_enabled():
-            return key_values_before(self._base(), embeddings)
-        # By value: a fused optimizer changes parameters without raising their version.
-        if self._known is None or not torch.equal(self._known[0], embeddings):
-            self._known = embeddings, key_values_before(self._base(), embeddings)
-        return self._known[1]
+        """As `PrefixEncoder.key_values`: `[pre_seq_len, num_layers * 2, groups, kv_channels]`, float32."""
+        return key_values_before(self._base(), self())
 
     @torch.no_grad()
     def saved_parameters(self) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ from chatglm_ptuning.chat.turn import ChatTurn, History, message_history
 if TYPE_CHECKING:
     from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
     from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
+    from chatglm_ptuning.prefix.batch import PrefixBatch
 
 _MOST_NEW_TOKENS = 1024
 
@@ -22,7 +23,7 @@ class ChatSession:
     """Keeps the history of one conversation, its prefix and its cache of keys and values.
 
     The cache saves computing earlier turns again and never changes an answer. The oldest turns are forgotten when the
-    conversation would outgrow the base's `seq_length`. Several sessions may share a model, one answer at a time.
+    conversation would outgrow the base's `seq_length`. Several sessions may share a model.
 
     Args:
         max_new_tokens: most tokens of one answer; by default half of the base's `seq_length`, 1024 at most.
@@ -71,14 +72,15 @@ class ChatSession:
         Raises:
             ValueError: if the query alone is too long, naming the sizes; the history is as before then.
         """
-        self.model.set_prefix(self.prefix)
+        prefix = self.model.prefix_batch(self.prefix)
         before = self._recent_history(query)
         answers = self.model.stream_chat(
             self.tokenizer,
             query,
             history=before,
-            past_key_values=self._usable_cache(),
+            past_key_values=self._usable_cache(prefix),
             return_past_key_values=True,
+            prefix=prefix,
             max_new_tokens=self.max_new_tokens,
             **self._sampling,
         )
@@ -96,7 +98,7 @@ class ChatSession:
         Raises:
             KeyError: if no prefix of that name is loaded.
         """
-        self.model.set_prefix(name)
+        self.model.prefix_batch(name)  # refuses a name that is not loaded
         self.prefix = name
         self._cache = None
 
@@ -105,10 +107,10 @@ class ChatSession:
         self.history = []
         self._cache = None
 
-    def _usable_cache(self) -> Cache | None:
+    def _usable_cache(self, prefix: PrefixBatch) -> Cache | None:
         if self._cache is not None:
             try:
-                self.model.base_model.prefixes.claim_cache(self._cache)
+                prefix.claim(self._cache)
             except ValueError:  # a prefix was loaded since, perhaps under the same name
                 self._cache = None
         return self._cache

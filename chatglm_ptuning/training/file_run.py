@@ -23,6 +23,7 @@ from chatglm_ptuning.metrics.generation import score
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMPreTrainedModel
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
+from chatglm_ptuning.prefix.batch import PrefixArgument
 from chatglm_ptuning.training.arguments import (
     DataArguments,
     ModelArguments,
@@ -292,8 +293,8 @@ class TrainingRun:
             metrics["preserve_base"] = self.preserve_args.preserve_base
         self.keep("general", metrics, trainer)
 
-    def answer_and_score(self) -> tuple[list[str], dict[str, float]]:
-        """Answers to the test rows under the selected prefix, and their scores."""
+    def answer_and_score(self, prefix: PrefixArgument = None) -> tuple[list[str], dict[str, float]]:
+        """Answers to the test rows and their scores, under what is tuned or the given prefix."""
         examples, _ = self.preprocessor.for_generation(self.test_rows, BadRows(self.data_args.skip_bad_rows))
         answers = generate_answers_together(
             self.model,
@@ -303,6 +304,7 @@ class TrainingRun:
             batch_size=self.args.per_device_eval_batch_size,
             max_new_tokens=self.data_args.val_max_target_length or self.data_args.max_target_length,
             num_beams=self.data_args.num_beams or self.args.generation_num_beams or 1,
+            prefix=prefix,
         )
         return answers, score(answers, [example["reference"] for example in examples])
 
@@ -314,8 +316,8 @@ class TrainingRun:
         columns, texts = {name: scores}, {name: answers}
         metrics = {f"predict_{name}": value for name, value in scores.items()}
         if self.data_args.compare_base and self.tuning.method != "none":
-            with self.tuning.plain_base():
-                base_answers, base_scores = self.answer_and_score()
+            with self.tuning.plain_base() as prefix:
+                base_answers, base_scores = self.answer_and_score(prefix)
             columns = {"base": base_scores, **columns}
             texts = {"base": base_answers, **texts}
             metrics |= {f"base_{name}": value for name, value in base_scores.items()}

@@ -37,6 +37,7 @@ from chatglm_ptuning.evaluation.task_predictions import (
     predict_together,
 )
 from chatglm_ptuning.evaluation.task_report import TaskScores, score_task, write_results
+from chatglm_ptuning.prefix.batch import PrefixArgument
 from chatglm_ptuning.training.arguments import DataArguments, ModelArguments, PrefixTrainingArguments
 from chatglm_ptuning.training.file_run import TrainingRun
 from chatglm_ptuning.training.head_start import start_head
@@ -128,13 +129,13 @@ class TaskRun(TrainingRun):
         """The task's scores on the examples that the run is watched by."""
         return (lambda: self._score(self.watched).metrics) if self.watched else None
 
-    def _score(self, examples: Sequence[AnyExample]) -> TaskScores:
-        values = [prediction.value for prediction in self._predict(examples)]
+    def _score(self, examples: Sequence[AnyExample], prefix: PrefixArgument = None) -> TaskScores:
+        values = [prediction.value for prediction in self._predict(examples, prefix)]
         return score_task(self.task, examples, values)
 
-    def _predict(self, examples: Sequence[AnyExample]) -> list[Prediction]:
+    def _predict(self, examples: Sequence[AnyExample], prefix: PrefixArgument = None) -> list[Prediction]:
         settings = prediction_settings(self.data_args, self.args)
-        return predict_together(self.model, self.encoder, examples, settings, under_engine=self.under_engine)
+        return predict_together(self.model, self.encoder, examples, settings, prefix, under_engine=self.under_engine)
 
     def init_head(self, trainer: PrefixTrainer) -> None:
         """Gives a linear head that is still random the values that --head_init asks for."""
@@ -194,8 +195,8 @@ class TaskRun(TrainingRun):
         print(f"The predictions on {split} are in {self.output / 'predict'}.")
 
     def _score_base(self) -> dict[str, float]:
-        with self.tuning.plain_base():
-            return self._score(self.tested).metrics
+        with self.tuning.plain_base() as prefix:
+            return self._score(self.tested, prefix).metrics
 
 
 def check_attention(model_args: ModelArguments, encoder: TaskEncoder, examples: Sequence[AnyExample]) -> None:

@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from chatglm_ptuning.files import read_tensors
-from chatglm_ptuning.model.prefix_switch import TRAINABLE_PREFIX
 from chatglm_ptuning.model.quantization import keep_layout
 from chatglm_ptuning.model.virtual_tokens import VirtualTokens
+from chatglm_ptuning.prefix.bank import TRAINABLE_PREFIX
+from chatglm_ptuning.prefix.batch import PrefixBatch
 from chatglm_ptuning.prefix.formats import read_prefix
 from chatglm_ptuning.tuning.methods import LoraSettings, PromptSettings
 from chatglm_ptuning.tuning.record import write_together
@@ -112,7 +113,7 @@ class LoraTuning(Tuning):
         with self.adapter.disable_adapter():
             for wrapper in self._head_wrappers:
                 wrapper.enable_adapters(True)  # PEFT switches the trained head off as well
-            yield
+            yield None
 
 
 def _lora_config(settings: LoraSettings, heads: list[str]) -> PeftConfig:
@@ -195,13 +196,9 @@ class PromptTuning(Tuning):
         set_heads(self.model, read_prefix(folder, self.model.config.prefix_shape).heads, folder)
 
     @contextmanager
-    def plain_base(self) -> Iterator[None]:
-        """As `Tuning.plain_base`: with no prefix selected."""
-        self.model.set_prefix(None)
-        try:
-            yield
-        finally:
-            self.model.set_prefix(TRAINABLE_PREFIX)
+    def plain_base(self) -> Iterator[PrefixBatch]:
+        """As `Tuning.plain_base`: no prefix."""
+        yield self.model.prefix_batch(None)
 
 
 def _prompt_config(model: PreTrainedModel, method: str, settings: PromptSettings) -> PromptLearningConfig:

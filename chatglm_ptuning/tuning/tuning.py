@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chatglm_ptuning.files import read_tensors
+from chatglm_ptuning.prefix.batch import PrefixBatch
 from chatglm_ptuning.prefix.fingerprint import difference
 from chatglm_ptuning.tuning.record import RECORD_FILE, TuningRecord, clear, read_record, write_together
 
@@ -56,9 +57,9 @@ class Tuning(ABC):
         """
 
     @contextmanager
-    def plain_base(self) -> Iterator[None]:
-        """Inside, the model computes as the base did before the tuning (the head stays as it is)."""
-        yield
+    def plain_base(self) -> Iterator[PrefixBatch | None]:
+        """Inside, the model computes as the base did before the tuning, if it is given what this yields as `prefix`."""
+        yield None
 
     def settings(self) -> dict[str, Any]:
         """What `tuning.json` records of the method's settings."""
@@ -119,14 +120,9 @@ class PrefixTuning(Tuning):
         self.model.load_prefix(folder)
 
     @contextmanager
-    def plain_base(self) -> Iterator[None]:
-        """As `Tuning.plain_base`: with no prefix selected."""
-        selected = self.model.selected_prefix
-        self.model.set_prefix(None)
-        try:
-            yield
-        finally:
-            self.model.set_prefix(selected)
+    def plain_base(self) -> Iterator[PrefixBatch]:
+        """As `Tuning.plain_base`: no prefix."""
+        yield self.model.prefix_batch(None)
 
 
 class NoTuning(Tuning):

@@ -105,19 +105,19 @@ def run_harness(args: HarnessArguments) -> dict[str, Any]:
         device_map=args.device_map,
         **source,
     )
-    harness = ChatGLMHarnessModel(model, tokenizer, args.ptuning_checkpoint, batch_size=args.per_device_eval_batch_size)
+    if args.ptuning_checkpoint is not None:
+        model.load_prefix(args.ptuning_checkpoint)
     subject = "base" if args.ptuning_checkpoint is None else "prefix"
     chosen = Path(args.ptuning_checkpoint or args.model_name_or_path)
     output = Path(args.output_dir) if args.output_dir else runs_folder() / "lm_eval" / chosen.resolve().name
     output.mkdir(parents=True, exist_ok=True)
-    selected = model.selected_prefix
     results = {}
     for name in ("base", "prefix") if args.compare_base else (subject,):
-        model.set_prefix(selected if name == "prefix" else None)
+        prefix = model.prefix_batch(model.selected_prefix if name == "prefix" else None)
+        harness = ChatGLMHarnessModel(model, tokenizer, prefix=prefix, batch_size=args.per_device_eval_batch_size)
         # A task object holds the answers of its run.
         results[name] = _evaluate(harness, tasks or load_harness_tasks(selection, **options), args)
         tasks = []
-    model.set_prefix(selected)
     return _report(args, selection, results, output, subject)
 
 
@@ -146,7 +146,6 @@ def _evaluate(harness: ChatGLMHarnessModel, tasks: list[Any], args: HarnessArgum
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    harness.cut_contexts = 0
     results = simple_evaluate(
         harness,
         tasks=tasks,

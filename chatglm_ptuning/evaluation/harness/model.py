@@ -18,6 +18,7 @@ from chatglm_ptuning.chat.message import Conversation, Message
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
+from chatglm_ptuning.prefix.batch import PrefixArgument
 
 
 @register_model("chatglm")
@@ -31,12 +32,11 @@ class ChatGLMHarnessModel(HFLM):
       candidates stand where an answer stands that the model was trained on.
     - Log-softmax in float32, of the scored positions alone.
 
-    The prefix is the one that is selected in the model.
-
     Args:
         pretrained: a loaded base, or a folder or hub name to load.
         tokenizer: of a loaded base.
         ptuning_checkpoint: a prefix to load and select.
+        prefix: of every request, as for a forward pass; by default the selected one.
         batch_size: requests computed together.
         load_options: further arguments of `load_model`, for a base that is to be loaded.
 
@@ -49,6 +49,7 @@ class ChatGLMHarnessModel(HFLM):
         pretrained: ChatGLMForConditionalGeneration | str,
         tokenizer: ChatGLMTokenizer | None = None,
         ptuning_checkpoint: str | None = None,
+        prefix: PrefixArgument = None,
         batch_size: int | str = 8,
         max_batch_size: int = 64,
         device: str | None = None,
@@ -60,7 +61,7 @@ class ChatGLMHarnessModel(HFLM):
             pretrained = load_model(pretrained, **load_options)
         if ptuning_checkpoint is not None:
             pretrained.load_prefix(ptuning_checkpoint)
-        pretrained.check_prefix_is_trained()
+        pretrained.check_prefix_is_trained(prefix)
         # `device` is lm-eval's to pass; the base is where it was loaded.
         super().__init__(
             pretrained=pretrained,
@@ -70,6 +71,7 @@ class ChatGLMHarnessModel(HFLM):
             max_batch_size=max_batch_size,
             softmax_dtype="float32",
         )
+        self.prefix = prefix
         self.cut_contexts = 0
         self._chats: dict[str, tuple[list[dict[str, str]], list[int]]] = {}
         self._without_start = False
@@ -205,8 +207,8 @@ class ChatGLMHarnessModel(HFLM):
             padded = int((inps != 0).flip(-1).int().argmax(-1).max())
             keep = min(padded + self._longest_continuation, inps.shape[1])
         with torch.no_grad():
-            return self.model(inps, logits_to_keep=keep, use_cache=False).logits
+            return self.model(inps, logits_to_keep=keep, use_cache=False, prefix=self.prefix).logits
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any) -> torch.Tensor:
         settings.setdefault("eos_token_id", self.tokenizer.chat.stop_ids)
-        return super()._model_generate(context, max_length, stop, **settings)
+        return super()._model_generate(context, max_length, stop, prefix=self.prefix, **settings)
