@@ -17,7 +17,7 @@ if [ -z "${MODEL:-}" ]; then
     NANO_DEFAULTS=1
 fi
 
-PRE_SEQ_LEN=${PRE_SEQ_LEN:-${NANO_DEFAULTS:+32}}
+PRE_SEQ_LEN=${PRE_SEQ_LEN:-${NANO_DEFAULTS:+16}}
 PRE_SEQ_LEN=${PRE_SEQ_LEN:-128}
 LR=${LR:-${NANO_DEFAULTS:+1e-1}}
 LR=${LR:-1e-2}
@@ -30,13 +30,18 @@ if [ -z "${TRAIN_FILE:-}" ]; then
     TRAIN_FILE="$ROOT/data/news_topic/train.json"
     VALIDATION_FILE="${VALIDATION_FILE:-$ROOT/data/news_topic/dev.json}"
 fi
-MAX_STEPS=${MAX_STEPS:-${BUNDLED_DATA:+600}}
+MAX_STEPS=${MAX_STEPS:-${BUNDLED_DATA:+400}}
 MAX_STEPS=${MAX_STEPS:-3000}
 SAVE_STEPS=${SAVE_STEPS:-$(((MAX_STEPS + 3) / 4))}
 MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-128}
 MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-128}
 if _several_processes; then
     DS_CONFIG=${DS_CONFIG:-$ROOT/ds_config/zero1.json}
+fi
+# The bundled job holds the prefix to its base, so that the model keeps what it could do: docs/measurements.md.
+PRESERVE_FLAGS=()
+if [ -n "${NANO_DEFAULTS:-}" ] && [ -n "${BUNDLED_DATA:-}" ] && [[ "${DS_CONFIG:-}" != *zero3* ]]; then
+    PRESERVE_FLAGS=(--preserve_base 0.3 --preserve_batch_size 4)
 fi
 OUTPUT=${OUTPUT:-$CHATGLM_PTUNING_OUTPUT/$(basename "$MODEL")-$(basename "$(dirname "$TRAIN_FILE")")-$PRE_SEQ_LEN}
 
@@ -72,4 +77,5 @@ launch train \
     --save_steps "$SAVE_STEPS" \
     --learning_rate "$LR" \
     --pre_seq_len "$PRE_SEQ_LEN" \
+    ${PRESERVE_FLAGS[@]+"${PRESERVE_FLAGS[@]}"} \
     "$@"

@@ -1,12 +1,16 @@
 """The bundled base, as a user gets it."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from native_glm import as_native_glm
 
 import chatglm_ptuning
 from chatglm_ptuning.model.hub import DEFAULT_MODEL
+
+HEADLINES = Path(DEFAULT_MODEL).parent / "news_topic" / "train.json"
 
 pytestmark = pytest.mark.skipif(not Path(DEFAULT_MODEL).exists(), reason="data/chatglm-nano is not in this checkout")
 
@@ -41,6 +45,32 @@ def test_it_has_learned_chinese(nano):
         loss, without_order = (model(input_ids=row, labels=row).loss.item() for row in (ids, shuffled))
     uniform = torch.tensor(float(model.config.padded_vocab_size)).log().item()
     assert loss < 0.65 * uniform and loss < without_order - 1
+
+
+def test_transformers_own_network_gives_the_same_logits(nano):
+    model, tokenizer = nano
+    ids = tokenizer("酒店的房间很干净，服务员的态度也很好，下次还会再来。" * 20, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        ours, theirs = (network(ids).logits for network in (model.eval(), as_native_glm(model)))
+    assert ids.shape[1] > 256 and torch.allclose(ours, theirs, atol=1e-3 * float(theirs.abs().max()))
+
+
+def test_it_stops_where_its_turn_ends(nano):
+    model, tokenizer = nano
+    assert set(model.generation_config.eos_token_id) == {
+        2, *tokenizer.convert_tokens_to_ids(["<|user|>", "<|observation|>"])
+    }  # fmt: skip
+
+
+def test_text_far_back_in_the_context_is_used(nano):
+    model, tokenizer = nano
+    text = "".join(row["text"] for row in map(json.loads, HEADLINES.read_text("utf-8").splitlines()[:30]))
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"][:400]
+    row = torch.tensor([[*tokenizer("")["input_ids"], *ids, *ids]])
+    with torch.no_grad():
+        losses = torch.nn.functional.cross_entropy(model(row).logits[0, :-1], row[0, 1:], reduction="none")
+    first, second = losses[1:401].mean(), losses[401:].mean()
+    assert second < first - 1  # 0.4 where rows of 256 were all that it had seen
 
 
 def test_auto_classes_and_pipelines_take_it():

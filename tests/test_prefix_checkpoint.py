@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from native_glm import as_native_glm
 from safetensors.torch import load_file, save_file
-from transformers import GlmConfig, GlmForCausalLM
 
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMModel
 from chatglm_ptuning.prefix.checkpoint import PREFIX_KEY
@@ -266,45 +266,6 @@ def test_a_base_model_loads_too(tiny_base, load, prefix_folders, ids):
 
 
 # PEFT
-
-
-def as_native_glm(model: ChatGLMForConditionalGeneration) -> GlmForCausalLM:
-    """The same network as transformers' own GLM, tensor by tensor."""
-    config = model.config
-    native = GlmForCausalLM(
-        GlmConfig(
-            vocab_size=config.padded_vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.ffn_hidden_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.multi_query_group_num,
-            head_dim=config.kv_channels,
-            rms_norm_eps=config.layernorm_epsilon,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
-            attention_bias=True,
-            pad_token_id=0,
-            eos_token_id=2,
-        )
-    ).eval()
-    ours, mapped = model.state_dict(), {}
-    mapped["model.embed_tokens.weight"] = ours["transformer.embedding.word_embeddings.weight"]
-    mapped["model.norm.weight"] = ours["transformer.encoder.final_layernorm.weight"]
-    mapped["lm_head.weight"] = ours["transformer.output_layer.weight"]
-    sizes = [config.num_attention_heads * 8, config.multi_query_group_num * 8, config.multi_query_group_num * 8]
-    for layer in range(config.num_layers):
-        old, new = f"transformer.encoder.layers.{layer}.", f"model.layers.{layer}."
-        for kind in ("weight", "bias"):
-            parts = ours[f"{old}self_attention.query_key_value.{kind}"].split(sizes)
-            for name, part in zip("qkv", parts, strict=True):
-                mapped[f"{new}self_attn.{name}_proj.{kind}"] = part
-        mapped[new + "self_attn.o_proj.weight"] = ours[old + "self_attention.dense.weight"]
-        mapped[new + "mlp.gate_up_proj.weight"] = ours[old + "mlp.dense_h_to_4h.weight"]
-        mapped[new + "mlp.down_proj.weight"] = ours[old + "mlp.dense_4h_to_h.weight"]
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            mapped[f"{new}{name}.weight"] = ours[f"{old}{name}.weight"]
-    native.load_state_dict(mapped)
-    return native
 
 
 @pytest.mark.parametrize("projection", [False, True])

@@ -17,7 +17,7 @@ LEARNING_RATES = {
 
 `ptuning_v2`: P-Tuning v2's scripts have 5e-3 to 1e-2 for most tasks. `prompt` and `p_tuning`: PEFT's examples of these
 methods. `lora`: LoRA (Hu et al. 2021), tables of GPT-2 and GPT-3. `full`: ChatGLM3's finetune_demo, sft.yaml.
-`head_only`: measured on chatglm-nano.
+`head_only`: our choice, for bases as small as chatglm-nano.
 """
 
 TUNING_METHODS = tuple(LEARNING_RATES)
