@@ -12,7 +12,7 @@ from chatglm_ptuning.data.chat_format import render, split_for_training
 from chatglm_ptuning.data.conversation import Conversation, Message
 from chatglm_ptuning.data.forms import Columns
 from chatglm_ptuning.data.preprocess import Preprocessor
-from chatglm_ptuning.data.row import Row
+from chatglm_ptuning.data.sources.rows import Row
 from chatglm_ptuning.model.chat_turn import stop_ids
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from chatglm_ptuning.data.conversation import Conversation, Message
-from chatglm_ptuning.data.files import Row, read_rows
 from chatglm_ptuning.data.forms import Columns, to_conversation
+from chatglm_ptuning.data.sources.files import iterate_rows
+from chatglm_ptuning.data.sources.rows import Row
 
 
 def written(folder: Path, content: str | bytes, name: str = "rows.json") -> Path:
@@ -22,7 +23,7 @@ def written(folder: Path, content: str | bytes, name: str = "rows.json") -> Path
 
 def fault(path: Path) -> str:
     with pytest.raises(ValueError) as caught:
-        read_rows(path)
+        list(iterate_rows([path]))
     return str(caught.value)
 
 
@@ -40,7 +41,7 @@ LINES = '{"a": "一"}\n\n  {"a": "二"}\r\n{"a": "三\u2028"}'
 )
 def test_reads_objects_with_their_lines(tmp_path, content):
     path = written(tmp_path, content)
-    rows = read_rows(path)
+    rows = list(iterate_rows([path]))
     assert rows == [{"a": "一"}, {"a": "二"}, {"a": "三\u2028"}]
     assert [row.where for row in rows] == [f"{path}:1", f"{path}:3", f"{path}:4"]
 

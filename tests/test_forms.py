@@ -8,7 +8,7 @@ import pytest
 
 from chatglm_ptuning.data.conversation import Conversation, Document, Message
 from chatglm_ptuning.data.forms import Columns, find_form, to_conversation
-from chatglm_ptuning.data.row import Row
+from chatglm_ptuning.data.sources.rows import Row
 
 DETECT = Columns()
 WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}

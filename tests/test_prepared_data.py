@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import tiny_tokenizer
 
-from chatglm_ptuning.data.files import read_rows
 from chatglm_ptuning.data.forms import Columns
 from chatglm_ptuning.data.prepared import lengths_of, mixture, prepare_training_data, shared_rows
 from chatglm_ptuning.data.preprocess import Preprocessor
+from chatglm_ptuning.data.sources.files import iterate_rows
 from chatglm_ptuning.data.token_cache import EXAMPLES_FILE, FACTS_FILE, TokenCache, read_examples
 
 DETECT = Columns()
@@ -68,7 +68,7 @@ def answers(examples) -> list[int]:
 def test_examples_are_those_of_the_preprocessor(tmp_path, preprocessor, cache, workers):
     conversation = [{"role": "user", "content": "甲"}, {"role": "assistant", "content": "乙"}]
     path = data_file(tmp_path, *map(pair, range(60)), {"messages": conversation * 2}, {"text": "丙" * 150})
-    expected, report = preprocessor().for_training(read_rows(path))
+    expected, report = preprocessor().for_training(iterate_rows([path]))
     data = prepare_training_data([path], preprocessor(workers=workers), cache)
     assert [{name: row[name] for name in ("input_ids", "labels")} for row in data.examples] == expected
     assert data.report == report

@@ -7,9 +7,9 @@ import json
 import pytest
 from tiny_tokenizer import spell, spell_marked, train
 
-from chatglm_ptuning.data.files import Row
 from chatglm_ptuning.data.forms import Columns
 from chatglm_ptuning.data.preprocess import Preprocessor
+from chatglm_ptuning.data.sources.rows import Row
 
 PLAIN = Columns()
 HISTORY = Columns(history="history")

@@ -13,9 +13,9 @@ from conftest import TINY
 
 from chatglm_ptuning import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMForSequenceClassification
 from chatglm_ptuning.data.collate import PaddingCollator
-from chatglm_ptuning.data.files import read_rows
 from chatglm_ptuning.data.forms import Columns
 from chatglm_ptuning.data.preprocess import Preprocessor
+from chatglm_ptuning.data.sources.files import iterate_rows
 from chatglm_ptuning.model.hub import DEFAULT_MODEL
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.model.quantization import quantization_settings
@@ -30,7 +30,7 @@ ids_of = dict(argvalues=QUANTISED, ids=["8 bit", "nf4", "fp4"])
 @pytest.fixture(scope="module")
 def batch():
     tokenizer = load_tokenizer(DEFAULT_MODEL)
-    rows = read_rows(Path(DEFAULT_MODEL).parent / "advertisement" / "train.json")[:4]
+    rows = list(iterate_rows([Path(DEFAULT_MODEL).parent / "advertisement" / "train.json"]))[:4]
     examples, _ = Preprocessor(tokenizer, Columns("content", "summary"), 48, 48).for_training(rows)
     return PaddingCollator(tokenizer.pad_token_id, "right")(examples)
 

@@ -12,7 +12,7 @@ from typing import Any
 from chatglm_ptuning.data.conversation import Conversation, Document
 from chatglm_ptuning.data.forms import Columns, understand
 from chatglm_ptuning.data.report import percentiles
-from chatglm_ptuning.data.row import BadRows, Row
+from chatglm_ptuning.data.sources.rows import BadRows, Row
 from chatglm_ptuning.data.writing import SCRIPTS, count_scripts, is_mojibake, special_spellings
 
 _PLACES = 5

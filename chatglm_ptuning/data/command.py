@@ -13,13 +13,14 @@ from rich.console import Console
 
 from chatglm_ptuning.command_line import fail, parse_arguments
 from chatglm_ptuning.data.check import Checker, CheckReport
-from chatglm_ptuning.data.files import BadRows, Row, find_files, iterate_rows
 from chatglm_ptuning.data.forms import FORMS, Columns, find_form
 from chatglm_ptuning.data.histogram import draw_lengths
 from chatglm_ptuning.data.preprocess import Preprocessor
 from chatglm_ptuning.data.report import Lengths, PreparationReport, percentiles
 from chatglm_ptuning.data.show import describe, print_example, print_tokens
-from chatglm_ptuning.model.hub import DEFAULT_MODEL
+from chatglm_ptuning.data.sources.files import find_sources, iterate_rows
+from chatglm_ptuning.data.sources.rows import BadRows, Row
+from chatglm_ptuning.model.hub import DEFAULT_MODEL, HUBS
 from chatglm_ptuning.model.loading import load_tokenizer
 from chatglm_ptuning.prefix.files import write_atomically
 
@@ -48,7 +49,9 @@ class _RowArguments:
     max_source_length: int = field(default=1024, metadata={"help": "tokens of the source at most"})
     max_target_length: int = field(default=128, metadata={"help": "tokens of the answer at most"})
 
-    hub: str = field(default="hf", metadata={"help": "where a hub name of a base is looked up: hf or modelscope"})
+    hub: str = field(
+        default="huggingface", metadata={"help": f"where a hub name of a base is looked up: {' or '.join(HUBS)}"}
+    )
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a hub name"})
 
     def columns(self) -> Columns:
@@ -161,8 +164,8 @@ def _rows_of_all(names: Sequence[str], bad_rows: BadRows, unreadable: list[str])
     """The rows of all files; what ends the reading of one is noted, and the next is read."""
     for name in names:
         try:
-            for file in find_files(name):
-                yield from file.rows(bad_rows)
+            for source in find_sources(name):
+                yield from source.rows(bad_rows)
         except ValueError as error:
             unreadable.append(str(error))
 

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from chatglm_ptuning.data.check import Checker
-from chatglm_ptuning.data.files import DataFile, find_files
-from chatglm_ptuning.data.hub import HubDataset
 from chatglm_ptuning.data.preprocess import Preprocessor, Row, nothing_left
 from chatglm_ptuning.data.report import PreparationReport
-from chatglm_ptuning.data.row import BadRows
+from chatglm_ptuning.data.sources.files import DataSource, find_sources
+from chatglm_ptuning.data.sources.rows import BadRows
 from chatglm_ptuning.data.token_cache import (
     ExampleWriter,
     TokenCache,
@@ -67,7 +66,7 @@ def prepare_training_data(
     """Makes examples of files, or takes them from the cache, and mixes them.
 
     Args:
-        names: files, folders, patterns, hub datasets (`find_files`).
+        names: files, folders, patterns, data sets on a hub (`find_sources`).
         weights: one for each name: how often each of its examples is seen in an epoch. Of 2.5, all of them are seen
             twice, and half of them, chosen by the seed, a third time.
         max_rows: use the first so many rows of all files together.
@@ -85,11 +84,11 @@ def prepare_training_data(
     warnings: list[str] = []
     reused = True
     for name, weight in zip(names, weights or [1.0] * len(names), strict=True):
-        for file in find_files(name):
+        for source in find_sources(name):
             remaining = None if max_rows is None else max_rows - (report.rows - report.bad)
             if remaining is not None and remaining <= 0:
                 break
-            entry, was_there = _entry(file, preprocessor, cache, remaining, bad_rows)
+            entry, was_there = _entry(source, preprocessor, cache, remaining, bad_rows)
             facts = read_facts(entry)
             if was_there:
                 _repeat_faults(facts, bad_rows)
@@ -167,10 +166,10 @@ def _check_weights(names: Sequence[str], weights: Sequence[float] | None) -> Non
 
 
 def _entry(
-    file: DataFile | HubDataset, preprocessor: Preprocessor, cache: TokenCache, limit: int | None, bad_rows: BadRows
+    source: DataSource, preprocessor: Preprocessor, cache: TokenCache, limit: int | None, bad_rows: BadRows
 ) -> tuple[Path, bool]:
     key = {
-        "file": [file.name, file.fingerprint()],
+        "source": [str(source), source.fingerprint()],
         "limit": limit,
         "columns": asdict(preprocessor.columns),
         "lengths": [preprocessor.max_source_length, preprocessor.max_target_length],
@@ -178,14 +177,14 @@ def _entry(
         "tokenizer": tokenizer_fingerprint(preprocessor.tokenizer),
         "kit": [kit_version(), code_fingerprint()],
     }
-    return cache.entry(key, lambda folder: _make_entry(folder, file, preprocessor, limit, bad_rows))
+    return cache.entry(key, lambda folder: _make_entry(folder, source, preprocessor, limit, bad_rows))
 
 
 def _make_entry(
-    folder: Path, file: DataFile | HubDataset, preprocessor: Preprocessor, limit: int | None, bad_rows: BadRows
+    folder: Path, source: DataSource, preprocessor: Preprocessor, limit: int | None, bad_rows: BadRows
 ) -> None:
-    of_file = BadRows(None, whole=bad_rows)
-    checker = Checker(preprocessor.columns, of_file)
+    of_source = BadRows(None, whole=bad_rows)
+    checker = Checker(preprocessor.columns, of_source)
     report = PreparationReport()
     digests = array("q")
 
@@ -194,15 +193,15 @@ def _make_entry(
             digests.append(checker.last_digest)
             yield row
 
-    rows = digested(itertools.islice(checker.watch(file.rows(of_file)), limit))
+    rows = digested(itertools.islice(checker.watch(source.rows(of_source)), limit))
     writer = ExampleWriter(folder)
-    for prepared in preprocessor.stream(preprocessor.prepare_for_training, rows, report, of_file):
+    for prepared in preprocessor.stream(preprocessor.prepare_for_training, rows, report, of_source):
         for example, (source, target) in zip(prepared.examples, prepared.lengths, strict=True):
             writer.add(example, source, target, digests[report.rows - 1])
     # With those that the preprocessor never saw.
-    report.rows += of_file.count - report.bad
-    report.bad = of_file.count
-    writer.close({"report": report.as_dict(), "warnings": checker.report().warnings(), "faults": of_file.messages})
+    report.rows += of_source.count - report.bad
+    report.bad = of_source.count
+    writer.close({"report": report.as_dict(), "warnings": checker.report().warnings(), "faults": of_source.messages})
 
 
 def _repeat_faults(facts: dict[str, Any], bad_rows: BadRows) -> None:

@@ -14,10 +14,9 @@ from tqdm.auto import tqdm
 from chatglm_ptuning.data.chat_format import reference_text, render, split_for_training
 from chatglm_ptuning.data.conversation import Conversation, Document, Message
 from chatglm_ptuning.data.forms import MESSAGE_FORMS, Columns, find_form, understand
-from chatglm_ptuning.data.forms.fields import fail
 from chatglm_ptuning.data.rendered import start_ids, text_ids
 from chatglm_ptuning.data.report import Lengths, PreparationReport
-from chatglm_ptuning.data.row import BadRows
+from chatglm_ptuning.data.sources.rows import BadRows, fail
 from chatglm_ptuning.data.truncation import cut_source
 from chatglm_ptuning.model.losses import IGNORED_LABEL
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from chatglm_ptuning.command_line import fail, parse_arguments
-from chatglm_ptuning.data.files import BadRows, iterate_rows
 from chatglm_ptuning.data.forms import FORMS, Columns
 from chatglm_ptuning.data.preprocess import Preprocessor
 from chatglm_ptuning.data.report import PreparationReport
+from chatglm_ptuning.data.sources.files import iterate_rows
+from chatglm_ptuning.data.sources.rows import BadRows
 from chatglm_ptuning.data.tasks.arguments import TaskArguments
 from chatglm_ptuning.evaluation.chosen_prefix import PLAIN_BASE, choose_prefix, load_chosen, results_folder
 from chatglm_ptuning.evaluation.metrics import score

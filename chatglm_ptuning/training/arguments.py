@@ -89,7 +89,7 @@ class DataArguments(TaskArguments):
     """Files, columns and lengths; or a task instead of files."""
 
     train_file: list[str] | None = field(
-        default=None, metadata={"help": "data files, folders, patterns or hub:OWNER/NAME to train on"}
+        default=None, metadata={"help": "data files, folders, patterns or huggingface:OWNER/NAME to train on"}
     )
     train_weights: list[float] | None = field(
         default=None, metadata={"help": "one number for each train_file: how often its rows are seen in an epoch"}

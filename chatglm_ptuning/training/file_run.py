@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils import logging
 
 from chatglm_ptuning.data.collate import PaddingCollator
-from chatglm_ptuning.data.files import BadRows, Row, iterate_rows
 from chatglm_ptuning.data.prepared import prepare_training_data, shared_rows
 from chatglm_ptuning.data.preprocess import Preprocessor
+from chatglm_ptuning.data.sources.files import iterate_rows
+from chatglm_ptuning.data.sources.rows import BadRows, Row
 from chatglm_ptuning.data.token_cache import TokenCache
 from chatglm_ptuning.evaluation.metrics import score
 from chatglm_ptuning.evaluation.parallel import generate_answers_together

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from chatglm_ptuning.data.conversation import Message
-from chatglm_ptuning.data.forms.fields import fail, parsed, shown, text
+from chatglm_ptuning.data.forms.fields import parsed, shown, text
+from chatglm_ptuning.data.sources.rows import fail
 
 
 def tool_call(row: Mapping[str, Any], name: Any, arguments: Any, what: str, loss: bool) -> Message:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from chatglm_ptuning.data.conversation import Conversation, Document, Message
-from chatglm_ptuning.data.forms.fields import answer, fail, names, parsed, shown, text
+from chatglm_ptuning.data.forms.fields import answer, names, parsed, shown, text
+from chatglm_ptuning.data.sources.rows import fail
 
 
 def question_and_answer(

@@ -8,10 +8,11 @@ from typing import Any
 
 from chatglm_ptuning.data.conversation import Conversation, Document
 from chatglm_ptuning.data.forms import columns as by_columns
-from chatglm_ptuning.data.forms.fields import fail, names, parsed
+from chatglm_ptuning.data.forms.fields import names, parsed
 from chatglm_ptuning.data.forms.messages import chatglm3, messages
 from chatglm_ptuning.data.forms.sharegpt import sharegpt
-from chatglm_ptuning.data.table_rows import TEXT_COLUMN
+from chatglm_ptuning.data.sources.rows import fail
+from chatglm_ptuning.data.sources.tables import TEXT_COLUMN
 
 FORMS = {
     "columns": "two columns, a question and its answer (--prompt_column, --response_column, --history_column)",
@@ -40,7 +41,7 @@ MESSAGE_FORMS: dict[str, tuple[Callable[..., Conversation], str]] = {
 }
 """The forms that hold a list of messages, with what reads them and the field of that list."""
 
-_BESIDE_TEXT = {"id", "idx", "url", "title", "source", "meta", "metadata", "date", "timestamp", "lang", "language",
+_BESIDE_TEXT = {"", "id", "idx", "url", "title", "source", "meta", "metadata", "date", "timestamp", "lang", "language",
                 "license", "__index_level_0__"}  # fmt: skip
 
 

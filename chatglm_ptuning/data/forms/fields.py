@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from chatglm_ptuning.data.conversation import Message
-from chatglm_ptuning.data.row import Row
+from chatglm_ptuning.data.sources.rows import fail
 
 _SHOWN = 60
-
-
-def fail(row: Mapping[str, Any], text: str) -> NoReturn:
-    """Raises the ValueError for a fault in a row, naming its file and line."""
-    raise ValueError(f"{row.where if isinstance(row, Row) else 'a row'}: {text}")
 
 
 def names(fields: Mapping[str, Any]) -> str:

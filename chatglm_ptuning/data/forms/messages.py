@@ -8,7 +8,8 @@ from typing import Any
 
 from chatglm_ptuning.data.conversation import ROLES, Conversation, Message
 from chatglm_ptuning.data.forms.calls import tool_call
-from chatglm_ptuning.data.forms.fields import answer, fail, learns, names, parsed, shown, text, tool_list, turns_of
+from chatglm_ptuning.data.forms.fields import answer, learns, names, parsed, shown, text, tool_list, turns_of
+from chatglm_ptuning.data.sources.rows import fail
 
 _SAME_ROLE = {"developer": "system", "function": "observation", "tool": "observation"}
 _NEEDED = "a message needs 'role' and 'content'"

@@ -7,7 +7,8 @@ from typing import Any
 
 from chatglm_ptuning.data.conversation import Conversation, Message
 from chatglm_ptuning.data.forms.calls import named_calls
-from chatglm_ptuning.data.forms.fields import answer, fail, learns, names, text, tool_list, turns_of
+from chatglm_ptuning.data.forms.fields import answer, learns, names, text, tool_list, turns_of
+from chatglm_ptuning.data.sources.rows import fail
 
 _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",

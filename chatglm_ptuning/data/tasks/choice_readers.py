@@ -8,10 +8,11 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from chatglm_ptuning.data.files import Row
-from chatglm_ptuning.data.forms.fields import fail
+from chatglm_ptuning.data.sources.json_rows import json_document
+from chatglm_ptuning.data.sources.rows import Row, fail
 from chatglm_ptuning.data.tasks.examples import ChoiceExample
-from chatglm_ptuning.data.tasks.source import SplitSource, as_text, spellings
+from chatglm_ptuning.data.tasks.source import SplitSource, as_text
+from chatglm_ptuning.data.tasks.splits import spellings
 
 ASKED_BLANK = "____"
 """Stands for the idiom that is asked for."""
@@ -31,7 +32,7 @@ def read_chid(source: SplitSource) -> list[ChoiceExample]:
     """
     answers: dict[str, Any] = {}
     for path in source.paths:
-        answers |= _idiom_answers(source, path)
+        answers |= _idiom_answers(path)
     examples: list[ChoiceExample] = []
     for index, row in enumerate(source.rows()):
         candidates, content = row.get("candidates"), row.get("content")
@@ -46,12 +47,12 @@ def read_chid(source: SplitSource) -> list[ChoiceExample]:
     return examples
 
 
-def _idiom_answers(source: SplitSource, path: Path) -> dict[str, Any]:
+def _idiom_answers(path: Path) -> dict[str, Any]:
     beside = path.with_name(_answers_beside(path))
     beside = next((found for found in spellings(beside) if found.is_file()), None)
     if beside is not None:
         expected = "one JSON object, idiom tag -> index of the right candidate"
-        _, content = SplitSource(source.task, source.split, (beside,)).documents(expected)[0]
+        content = json_document(beside, expected)
         if isinstance(content, Mapping):
             return dict(content)
         raise ValueError(f"{beside} must be {expected}.")
@@ -168,9 +169,11 @@ def _candidates(source: SplitSource, row: Row) -> list[str]:
 
 def read_c3(source: SplitSource) -> list[ChoiceExample]:
     """C3: a list of `[[context, ...], [{question, choice, answer}, ...], id]`; a hub has a row for each question."""
-    if source.hub_rows is not None:
-        return [_c3_example(source, row.where, row, row.get("context"), row.get("id", i)) for i, row in
-                enumerate(source.hub_rows)]  # fmt: skip
+    if source.has_flat_rows:
+        return [
+            _c3_example(source, row.where, row, row.get("context"), row.get("id", index))
+            for index, row in enumerate(source.rows())
+        ]
     examples = []
     expected = "one JSON list of [[context, ...], [question, ...], id]"
     for path, content in source.documents(expected):

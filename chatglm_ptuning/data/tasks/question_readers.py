@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from chatglm_ptuning.data.files import Row
-from chatglm_ptuning.data.forms.fields import fail
+from chatglm_ptuning.data.sources.rows import Row, fail
 from chatglm_ptuning.data.tasks.examples import Answer, QuestionExample
 from chatglm_ptuning.data.tasks.source import SplitSource, nearest_place
 
@@ -29,8 +28,8 @@ def read_squad(source: SplitSource) -> list[QuestionExample]:
     Contexts are kept as they are, so that `answer_start` holds. An answer that does not stand where the file says gets
     the nearest place where it does stand, or None.
     """
-    if source.hub_rows is not None:
-        return [_flat(source, row) for row in source.hub_rows]
+    if source.has_flat_rows:
+        return [_flat(source, row) for row in source.rows()]
     return [example for path, content in source.documents(_FORM) for example in _nested(source, path, content)]
 
 

@@ -6,11 +6,10 @@ import re
 
 from transformers.utils import logging
 
-from chatglm_ptuning.data.files import Row
-from chatglm_ptuning.data.forms.fields import fail
+from chatglm_ptuning.data.sources.rows import Row, fail
+from chatglm_ptuning.data.sources.text import data_suffix, read_text
 from chatglm_ptuning.data.tasks.examples import GenerationExample, TextExample
 from chatglm_ptuning.data.tasks.source import SplitSource, nearest_place
-from chatglm_ptuning.data.text_input import read_text
 
 logger = logging.get_logger(__name__)
 
@@ -147,7 +146,7 @@ def _target(source: SplitSource, row: Row) -> str | None:
 
 def read_lcsts(source: SplitSource) -> list[GenerationExample]:
     """LCSTS as published (`PART_I.txt`: `<doc>` with `<summary>` and `<short_text>`), or as rows."""
-    if source.hub_rows is not None or not all(path.name.removesuffix(".gz").endswith(".txt") for path in source.paths):
+    if not source.paths or any(data_suffix(path) != ".txt" for path in source.paths):
         return read_pairs(source)
     examples = []
     for path in source.paths:

@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from chatglm_ptuning.data.files import Row
-from chatglm_ptuning.data.forms.fields import fail
+from chatglm_ptuning.data.sources.json_rows import json_rows
+from chatglm_ptuning.data.sources.rows import BadRows, Row, fail
+from chatglm_ptuning.data.sources.text import read_text
 from chatglm_ptuning.data.tasks.examples import TokenExample
 from chatglm_ptuning.data.tasks.source import SplitSource
-from chatglm_ptuning.data.text_input import read_text
 
 _JOINT = "\x02"
 """Between the tokens, and between the tags, of a row of the table that Baidu published MSRA's corpus in."""
@@ -30,13 +30,13 @@ def read_bio(source: SplitSource) -> list[TokenExample]:
 
     Lines may have further columns between token and tag, as in CoNLL-2003, whose `-DOCSTART-` lines are left out.
     """
-    if source.hub_rows is not None:
-        return list(_from_rows(source, source.hub_rows))
+    if source.has_flat_rows:
+        return list(_from_rows(source, source.rows()))
     examples: list[TokenExample] = []
     for path in source.paths:
         text = read_text(path)
         if text.lstrip()[:1] in ("{", "[") and not _ends_in_tag(source, text.lstrip().partition("\n")[0]):
-            examples += _from_rows(source, SplitSource(source.task, source.split, (path,)).rows(), len(examples))
+            examples += _from_rows(source, json_rows(path, BadRows()), len(examples))
         else:
             examples += _from_lines(source, path, text, len(examples))
     return examples

@@ -1,17 +1,18 @@
-"""One record of a data file that knows where it stands, and the count of those that could not be used."""
+"""One record of a data source that knows where it stands, and the count of those that could not be used."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 
 class Row(dict):
-    """One record of a data file.
+    """One record of a data source.
 
     Attributes:
-        path: the file as it was named by the user.
-        line: the line that the record starts on, from 1; the number of the row where a file has no lines (Parquet).
+        path: the file or hub dataset.
+        line: the line on which the record starts, from 1; the number of the row where there are no lines (Parquet,
+            hubs).
     """
 
     __slots__ = ("has_lines", "line", "path")
@@ -28,6 +29,20 @@ class Row(dict):
     def where(self) -> str:
         """`FILE:LINE`, or `FILE row N`, for messages."""
         return f"{self.path}:{self.line}" if self.has_lines else f"{self.path} row {self.line}"
+
+
+def fail(row: Mapping[str, Any], text: str) -> NoReturn:
+    """Raises the ValueError for a fault in a row, naming its file and line."""
+    raise ValueError(f"{row.where if isinstance(row, Row) else 'a row'}: {text}")
+
+
+def without_nulls(value: Any) -> Any:
+    """A value of a table of nested columns: without the null fields of objects, which such tables fill in."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
 
 
 class BadRows:
