@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from chatglm_ptuning.data.forms import Columns, to_conversation, understand
+from chatglm_ptuning.data.formats.registry import Columns, read_row
 from chatglm_ptuning.data.sources.files import iterate_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,7 +25,7 @@ LABELS = {"sentiment": 2, "news_topic": 10, "inference": 3}
 def test_every_row_is_a_conversation_with_an_answer(name):
     for split in ("train", "dev"):
         for row in iterate_rows([DATA / name / f"{split}.json"]):
-            assert to_conversation(row, COLUMNS[name]).missing_side() is None, row.where
+            assert read_row(row, COLUMNS[name])[1].missing_side() is None, row.where
 
 
 @pytest.mark.parametrize("name", [*sorted(COLUMNS), "inference", "entities"])
@@ -45,7 +45,7 @@ def test_general_rows_are_understood_and_those_to_measure_on_are_apart():
     texts = [[row.get("text") or row["prompt"] for row in rows] for rows in (replayed, held_out)]
     assert len({*texts[0], *texts[1]}) == len(replayed) + len(held_out) == 192
     for row in (*replayed, *held_out):
-        assert understand(row, Columns())[1].missing_side() is None, row.where
+        assert read_row(row, Columns())[1].missing_side() is None, row.where
 
 
 @pytest.mark.parametrize("name", sorted(LABELS))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 
+import instruction_rows
 import pytest
 import tiny_glm4
 import tiny_tokenizer
 
 from chatglm_ptuning.data.chat_format import render, split_for_training
 from chatglm_ptuning.data.conversation import Conversation, Message
-from chatglm_ptuning.data.forms import Columns
-from chatglm_ptuning.data.preprocess import Preprocessor
 from chatglm_ptuning.data.sources.rows import Row
 from chatglm_ptuning.model.chat_turn import stop_ids
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
@@ -132,7 +131,7 @@ def test_glm4_cuts_whole_turns_and_keeps_the_tools_and_the_last_question(glm4):
     row = Row({"messages": turns}, "rows.json", 1)
     whole = render(Conversation([Message("system", "", tools=tuple(tools)), user("问0"), answer("答0")]), glm4)
     room = len(whole.input_ids) + 24
-    (example,), report = Preprocessor(glm4, Columns(), room - 20, 20, progress=False).for_training([row])
+    (example,), report = instruction_rows.training_rows(glm4, [row], room - 20, 20)
     text = glm4.decode(example["input_ids"])
     assert (report.history_cut, report.source_cut, report.target_cut) == (1, 0, 0)
     assert len(example["input_ids"]) <= room + 1
@@ -145,7 +144,7 @@ def test_an_answer_is_never_cut_within_the_line_of_its_role(glm4):
     header = len(glm4.encode("get_weather\n", add_special_tokens=False))
     rows = [Row({"messages": call}, "rows.json", 1), Row({"messages": [call[0], {**call[1], "metadata": ""}]}, "r", 1)]
     source = len(render(Conversation([user("天气")]), glm4, for_generation=True).input_ids)
-    examples, report = Preprocessor(glm4, Columns(), source, header, progress=False).for_training(rows)
+    examples, report = instruction_rows.training_rows(glm4, rows, source, header)
     assert (len(examples), report.too_long, report.target_cut) == (1, 1, 1)
 
 
@@ -169,7 +168,7 @@ def test_a_base_without_chat_format_continues_the_texts(base):
 
 def test_plain_texts_are_learned_whole_and_split_into_pieces(base):
     row = Row({"text": "甲乙丙丁戊己庚"}, "novel.txt", 1)
-    examples, report = Preprocessor(base, Columns(), 4, 2, progress=False).for_training([row])
+    examples, report = instruction_rows.training_rows(base, [row], 4, 2)
     shown = [
         tiny_tokenizer.spell_marked(base, example["input_ids"], [label >= 0 for label in example["labels"]])
         for example in examples
@@ -177,4 +176,4 @@ def test_plain_texts_are_learned_whole_and_split_into_pieces(base):
     assert shown == ["[gMASK]sop【▁甲乙丙】", "[gMASK]sop【丁戊己庚】", "[gMASK]sop【</s>】"]
     assert (report.rows, report.used, report.examples) == (1, 1, 3)
     with pytest.raises(ValueError, match=r"novel.txt:1: a plain text has no question to answer"):
-        Preprocessor(base, Columns(), 4, 2, progress=False).for_generation([row])
+        instruction_rows.prompts(base, [row], 4, 2)

@@ -41,7 +41,7 @@ def generate_answers(
     list) there must be one entry per example.
 
     Args:
-        examples: each with `input_ids`, the prompt alone, as `Preprocessor.for_generation` makes them.
+        examples: each with `input_ids`, the prompt alone, as `ConversationEncoder.prompt` makes them.
         max_new_tokens: tokens of an answer at most, without its prompt.
         temperature: of sampling; None for 1.
         top_p: share of probability to sample from; None for all of it.

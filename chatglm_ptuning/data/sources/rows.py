@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, NoReturn
 
@@ -30,10 +31,15 @@ class Row(dict):
         """`FILE:LINE`, or `FILE row N`, for messages."""
         return f"{self.path}:{self.line}" if self.has_lines else f"{self.path} row {self.line}"
 
+    def digest(self) -> int:
+        """64 bits that are the same for rows of the same content."""
+        content = repr(sorted(self.items(), key=lambda item: item[0])).encode("utf-8", "surrogatepass")
+        return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
-def fail(row: Mapping[str, Any], text: str) -> NoReturn:
+
+def fail(row: Row, text: str) -> NoReturn:
     """Raises the ValueError for a fault in a row, naming its file and line."""
-    raise ValueError(f"{row.where if isinstance(row, Row) else 'a row'}: {text}")
+    raise ValueError(f"{row.where}: {text}")
 
 
 def without_nulls(value: Any) -> Any:

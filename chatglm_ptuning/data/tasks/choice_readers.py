@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -19,11 +19,12 @@ ASKED_BLANK = "____"
 OTHER_BLANK = "〇〇〇〇"
 """Stands for the other missing idioms of the same passage."""
 
+_C3_FORM = "one JSON list of [[context, ...], [question, ...], id]"
 _IDIOM = re.compile(r"#idiom\d*#")
 _LETTERS = ("A", "B", "C", "D")
 
 
-def read_chid(source: SplitSource) -> list[ChoiceExample]:
+def read_chid(source: SplitSource) -> Iterator[ChoiceExample]:
     """ChID, an example for each missing idiom.
 
     CLUE's form: `content` is a list of passages with `#idiom000378#`, and the answers (idiom tag -> index) stand in a
@@ -33,18 +34,18 @@ def read_chid(source: SplitSource) -> list[ChoiceExample]:
     answers: dict[str, Any] = {}
     for path in source.paths:
         answers |= _idiom_answers(path)
-    examples: list[ChoiceExample] = []
-    for index, row in enumerate(source.rows()):
+
+    def read(row: Row, index: int) -> Iterable[ChoiceExample]:
         candidates, content = row.get("candidates"), row.get("content")
         if not _are_texts(candidates):
             fail(row, f"there is no field 'candidates' with a list of idioms; the row has {', '.join(row)}.")
         if isinstance(content, str):
-            examples.append(_one_blank(source, row, content, candidates, index))
-        elif _are_texts(content):
-            examples += _many_blanks(source, row, content, candidates, answers)
-        else:
-            fail(row, f"there is no field 'content' with text or a list of texts; the row has {', '.join(row)}.")
-    return examples
+            return [_one_blank(source, row, content, candidates, index)]
+        if _are_texts(content):
+            return _many_blanks(source, row, content, candidates, answers)
+        fail(row, f"there is no field 'content' with text or a list of texts; the row has {', '.join(row)}.")
+
+    return source.each(source.rows(), read)
 
 
 def _idiom_answers(path: Path) -> dict[str, Any]:
@@ -129,27 +130,27 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(entry, str) for entry in value)
 
 
-def read_choices(source: SplitSource) -> list[ChoiceExample]:
+def read_choices(source: SplitSource) -> Iterator[ChoiceExample]:
     """Rows with a list of candidates; the answer is an index (from 0), one of the candidates, or with `letters` its
     letter.
     """
-    examples = []
-    for index, row in enumerate(source.rows()):
+
+    def read(row: Row, index: int) -> list[ChoiceExample]:
         candidates = _candidates(source, row)
         texts = {role: source.text(row, role) for role in ("context", "question") if role in source.fields}
         answer = source.get(row, "answer")
         if answer is None and source.needs_gold:
             source.missing(row, "answer", source.fields.get("answer", "answer"))
-        examples.append(
-            ChoiceExample(
-                id=source.example_id(row, index),
-                where=row.where,
-                candidates=tuple(candidates),
-                answer=_index(source, row, answer, candidates),
-                **texts,
-            )
+        example = ChoiceExample(
+            id=source.example_id(row, index),
+            where=row.where,
+            candidates=tuple(candidates),
+            answer=_index(source, row, answer, candidates),
+            **texts,
         )
-    return examples
+        return [example]
+
+    return source.each(source.rows(), read)
 
 
 def _candidates(source: SplitSource, row: Row) -> list[str]:
@@ -167,27 +168,30 @@ def _candidates(source: SplitSource, row: Row) -> list[str]:
     return candidates
 
 
-def read_c3(source: SplitSource) -> list[ChoiceExample]:
+def read_c3(source: SplitSource) -> Iterator[ChoiceExample]:
     """C3: a list of `[[context, ...], [{question, choice, answer}, ...], id]`; a hub has a row for each question."""
     if source.has_flat_rows:
-        return [
-            _c3_example(source, row.where, row, row.get("context"), row.get("id", index))
-            for index, row in enumerate(source.rows())
-        ]
-    examples = []
-    expected = "one JSON list of [[context, ...], [question, ...], id]"
-    for path, content in source.documents(expected):
-        if not isinstance(content, list):
-            raise ValueError(f"{path} must be {expected}: it is not a file of C3.")
-        for number, entry in enumerate(content):
-            where = f"{path}: document {number + 1}"
-            if not isinstance(entry, list) or len(entry) < 2 or not isinstance(entry[1], list):
-                raise ValueError(f"{where} must be [[context, ...], [question, ...], id].")
-            document = entry[2] if len(entry) > 2 else number
-            for place, question in enumerate(entry[1]):
-                index = question.get("id", f"{document}-{place}") if isinstance(question, Mapping) else place
-                examples.append(_c3_example(source, f"{where}, question {place + 1}", question, entry[0], index))
-    return examples
+        return source.each(
+            source.rows(),
+            lambda row, index: [_c3_example(source, row.where, row, row.get("context"), row.get("id", index))],
+        )
+    documents = source.documents(_C3_FORM)
+    questions = (question for path, content in documents for question in _c3_questions(path, content))
+    return source.each(questions, lambda question, _: [_c3_example(source, *question)])
+
+
+def _c3_questions(path: Path, content: Any) -> Iterator[tuple[str, Any, Any, int | str]]:
+    """Each question of a file: its place, itself, its contexts, and its id."""
+    if not isinstance(content, list):
+        raise ValueError(f"{path} must be {_C3_FORM}: it is not a file of C3.")
+    for number, entry in enumerate(content):
+        where = f"{path}: document {number + 1}"
+        if not isinstance(entry, list) or len(entry) < 2 or not isinstance(entry[1], list):
+            raise ValueError(f"{where} must be [[context, ...], [question, ...], id].")
+        document = entry[2] if len(entry) > 2 else number
+        for place, question in enumerate(entry[1]):
+            index = question.get("id", f"{document}-{place}") if isinstance(question, Mapping) else place
+            yield f"{where}, question {place + 1}", question, entry[0], index
 
 
 def _c3_example(source: SplitSource, where: str, question: Any, context: Any, index: int | str) -> ChoiceExample:
@@ -221,11 +225,11 @@ def _place_of(answer: Any, choices: list[str]) -> int | None:
     return stripped.index(wanted) if wanted in stripped else None
 
 
-def read_exam(source: SplitSource) -> list[ChoiceExample]:
+def read_exam(source: SplitSource) -> Iterator[ChoiceExample]:
     """One subject of C-Eval or CMMLU: a table of the question (`question` or `Question`), A, B, C, D and the answer."""
     subject = source.task.subjects[source.subject or ""]
-    examples = []
-    for index, row in enumerate(source.rows()):
+
+    def read(row: Row, index: int) -> list[ChoiceExample]:
         lower = {name.lower(): name for name in row}
         for name in ("question", "a", "b", "c", "d"):
             if name not in lower:
@@ -237,18 +241,18 @@ def read_exam(source: SplitSource) -> list[ChoiceExample]:
             fail(row, f"there is no answer, and the split {source.split} needs them.")
         if answer not in (None, *_LETTERS):
             fail(row, f"the answer must be A, B, C or D, found {answer!r}.")
-        examples.append(
-            ChoiceExample(
-                id=_exam_id(row, index),
-                where=row.where,
-                question=as_text(row, row[lower["question"]], "question"),
-                candidates=tuple(as_text(row, row[lower[letter]], letter.upper()) for letter in "abcd"),
-                answer=None if answer is None else _LETTERS.index(answer),
-                subject=source.subject,
-                category=subject.category,
-            )
+        example = ChoiceExample(
+            id=_exam_id(row, index),
+            where=row.where,
+            question=as_text(row, row[lower["question"]], "question"),
+            candidates=tuple(as_text(row, row[lower[letter]], letter.upper()) for letter in "abcd"),
+            answer=None if answer is None else _LETTERS.index(answer),
+            subject=source.subject,
+            category=subject.category,
         )
-    return examples
+        return [example]
+
+    return source.each(source.rows(), read)
 
 
 def _exam_id(row: Row, index: int) -> int | str:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from transformers.utils import logging
+
+from chatglm_ptuning.data.sources.rows import BadRows
 from chatglm_ptuning.data.tasks.choice_readers import read_c3, read_chid, read_choices, read_exam
 from chatglm_ptuning.data.tasks.examples import AnyExample, gold_of, has_gold
 from chatglm_ptuning.data.tasks.question_readers import read_squad
 from chatglm_ptuning.data.tasks.schema import Task
-from chatglm_ptuning.data.tasks.source import SplitSource
+from chatglm_ptuning.data.tasks.source import SplitSource, needs_gold
 from chatglm_ptuning.data.tasks.splits import chosen_subjects, split_sources, subject_of_file
 from chatglm_ptuning.data.tasks.text_readers import read_lcsts, read_pairs, read_texts, read_winograd
 from chatglm_ptuning.data.tasks.token_readers import read_bio, read_cluener
 
-_READ: dict[str, Callable[[SplitSource], Sequence[AnyExample]]] = {
+logger = logging.get_logger(__name__)
+
+_READ: dict[str, Callable[[SplitSource], Iterable[AnyExample]]] = {
     "rows": read_texts,
     "winograd": read_winograd,
     "pairs": read_pairs,
@@ -30,7 +35,12 @@ _READ: dict[str, Callable[[SplitSource], Sequence[AnyExample]]] = {
 
 
 def read_examples(
-    task: Task, source: str | Path, split: str, *, subjects: Sequence[str] | None = None
+    task: Task,
+    source: str | Path,
+    split: str,
+    *,
+    subjects: Sequence[str] | None = None,
+    bad_rows: BadRows | None = None,
 ) -> list[AnyExample]:
     """All examples of one split, in the order of the files.
 
@@ -40,27 +50,30 @@ def read_examples(
             `huggingface:OWNER/NAME`.
         split: one of `task.files`.
         subjects: of an examination, these alone, or all of a category or group; by default all.
+        bad_rows: counts rows that cannot be understood; without it, the first ends the reading.
 
     Returns:
         Examples of the type that belongs to the task's reader. In splits whose name starts with `test` or `unlabel`
-        labels may be missing, from all rows or from none.
+        labels may be missing, from all rows or from none. In other splits, rows with one of the task's `drop_labels`
+        are left out.
 
     Raises:
         ValueError: naming the file, the line and the field of what is missing or unknown, or the hub that cannot be
             reached and why.
         ImportError: if the library for the hub is not installed.
     """
+    bad_rows = bad_rows or BadRows()
     examples: list[AnyExample] = []
     chosen = chosen_subjects(task, subjects)
     if len(chosen) > 1 and split in task.files and Path(source).is_file():
         chosen = [subject_of_file(task, Path(source), split, chosen)]
     for subject in chosen:
         sources, fields = split_sources(task, source, split, subject, is_only_subject=len(chosen) == 1)
-        examples += _READ[task.reader](SplitSource(task, split, sources, fields, subject))
+        examples += _READ[task.reader](SplitSource(task, split, sources, fields, subject, bad_rows))
     if not examples:
         raise ValueError(f"{source} holds no row of {task.name}, split {split}.")
     _check_all_or_none(task, split, examples)
-    return examples
+    return _that_count(task, split, examples)
 
 
 def _check_all_or_none(task: Task, split: str, examples: Sequence[AnyExample]) -> None:
@@ -70,3 +83,25 @@ def _check_all_or_none(task: Task, split: str, examples: Sequence[AnyExample]) -
             f"{without[0].where}: there is no label or answer, but other rows of {task.name}, split {split}, have one "
             f"({len(without)} of {len(examples)} are without)."
         )
+
+
+def _that_count(task: Task, split: str, examples: list[AnyExample]) -> list[AnyExample]:
+    """The examples, where labels are needed without those that are left out; the log says how many they are.
+
+    Raises:
+        ValueError: if labels are needed and all of the examples are left out.
+    """
+    left_out = [example for example in examples if example.left_out]
+    if not left_out:
+        return examples
+    what = (
+        f"{len(left_out)} of {len(examples)} rows of {task.name}, split {split}, are labelled "
+        f"{' or '.join(task.drop_labels)} (first: {left_out[0].where})"
+    )
+    if not needs_gold(split):
+        logger.warning(f"{what}: they are predicted, but not scored.")
+        return examples
+    if len(left_out) == len(examples):
+        raise ValueError(f"{what}, which does not count, and the split needs labels.")
+    logger.warning(f"{what}: they are left out.")
+    return [example for example in examples if not example.left_out]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from chatglm_ptuning.data.sources.files import DataFile, DataSource
 from chatglm_ptuning.data.sources.json_rows import json_document
 from chatglm_ptuning.data.sources.rows import BadRows, Row, fail
 from chatglm_ptuning.data.sources.text import data_suffix
+from chatglm_ptuning.data.tasks.checked_yaml import nearest
+from chatglm_ptuning.data.tasks.examples import AnyExample
 from chatglm_ptuning.data.tasks.schema import Task
 
+Unit = TypeVar("Unit")
 _WITHOUT_GOLD = ("test", "unlabel")
 
 
@@ -26,6 +28,7 @@ class SplitSource:
         sources: what makes up the split.
         fields: role -> column, as in these sources.
         subject: of an examination.
+        bad_rows: counts the rows that cannot be understood.
     """
 
     task: Task
@@ -33,11 +36,12 @@ class SplitSource:
     sources: Sequence[DataSource] = ()
     fields: Mapping[str, str] = field(default_factory=dict)
     subject: str | None = None
+    bad_rows: BadRows = field(default_factory=BadRows)
 
     @property
     def needs_gold(self) -> bool:
         """Whether every row must have its label or answer: benchmarks leave them out of test files alone."""
-        return not self.split.startswith(_WITHOUT_GOLD)
+        return needs_gold(self.split)
 
     @property
     def paths(self) -> list[Path]:
@@ -51,9 +55,28 @@ class SplitSource:
 
     def rows(self) -> Iterator[Row]:
         """The rows of all sources, whatever kind they are of."""
-        bad_rows = BadRows()
         for source in self.sources:
-            yield from source.rows(bad_rows)
+            yield from source.rows(self.bad_rows)
+
+    def each(
+        self, units: Iterable[Unit], read: Callable[[Unit, int], Iterable[AnyExample]], first: int = 0
+    ) -> Iterator[AnyExample]:
+        """The examples of rows, or of whatever else a file holds; what cannot be understood is a bad row.
+
+        Args:
+            read: the examples of one, given its place; raises ValueError naming file and line.
+            first: the place of the first one.
+
+        Raises:
+            ValueError: as `bad_rows.add`.
+        """
+        for index, unit in enumerate(units, start=first):
+            try:
+                examples = list(read(unit, index))
+            except ValueError as error:
+                self.bad_rows.add(str(error))
+                continue
+            yield from examples
 
     def documents(self, expected: str) -> list[tuple[Path, Any]]:
         """Each file's one JSON value; for benchmarks whose files are not rows.
@@ -108,12 +131,10 @@ class SplitSource:
                 f"the field '{column}', which the task {self.task.name} reads as its {role}, is {json.dumps(value)}; "
                 f"the split {self.split} needs one in every row{no_label}.",
             )
-        near = difflib.get_close_matches(column, row, n=1, cutoff=0.5)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
         fail(
             row,
-            f"there is no field '{column}', which the task {self.task.name} reads as its {role}; the row has "
-            f"{', '.join(row) or 'nothing'}.{hint}",
+            f"there is no field '{column}'{nearest(column, list(row))}, which the task {self.task.name} reads as its "
+            f"{role}; the row has {', '.join(row) or 'nothing'}.",
         )
 
     def label(self, row: Row) -> str | None:
@@ -161,11 +182,14 @@ class SplitSource:
     def _known_label(self, row: Row, key: str) -> str:
         if key in self.task.labels or key in self.task.drop_labels:
             return key
-        near = difflib.get_close_matches(key, self.task.labels, n=1, cutoff=0.5)
-        hint = f" (did you mean '{near[0]}'?)" if near else ""
         known = list(self.task.labels)
         shown = ", ".join(known[:20]) + (f", ... ({len(known)} in all)" if len(known) > 20 else "")
-        fail(row, f"the task {self.task.name} has no label '{key}'{hint}; its labels are {shown}.")
+        fail(row, f"the task {self.task.name} has no label '{key}'{nearest(key, known)}; its labels are {shown}.")
+
+
+def needs_gold(split: str) -> bool:
+    """Whether every row of a split must have its label or answer."""
+    return not split.startswith(_WITHOUT_GOLD)
 
 
 _ABSENT = object()

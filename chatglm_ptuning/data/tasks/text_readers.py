@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-
-from transformers.utils import logging
+from collections.abc import Iterator
+from pathlib import Path
 
 from chatglm_ptuning.data.sources.rows import Row, fail
 from chatglm_ptuning.data.sources.text import data_suffix, read_text
 from chatglm_ptuning.data.tasks.examples import GenerationExample, TextExample
 from chatglm_ptuning.data.tasks.source import SplitSource, nearest_place
-
-logger = logging.get_logger(__name__)
 
 _LCSTS_DOC = re.compile(
     r"<doc id=(?P<id>\d+)>\s*(?:<human_label>(?P<label>\d)</human_label>\s*)?<summary>\s*(?P<summary>.*?)\s*</summary>"
@@ -22,73 +21,50 @@ _LCSTS_RELEVANT = 3
 """Test pairs below this human label are left out, as in the paper (Hu et al. 2015, section 4)."""
 
 
-def read_texts(source: SplitSource) -> list[TextExample]:
+def read_texts(source: SplitSource) -> Iterator[TextExample]:
     """Rows with a text or two, and a label, or any number of them."""
-    examples = []
-    for index, row in enumerate(source.rows()):
+
+    def read(row: Row, index: int) -> list[TextExample]:
         several = source.task.multi_label
         label = None if several else source.label(row)
         left_out = label in source.task.drop_labels
-        pair = source.text(row, "text_pair") if "text_pair" in source.fields else None
-        examples.append(
-            TextExample(
-                id=source.example_id(row, index),
-                where=row.where,
-                text=source.text(row, "text"),
-                text_pair=pair,
-                label=None if left_out else label,
-                left_out=left_out,
-                labels=source.labels(row) if several else None,
-                fields={role: source.text(row, role) for role in source.task.extra_fields},
-            )
+        example = TextExample(
+            id=source.example_id(row, index),
+            where=row.where,
+            text=source.text(row, "text"),
+            text_pair=source.text(row, "text_pair") if "text_pair" in source.fields else None,
+            label=None if left_out else label,
+            left_out=left_out,
+            labels=source.labels(row) if several else None,
+            fields={role: source.text(row, role) for role in source.task.extra_fields},
         )
-    return _that_count(source, examples)
+        return [example]
+
+    return source.each(source.rows(), read)
 
 
-def read_winograd(source: SplitSource) -> list[TextExample]:
+def read_winograd(source: SplitSource) -> Iterator[TextExample]:
     """Rows of a text in which a noun (span 1) and a pronoun (span 2) are pointed at.
 
     In the example's text the noun stands in `[]` and the pronoun in `__`, as the same word may stand there twice. A
     span that does not stand where the file says is marked where it stands nearest; if nowhere, where the file says.
     """
-    examples = []
-    for index, row in enumerate(source.rows()):
+
+    def read(row: Row, index: int) -> list[TextExample]:
         label = source.label(row)
         left_out = label in source.task.drop_labels
         spans = {role: source.text(row, f"{role}_text") for role in ("span1", "span2")}
-        examples.append(
-            TextExample(
-                id=source.example_id(row, index),
-                where=row.where,
-                text=_mark_spans(source, row, spans),
-                label=None if left_out else label,
-                left_out=left_out,
-                fields=spans,
-            )
+        example = TextExample(
+            id=source.example_id(row, index),
+            where=row.where,
+            text=_mark_spans(source, row, spans),
+            label=None if left_out else label,
+            left_out=left_out,
+            fields=spans,
         )
-    return _that_count(source, examples)
+        return [example]
 
-
-def _that_count(source: SplitSource, examples: list[TextExample]) -> list[TextExample]:
-    """The examples, where labels are needed without those that are left out; the log says how many they are.
-
-    Raises:
-        ValueError: if labels are needed and all of the examples are left out.
-    """
-    left_out = [example for example in examples if example.left_out]
-    if not left_out:
-        return examples
-    what = (
-        f"{len(left_out)} of {len(examples)} rows of {source.task.name}, split {source.split}, are labelled "
-        f"{' or '.join(source.task.drop_labels)} (first: {left_out[0].where})"
-    )
-    if not source.needs_gold:
-        logger.warning(f"{what}: they are predicted, but not scored.")
-        return examples
-    if len(left_out) == len(examples):
-        raise ValueError(f"{what}, which does not count, and the split needs labels.")
-    logger.warning(f"{what}: they are left out.")
-    return [example for example in examples if not example.left_out]
+    return source.each(source.rows(), read)
 
 
 def _mark_spans(source: SplitSource, row: Row, spans: dict[str, str]) -> str:
@@ -119,18 +95,20 @@ def _with_marks(text: str, places: list[tuple[int, int, str]]) -> str:
     return "".join(marked)
 
 
-def read_pairs(source: SplitSource) -> list[GenerationExample]:
+def read_pairs(source: SplitSource) -> Iterator[GenerationExample]:
     """Rows with a source text and a target."""
-    return [
-        GenerationExample(
+
+    def read(row: Row, index: int) -> list[GenerationExample]:
+        example = GenerationExample(
             id=source.example_id(row, index),
             where=row.where,
             text=source.text(row, "text"),
             target=_target(source, row),
             fields={role: source.text(row, role) for role in source.task.extra_fields},
         )
-        for index, row in enumerate(source.rows())
-    ]
+        return [example]
+
+    return source.each(source.rows(), read)
 
 
 def _target(source: SplitSource, row: Row) -> str | None:
@@ -144,30 +122,29 @@ def _target(source: SplitSource, row: Row) -> str | None:
     return target
 
 
-def read_lcsts(source: SplitSource) -> list[GenerationExample]:
+def read_lcsts(source: SplitSource) -> Iterator[GenerationExample]:
     """LCSTS as published (`PART_I.txt`: `<doc>` with `<summary>` and `<short_text>`), or as rows."""
-    if not source.paths or any(data_suffix(path) != ".txt" for path in source.paths):
-        return read_pairs(source)
-    examples = []
-    for path in source.paths:
-        text = read_text(path)
-        found = list(_LCSTS_DOC.finditer(text))
-        if len(found) != text.count("<doc id="):
-            raise ValueError(
-                f"{path} has {text.count('<doc id=')} <doc id=...>, of which {len(found)} hold a <summary> and a "
-                "<short_text>; it is damaged or not a file of LCSTS."
-            )
-        if not found:
-            raise ValueError(f"{path} holds no <doc id=...>: it is not a file of LCSTS.")
-        line, counted = 1, 0
-        for match in found:
-            line += text.count("\n", counted, match.start())
-            counted = match.start()
-            if source.split.startswith("test") and match["label"] and int(match["label"]) < _LCSTS_RELEVANT:
-                continue
-            examples.append(
-                GenerationExample(
-                    id=int(match["id"]), where=f"{path}:{line}", text=match["text"], target=match["summary"]
-                )
-            )
-    return examples
+    if source.paths and all(data_suffix(path) == ".txt" for path in source.paths):
+        return itertools.chain.from_iterable(_lcsts_pairs(source, path) for path in source.paths)
+    return read_pairs(source)
+
+
+def _lcsts_pairs(source: SplitSource, path: Path) -> Iterator[GenerationExample]:
+    text = read_text(path)
+    found = list(_LCSTS_DOC.finditer(text))
+    if len(found) != text.count("<doc id="):
+        raise ValueError(
+            f"{path} has {text.count('<doc id=')} <doc id=...>, of which {len(found)} hold a <summary> and a "
+            "<short_text>; it is damaged or not a file of LCSTS."
+        )
+    if not found:
+        raise ValueError(f"{path} holds no <doc id=...>: it is not a file of LCSTS.")
+    line, counted = 1, 0
+    for match in found:
+        line += text.count("\n", counted, match.start())
+        counted = match.start()
+        if source.split.startswith("test") and match["label"] and int(match["label"]) < _LCSTS_RELEVANT:
+            continue
+        yield GenerationExample(
+            id=int(match["id"]), where=f"{path}:{line}", text=match["text"], target=match["summary"]
+        )

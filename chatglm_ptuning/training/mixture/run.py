@@ -83,7 +83,8 @@ class MixtureRun(TrainingRun):
 
     def _arguments(self, entry: MixedTask) -> TaskArguments:
         own = TaskArguments(task=entry.task.name, task_data=entry.task_data, head=entry.head)
-        return replace(own, token_unit=self.data_args.token_unit, doc_stride=self.data_args.doc_stride)
+        flags = self.data_args
+        return replace(own, token_unit=flags.token_unit, doc_stride=flags.doc_stride, skip_bad_rows=flags.skip_bad_rows)
 
     def _examples_of(self, entry: MixedTask, kind: str, split: str | None, limit: int | None) -> Sequence[AnyExample]:
         return self._arguments(entry).examples(entry.task, split or usual_split(entry.task, kind), limit)
