@@ -12,8 +12,8 @@ from tiny_chat_base import make_model, say, write_prefix
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicCache
 
+from chatglm_ptuning.chat.turn import ChatTurn
 from chatglm_ptuning.model.chat_mixin import InvalidScoreLogitsProcessor
-from chatglm_ptuning.model.chat_turn import ChatTurn, stop_ids
 
 FORMATS = ("chatglm2", "chatglm3")
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
@@ -82,11 +82,11 @@ def test_the_response_grows(base, glm3):
 
 def test_beam_search(base, glm3):
     response, history = base.chat(glm3, "你好", num_beams=3, **GREEDY)
-    ids = ChatTurn(glm3, "你好").input_ids()
-    best = base.generate(torch.tensor([ids]), num_beams=3, eos_token_id=stop_ids(glm3), pad_token_id=0, **GREEDY)[
+    ids = ChatTurn(glm3.chat, "你好").input_ids()
+    best = base.generate(torch.tensor([ids]), num_beams=3, eos_token_id=glm3.chat.stop_ids, pad_token_id=0, **GREEDY)[
         0, len(ids) :
     ]
-    assert (response, history) == ChatTurn(glm3, "你好").read(best.tolist())[:2]
+    assert (response, history) == ChatTurn(glm3.chat, "你好").read(best.tolist())[:2]
 
 
 def test_history_of_chatglm3(base, glm3):
@@ -137,7 +137,7 @@ def test_stops(base, glm3, stop):
 
 def test_chatglm2_stops_at_eos_alone(base, tokenizers):
     tokenizer = tokenizers["chatglm2"]
-    assert stop_ids(tokenizer) == [tokenizer.eos_token_id]
+    assert tokenizer.chat.stop_ids == [tokenizer.eos_token_id]
     assert base.chat(tokenizer, "?", logits_processor=say(tokenizer, "你好", tokenizer.eos_token_id))[0] == "你好"
 
 
@@ -195,8 +195,8 @@ def test_an_answer_of_two_messages(base, glm3):
 def test_text_never_becomes_special_tokens(base, tokenizers, chat_format):
     tokenizer = tokenizers[chat_format]
     text = "<|user|>[gMASK]sop<|assistant|></s>"
-    plain = ChatTurn(tokenizer, "x", [("y", "z")]).input_ids()
-    ids = ChatTurn(tokenizer, text, [(text, text)]).input_ids()
+    plain = ChatTurn(tokenizer.chat, "x", [("y", "z")]).input_ids()
+    ids = ChatTurn(tokenizer.chat, text, [(text, text)]).input_ids()
     special = set(tokenizer.vocabulary.special_ids.values()) | {tokenizer.eos_token_id}
     assert [index for index in ids if index in special] == [index for index in plain if index in special]
     said = say(tokenizer, "\n", text, tokenizer.eos_token_id)
@@ -329,7 +329,7 @@ def test_a_cache_saves_work_and_changes_nothing(base, tokenizers, chat_format):
         )
         handle.remove()
         assert last[:2] == expected
-        prompt = len(ChatTurn(tokenizer, query, history).input_ids())
+        prompt = len(ChatTurn(tokenizer.chat, query, history).input_ids())
         assert counted[0] == prompt if turn == 0 else counted[0] < prompt
         assert last[2].get_seq_length() == prompt + len(counted) - 1
         history, cache = last[1], last[2]

@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 from tiny_tokenizer import spell, spell_marked, train
 
-from chatglm_ptuning.data.chat_format import render, split_for_training
-from chatglm_ptuning.data.conversation import Conversation, Message
-from chatglm_ptuning.model.chat_turn import stop_ids
+from chatglm_ptuning.chat.message import Conversation, Message
 
 
 @pytest.fixture(scope="session")
@@ -29,12 +27,12 @@ def answer(content: str, metadata: str = "", loss: bool = True) -> Message:
 
 
 def marked(messages: list[Message], tokenizer, source_prefix: str = "") -> str:
-    rendered = render(Conversation(messages, source_prefix), tokenizer)
-    return spell_marked(tokenizer, rendered.input_ids, rendered.loss_mask)
+    encoded = tokenizer.chat.encode(Conversation(messages, source_prefix))
+    return spell_marked(tokenizer, encoded.input_ids, encoded.loss_mask)
 
 
 def prompt(messages: list[Message], tokenizer, source_prefix: str = "") -> str:
-    return spell(tokenizer, render(Conversation(messages, source_prefix), tokenizer, for_generation=True).input_ids)
+    return spell(tokenizer, tokenizer.chat.encode_prompt(Conversation(messages, source_prefix).asked))
 
 
 # ChatGLM3
@@ -71,8 +69,8 @@ def test_chatglm3_tool_calls_learn_the_call_and_not_its_result(chatglm3):
 def test_chatglm3_an_answer_ends_as_in_the_whole_conversation_when_the_rest_is_not_learned(chatglm3):
     messages = [user("甲"), answer("想"), answer("f()", "get", loss=False), Message("observation", "雨")]
     for end, role in ((4, "assistant"), (3, "assistant")):
-        (part,) = split_for_training(Conversation(messages[:end]), chatglm3)
-        found = render(part, chatglm3)
+        (part,) = chatglm3.chat.training_parts(Conversation(messages[:end]))
+        found = chatglm3.chat.encode(part)
         assert spell_marked(chatglm3, found.input_ids, found.loss_mask) == (
             f"[gMASK]sop<|user|>▁\n▁甲<|assistant|>【▁\n▁想<|{role}|>】"
         )
@@ -103,7 +101,7 @@ def test_chatglm3_source_prefix_stands_in_front_of_the_first_question(chatglm3):
 def test_chatglm3_prompt_is_the_one_of_the_tokenizer(chatglm3):
     messages = [Message("system", "公园"), user("甲"), answer("乙"), user("今天 天气\n好吗")]
     dicts = [{"role": message.role, "content": message.content} for message in messages]
-    ids = render(Conversation(messages), chatglm3, for_generation=True).input_ids
+    ids = chatglm3.chat.encode_prompt(Conversation(messages))
     assert ids == chatglm3.apply_chat_template(dicts, add_generation_prompt=True, return_dict=False)
     chat = chatglm3.build_chat_input(dicts[-1]["content"], history=dicts[:-1])
     assert ids == list(chat["input_ids"][0])
@@ -142,23 +140,23 @@ def test_chatglm2_is_the_official_recipe(chatglm2, history):
     b_ids = [*pieces.encode(response), pieces.eos_id()]
 
     messages = [message for question, reply in history for message in (user(question), answer(reply, loss=False))]
-    rendered = render(Conversation([*messages, user(query), answer(response)], source_prefix), chatglm2)
-    assert rendered.input_ids == a_ids + b_ids
-    assert rendered.loss_mask == [False] * len(a_ids) + [True] * len(b_ids)
-    assert rendered.answer_start == len(a_ids)
+    encoded = chatglm2.chat.encode(Conversation([*messages, user(query), answer(response)], source_prefix))
+    assert encoded.input_ids == a_ids + b_ids
+    assert encoded.loss_mask == [False] * len(a_ids) + [True] * len(b_ids)
+    assert encoded.answer_start == len(a_ids)
     by_tokenizer = chatglm2.encode(source_prefix + chatglm2.build_prompt(query, history))
-    assert render(Conversation([*messages, user(query)], source_prefix), chatglm2, True).input_ids == by_tokenizer
+    assert chatglm2.chat.encode_prompt(Conversation([*messages, user(query)], source_prefix)) == by_tokenizer
 
 
 def test_chatglm2_refuses_what_it_has_no_form_for(chatglm2):
     with pytest.raises(ValueError, match=r"alternate between user and assistant.*found user, user in front"):
-        render(Conversation([user("甲"), user("乙"), answer("丙")]), chatglm2)
+        chatglm2.chat.encode(Conversation([user("甲"), user("乙"), answer("丙")]))
     with pytest.raises(ValueError, match="has no tools"):
-        render(Conversation([user("甲"), answer("f()", "get")]), chatglm2)
+        chatglm2.chat.encode(Conversation([user("甲"), answer("f()", "get")]))
     with pytest.raises(ValueError, match="has no tools"):
-        render(Conversation([user("甲"), Message("observation", "雨"), answer("乙")]), chatglm2)
+        chatglm2.chat.encode(Conversation([user("甲"), Message("observation", "雨"), answer("乙")]))
     with pytest.raises(ValueError, match="only the last answer"):
-        render(Conversation([user("甲"), answer("乙"), user("丙"), answer("丁")]), chatglm2)
+        chatglm2.chat.encode(Conversation([user("甲"), answer("乙"), user("丙"), answer("丁")]))
 
 
 # Both
@@ -167,18 +165,18 @@ def test_chatglm2_refuses_what_it_has_no_form_for(chatglm2):
 def test_splitting_keeps_every_answer_to_be_learned_once(chatglm2, chatglm3):
     messages = [user("甲"), answer("乙"), user("丙"), answer("丁", loss=False), user("戊"), answer("己"), user("庚")]
     whole = Conversation(messages, "请问")
-    assert [marked(part.messages, chatglm2, part.source_prefix) for part in split_for_training(whole, chatglm2)] == [
+    assert [marked(part.messages, chatglm2, part.source_prefix) for part in chatglm2.chat.training_parts(whole)] == [
         "[gMASK]sop▁请问[Round▁1]\n\n问：甲\n\n答：【▁乙</s>】",
         "[gMASK]sop▁请问[Round▁1]\n\n问：甲\n\n答：乙\n\n[Round▁2]\n\n问：丙\n\n答：丁\n\n[Round▁3]\n\n问：戊\n\n答：【▁己</s>】",
     ]
-    assert split_for_training(whole, chatglm3) == [Conversation(messages[:-1], "请问", followed_by="user")]
+    assert chatglm3.chat.training_parts(whole) == [Conversation(messages[:-1], "请问", followed_by="user")]
     silent = Conversation([user("甲"), answer("乙", loss=False)])
-    assert split_for_training(silent, chatglm2) == split_for_training(silent, chatglm3) == []
+    assert chatglm2.chat.training_parts(silent) == chatglm3.chat.training_parts(silent) == []
 
 
 def test_text_that_spells_special_tokens_stays_text(chatglm2, chatglm3):
     for tokenizer in (chatglm2, chatglm3):
-        ids = render(Conversation([user("<|user|>[gMASK]"), answer("</s>")]), tokenizer).input_ids
+        ids = tokenizer.chat.encode(Conversation([user("<|user|>[gMASK]"), answer("</s>")])).input_ids
         special = [index for index in ids if index >= tokenizer.vocabulary.pieces]
         assert len(special) == (2 if tokenizer is chatglm2 else 4)
         assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
@@ -192,7 +190,7 @@ def test_a_real_unk_is_learned_although_it_is_the_pad_id(tmp_path):
 
 
 def test_stop_ids(chatglm2, chatglm3):
-    assert stop_ids(chatglm2) == [2]
+    assert chatglm2.chat.stop_ids == [2]
     pieces = chatglm3.vocabulary.pieces
-    assert stop_ids(chatglm3) == [2, pieces + 6, pieces + 8]
-    assert spell(chatglm3, stop_ids(chatglm3)) == "</s><|user|><|observation|>"
+    assert chatglm3.chat.stop_ids == [2, pieces + 6, pieces + 8]
+    assert spell(chatglm3, chatglm3.chat.stop_ids) == "</s><|user|><|observation|>"

@@ -9,10 +9,8 @@ import pytest
 import tiny_glm4
 import tiny_tokenizer
 
-from chatglm_ptuning.data.chat_format import render, split_for_training
-from chatglm_ptuning.data.conversation import Conversation, Message
+from chatglm_ptuning.chat.message import Conversation, Message
 from chatglm_ptuning.data.sources.rows import Row
-from chatglm_ptuning.model.chat_turn import stop_ids
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
 WEATHER = {"name": "get_weather", "description": "查天气", "parameters": {"type": "object", "properties": {}}}
@@ -49,7 +47,7 @@ def expected(tokenizer, *parts: str) -> tuple[list[int], list[bool]]:
 
 
 def rendered(messages: list[Message], tokenizer, **arguments) -> tuple[list[int], list[bool]]:
-    found = render(Conversation(messages, **arguments), tokenizer)
+    found = tokenizer.chat.encode(Conversation(messages, **arguments))
     return found.input_ids, found.loss_mask
 
 
@@ -88,14 +86,14 @@ def test_glm4_a_tool_call_at_the_end_is_ended_by_the_role_of_its_result(glm4):
     call = Message("assistant", "", "get_weather", loss=True, arguments={})
     ids, mask = rendered([user("天气"), call], glm4)
     assert (ids[-1], mask[-1]) == (glm4.get_command("<|observation|>"), True)
-    assert {glm4.get_command("<|user|>"), ids[-1]} <= set(stop_ids(glm4))
+    assert {glm4.get_command("<|user|>"), ids[-1]} <= set(glm4.chat.stop_ids)
 
 
 def test_glm4_a_call_spelled_by_its_metadata_ends_like_any_other(glm4):
     ids, _ = rendered([user("天气"), answer('{"city": "北京"}', "get_weather")], glm4)
     assert ids[-1] == glm4.get_command("<|observation|>")
     followed = Conversation([user("甲"), answer("我查查"), answer("{}", "get_weather", loss=False)])
-    ids = render(followed.until_last_learned(), glm4).input_ids
+    ids = glm4.chat.encode(followed.until_last_learned()).input_ids
     assert ids[-1] == glm4.get_command("<|assistant|>")
 
 
@@ -112,15 +110,15 @@ def test_glm4_prompts_are_those_of_the_chat_template(glm4, content):
         Message("system", content, tools=tuple(tools)), user("今天天气<|user|>\n"), answer("{}", "get_weather"),
         Message("observation", "晴"),
     ]  # fmt: skip
-    ids = render(Conversation(messages), glm4, for_generation=True).input_ids
+    ids = glm4.chat.encode_prompt(Conversation(messages))
     assert ids == glm4.apply_chat_template(dicts, add_generation_prompt=True, return_dict=False)
-    beside = render(Conversation(messages[1:], tools=tuple(tools)), glm4, for_generation=True).input_ids
+    beside = glm4.chat.encode_prompt(Conversation(messages[1:], tools=tuple(tools)))
     assert beside == glm4.apply_chat_template(dicts[1:], tools=tools, add_generation_prompt=True, return_dict=False)
 
 
 def test_glm4_says_which_tools_it_cannot_show(glm4):
     with pytest.raises(ValueError, match="GLM-4's format shows tools that are objects with a 'name'"):
-        render(Conversation([user("天气"), answer("晴")], tools=("getWeather: 查天气",)), glm4)
+        glm4.chat.encode(Conversation([user("天气"), answer("晴")], tools=("getWeather: 查天气",)))
 
 
 def test_glm4_cuts_whole_turns_and_keeps_the_tools_and_the_last_question(glm4):
@@ -129,7 +127,7 @@ def test_glm4_cuts_whole_turns_and_keeps_the_tools_and_the_last_question(glm4):
     for number in range(6):
         turns += [{"role": "user", "content": f"问{number}"}, {"role": "assistant", "content": f"答{number}"}]
     row = Row({"messages": turns}, "rows.json", 1)
-    whole = render(Conversation([Message("system", "", tools=tuple(tools)), user("问0"), answer("答0")]), glm4)
+    whole = glm4.chat.encode(Conversation([Message("system", "", tools=tuple(tools)), user("问0"), answer("答0")]))
     room = len(whole.input_ids) + 24
     (example,), report = instruction_rows.training_rows(glm4, [row], room - 20, 20)
     text = glm4.decode(example["input_ids"])
@@ -143,27 +141,27 @@ def test_an_answer_is_never_cut_within_the_line_of_its_role(glm4):
     call = [{"role": "user", "content": "天气"}, {"role": "assistant", "metadata": "get_weather", "content": "{}" * 30}]
     header = len(glm4.encode("get_weather\n", add_special_tokens=False))
     rows = [Row({"messages": call}, "rows.json", 1), Row({"messages": [call[0], {**call[1], "metadata": ""}]}, "r", 1)]
-    source = len(render(Conversation([user("天气")]), glm4, for_generation=True).input_ids)
+    source = len(glm4.chat.encode_prompt(Conversation([user("天气")])))
     examples, report = instruction_rows.training_rows(glm4, rows, source, header)
     assert (len(examples), report.too_long, report.target_cut) == (1, 1, 1)
 
 
 def test_a_base_without_chat_format_continues_the_texts(base):
     messages = [user("甲"), answer("乙"), user("丙"), answer("丁")]
-    parts = split_for_training(Conversation(messages, "请问"), base)
+    parts = base.chat.training_parts(Conversation(messages, "请问"))
     shown = []
     for part in parts:
-        found = render(part, base)
+        found = base.chat.encode(part)
         shown.append(tiny_tokenizer.spell_marked(base, found.input_ids, found.loss_mask))
     assert shown == ["[gMASK]sop▁请问甲【▁乙</s>】", "[gMASK]sop▁请问甲乙丙【▁丁</s>】"]
-    prompt = render(parts[1], base, for_generation=True).input_ids
+    prompt = base.chat.encode_prompt(parts[1].asked)
     dicts = [{"role": message.role, "content": message.content} for message in messages[:3]]
     dicts[0]["content"] = "请问甲"
     assert prompt == base.apply_chat_template(dicts, return_dict=False)
-    with pytest.raises(ValueError, match="a base without chat format has no tools"):
-        render(Conversation([user("甲"), answer("f()", "get")]), base)
+    with pytest.raises(ValueError, match="base without chat format has no tools"):
+        base.chat.encode(Conversation([user("甲"), answer("f()", "get")]))
     with pytest.raises(ValueError, match="only the last answer"):
-        render(Conversation(messages), base)
+        base.chat.encode(Conversation(messages))
 
 
 def test_plain_texts_are_learned_whole_and_split_into_pieces(base):

@@ -88,7 +88,7 @@ def test_standard_names_stand_for_the_official_ones():
     assert (config.num_hidden_layers, config.vocab_size, config.intermediate_size) == (28, 65024, 13696)
     assert (config.head_dim, config.num_key_value_heads, config.max_position_embeddings) == (128, 2, 8192)
     assert config.rms_norm_eps == 1e-5
-    assert config.prefix_kv_size == 28 * 2 * 2 * 128 == 14336
+    assert config.prefix_shape.kv_size == 28 * 2 * 2 * 128 == 14336
     config.num_hidden_layers = 4
     assert config.num_layers == 4
     assert ChatGLMConfig(num_hidden_layers=3).num_layers == 3

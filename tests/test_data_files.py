@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from chatglm_ptuning.data.conversation import Conversation, Message
+from chatglm_ptuning.chat.message import Conversation, Message
 from chatglm_ptuning.data.formats.registry import Columns, read_row
 from chatglm_ptuning.data.sources.files import iterate_rows
 from chatglm_ptuning.data.sources.rows import Row
@@ -214,7 +214,7 @@ def test_names_what_is_wrong_in_a_row(values, message):
 
 
 def test_only_answers_can_be_learned():
-    with pytest.raises(ValueError, match=re.escape("a message of the role 'user' cannot be learned")):
+    with pytest.raises(ValueError, match=re.escape("A message of the role 'user' cannot be learned")):
         Message("user", "问", loss=True)
 
 

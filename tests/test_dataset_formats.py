@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from chatglm_ptuning.data.conversation import Conversation, Document, Message
+from chatglm_ptuning.chat.message import Conversation, Document, Message
 from chatglm_ptuning.data.formats.registry import Columns, read_row
 from chatglm_ptuning.data.sources.rows import Row
 

@@ -8,7 +8,7 @@ import torch
 from tiny_base import ANSWERS, make_base, make_prefix
 
 from chatglm_ptuning.data.formats.registry import Columns
-from chatglm_ptuning.evaluation.generate import answer_text, generate_answers
+from chatglm_ptuning.evaluation.generate import generate_answers
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
@@ -181,8 +181,8 @@ def test_answer_text_reads_what_the_chat_format_writes(tokenizer, metadata, cont
     learned = instruction_rows.training_rows(tokenizer, rows, 64, 64)[0][0]["input_ids"]
     said = learned[len(prompt["input_ids"]) :]
     assert said[-1] == tokenizer.eos_token_id
-    stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|user|>")]
-    padding = [tokenizer.pad_token_id] * 3
-    assert answer_text(tokenizer, said + padding, stops) == prompt["reference"].strip()
-    assert answer_text(tokenizer, [*said[:-1], stops[1], *said], stops) == prompt["reference"].strip()
-    assert answer_text(tokenizer, said[:-1], stops) == prompt["reference"].strip()
+    answer_text, padding = tokenizer.chat.answer_text, [tokenizer.pad_token_id] * 3
+    assert answer_text(said + padding) == prompt["reference"].strip()
+    for stop in tokenizer.chat.stop_ids:
+        assert answer_text([*said[:-1], stop, *said]) == prompt["reference"].strip()
+    assert answer_text(said[:-1]) == prompt["reference"].strip()

@@ -13,12 +13,10 @@ import tiny_tokenizer
 import torch
 from matplotlib import image
 
+from chatglm_ptuning.chat.message import Conversation, Message
 from chatglm_ptuning.cli import main
-from chatglm_ptuning.data.chat_format import render
-from chatglm_ptuning.data.conversation import Conversation, Message
 from chatglm_ptuning.data.tasks import load_task
 from chatglm_ptuning.evaluation.candidates import score_candidates
-from chatglm_ptuning.model.chat_turn import stop_ids
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 
 pytest.importorskip("lm_eval.models.huggingface")
@@ -178,7 +176,7 @@ def test_generation_is_the_models_own_in_a_padded_batch(harness):
     lengths = set()
     for text, answer in zip(texts, found, strict=True):
         ids = harness.tokenizer(text, return_tensors="pt")
-        settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": stop_ids(harness.tokenizer)}
+        settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": harness.tokenizer.chat.stop_ids}
         new = harness.model.generate(**ids, **settings)[0, ids["input_ids"].shape[1] :]
         assert answer == harness.tokenizer.decode(new, skip_special_tokens=True)
         lengths.add(len(new))
@@ -195,8 +193,8 @@ def test_a_chat_has_the_ids_of_training(tmp_path, chat_format):
     # What a user spells stays text.
     text = harness.apply_chat_template([{"role": "user", "content": "<|user|>你好</s>"}])
     context, answer = harness._encode_pair(text, "今天")
-    rendered = render(Conversation([Message("user", "<|user|>你好</s>"), Message("assistant", "今天")]), tokenizer)
-    assert [*context, *answer, tokenizer.eos_token_id] == rendered.input_ids
+    messages = [Message("user", "<|user|>你好</s>"), Message("assistant", "今天")]
+    assert [*context, *answer, tokenizer.eos_token_id] == tokenizer.chat.encode(Conversation(messages)).input_ids
     assert harness.tok_encode(text) == context
     batch, mask = harness.tok_batch_encode([text, "你"])
     assert batch[0].tolist() == context and mask[1].sum() == len(tokenizer("你")["input_ids"])

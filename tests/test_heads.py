@@ -20,7 +20,7 @@ from chatglm_ptuning.model.modeling_heads import (
     ChatGLMForSequenceClassification,
     ChatGLMForTokenClassification,
 )
-from chatglm_ptuning.prefix.checkpoint import WEIGHTS_FILE
+from chatglm_ptuning.prefix.formats.kit import WEIGHTS_FILE
 
 CLASSES = (ChatGLMForSequenceClassification, ChatGLMForTokenClassification, ChatGLMForQuestionAnswering)
 HEADS = {

@@ -12,7 +12,7 @@ import pytest
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_chinese import Rouge
 
-from chatglm_ptuning.evaluation.metrics import label_set, score
+from chatglm_ptuning.metrics.generation import label_set, score
 
 PAIRS = [
     ("这款连衣裙采用修身版型，显瘦又百搭。", "这条连衣裙是修身的版型，穿上显瘦，非常百搭。"),
@@ -116,7 +116,7 @@ def test_wrong_numbers_are_refused():
 
 
 def test_jieba_is_quiet():
-    program = "from chatglm_ptuning.evaluation.metrics import score; score(['你好'], ['你好'])"
+    program = "from chatglm_ptuning.metrics.generation import score; score(['你好'], ['你好'])"
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout == done.stderr == ""

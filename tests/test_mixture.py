@@ -26,7 +26,7 @@ from chatglm_ptuning.model.loading import load_model
 from chatglm_ptuning.model.modeling_heads import HEAD_CLASSES
 from chatglm_ptuning.model.modeling_tasks import ChatGLMForMultipleTasks, TaskHead
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
-from chatglm_ptuning.prefix.checkpoint import METADATA_FILE, WEIGHTS_FILE
+from chatglm_ptuning.prefix.formats.kit import METADATA_FILE, WEIGHTS_FILE
 from chatglm_ptuning.training.mixture.sampler import MixtureSampler
 from chatglm_ptuning.training.run import main as train
 

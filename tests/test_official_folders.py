@@ -13,7 +13,6 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from chatglm_ptuning import ChatGLMForConditionalGeneration, ChatGLMTokenizer
-from chatglm_ptuning.model.chat_turn import stop_ids
 from chatglm_ptuning.model.loading import load_tokenizer
 
 TINY_SIZES = {"ffn_hidden_size": 48, "hidden_size": 32, "kv_channels": 8, "num_attention_heads": 4, "num_layers": 2}
@@ -143,7 +142,7 @@ def test_everything_is_chosen_by_the_folders_files(tmp_path, pieces, name):
     assert (rotary.base, rotary.position_scale) == (rotary_base, divisor)
     assert model.config.seq_length == fields["seq_length"]
     roles = [] if chat_format in ("base", "chatglm2") else ["<|user|>", "<|observation|>"]
-    assert stop_ids(tokenizer) == [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(roles)]
+    assert tokenizer.chat.stop_ids == [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(roles)]
     assert tokenizer.pad_token_id == fields["pad_token_id"]
     assert model.generation_config.eos_token_id == fields["eos_token_id"]
     if fields["pad_token_id"]:

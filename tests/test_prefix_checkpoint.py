@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import GlmConfig, GlmForCausalLM
 
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMModel
-from chatglm_ptuning.prefix.checkpoint import METADATA_FILE, PREFIX_KEY, WEIGHTS_FILE, read_prefix
+from chatglm_ptuning.prefix.checkpoint import PREFIX_KEY
+from chatglm_ptuning.prefix.formats import detect_format, read_prefix
+from chatglm_ptuning.prefix.formats.kit import METADATA_FILE, WEIGHTS_FILE
 
 EMBEDDING = PREFIX_KEY + "embedding.weight"
 ALIKE = {"rtol": 1e-4, "atol": 1e-5}
@@ -71,7 +73,7 @@ def test_what_a_checkpoint_records(prefix_folders, tiny_base):
 
 def test_details_are_recorded(trained, tmp_path):
     trained().save_prefix(tmp_path / "p", chat_format="chatglm3", task="广告", training={"steps": 3, "loss": 1.5})
-    metadata = read_prefix(tmp_path / "p", trained().config).metadata
+    metadata = read_prefix(tmp_path / "p", trained().config.prefix_shape).metadata
     assert (metadata.chat_format, metadata.task, metadata.training) == ("chatglm3", "广告", {"steps": 3, "loss": 1.5})
 
 
@@ -98,7 +100,7 @@ def test_saving_is_atomic(trained, prefix_folders, copied, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("chatglm_ptuning.prefix.checkpoint.save_file", full_disk)
+    monkeypatch.setattr("chatglm_ptuning.prefix.formats.kit.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         trained().save_prefix(copied)
     assert {path.name: path.read_bytes() for path in copied.iterdir()} == before
@@ -206,6 +208,23 @@ def test_official_forms(load, prefix_folders, tmp_path, ids, form, whole, name):
         model.unload_prefix("default")
         model.load_prefix(folder / "pytorch_model.bin")
         torch.testing.assert_close(model(ids).logits, expected)
+
+
+def test_which_format_a_path_has(prefix_folders, tmp_path):
+    kit, files = prefix_folders["a"], official(tmp_path / "p", prefix_folders["a"], "bin")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    assert detect_format(kit) == ("kit", kit)
+    assert detect_format(kit / WEIGHTS_FILE) == ("kit", kit / WEIGHTS_FILE)
+    assert detect_format(files) == ("official", files)
+    assert detect_format(files / "pytorch_model.bin") == ("official", files / "pytorch_model.bin")
+    assert detect_format(adapter) == ("PEFT", adapter)
+    shutil.copytree(kit, adapter, dirs_exist_ok=True)  # as prompt tuning leaves it
+    assert detect_format(adapter) == ("kit", adapter)
+    shutil.copytree(files, tmp_path / "run" / "checkpoint-20")
+    shutil.copytree(kit, tmp_path / "run" / "checkpoint-3")
+    assert detect_format(tmp_path / "run") == ("official", tmp_path / "run" / "checkpoint-20")
 
 
 def test_official_parameters_in_16_bits_become_float32(load, prefix_folders, tmp_path):

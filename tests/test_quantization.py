@@ -19,7 +19,7 @@ from chatglm_ptuning.data.sources.files import iterate_rows
 from chatglm_ptuning.model.hub import DEFAULT_MODEL
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.model.quantization import quantization_settings
-from chatglm_ptuning.prefix.checkpoint import read_prefix
+from chatglm_ptuning.prefix.formats import read_prefix
 from chatglm_ptuning.training.run import main as train
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -63,17 +63,16 @@ def dequantized(model, batch):
 
 
 @pytest.mark.parametrize(("bits", "kind"), **ids_of)
-def test_the_loss_is_near_that_of_the_whole_base_and_the_gradient_reaches_the_prefix(batch, bits, kind):
+def test_the_loss_is_that_of_the_quantised_weights_and_the_gradient_reaches_the_prefix(batch, bits, kind):
     whole_loss, whole = loss_and_gradient(nano(batch), batch)
     model = nano(batch, bits, kind)
     linear = model.transformer.encoder.layers[0].mlp.dense_h_to_4h.weight
     assert linear.dtype == (torch.int8 if bits == 8 else torch.uint8)
     assert model.transformer.output_layer.weight.dtype == torch.float32
     loss, gradient = loss_and_gradient(model, batch)
-    # Measured: 0.0005 with 8 bits, 0.006 with nf4, 0.004 with fp4.
-    assert loss == pytest.approx(whole_loss, rel=0.002 if bits == 8 else 0.02)
-    if bits == 8:  # which quantises the activations too: measured 0.6, where a gradient of noise would have 0.0
-        assert torch.cosine_similarity(gradient.flatten(), whole.flatten(), dim=0) > 0.4
+    if bits == 8:  # which quantises the activations too, so only nearness can be asked; measured: 0.0024 and 0.99
+        assert loss == pytest.approx(whole_loss, rel=0.005)
+        assert torch.cosine_similarity(gradient.flatten(), whole.flatten(), dim=0) > 0.9
     else:
         expected_loss, expected = loss_and_gradient(dequantized(model, batch), batch)
         assert loss == pytest.approx(expected_loss, rel=1e-4)
@@ -181,7 +180,7 @@ def test_a_fingerprint_without_the_new_field_is_still_read(forms, tmp_path):
     assert content["base_fingerprint"].pop("quantized") == []
     path.write_text(json.dumps(content), "utf-8")
     forms["4 nf4"]().load_prefix(tmp_path / "old")
-    assert read_prefix(tmp_path / "old", forms["float32"]().config).metadata.pre_seq_len == 4
+    assert read_prefix(tmp_path / "old", forms["float32"]().config.prefix_shape).metadata.pre_seq_len == 4
 
 
 def test_a_head_keeps_its_precision(base):
@@ -258,7 +257,9 @@ def test_two_processes_train_the_same_prefix_as_one(base, tmp_path):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
         output = tmp_path / f"prefix-{world}"
         subprocess.run([*command, str(script), str(base), str(output)], check=True, capture_output=True, timeout=300)
-        prefixes.append(read_prefix(output, ChatGLMConfig.from_pretrained(base)).parameters["embedding.weight"])
+        prefixes.append(
+            read_prefix(output, ChatGLMConfig.from_pretrained(base).prefix_shape).parameters["embedding.weight"]
+        )
     assert torch.allclose(*prefixes, atol=1e-5)
     start = torch.randn(4, 4, 2, 8, generator=torch.Generator().manual_seed(4)).flatten(1)
     assert not torch.allclose(prefixes[0], start, atol=1e-3)

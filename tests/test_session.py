@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_chat_base import write_base, write_prefix
 
-from chatglm_ptuning.model.chat_turn import ChatTurn
+from chatglm_ptuning.chat.turn import ChatTurn
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.prefix.latest import find_latest_prefix
 from chatglm_ptuning.serving.session import ChatSession
@@ -66,10 +66,10 @@ def test_turns_are_those_of_chat(model, folder, chat_format):
     session = _session(model, tokenizer)
     history = []
     for query in QUERIES:
-        new = len(ChatTurn(tokenizer, query, history).input_ids())
+        new = len(ChatTurn(tokenizer.chat, query, history).input_ids())
         if history:  # all before the last answer, whose text may be tokenised in another way, is in the cache
             last = history[-1][0] if chat_format == "chatglm2" else history[-2]["content"]
-            new -= len(ChatTurn(tokenizer, last, history[: -1 if chat_format == "chatglm2" else -2]).input_ids())
+            new -= len(ChatTurn(tokenizer.chat, last, history[: -1 if chat_format == "chatglm2" else -2]).input_ids())
         expected, history = _chat(model, tokenizer, query, history)
         lengths, handle = _computed(model)
         pieces = list(session.stream(query))

@@ -25,6 +25,8 @@ from chatglm_ptuning.training.checkpoints import last_checkpoint
 from chatglm_ptuning.training.distributed import match_precision
 from chatglm_ptuning.training.failures import NothingToLearn, OutOfMemory, TrainingDiverged
 from chatglm_ptuning.training.preservation import Replay
+from chatglm_ptuning.training.progress import failure_noted, read_progress
+from chatglm_ptuning.training.run import main as train
 from chatglm_ptuning.training.trainer import PrefixTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -320,6 +322,32 @@ def test_a_loss_that_stays_at_zero_stops_the_run(base, tmp_path):
     for step in range(1, 30):
         state.global_step = step
         guard.on_log(trainer.args, state, trainer.control, {"loss": 0.0 if step % 9 else 1e-3})
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (NothingToLearn(1), "stopped"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "stopped"),
+        (torch.AcceleratorError("an illegal memory access"), "device"),
+        (RuntimeError("CUDA error: an illegal memory access"), "device"),
+        (FileNotFoundError("no file"), "refused"),
+        (RuntimeError("anything"), "other"),
+    ],
+)
+def test_what_ends_a_run_is_the_last_line_of_its_progress(tmp_path, error, kind):
+    with pytest.raises(type(error)), failure_noted(PrefixTrainingArguments(output_dir=str(tmp_path))):
+        raise error
+    assert read_progress(tmp_path) == [{"failed": kind, "reason": str(error)}]
+
+
+def test_a_run_that_diverges_says_so_in_its_progress(base, data, tmp_path, capsys):
+    argv = flags(base, data, tmp_path, "--learning_rate", "1e38", "--max_grad_norm", "0")
+    with pytest.raises(SystemExit):
+        train(argv)
+    *logged, last = read_progress(tmp_path)
+    assert [entry["step"] for entry in logged] == list(range(1, len(logged) + 1))
+    assert last["failed"] == "diverged" and last["reason"] in capsys.readouterr().err
 
 
 def test_float16_may_skip_some_steps_but_not_for_ever(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from chatglm_ptuning.cli import main
 from chatglm_ptuning.data.sources.rows import BadRows
 from chatglm_ptuning.data.tasks import load_task, read_examples
-from chatglm_ptuning.data.tasks.schema import Task
+from chatglm_ptuning.data.tasks.task import Task
 
 
 def lines(path: Path, *rows: object) -> None:

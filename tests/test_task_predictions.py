@@ -51,6 +51,11 @@ def make(tokenizer):
     return model_for
 
 
+def twice(tokenizer, ids, echo: bool) -> list[int]:
+    """The ids of a window as they stand in the prompt: with echo two copies with a line feed between them."""
+    return [*ids, *tokenizer.vocabulary.encode("\n"), *ids] if echo else list(ids)
+
+
 def alone(model, ids):
     """The outputs for one row."""
     with torch.no_grad():
@@ -97,10 +102,11 @@ def test_any_number_of_labels(make, tokenizer):
     assert float(mean) == pytest.approx(float(by_hand), rel=1e-4)
 
 
+@pytest.mark.parametrize("echo", [False, True])
 @pytest.mark.parametrize("unit", ["characters", "pieces"])
-def test_token_classification(make, tokenizer, unit):
+def test_token_classification(make, tokenizer, unit, echo):
     task = replace(load_task("entities"), prompt="{text}")
-    encoder = TaskEncoder(task, tokenizer, "token_classification", 400, token_unit=unit)
+    encoder = TaskEncoder(task, tokenizer, "token_classification", 400, token_unit=unit, echo=echo)
     model = make(encoder.head, len(task.tags))
     examples = [TokenExample(id=i, tokens=tuple(text)) for i, text in enumerate(TEXTS)]
     start = tokenizer.build_inputs_with_special_tokens([])
@@ -108,7 +114,7 @@ def test_token_classification(make, tokenizer, unit):
     for text in TEXTS:
         ids = tokenizer.vocabulary.encode(text)  # a space, and then each character
         ids = ids if unit == "pieces" else ids[1:]
-        rows = alone(model, [*start, *ids]).logits[0].softmax(-1)[-len(text) :]
+        rows = alone(model, [*start, *twice(tokenizer, ids, echo)]).logits[0].softmax(-1)[-len(text) :]
         expected.append(([task.tags[int(row.argmax())] for row in rows], float(rows.max(-1).values.min())))
     for size in (1, 2, 8):
         found = predict(model, encoder, examples, PredictionSettings(size))
@@ -118,16 +124,21 @@ def test_token_classification(make, tokenizer, unit):
         )
 
 
-def test_tags_of_a_long_text_are_each_from_the_window_that_shows_most_around(make, tokenizer):
+@pytest.mark.parametrize("echo", [False, True])
+def test_tags_of_a_long_text_are_each_from_the_window_that_shows_most_around(make, tokenizer, echo):
     task = replace(load_task("entities"), prompt="{text}")
     model = make("token_classification", len(task.tags))
     text = "".join(TEXTS) * 2
     start = tokenizer.build_inputs_with_special_tokens([])
     ids, room, overlap = tokenizer.vocabulary.encode(text)[1:], 12, 5
-    encoder = TaskEncoder(task, tokenizer, "token_classification", room + len(start), overlap, token_unit="characters")
+    length = len(start) + len(twice(tokenizer, ids[:room], echo))
+    encoder = TaskEncoder(task, tokenizer, "token_classification", length, token_unit="characters", echo=echo)
     encoder = replace(encoder, doc_stride=overlap)
     begins = sorted({*range(0, len(ids) - room, room - overlap), len(ids) - room})
-    rows = {begin: alone(model, [*start, *ids[begin : begin + room]]).logits[0, len(start) :] for begin in begins}
+    rows = {
+        begin: alone(model, [*start, *twice(tokenizer, ids[begin : begin + room], echo)]).logits[0, -room:]
+        for begin in begins
+    }
     expected = []
     for place in range(len(ids)):
         begin = max((b for b in begins if b <= place < b + room), key=lambda b: min(place - b, b + room - 1 - place))
@@ -136,7 +147,8 @@ def test_tags_of_a_long_text_are_each_from_the_window_that_shows_most_around(mak
     assert found.value == expected
 
 
-def test_the_best_span_of_all_spans_and_windows(make, tokenizer):
+@pytest.mark.parametrize("echo", [False, True])
+def test_the_best_span_of_all_spans_and_windows(make, tokenizer, echo):
     task = replace(load_task("cmrc2018"), prompt="{question}：{context}")
     model = make("question_answering")
     contexts = ["".join(TEXTS), "今天天气", "龘甲乙" * 5, "问" * 30, "".join(reversed(TEXTS)) * 2]
@@ -150,16 +162,19 @@ def test_the_best_span_of_all_spans_and_windows(make, tokenizer):
             last = max(len(ids) - room, 0)
             spans = []
             for begin in sorted({*range(0, last, room - overlap), last}):
-                output = alone(model, [*start, *ids[begin : begin + room]])
+                window = ids[begin : begin + room]
+                row = [*start, *twice(tokenizer, window, echo)]
+                output = alone(model, row)
                 starts, ends = output.start_logits[0].softmax(-1), output.end_logits[0].softmax(-1)
                 inside = [p for p in range(begin, min(begin + room, len(ids))) if places[p][1] > places[p][0]]
                 for left, right in itertools.combinations_with_replacement(inside, 2):
                     first, end = places[left][0], places[right][1]
                     if end - first <= longest:
-                        at = len(start) - begin
+                        at = len(row) - len(window) - begin
                         spans.append((float(starts[left + at] * ends[right + at]), context[first:end]))
             expected.append(max(spans))
-        encoder = TaskEncoder(task, tokenizer, "question_answering", room + len(start), doc_stride=overlap)
+        length = len(start) + len(twice(tokenizer, range(room), echo))
+        encoder = TaskEncoder(task, tokenizer, "question_answering", length, doc_stride=overlap, echo=echo)
         for size in (1, 3):
             found = predict(model, encoder, examples, PredictionSettings(size, max_answer_length=longest))
             assert [prediction.value for prediction in found] == [text for _, text in expected]

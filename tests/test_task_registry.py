@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 from chatglm_ptuning.cli import main
 from chatglm_ptuning.data.tasks import load_task, read_examples, task_names
 from chatglm_ptuning.data.tasks.prompt import answer_text, candidate_answers, render_prompt
+from chatglm_ptuning.data.tasks.readers import READERS, heads_of
 
 CLUE = ["tnews", "iflytek", "afqmc", "cmnli", "ocnli", "csl", "cluewsc2020", "cmrc2018", "drcd", "chid", "c3"]
 FEWCLUE = [
@@ -45,7 +47,7 @@ def test_the_registry_holds_every_task():
 @pytest.mark.parametrize("name", CLUE + FEWCLUE + OTHERS + BUNDLED)
 def test_every_packaged_task_is_sound_and_says_where_its_settings_come_from(name):
     task = load_task(name)
-    assert task.name == name and task.head in task.heads
+    assert task.name == name and task.head in heads_of(task)
     assert task.source != "-" and task.settings_from.startswith(("published", "measured"))
 
 
@@ -123,6 +125,8 @@ def test_groups_across_categories_are_those_the_benchmarks_publish(tmp_path):
         ("metric: macro_f1", "multi_label: true\nmetric: accuracy", "with 'multi_label'. 'accuracy'"),
         ("metric:", "multi_label: true\nhead: generation\nmetric:", "the head must be sequence_classification"),
         ("metric:", "multi_label: true\ndrop_labels: [x]\nmetric:", "'drop_labels' leaves out rows of one label"),
+        ("metric:", "echo: true\nmetric:", "'echo' belongs to the readers bio, cluener, squad, not to 'rows'"),
+        ("metric:", "echo: twice\nmetric:", "'echo' must be true or false, found 'twice'"),
         ("mine.jsonl", "'{subj}.jsonl'", "the file name '{subj}.jsonl' has {subj} in it; only {subject} may stand"),
         ("mine.jsonl", "'t{1}.jsonl'", "'.1.' is not a plain name in braces"),
     ],
@@ -173,13 +177,19 @@ def test_the_documentation_names_every_reader_and_its_example_is_a_task(tmp_path
     text = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text("utf-8")
     block = text.split("```yaml\n")[1].split("```")[0]
     assert load_task(write(tmp_path, block)).name == yaml.safe_load(block)["name"]
-    from chatglm_ptuning.data.tasks.schema import METRICS, READERS, SUBMISSIONS
-
-    assert all(f"`{name}`" in text for name in (*READERS, *METRICS, *SUBMISSIONS))
+    task = load_task(tmp_path / "mood.yaml")
+    readers = READERS.values()
+    metrics = {name for reader in readers for several in (False, True)
+               for name in reader.metrics_of(replace(task, multi_label=several))}  # fmt: skip
+    submissions = {name for reader in readers for name in reader.submissions}
+    assert len(metrics) == 10 and len(submissions) == 7
+    assert all(f"`{name}`" in text for name in (*READERS, *metrics, *submissions))
     named = {row.split("`")[1]: row for row in text.split("| in the prompt |")[1].split("\n") if row.startswith("| `")}
-    for name, kind in READERS.items():
+    for name, reader in READERS.items():
         cell = named[name].split("|")[2]
-        assert set(re.findall(r"{(\w+)}", cell)) == {*kind.in_prompt, *["labels"] * kind.labels}, name
+        assert set(re.findall(r"{(\w+)}", cell)) == {*reader.placeholders, *["labels"] * ("labels" in reader.needs)}, (
+            name
+        )
 
 
 @pytest.mark.parametrize("name", ["cmrc2018", "drcd"])

@@ -17,15 +17,14 @@ from chatglm_ptuning.data.tasks.examples import (
     TextExample,
     TokenExample,
 )
-from chatglm_ptuning.data.tasks.token_readers import spans_of
 from chatglm_ptuning.evaluation import figures
-from chatglm_ptuning.evaluation.bootstrap import bootstrap_interval, f1_interval, mean_interval
-from chatglm_ptuning.evaluation.classification import classification_scores, confusion_matrix
-from chatglm_ptuning.evaluation.entities import cluener_f1, entities_of, entity_scores
-from chatglm_ptuning.evaluation.multi_label import multi_label_scores
-from chatglm_ptuning.evaluation.reading_comprehension import answer_f1, cmrc_scores, exact_match
 from chatglm_ptuning.evaluation.task_predictions import Prediction
 from chatglm_ptuning.evaluation.task_report import score_task, worst_errors, write_results, write_task_report
+from chatglm_ptuning.metrics.bootstrap import bootstrap_interval, f1_interval, mean_interval
+from chatglm_ptuning.metrics.classification import classification_scores, confusion_matrix
+from chatglm_ptuning.metrics.entities import cluener_f1, entities_of, entity_scores, spans_of
+from chatglm_ptuning.metrics.multi_label import multi_label_scores
+from chatglm_ptuning.metrics.reading_comprehension import answer_f1, cmrc_scores, exact_match
 
 LABELS = ["体育", "军事", "农业", "电竞"]
 

@@ -258,7 +258,7 @@ def test_build_prompt(tokenizer, processor):
     assert prompt == "[Round 1]\n\n问：一\n\n答：二\n\n[Round 2]\n\n问：q\n\n答：a\n\n[Round 3]\n\n问：三\n\n答："
     assert tokenizer.build_prompt("三") == "[Round 1]\n\n问：三\n\n答："
     assert tokenizer(prompt)["input_ids"][2:] == processor.encode(prompt)
-    with pytest.raises(ValueError, match="Round 2 of the history must be a pair"):
+    with pytest.raises(ValueError, match=r"history\[1\] must be a .* pair"):
         tokenizer.build_prompt("三", [("一", "二"), {"role": "user"}])
 
 
@@ -284,7 +284,7 @@ def test_build_chat_input(tokenizer, processor):
     assert inputs["attention_mask"].tolist() == [[1] * len(expected)]
     observed = tokenizer.build_chat_input("晴", HISTORY, role="observation")["input_ids"][0].tolist()
     assert observed == official_chat_ids(processor, [*HISTORY, {"role": "observation", "content": "晴"}])
-    with pytest.raises(ValueError, match="no role 'tool'"):
+    with pytest.raises(ValueError, match=r"role must be .* got 'tool'"):
         tokenizer.build_chat_input("x", role="tool")
 
 
@@ -372,7 +372,7 @@ def test_tools_by_argument(tokenizer):
 def test_wrong_chats_are_refused(tokenizer):
     with pytest.raises(TemplateError, match='no role "boss": use system, user'):
         tokenizer.apply_chat_template([{"role": "boss", "content": "x"}])
-    with pytest.raises(TemplateError, match=r"message 1 has no text"):
+    with pytest.raises(TemplateError, match='role "user" has no text under "content"'):
         tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "text", "text": "x"}]}])
     with pytest.raises(TypeError, match="A chat is made of"):
         tokenizer.apply_chat_template([{"role": "user", "content": object()}])

@@ -17,10 +17,14 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from chatglm_ptuning.model.chat_templates import CHAT_TEMPLATES
+from chatglm_ptuning.chat.formats import formats_of
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
+
+
+def template_of(tokenizer: ChatGLMTokenizer, chat_format: str) -> str:
+    return formats_of(tokenizer.vocabulary)[chat_format](tokenizer.vocabulary).chat_template
 
 
 @pytest.fixture
@@ -70,17 +74,17 @@ def test_chat_format_is_found(official_folder, settings, expected):
     folder = official_folder(**settings)
     for tokenizer in (ChatGLMTokenizer.from_pretrained(folder), ChatGLMTokenizer(str(folder / "tokenizer.model"))):
         assert tokenizer.chat_format == expected
-        assert tokenizer.chat_template == CHAT_TEMPLATES[expected]
+        assert tokenizer.chat_template == template_of(tokenizer, expected)
 
 
 def test_chat_format_by_argument_wins(official_folder, tmp_path_factory):
     folder = official_folder(chat_template="[gMASK]sop<|{{ messages[0].role }}|>")
     tokenizer = ChatGLMTokenizer.from_pretrained(folder, chat_format="chatglm2")
-    assert tokenizer.chat_template == CHAT_TEMPLATES["chatglm2"]
+    assert tokenizer.chat_template == template_of(tokenizer, "chatglm2")
     saved = tmp_path_factory.mktemp("saved")
     tokenizer.save_pretrained(saved)
     again = ChatGLMTokenizer.from_pretrained(saved, chat_format="chatglm3")
-    assert (again.chat_format, again.chat_template) == ("chatglm3", CHAT_TEMPLATES["chatglm3"])
+    assert (again.chat_format, again.chat_template) == ("chatglm3", template_of(again, "chatglm3"))
     with pytest.raises(ValueError, match=r"chat_format must be one of base, chatglm2, chatglm3 .* got 'glm4'"):
         ChatGLMTokenizer.from_pretrained(folder, chat_format="glm4")
 

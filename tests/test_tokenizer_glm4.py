@@ -18,7 +18,6 @@ from transformers.utils import logging
 
 from chatglm_ptuning import ChatGLMTokenizer
 from chatglm_ptuning.model.byte_pair_vocabulary import GLM4_SPECIAL_TOKENS, SPLIT_PATTERN
-from chatglm_ptuning.model.chat_turn import stop_ids
 
 TOOLS = [
     {
@@ -259,7 +258,7 @@ def test_base_format_is_the_texts_one_after_another(tokenizer):
     chat = [{"role": "user", "content": "1 + 1 ="}, {"role": "assistant", "content": " 2"}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
     assert ids == tokenizer("1 + 1 = 2")["input_ids"]
-    assert stop_ids(tokenizer) == [tokenizer.eos_token_id]
+    assert tokenizer.chat.stop_ids == [tokenizer.eos_token_id]
 
 
 # Chatting with a model
@@ -268,7 +267,7 @@ def test_base_format_is_the_texts_one_after_another(tokenizer):
 def test_chat_ends_at_role_tokens_and_reads_tool_calls(tokenizer):
     model = make_model(len(tokenizer))
     command = tokenizer.get_command
-    assert stop_ids(tokenizer) == [command("<|endoftext|>"), command("<|user|>"), command("<|observation|>")]
+    assert tokenizer.chat.stop_ids == [command("<|endoftext|>"), command("<|user|>"), command("<|observation|>")]
     processor = say(tokenizer, "\n今天很冷。", command("<|user|>"), "x")
     response, history = model.chat(tokenizer, "今天冷吗？", [], logits_processor=processor, do_sample=False)
     assert response == "今天很冷。"

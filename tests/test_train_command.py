@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_ptuning.training.checkpoints import last_checkpoint
+from chatglm_ptuning.training.progress import read_progress
 from chatglm_ptuning.training.run import main
 
 ROWS = [
@@ -108,6 +109,7 @@ def test_a_killed_run_goes_on_to_the_same_losses_and_weights(base, train_file, t
     assert not (killed / "prefix_config.json").exists()
     main(flags(base, train_file, killed, *more, steps=14))
     assert losses(killed) == losses(whole)
+    assert [entry["loss"] for entry in read_progress(killed) if "loss" in entry] == losses(whole)
     for name, value in load_file(whole / "prefix_model.safetensors").items():
         torch.testing.assert_close(load_file(killed / "prefix_model.safetensors")[name], value, rtol=0, atol=0)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from chatglm_ptuning.data.conversation import Conversation, Document
+from chatglm_ptuning.chat.message import Conversation, Document
 from chatglm_ptuning.data.conversations import ConversationExample
 from chatglm_ptuning.data.report import percentiles
 from chatglm_ptuning.data.sources.rows import BadRows

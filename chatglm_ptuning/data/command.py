@@ -22,9 +22,9 @@ from chatglm_ptuning.data.report import PreparationReport, percentiles
 from chatglm_ptuning.data.show import describe, print_example, print_tokens
 from chatglm_ptuning.data.sources.files import find_sources, iterate_rows
 from chatglm_ptuning.data.sources.rows import BadRows, Row
+from chatglm_ptuning.files import write_atomically
 from chatglm_ptuning.model.hub import DEFAULT_MODEL, HUBS
 from chatglm_ptuning.model.loading import load_tokenizer
-from chatglm_ptuning.prefix.files import write_atomically
 
 CHECK_FILE = "data_check.json"
 HISTOGRAM_FILE = "lengths.png"

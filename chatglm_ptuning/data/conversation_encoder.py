@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from chatglm_ptuning.data.chat_format import reference_text, render, split_for_training
-from chatglm_ptuning.data.conversation import Conversation, Document, Message
+from chatglm_ptuning.chat.message import Conversation, Document, Message
 from chatglm_ptuning.data.conversations import ConversationExample
 from chatglm_ptuning.data.encoding import Encoded
 from chatglm_ptuning.data.formats.registry import FORMATS
-from chatglm_ptuning.data.rendered import start_ids, text_ids
 from chatglm_ptuning.data.truncation import cut_source
 from chatglm_ptuning.model.losses import IGNORED_LABEL
 
 if TYPE_CHECKING:
+    from chatglm_ptuning.chat.format import ChatFormat
     from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
 
@@ -45,13 +44,18 @@ class ConversationEncoder:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         asked = Conversation([Message("user", "？")], self.source_prefix)
-        shortest = len(render(asked, self.tokenizer, for_generation=True).input_ids)
+        shortest = len(self.chat.encode_prompt(asked))
         if shortest > self.max_source_length:
             raise ValueError(
                 f"max_source_length={self.max_source_length} is too small: in the {self.tokenizer.chat_format} format "
                 f"a question of one character takes {shortest} tokens"
                 f"{' with the source prefix' if self.source_prefix else ''}; set --max_source_length higher."
             )
+
+    @property
+    def chat(self) -> ChatFormat:
+        """The chat format of the tokenizer."""
+        return self.tokenizer.chat
 
     def training_rows(self, example: ConversationExample) -> Encoded:
         """Rows `{"input_ids", "labels"}`, two lists of `[seq_len]`; labels are -100 where nothing is learned.
@@ -66,18 +70,18 @@ class ConversationEncoder:
             return self._pieces(example.content)
         encoded = Encoded()
         conversation = replace(example.content, source_prefix=self.source_prefix)
-        for part in split_for_training(conversation.until_last_learned(), self.tokenizer):
+        for part in self.chat.training_parts(conversation.until_last_learned()):
             try:
                 self._add_row(part, FORMATS[example.dataset_format].has_messages, encoded)
             except ValueError as error:
-                raise ValueError(f"{example.where}: {error}.") from error
+                raise ValueError(f"{example.where}: {error}") from error
         if not encoded.rows:
             encoded.counted.append("too_long")
         return encoded
 
     def _pieces(self, document: Document) -> Encoded:
-        start = start_ids(self.tokenizer)
-        ids = [*text_ids(self.tokenizer, self.source_prefix + document.text), self.tokenizer.eos_token_id]
+        vocabulary, start = self.chat.vocabulary, self.chat.start_ids
+        ids = [*vocabulary.encode(self.source_prefix + document.text), vocabulary.end_id]
         room = self.max_source_length + self.max_target_length - len(start)
         encoded = Encoded()
         for begin in range(0, len(ids), room):
@@ -92,7 +96,7 @@ class ConversationEncoder:
         Args:
             shares_limits: whether source and answer may each use what the other leaves free.
         """
-        rendered = render(conversation, self.tokenizer)
+        rendered = self.chat.encode(conversation)
         source, target = rendered.answer_start, len(rendered.input_ids) - rendered.answer_start - 1
         source_room, target_room = self.max_source_length, self.max_target_length
         limit = source_room + target_room
@@ -100,16 +104,16 @@ class ConversationEncoder:
             source_room = limit - min(target, target_room)
         counted = []
         if source > source_room:
-            cut = cut_source(conversation, source_room, self.tokenizer)
+            cut = cut_source(conversation, source_room, self.chat)
             if cut is None:
                 return
             counted += ["history_cut"] * cut.history_cut + ["source_cut"] * cut.text_cut
-            rendered = render(cut.conversation, self.tokenizer)
+            rendered = self.chat.encode(cut.conversation)
         if shares_limits:
             target_room = limit - rendered.answer_start
         ids, mask = rendered.input_ids, rendered.loss_mask
         if target > target_room:
-            if target_room <= rendered.answer_header:
+            if target_room <= len(self.chat.answer_header(conversation.messages[-1].metadata)):
                 return
             counted.append("target_cut")
             ids = ids[: rendered.answer_start + target_room]
@@ -138,18 +142,18 @@ class ConversationEncoder:
         answered = replace(example.content, source_prefix=self.source_prefix).until_last_learned()
         plain = answered.not_learned()
         try:
-            whole = render(plain, self.tokenizer)
+            whole = self.chat.encode(plain)
         except ValueError as error:
-            raise ValueError(f"{example.where}: {error}.") from error
+            raise ValueError(f"{example.where}: {error}") from error
         encoded = Encoded(lengths=[(whole.answer_start, len(whole.input_ids) - whole.answer_start - 1)])
         prompt = whole.input_ids[: whole.answer_start]
         if len(prompt) > self.max_source_length:
-            cut = cut_source(plain, self.max_source_length, self.tokenizer)
+            cut = cut_source(plain, self.max_source_length, self.chat)
             if cut is None:
                 return Encoded(counted=["too_long"])
             encoded.counted += ["history_cut"] * cut.history_cut + ["source_cut"] * cut.text_cut
-            prompt = render(cut.conversation, self.tokenizer, for_generation=True).input_ids
-        encoded.rows.append({"input_ids": prompt, "reference": reference_text(answered.messages[-1], self.tokenizer)})
+            prompt = self.chat.encode_prompt(cut.conversation.asked)
+        encoded.rows.append({"input_ids": prompt, "reference": self.chat.text_of(answered.messages[-1])})
         return encoded
 
 

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from chatglm_ptuning.data.conversation import Conversation, Document
+from chatglm_ptuning.chat.message import Conversation, Document
 from chatglm_ptuning.data.formats.fields import names
 from chatglm_ptuning.data.formats.registry import Columns, read_row
 from chatglm_ptuning.data.sources.rows import BadRows, Row, fail

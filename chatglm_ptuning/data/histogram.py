@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from chatglm_ptuning.prefix.files import write_atomically
+from chatglm_ptuning.files import write_atomically
 
 _BINS = 60
 

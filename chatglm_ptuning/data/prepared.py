@@ -26,7 +26,7 @@ from chatglm_ptuning.data.token_cache import (
     read_facts,
     tokenizer_fingerprint,
 )
-from chatglm_ptuning.prefix.checkpoint import kit_version
+from chatglm_ptuning.version import kit_version
 
 if TYPE_CHECKING:
     import datasets

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from chatglm_ptuning.prefix.files import write_atomically
+from chatglm_ptuning.files import write_atomically
 
 if TYPE_CHECKING:
     import datasets
@@ -189,6 +189,6 @@ def tokenizer_fingerprint(tokenizer: ChatGLMTokenizer) -> str:
 def code_fingerprint() -> str:
     """A hash over the code that makes examples of rows."""
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted([*_PACKAGE.glob("data/**/*.py"), *_PACKAGE.glob("model/*.py")]):
+    for path in sorted([path for room in ("chat", "data", "model") for path in _PACKAGE.glob(f"{room}/**/*.py")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()

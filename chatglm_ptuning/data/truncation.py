@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-from chatglm_ptuning.data.chat_format import render
-from chatglm_ptuning.data.conversation import Conversation, Message
-
-if TYPE_CHECKING:
-    from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
+from chatglm_ptuning.chat.format import ChatFormat
+from chatglm_ptuning.chat.message import Conversation, Message, turn_starts
 
 
 @dataclass(frozen=True)
@@ -27,14 +23,13 @@ class CutSource:
     text_cut: bool = False
 
 
-def cut_source(conversation: Conversation, room: int, tokenizer: ChatGLMTokenizer) -> CutSource | None:
+def cut_source(conversation: Conversation, room: int, chat_format: ChatFormat) -> CutSource | None:
     """Shortens what precedes the last answer until its prompt has at most `room` ids.
 
-    First the oldest turns go, whole (a turn is a user message with all that follows it up to the next one); system
-    messages in front and the last turn stay. If that is not enough, the longest of the remaining questions, tool
-    results and system messages lose their middle, all down to the same number of characters, the shorter ones staying
-    whole: what a text is about mostly stands at its beginning, what is asked of it at its beginning or end. Role
-    headers, the source prefix and answers are never cut.
+    First the oldest turns go, whole (see `turn_starts`); system messages in front and the last turn stay. If that is
+    not enough, the longest of the remaining questions, tool results and system messages lose their middle, all down to
+    the same number of characters, the shorter ones staying whole: what a text is about mostly stands at its beginning,
+    what is asked of it at its beginning or end. Role headers, the source prefix and answers are never cut.
 
     Args:
         conversation: ends with the answer in question.
@@ -44,17 +39,17 @@ def cut_source(conversation: Conversation, room: int, tokenizer: ChatGLMTokenize
     """
 
     def fits(candidate: Conversation) -> bool:
-        return len(render(candidate, tokenizer, for_generation=True).input_ids) <= room
+        return len(chat_format.encode_prompt(candidate.asked)) <= room
 
     if fits(conversation):
         return CutSource(conversation)
-    system, turns = _turns(conversation.messages)
+    messages = conversation.messages
+    starts = turn_starts([message.role for message in messages])
 
     def without_oldest(count: int) -> Conversation:
-        kept = [message for turn in turns[count:] for message in turn]
-        return replace(conversation, messages=[*system, *kept])
+        return replace(conversation, messages=[*messages[: starts[0]], *messages[starts[count] :]])
 
-    last = len(turns) - 1
+    last = len(starts) - 1
     dropped = 1 + bisect_left(range(1, last), True, key=lambda count: fits(without_oldest(count))) if last else 0
     shortened = without_oldest(dropped)
     if dropped and fits(shortened):
@@ -69,17 +64,6 @@ def cut_source(conversation: Conversation, room: int, tokenizer: ChatGLMTokenize
     taken = bisect_left(range(longest), True, key=lambda count: fits(with_texts_of(longest - count)))
     cut = with_texts_of(longest - taken)
     return CutSource(cut, history_cut=dropped > 0, text_cut=True) if fits(cut) else None
-
-
-def _turns(messages: list[Message]) -> tuple[list[Message], list[list[Message]]]:
-    """The system messages in front, and the turns."""
-    first = next((index for index, message in enumerate(messages) if message.role != "system"), len(messages))
-    turns: list[list[Message]] = []
-    for message in messages[first:]:
-        if message.role == "user" or not turns:
-            turns.append([])
-        turns[-1].append(message)
-    return messages[:first], turns
 
 
 def without_middle(text: str, length: int) -> str:

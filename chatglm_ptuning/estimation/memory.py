@@ -178,7 +178,7 @@ def flops_per_example(job: Job) -> int:
     layers = 2 * tokens * parameters.packed
     projection = 0
     if config.prefix_projection:  # once per step: forward, and both gradients
-        projection = 6 * config.pre_seq_len * 2 * config.prefix_kv_size * config.hidden_size // job.batch
+        projection = 6 * config.pre_seq_len * 2 * config.prefix_shape.kv_size * config.hidden_size // job.batch
     again = layers + attention if job.gradient_checkpointing else 0
     return 2 * logits + 2 * layers + 3 * attention + again + projection
 

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.cache_utils import Cache
 
-from chatglm_ptuning.data.chat_format import render
+from chatglm_ptuning.chat.message import Message
 from chatglm_ptuning.data.collate import PaddingCollator
-from chatglm_ptuning.data.conversation import Conversation, Message
 from chatglm_ptuning.model.zero3 import most_of_processes
 
 if TYPE_CHECKING:
@@ -27,12 +26,7 @@ def encode_candidates(tokenizer: ChatGLMTokenizer, answers: Sequence[str]) -> li
 
     They are the very ids that training learns for such an answer.
     """
-    question = Message("user", "？")
-    encoded = []
-    for answer in answers:
-        rendered = render(Conversation([question, Message("assistant", answer)]), tokenizer)
-        encoded.append(rendered.input_ids[rendered.answer_start :])
-    return encoded
+    return [tokenizer.chat.encode_answer(Message("assistant", answer)) for answer in answers]
 
 
 def score_candidates(

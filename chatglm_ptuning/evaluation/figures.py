@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chatglm_ptuning.evaluation.entities import EntityScore
-from chatglm_ptuning.prefix.files import write_atomically
+from chatglm_ptuning.files import write_atomically
+from chatglm_ptuning.metrics.entities import EntityScore
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

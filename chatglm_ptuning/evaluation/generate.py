@@ -11,7 +11,6 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from chatglm_ptuning.data.collate import PaddingCollator
-from chatglm_ptuning.model.chat_turn import stop_ids
 
 if TYPE_CHECKING:
     from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
@@ -48,7 +47,8 @@ def generate_answers(
         progress: whether to show a bar on stderr.
 
     Returns:
-        The answers as `answer_text` gives them.
+        The answers as the chat format's `answer_text` gives them: a tool call as name, newline and call, in which form
+        `ConversationEncoder.prompt` gives the reference.
 
     Raises:
         ValueError: if a number is out of range, a prompt is empty, sampling settings come without `do_sample`, the
@@ -83,7 +83,7 @@ def generate_answers(
             inputs = {name: value.to(model.device) for name, value in batch.items()}
             output = model.generate(**inputs, generation_config=settings)
             for row, new in zip(rows, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
-                answers[row] = answer_text(tokenizer, new, settings.eos_token_id)
+                answers[row] = tokenizer.chat.answer_text(new)
             bar.update(len(rows))
     return answers
 
@@ -105,23 +105,8 @@ def _generation_settings(
     elif temperature is not None or top_p is not None:
         raise ValueError(f"temperature={temperature} and top_p={top_p} are for sampling: set do_sample=True with them.")
     return GenerationConfig(
-        **settings, eos_token_id=stop_ids(tokenizer), pad_token_id=tokenizer.pad_token_id, use_cache=True
+        **settings, eos_token_id=tokenizer.chat.stop_ids, pad_token_id=tokenizer.pad_token_id, use_cache=True
     )
-
-
-def answer_text(tokenizer: ChatGLMTokenizer, new_ids: Sequence[int], stops: Sequence[int]) -> str:
-    """Text of the generated tokens up to the first stop token, without special tokens and white space around.
-
-    An answer of ChatGLM3 or GLM-4 starts with a line of metadata: empty, and then left out, or the name of a tool. A
-    tool call comes back as name, newline and call, in which form `Preprocessor.for_generation` gives the reference.
-    """
-    end = next((place for place, token in enumerate(new_ids) if token in stops), len(new_ids))
-    text = tokenizer.decode(new_ids[:end], skip_special_tokens=True)
-    if tokenizer.chat_format == "chatglm3":
-        metadata, newline, content = text.partition("\n")
-        # The content is encoded apart from its metadata line, for which sentencepiece puts a space in front of it.
-        text = metadata + newline + content.removeprefix(" ")
-    return text.strip()
 
 
 @contextmanager

@@ -19,7 +19,6 @@ from chatglm_ptuning.data.sources.files import iterate_rows
 from chatglm_ptuning.data.sources.rows import BadRows
 from chatglm_ptuning.data.tasks.arguments import TaskArguments
 from chatglm_ptuning.evaluation.chosen_prefix import PLAIN_BASE, choose_prefix, load_chosen, results_folder
-from chatglm_ptuning.evaluation.metrics import score
 from chatglm_ptuning.evaluation.parallel import (
     generate_answers_together,
     is_first_process,
@@ -28,10 +27,11 @@ from chatglm_ptuning.evaluation.parallel import (
 )
 from chatglm_ptuning.evaluation.table import print_scores
 from chatglm_ptuning.evaluation.task_run import evaluate_task
+from chatglm_ptuning.files import check_output_folder, write_atomically
+from chatglm_ptuning.metrics.generation import score
 from chatglm_ptuning.model.hub import DEFAULT_MODEL, InferenceBaseArguments
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
-from chatglm_ptuning.prefix.checkpoint import kit_version
-from chatglm_ptuning.prefix.files import check_output_folder, write_atomically
+from chatglm_ptuning.version import kit_version
 
 DEFAULT_TEST_FILE = str(Path(DEFAULT_MODEL).parent / "news_topic" / "dev.json")
 """What is scored when no file is named: bundled with the sources, columns `content` and `summary`."""
@@ -95,6 +95,8 @@ class EvaluationArguments(TaskArguments, InferenceBaseArguments):
         TaskArguments.__post_init__(self)
         if self.task is not None and self.test_file:
             raise ValueError("--task brings its own files: give --task_data and no --test_file")
+        if self.task is None and self.echo is not None:
+            raise ValueError("--echo belongs to a --task")
         if self.task is None and self.split:
             raise ValueError("--split belongs to a --task; name files by --test_file")
         for name in ("max_target_length", "per_device_eval_batch_size", "num_beams", "max_predict_samples"):

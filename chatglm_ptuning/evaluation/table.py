@@ -12,7 +12,7 @@ def print_scores(columns: Mapping[str, Mapping[str, float]], title: str = "Score
     """Prints one row per metric and one column per scored model.
 
     Args:
-        columns: by the column's heading, the scores of `metrics.score`.
+        columns: by the column's heading, metric -> score.
     """
     table = Table("metric", title=title)
     for heading in columns:

@@ -8,19 +8,23 @@ from typing import Any
 
 from transformers.utils import logging
 
-from chatglm_ptuning.data.tasks.encode import ANSWERING_HEADS, head_of, label_names
-from chatglm_ptuning.data.tasks.schema import Task
+from chatglm_ptuning.data.tasks.arguments import TrainedReading
+from chatglm_ptuning.data.tasks.encode import ANSWERING_HEADS, ECHO_HEADS, head_of, label_names
+from chatglm_ptuning.data.tasks.readers import heads_of
+from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.hub import find_base
 from chatglm_ptuning.model.modeling_heads import HEAD_CLASSES
-from chatglm_ptuning.prefix.checkpoint import read_prefix
-from chatglm_ptuning.tuning.load import is_foreign_lora
+from chatglm_ptuning.prefix.formats import read_prefix
+from chatglm_ptuning.prefix.formats.peft import adapter_type
 from chatglm_ptuning.tuning.record import read_record
 
 logger = logging.get_logger(__name__)
 
 TOKEN_UNIT = "token_unit"
 """Key of `PrefixMetadata.training`: what a tag stood on, of a prefix for tags."""
+ECHO = "echo"
+"""Key of `PrefixMetadata.training`: whether the text was read twice (`TaskEncoder.echo`), by task."""
 TRAIN_SPLIT = "split"
 """Key of `PrefixMetadata.training`: the split of the task that it was trained on."""
 PROMPTS = "prompts"
@@ -51,10 +55,10 @@ def recorded_details(
     record = read_record(checkpoint)
     if record is not None:
         return record.details
-    if is_foreign_lora(Path(checkpoint)):
+    if adapter_type(Path(checkpoint)) == "LORA":
         return {}
     config = ChatGLMConfig.from_pretrained(find_base(base, hub, revision, weights=False))
-    metadata = read_prefix(checkpoint, config).metadata
+    metadata = read_prefix(checkpoint, config.prefix_shape).metadata
     return {"task": metadata.task, "head": metadata.head, "labels": metadata.labels,
             "tasks": metadata.tasks, "training": metadata.training}  # fmt: skip
 
@@ -64,20 +68,23 @@ def asked_of(task: Task) -> str:
     return task.prompt.replace("{labels}", "、".join(task.labels.values()))
 
 
-def tasks_of(details: Mapping[str, Any]) -> dict[str, tuple[str, list[str] | None]]:
-    """Head and labels by task of a checkpoint or a run; nothing if it learns rows of files."""
+def tasks_of(details: Mapping[str, Any]) -> dict[str, tuple[str, list[str] | None, bool]]:
+    """Head, labels and echo by task of a checkpoint or a run; nothing if it learns rows of files."""
     tasks = details.get("tasks") or ({details["task"]: details} if details.get("head") else {})
+    echo = details.get("training", {}).get(ECHO, {})
     return {
-        name: (one["head"], None if one.get("labels") is None else list(one["labels"])) for name, one in tasks.items()
+        name: (one["head"], None if one.get("labels") is None else list(one["labels"]), echo.get(name, False))
+        for name, one in tasks.items()
     }
 
 
-def described_tasks(tasks: Mapping[str, tuple[str, list[str] | None]]) -> str:
+def described_tasks(tasks: Mapping[str, tuple[str, list[str] | None, bool]]) -> str:
     """What `tasks_of` gives, in words."""
-    each = [
-        f"{name} (head {head}{'' if labels is None else ', labels ' + _listed(labels)})"
-        for name, (head, labels) in tasks.items()
-    ]
+    each = []
+    for name, (head, labels, echo) in tasks.items():
+        shown = [f"head {head}", *([] if labels is None else [f"labels {_listed(labels)}"])]
+        shown += [f"echo {str(echo).lower()}"] if head in ECHO_HEADS else []
+        each.append(f"{name} ({', '.join(shown)})")
     return "the task " + ", ".join(each) if each else "rows of files"
 
 
@@ -93,17 +100,17 @@ def recorded_head(details: Mapping[str, Any], task: Task, asked: str | None, sou
         details = {**details, **shared[task.name], "task": task.name}
     recorded, labels = details.get("head"), details.get("labels")
     if recorded is None or recorded in ANSWERING_HEADS:
-        answering = [head for head in task.heads if head in ANSWERING_HEADS]
+        answering = [head for head in heads_of(task) if head in ANSWERING_HEADS]
         own = [head for head in (recorded, task.head) if head in answering]
         head = asked or (own or answering or [task.head])[0]
     else:
         head = recorded
     if asked is not None and asked != head:
         raise ValueError(f"--head {asked}: what is in {source} was trained with the head {head}.")
-    if head not in task.heads:
+    if head not in heads_of(task):
         raise ValueError(
             f"What is in {source} was trained with the head {head}, for {details.get('task') or 'an unnamed task'}; "
-            f"{task.name} takes {' or '.join(task.heads)}."
+            f"{task.name} takes {' or '.join(heads_of(task))}."
         )
     head = head_of(task, head)
     before = details.get("task")
@@ -127,9 +134,11 @@ def recorded_head(details: Mapping[str, Any], task: Task, asked: str | None, sou
     return head
 
 
-def recorded_token_unit(details: Mapping[str, Any]) -> str | None:
-    """What a tag stood on when the prefix was trained (`TaskEncoder.token_unit`); None if it does not say."""
-    return details.get("training", {}).get(TOKEN_UNIT)
+def recorded_reading(details: Mapping[str, Any], task: Task, source: str | Path) -> TrainedReading:
+    """How the head of `recorded_head` read its texts when it was trained."""
+    training = details.get("training", {})
+    name = task.name if task.name in (details.get("tasks") or {}) else details.get("task")
+    return TrainedReading(str(source), training.get(TOKEN_UNIT), training.get(ECHO, {}).get(name, False))
 
 
 def _of_tasks(shared: Mapping[str, Any]) -> str:

@@ -19,18 +19,17 @@ from chatglm_ptuning.data.tasks.examples import (
     has_gold,
 )
 from chatglm_ptuning.data.tasks.prompt import candidate_answers, render_prompt
-from chatglm_ptuning.data.tasks.schema import Task
 from chatglm_ptuning.data.tasks.submission import write_submission
-from chatglm_ptuning.data.tasks.token_readers import spans_of
-from chatglm_ptuning.evaluation.bootstrap import f1_interval, mean_interval
-from chatglm_ptuning.evaluation.classification import classification_scores, confusion_matrix, macro_f1_interval
-from chatglm_ptuning.evaluation.entities import EntityScore, cluener_f1, entities_of, entity_scores
+from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.evaluation.figures import draw_confusion_matrix, draw_entity_table
-from chatglm_ptuning.evaluation.metrics import score
-from chatglm_ptuning.evaluation.multi_label import counts_of_texts, multi_label_scores
-from chatglm_ptuning.evaluation.reading_comprehension import answer_f1, cmrc_scores, exact_match
 from chatglm_ptuning.evaluation.task_predictions import Prediction
-from chatglm_ptuning.prefix.files import write_atomically
+from chatglm_ptuning.files import write_atomically
+from chatglm_ptuning.metrics.bootstrap import f1_interval, mean_interval
+from chatglm_ptuning.metrics.classification import classification_scores, confusion_matrix, macro_f1_interval
+from chatglm_ptuning.metrics.entities import EntityScore, cluener_f1, entities_of, entity_scores, spans_of
+from chatglm_ptuning.metrics.generation import score
+from chatglm_ptuning.metrics.multi_label import counts_of_texts, multi_label_scores
+from chatglm_ptuning.metrics.reading_comprehension import answer_f1, cmrc_scores, exact_match
 
 WORST_ERRORS = 20
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatglm_ptuning.data.sources.rows import BadRows
-from chatglm_ptuning.data.tasks.arguments import submission_variant, usual_split
+from chatglm_ptuning.data.tasks.arguments import TrainedReading, submission_variant, usual_split
 from chatglm_ptuning.data.tasks.encode import ANSWERING_HEADS, head_of
+from chatglm_ptuning.data.tasks.readers import heads_of
 from chatglm_ptuning.data.tasks.submission import can_submit
 from chatglm_ptuning.evaluation.chosen_prefix import load_chosen, results_folder
 from chatglm_ptuning.evaluation.parallel import is_first_process, print_once
@@ -19,15 +20,15 @@ from chatglm_ptuning.evaluation.task_model import (
     model_settings,
     recorded_details,
     recorded_head,
-    recorded_token_unit,
+    recorded_reading,
 )
 from chatglm_ptuning.evaluation.task_predictions import PredictionSettings, predict_together
 from chatglm_ptuning.evaluation.task_report import write_results
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
-from chatglm_ptuning.prefix.checkpoint import kit_version
+from chatglm_ptuning.version import kit_version
 
 if TYPE_CHECKING:
-    from chatglm_ptuning.data.tasks.schema import Task
+    from chatglm_ptuning.data.tasks.task import Task
     from chatglm_ptuning.evaluation.run import EvaluationArguments
 
 BASE_FOLDER = "base"
@@ -55,9 +56,9 @@ def evaluate_task(args: EvaluationArguments, prefix: Path | None) -> dict[str, A
     examples = args.examples(task, split, args.max_predict_samples, skipped)
     whole = args.max_predict_samples is None and args.subjects is None and not skipped.count
     may_submit = whole and can_submit(task, examples)
-    head, unit, variant = _how_to_solve(args, task, prefix)
+    head, trained, variant = _how_to_solve(args, task, prefix)
     tokenizer = load_tokenizer(args.model_name_or_path, **source)
-    encoder = args.encoder(task, tokenizer, args.max_source_length, args.max_target_length, head, unit)
+    encoder = args.encoder(task, tokenizer, args.max_source_length, args.max_target_length, head, trained)
     print_once(f"{task.name} ({task.title}), {split} in {args.task_data}, head {head}: {len(examples)} examples")
     model = load_model(
         args.model_name_or_path,
@@ -99,6 +100,7 @@ def evaluate_task(args: EvaluationArguments, prefix: Path | None) -> dict[str, A
                 "split": split,
                 "head": head,
                 "token_unit": encoder.token_unit,
+                "echo": encoder.echo,
                 "chat_format": tokenizer.chat_format,
                 "kit_version": kit_version(),
             },
@@ -111,24 +113,26 @@ def evaluate_task(args: EvaluationArguments, prefix: Path | None) -> dict[str, A
     return scores
 
 
-def _how_to_solve(args: EvaluationArguments, task: Task, prefix: Path | None) -> tuple[str, str | None, str | None]:
-    """The head, what a tag stands on, and the variant of the submission, as the prefix was trained for them.
+def _how_to_solve(
+    args: EvaluationArguments, task: Task, prefix: Path | None
+) -> tuple[str, TrainedReading | None, str | None]:
+    """The head, how it reads its texts, and the variant of the submission, as the prefix was trained for them.
 
     Raises:
         FileNotFoundError, ValueError: if the prefix is not there, or its head or the plain base cannot solve the task.
     """
-    unit, variant = None, None
+    trained, variant = None, None
     if prefix is None:
-        head = head_of(task, args.head or next((name for name in task.heads if name in ANSWERING_HEADS), None))
+        head = head_of(task, args.head or next((name for name in heads_of(task) if name in ANSWERING_HEADS), None))
     else:
         details = recorded_details(prefix, args.model_name_or_path, hub=args.hub, revision=args.revision)
         head = recorded_head(details, task, args.head, prefix)
-        unit = recorded_token_unit(details)
+        trained = recorded_reading(details, task, prefix)
         if details.get("task") == task.name:
             variant = submission_variant(task, details.get("training", {}).get(TRAIN_SPLIT))
     if head not in ANSWERING_HEADS and (prefix is None or args.compare_base):
         raise ValueError(
             f"The plain base has no {head.replace('_', ' ')} head for {task.name}; it can be scored by "
-            f"{' or '.join(name for name in task.heads if name in ANSWERING_HEADS) or 'no head at all'}."
+            f"{' or '.join(name for name in heads_of(task) if name in ANSWERING_HEADS) or 'no head at all'}."
         )
-    return head, unit, variant
+    return head, trained, variant

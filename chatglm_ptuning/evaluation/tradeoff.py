@@ -15,10 +15,10 @@ from typing import Any
 from chatglm_ptuning.command_line import fail, parse_arguments
 from chatglm_ptuning.data.tasks.registry import load_task
 from chatglm_ptuning.evaluation.figures import new_figure, save_figure
-from chatglm_ptuning.evaluation.spread import mean_and_deviation
-from chatglm_ptuning.prefix.checkpoint import METADATA_FILE
-from chatglm_ptuning.prefix.files import write_atomically
+from chatglm_ptuning.files import write_atomically
+from chatglm_ptuning.metrics.spread import mean_and_deviation
 from chatglm_ptuning.prefix.fingerprint import difference
+from chatglm_ptuning.prefix.formats.kit import METADATA_FILE
 
 RESULTS_FILE = "all_results.json"
 _METRICS = ("accuracy", "micro_f1", "macro_f1", "entity_f1", "cmrc_f1", "exact_match", "rouge-l")

@@ -1,12 +1,41 @@
-"""Reading single weights of a base wherever and however it holds them: quantised, offloaded, or partitioned."""
+"""Reading single weights of a base wherever and however it holds them (quantised, offloaded, partitioned), and its
+fingerprint by a few of them."""
 
 from __future__ import annotations
+
+from functools import partial
+from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
 from transformers import PreTrainedModel
 
 from chatglm_ptuning.model.zero3 import gathered, is_partitioned
+from chatglm_ptuning.prefix.fingerprint import fingerprint_of
+
+_SHAPE_FIELDS = ("num_layers", "padded_vocab_size", "hidden_size", "ffn_hidden_size", "kv_channels",
+                 "num_attention_heads", "multi_query_attention", "multi_query_group_num", "rope_ratio")  # fmt: skip
+
+
+def fingerprint_of_base(base: PreTrainedModel) -> dict[str, Any]:
+    """What prefixes of a base are known by; collective under ZeRO-3.
+
+    The sample is of the embeddings, and of the norms and linear layers at the bottom, middle and top.
+
+    Args:
+        base: the ChatGLMModel.
+    """
+    config = base.config
+    names = ["embedding.word_embeddings.weight"]
+    if config.post_layer_norm:
+        names.append("encoder.final_layernorm.weight")
+    for layer in sorted({0, config.num_layers // 2, config.num_layers - 1}):
+        names += [
+            f"encoder.layers.{layer}.{part}.weight"
+            for part in ("input_layernorm", "self_attention.query_key_value", "mlp.dense_4h_to_h")
+        ]
+    shape = {name: getattr(config, name) for name in _SHAPE_FIELDS}
+    return fingerprint_of(shape, names, partial(read_weight, base))
 
 
 def read_weight(base: PreTrainedModel, name: str) -> tuple[torch.Tensor | None, bool]:

@@ -53,7 +53,6 @@ class BytePairVocabulary(Vocabulary):
         ValueError: if the file is missing, damaged or of another kind, naming the line where there is one.
     """
 
-    chat_formats = ("glm4", "base")
     start_tokens = ("[gMASK]", "<sop>")
 
     def __init__(self, path: str | Path, special_ids: Mapping[str, int] | None = None) -> None:

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import logging
 
-from chatglm_ptuning.model.chat_turn import Answer, ChatTurn
+from chatglm_ptuning.chat.turn import Answer, ChatTurn
 
 if TYPE_CHECKING:
     from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
@@ -78,9 +78,11 @@ class ChatMixin:
             ValueError: if the history has another form, the conversation leaves no room for an answer, or the selected
                 prefix is untrained.
         """
-        turn = ChatTurn(tokenizer, query, history, role)
+        turn = ChatTurn(tokenizer.chat, query, history, role)
         ids = turn.input_ids()
-        settings = self._chat_settings(turn, ids, max_length, do_sample, top_p, temperature, logits_processor, kwargs)
+        settings = self._chat_settings(
+            tokenizer, ids, max_length, do_sample, top_p, temperature, logits_processor, kwargs
+        )
         output = self.generate(**settings, num_beams=num_beams)
         answer = turn.read(output[0, len(ids) :].tolist())
         return answer.response, answer.history
@@ -118,9 +120,11 @@ class ChatMixin:
         Raises:
             ValueError: as in `chat`, and if `past_key_values` was filled under another prefix.
         """
-        turn = ChatTurn(tokenizer, query, history, role)
+        turn = ChatTurn(tokenizer.chat, query, history, role)
         ids = turn.input_ids()
-        settings = self._chat_settings(turn, ids, max_length, do_sample, top_p, temperature, logits_processor, kwargs)
+        settings = self._chat_settings(
+            tokenizer, ids, max_length, do_sample, top_p, temperature, logits_processor, kwargs
+        )
         settings |= {"past_key_values": self._reusable_part(past_key_values, ids), "use_cache": True}
         generated: list[int] = []
         answer = shown = None
@@ -140,7 +144,7 @@ class ChatMixin:
 
     def _chat_settings(
         self,
-        turn: ChatTurn,
+        tokenizer: ChatGLMTokenizer,
         ids: list[int],
         max_length: int,
         do_sample: bool | None,
@@ -155,10 +159,10 @@ class ChatMixin:
             "input_ids": input_ids,
             "attention_mask": torch.ones_like(input_ids),
             "do_sample": do_sample,
-            "eos_token_id": turn.stop_ids,
-            "pad_token_id": turn.tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.chat.stop_ids,
+            "pad_token_id": tokenizer.pad_token_id,
             "logits_processor": LogitsProcessorList(
-                [*(logits_processor or []), InvalidScoreLogitsProcessor(turn.stop_ids[0])]
+                [*(logits_processor or []), InvalidScoreLogitsProcessor(tokenizer.chat.stop_ids[0])]
             ),
         }
         if do_sample:

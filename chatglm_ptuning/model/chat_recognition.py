@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
+from chatglm_ptuning.chat.formats import formats_of
+from chatglm_ptuning.chat.plain import PlainText
 from chatglm_ptuning.model.checkpoint_forms import last_part
 from chatglm_ptuning.model.vocabulary import Vocabulary
 
 logger = logging.get_logger(__name__)
-
-# The official bases that were not trained to chat. CodeGeeX2 has ChatGLM2's tokenizer, but its prompts are plain text
-# ("# language: Python"); the base models of ChatGLM3 and GLM-4 are only shown continuing text.
-_PLAIN_BASES = re.compile(r"codegeex2.*|chatglm3-6b-base.*|glm-?4-9b(-base)?(-hf)?")
-_NAMES = (
-    ("chatglm2", re.compile(r".*chatglm2.*")),
-    ("chatglm3", re.compile(r".*chatglm3.*")),
-    ("glm4", re.compile(r".*(glm-?4|codegeex4).*")),
-)
 
 
 class FolderSettings:
@@ -77,29 +69,22 @@ def recognise_chat_format(
         locations: paths or hub names; of a path only the last part counts, of the hub's cache the repository.
         names: that the folder's files give.
     """
+    formats = formats_of(vocabulary)
     locations = [last_part(location) for location in locations]
-    if any(_PLAIN_BASES.fullmatch(location) for location in locations):
-        return "base"
-    found = _format_of_template(str(chat_template or ""))
-    if found in vocabulary.chat_formats:
-        return found
-    for name in [*locations, *map(last_part, names)]:
-        found = "base" if _PLAIN_BASES.fullmatch(name) else None
-        found = found or next((chat_format for chat_format, pattern in _NAMES if pattern.fullmatch(name)), None)
-        if found in vocabulary.chat_formats:
-            return found
-    first, *others = vocabulary.chat_formats
+    if any(PlainText.base_names.fullmatch(location) for location in locations):
+        return PlainText.name
+    template = str(chat_template or "")
+    for name, chat_format in formats.items():
+        if chat_format.template_sign and chat_format.template_sign in template:
+            return name
+    for base in [*locations, *map(last_part, names)]:
+        for chat_format in (PlainText, *formats.values()):  # "chatglm3-6b-base" is no ChatGLM3
+            if chat_format.base_names.fullmatch(base):
+                return chat_format.name
+    first, *others = formats
     alternatives = " or ".join(f'chat_format="{other}"' for other in others)
     logger.warning_once(
         f"Nothing beside {vocabulary.path.name} tells the chat format of this base, so chats are written in that of "
         f"{first}; for another give {alternatives} to the tokenizer or in tokenizer_config.json."
     )
     return first
-
-
-def _format_of_template(template: str) -> str | None:
-    if "问：" in template:
-        return "chatglm2"
-    if "<sop>" in template:
-        return "glm4"
-    return "chatglm3" if "<|" in template else None

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from chatglm_ptuning.model.checkpoint_forms import check_architecture, official_fields
+from chatglm_ptuning.prefix.shape import PrefixShape
 
 
 class ChatGLMConfig(PreTrainedConfig):
@@ -128,9 +129,30 @@ class ChatGLMConfig(PreTrainedConfig):
         return self.multi_query_group_num if self.multi_query_attention else self.num_attention_heads
 
     @property
-    def prefix_kv_size(self) -> int:
-        """Numbers per virtual token: `num_layers * 2 * multi_query_group_num * kv_channels`."""
-        return self.num_layers * 2 * self.multi_query_group_num * self.kv_channels
+    def rope_base(self) -> float:
+        """Base of the rotary frequencies."""
+        return 10000.0 * (1.0 if self.position_interpolation else self.rope_ratio)
+
+    @property
+    def position_scale(self) -> float:
+        """By which positions are divided before they are rotated."""
+        return self.rope_ratio if self.position_interpolation else 1.0
+
+    @property
+    def prefix_shape(self) -> PrefixShape:
+        """What a prefix of this base has to fit.
+
+        Raises:
+            ValueError: if the base cannot have one, naming the fields and their values.
+        """
+        if self.multi_query_group_num != self.num_key_value_heads:
+            raise ValueError(
+                f"With multi_query_attention=False a prefix needs multi_query_group_num ({self.multi_query_group_num}) "
+                f"equal to num_attention_heads ({self.num_attention_heads}); pre_seq_len is {self.pre_seq_len}."
+            )
+        return PrefixShape(
+            self.num_layers, self.multi_query_group_num, self.kv_channels, self.rope_base, self.position_scale
+        )
 
     def validate_sizes(self) -> None:
         """Checks that the sizes fit together.
@@ -173,11 +195,8 @@ class ChatGLMConfig(PreTrainedConfig):
             raise ValueError(f"prefix_projection must be true or false, got {self.prefix_projection!r}.")
         if self.prefix_projection and not self.pre_seq_len:
             raise ValueError(f"prefix_projection=True needs pre_seq_len of at least 1, got {self.pre_seq_len!r}.")
-        if self.pre_seq_len and self.multi_query_group_num != self.num_key_value_heads:
-            raise ValueError(
-                f"With multi_query_attention=False a prefix needs multi_query_group_num ({self.multi_query_group_num}) "
-                f"equal to num_attention_heads ({self.num_attention_heads}); pre_seq_len is {self.pre_seq_len}."
-            )
+        if self.pre_seq_len:
+            _ = self.prefix_shape  # raises if the base cannot have a prefix
 
 
 def _is_int(value: Any) -> bool:

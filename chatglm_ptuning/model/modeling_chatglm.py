@@ -38,10 +38,11 @@ from chatglm_ptuning.model.placement import execution_device, layer_devices, out
 from chatglm_ptuning.model.prefix_encoder import PrefixEncoder
 from chatglm_ptuning.model.prefix_mixin import PrefixMixin
 from chatglm_ptuning.model.prefix_switch import TRAINABLE_PREFIX, PrefixSwitch
-from chatglm_ptuning.model.rotary import RotaryEmbedding, apply_rotary_pos_emb
+from chatglm_ptuning.model.rotary import RotaryEmbedding
 from chatglm_ptuning.model.weight_files import describe_damage, describe_missing
 from chatglm_ptuning.model.zero3 import gathered, is_partitioned
 from chatglm_ptuning.prefix.bank import ActivePrefix
+from chatglm_ptuning.prefix.rotation import apply_rotary_pos_emb
 
 register_conversions()
 

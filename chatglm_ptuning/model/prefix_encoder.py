@@ -30,8 +30,8 @@ class PrefixEncoder(Float32Module, FirstValues):
             raise ValueError(f"PrefixEncoder needs pre_seq_len of at least 1, got {config.pre_seq_len!r}.")
         self.pre_seq_len = config.pre_seq_len
         self.prefix_projection = config.prefix_projection
-        self.kv_shape = (config.num_layers * 2, config.multi_query_group_num, config.kv_channels)
-        kv_size = config.prefix_kv_size
+        self.kv_shape = config.prefix_shape.per_token
+        kv_size = config.prefix_shape.kv_size
         self.embedding = nn.Embedding(self.pre_seq_len, kv_size, dtype=torch.float32)
         if self.prefix_projection:
             self.trans = nn.Sequential(

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
-from functools import partial
 from os import PathLike
 from typing import Any
 
 import torch
 from transformers.utils import logging
 
-from chatglm_ptuning.model.base_weights import read_weight
+from chatglm_ptuning.model.base_weights import fingerprint_of_base
 from chatglm_ptuning.model.first_values import FirstValues
 from chatglm_ptuning.model.prefix_encoder import PrefixEncoder
 from chatglm_ptuning.model.prefix_switch import TRAINABLE_PREFIX, PrefixSwitch
-from chatglm_ptuning.model.rotary import rotate_prefix_keys
 from chatglm_ptuning.model.virtual_tokens import key_values_before
 from chatglm_ptuning.model.zero3 import gathered, gathering_modules, is_partitioned, whole_shape
 from chatglm_ptuning.prefix.bank import PrefixSelection
-from chatglm_ptuning.prefix.checkpoint import PrefixCheckpoint, PrefixMetadata, read_prefix, write_prefix
-from chatglm_ptuning.prefix.fingerprint import difference, fingerprint_of
+from chatglm_ptuning.prefix.checkpoint import PrefixCheckpoint, PrefixMetadata, has_projection
+from chatglm_ptuning.prefix.fit import Recipient, check_fits
+from chatglm_ptuning.prefix.formats import kit, read_prefix
 
 logger = logging.get_logger(__name__)
 
@@ -90,7 +89,9 @@ class PrefixMixin:
         for entry in different:
             self._set_heads(self._switch.heads.get(entry, {}))
 
-    def load_prefix(self, path: str | PathLike[str], name: str = TRAINABLE_PREFIX, *, task: str | None = None) -> None:
+    def load_prefix(
+        self, path: str | PathLike[str] | PrefixCheckpoint, name: str = TRAINABLE_PREFIX, *, task: str | None = None
+    ) -> None:
         """Loads a prefix and activates it; sizes and projection come from the checkpoint.
 
         In a model with a trainable prefix, the name "default" stands for that one: it takes the checkpoint's size and
@@ -99,7 +100,8 @@ class PrefixMixin:
 
         Args:
             path: a folder written by `save_prefix` or by a training run, or a `checkpoint-N` inside it; an official
-                P-Tuning v2 folder or its `pytorch_model.bin`; or a PEFT prefix-tuning adapter folder.
+                P-Tuning v2 folder or its `pytorch_model.bin`; a PEFT prefix-tuning adapter folder; or what
+                `read_prefix` has read already.
             task: whose head to load with a prefix that several tasks share.
 
         Raises:
@@ -107,13 +109,11 @@ class PrefixMixin:
             ValueError: if the file is damaged, does not fit the base's sizes, was trained on another base, or lacks
                 this model's head; the message names the file, and both sides. The model is as it was before.
         """
-        config = self.base_model.config
-        checkpoint = read_prefix(path, config)
+        known = isinstance(path, PrefixCheckpoint)
+        checkpoint = path if known else read_prefix(path, self.base_model.config.prefix_shape)
         if task is not None:
             checkpoint = checkpoint.of_task(task, getattr(self, "head_name", ""))
-        checkpoint.check_sizes(config)
-        self._check_base(checkpoint)
-        self._check_heads(checkpoint, task)
+        check_fits(checkpoint, self._recipient(task))
         encoder = self._encoder_from(checkpoint)
         with gathered(self._trainable_parameters(), modify=True):
             if self._is_trainable(name):
@@ -170,30 +170,27 @@ class PrefixMixin:
                 "The prefix is partitioned among processes (ZeRO-3): call save_prefix within "
                 "deepspeed.zero.GatheredParameters(model.parameters()), on every process."
             )
-        config = base.config
         metadata = PrefixMetadata(
-            pre_seq_len=parameters["embedding.weight"].shape[0],
-            prefix_projection="trans.0.weight" in parameters,
-            num_layers=config.num_layers,
-            multi_query_group_num=config.multi_query_group_num,
-            kv_channels=config.kv_channels,
-            base_model_name=config.name_or_path or None,
+            len(parameters["embedding.weight"]),
+            has_projection(parameters),
+            *base.config.prefix_shape.sizes,
+            base_model_name=base.config.name_or_path or None,
             base_fingerprint=self.base_fingerprint(),
             trained=trained and not self._untrained_heads(),
             **details,
         )
-        write_prefix(path, metadata, parameters, self._heads())
+        kit.write(path, metadata, parameters, self._heads())
 
     def base_fingerprint(self) -> dict[str, Any]:
-        """What prefixes of this base are known by, see `fingerprint_of`.
+        """What prefixes of this base are known by, see `fingerprint_of_base`.
 
         Under ZeRO-3 every process must take part the first time; it is remembered then, as the base is frozen.
         """
         base = self.base_model
         if not is_partitioned(base.parameters()):
-            return fingerprint_of(base.config, partial(read_weight, base))
+            return fingerprint_of_base(base)
         if self._switch.base_fingerprint is None:
-            self._switch.base_fingerprint = fingerprint_of(base.config, partial(read_weight, base))
+            self._switch.base_fingerprint = fingerprint_of_base(base)
         return self._switch.base_fingerprint
 
     def _trainable_parameters(self) -> list[torch.nn.Parameter]:
@@ -260,24 +257,22 @@ class PrefixMixin:
         if name not in self.prefix_names:
             raise KeyError(f"No prefix named {name!r} is loaded; loaded: {', '.join(self.prefix_names) or 'none'}.")
 
-    def _check_base(self, checkpoint: PrefixCheckpoint) -> None:
-        recorded = checkpoint.metadata.base_fingerprint
-        if recorded is None:
-            logger.warning(
-                f"{checkpoint.source} does not say which base it was trained on: only its sizes could be checked."
-            )
-            return
+    def _recipient(self, task: str | None) -> Recipient:
+        """This model, as a prefix is checked against it."""
         base = self.base_model
-        what = difference(recorded, self.base_fingerprint())
-        if what is not None:
-            raise ValueError(
-                f"{checkpoint.source} was trained on another base: on "
-                f"{checkpoint.metadata.base_model_name or 'an unnamed one'}, and this one is "
-                f"{base.config.name_or_path or 'unnamed'} ({what})."
-            )
+        heads = {name: whole_shape(value) for name, value in self._heads().items()}
+        return Recipient(
+            type(self).__name__,
+            base.config.prefix_shape,
+            base.config.name_or_path or None,
+            self.base_fingerprint,
+            None if self is base else heads,
+            getattr(self, "head_kind", None),
+            task,
+        )
 
     def _encoder_from(self, checkpoint: PrefixCheckpoint) -> PrefixEncoder:
-        """The checkpoint as an encoder on the CPU, its keys in this kit's convention of positions."""
+        """The checkpoint as an encoder on the CPU."""
         config = copy(self.base_model.config)
         config.pre_seq_len = checkpoint.metadata.pre_seq_len
         config.prefix_projection = checkpoint.metadata.prefix_projection
@@ -286,9 +281,6 @@ class PrefixMixin:
             encoder.load_state_dict(checkpoint.parameters)
         except RuntimeError as error:
             raise ValueError(f"{checkpoint.source} is not a whole prefix: {error}") from error
-        if checkpoint.positions_follow_prefix:
-            moved = rotate_prefix_keys(encoder.key_values().detach(), -encoder.pre_seq_len, config)
-            encoder.set_key_values(moved)
         return encoder
 
     def _replace_trainable(self, encoder: PrefixEncoder, checkpoint: PrefixCheckpoint) -> None:
@@ -321,38 +313,3 @@ class PrefixMixin:
             if ours[name].is_meta:  # a copy into it would do nothing
                 raise ValueError(f"{name} has been offloaded, so it cannot be set: keep the head in memory.")
             ours[name].copy_(value)
-
-    def _check_heads(self, checkpoint: PrefixCheckpoint, task: str | None) -> None:
-        ours = self._heads()
-        kind, trained = getattr(self, "head_kind", None), checkpoint.metadata.head
-        shared = checkpoint.metadata.tasks
-        if kind is not None and shared and task not in shared:
-            what = "" if task is None else f", not by {task}"
-            raise ValueError(
-                f"The prefix in {checkpoint.source} is shared by {', '.join(shared)}{what}. Say whose head is meant: "
-                "load_prefix(path, task=...)."
-            )
-        if kind is not None and trained not in (None, kind):
-            raise ValueError(
-                f"{checkpoint.source} was trained with the head {trained} (task {checkpoint.metadata.task}); "
-                f"{type(self).__name__} has one for {kind}."
-            )
-        missing = [name for name in ours if name not in checkpoint.heads]
-        if missing:
-            raise ValueError(
-                f"{checkpoint.source} has no {', '.join(missing)}: it was not trained with the head of "
-                f"{type(self).__name__}. To start from its prefix alone, call load_prefix on model."
-                f"{self.base_model_prefix}."
-            )
-        for name, value in ours.items():
-            theirs = checkpoint.heads[name]
-            if theirs.shape != whole_shape(value):
-                raise ValueError(
-                    f"{checkpoint.source} has {name} of size {tuple(theirs.shape)}, {type(self).__name__} here has "
-                    f"{tuple(whole_shape(value))}: the number of labels differs."
-                )
-        unused = [name for name in checkpoint.heads if name not in ours]
-        if unused and self is not self.base_model:
-            logger.warning(
-                f"{checkpoint.source} also has {', '.join(unused)}, which {type(self).__name__} does not use."
-            )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,10 +10,16 @@ from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import PaddingStrategy, logging
 
+from chatglm_ptuning.chat.chatglm2 import ChatGLM2Rounds
+from chatglm_ptuning.chat.format import ChatFormat
+from chatglm_ptuning.chat.formats import formats_of
+from chatglm_ptuning.chat.message import Message
+from chatglm_ptuning.chat.roles import RoleFormat
+from chatglm_ptuning.chat.turn import ChatTurn, message_history, pair_history
 from chatglm_ptuning.model.byte_pair_vocabulary import open_vocabulary
 from chatglm_ptuning.model.chat_recognition import FolderSettings, recognise_chat_format
-from chatglm_ptuning.model.chat_templates import RenderGuard, template_of
-from chatglm_ptuning.model.vocabulary import ROLE_TOKENS, write_if_changed
+from chatglm_ptuning.model.render_guard import RenderGuard
+from chatglm_ptuning.model.vocabulary import write_if_changed
 
 logger = logging.get_logger(__name__)
 
@@ -37,8 +42,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     Args:
         vocab_file: the `tokenizer.model`.
         tokenizer_file: a `tokenizer.json` to read GLM-4's vocabulary from where there is no `tokenizer.model`.
-        chat_format: one of `CHAT_FORMATS`; where not given, it is recognised by the files beside the vocabulary
-            (`recognise_chat_format`).
+        chat_format: the name of one of `CHAT_FORMATS`; where not given, it is recognised by the files beside the
+            vocabulary (`recognise_chat_format`).
         chat_template: a jinja template to use instead of the format's own.
         special_token_ids: special tokens to ids of a GLM-4 vocabulary, as `save_pretrained` writes them.
         added_tokens_decoder: the same in the form of the official files.
@@ -77,7 +82,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             chat_format = recognise_chat_format(
                 self.vocabulary, chat_template or beside.template, locations, beside.names
             )
-        self._chat_format = self._checked(chat_format)
+        self._chat = self._format_called(chat_format)
         # A template of the folder stays if it was saved together with this format. An official folder's has told its
         # format and gives way to ours, which also says where the text is cut into pieces. One by the caller stays.
         if beside.has_template(chat_template) and beside.chat_format != chat_format:
@@ -86,7 +91,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             kwargs["special_token_ids"] = self.vocabulary.special_ids
         super().__init__(
             chat_format=chat_format,
-            chat_template=chat_template or template_of(chat_format, self.vocabulary),
+            chat_template=chat_template or self._chat.chat_template,
             extra_special_tokens=list(self.vocabulary.special_ids),
             **self._named_tokens(kwargs),
             **kwargs,
@@ -106,25 +111,31 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     @property
     def chat_format(self) -> str:
-        """`chatglm2` (numbered rounds in one text), `chatglm3`, `glm4` (role tokens) or `base` (no chat, plain text).
+        """The name of the chat format: `chatglm2` (numbered rounds in one text), `chatglm3`, `glm4` (role tokens) or
+        `base` (no chat, plain text).
 
         Setting it sets the chat template.
         """
-        return self._chat_format
+        return self._chat.name
 
     @chat_format.setter
     def chat_format(self, chat_format: str) -> None:
-        self._chat_format = self._checked(chat_format)
-        self.chat_template = template_of(chat_format, self.vocabulary)
+        self._chat = self._format_called(chat_format)
+        self.chat_template = self._chat.chat_template
 
-    def _checked(self, chat_format: str) -> str:
-        allowed = self.vocabulary.chat_formats
+    @property
+    def chat(self) -> ChatFormat:
+        """The chat format, which writes conversations as ids and reads answers."""
+        return self._chat
+
+    def _format_called(self, chat_format: str) -> ChatFormat:
+        allowed = formats_of(self.vocabulary)
         if chat_format not in allowed:
             raise ValueError(
                 f"chat_format must be one of {', '.join(sorted(allowed))} with the vocabulary in "
                 f"{self.vocabulary.path}, got {chat_format!r}."
             )
-        return chat_format
+        return allowed[chat_format](self.vocabulary)
 
     # Vocabulary
 
@@ -144,7 +155,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     @property
     def start_ids(self) -> list[int]:
         """The two ids with which every sequence starts, `[gMASK]` and `sop`."""
-        return [self.get_command(token) for token in self.vocabulary.start_tokens]
+        return list(self._chat.start_ids)
 
     def get_command(self, token: str) -> int:
         """The id of a special token, or of `<bos>`, `<eos>`, `<unk>` or `<pad>`; the official name for it.
@@ -324,10 +335,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         **kwargs: Any,
     ) -> str:
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        if skip_special_tokens:
-            skipped = set(self.all_special_ids)
-            ids = [index for index in ids if index not in skipped]
-        text = self.vocabulary.decode(ids)
+        text = self.vocabulary.decode(ids, skip_special_tokens)
         return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
 
     # Chats
@@ -340,14 +348,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             history: earlier rounds, each a pair of question and answer.
 
         Raises:
-            ValueError: if a round is not a pair of strings.
+            ValueError: if a round is not a pair of strings, naming it.
         """
-        rounds = []
-        for number, turn in enumerate(history or (), start=1):
-            if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
-                raise ValueError(f"Round {number} of the history must be a pair of question and answer, got {turn!r}.")
-            rounds.append(f"[Round {number}]\n\n问：{turn[0]}\n\n答：{turn[1]}\n\n")
-        return "".join(rounds) + f"[Round {len(rounds) + 1}]\n\n问：{query}\n\n答："
+        messages = map(Message.from_dict, message_history(pair_history(history or (), ChatGLM2Rounds.name)))
+        return ChatGLM2Rounds(self.vocabulary).prompt_text([*messages, Message("user", query)])
 
     def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
         """The ids of a message in ChatGLM3's and GLM-4's form: `<|role|>`, metadata and newline, the content.
@@ -355,10 +359,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         Raises:
             ValueError: if the role is none of system, user, assistant and observation.
         """
-        token = f"<|{role}|>"
-        if token not in ROLE_TOKENS:
-            raise ValueError(f"There is no role {role!r}; there are {', '.join(name[2:-2] for name in ROLE_TOKENS)}.")
-        return [self.get_command(token), *self.vocabulary.encode(f"{metadata}\n"), *self.vocabulary.encode(message)]
+        return self._role_format().encode_message(Message(role, message, metadata))
 
     def build_chat_input(
         self, query: str, history: Sequence[Mapping[str, Any]] | None = None, role: str = "user"
@@ -372,20 +373,17 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
         Returns:
             `input_ids`, `attention_mask` and `position_ids`, each a tensor `[1, seq_len]`.
+
+        Raises:
+            ValueError: for an unknown role, and for an entry of the history that is no message, naming it.
         """
-        messages = [*(history or ()), {"role": role, "content": query}]
-        if "glm4" in self.vocabulary.chat_formats:
-            template = template_of("glm4", self.vocabulary)
-            return self.apply_chat_template(
-                messages, chat_template=template, add_generation_prompt=True, return_tensors="pt"
-            )
-        ids: list[int] = []
-        for message in messages:
-            content = message["content"]
-            if message["role"] == "system" and message.get("tools") is not None:
-                content += "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)
-            ids += self.build_single_message(message["role"], message.get("metadata") or "", content)
-        return self([[*ids, self.get_command("<|assistant|>")]], return_tensors="pt")
+        ids = ChatTurn(self._role_format(), query, history, role).input_ids()
+        return self([ids], add_special_tokens=False, return_tensors="pt")
+
+    def _role_format(self) -> RoleFormat:
+        """The format with roles that the vocabulary can write, whatever the base was taught."""
+        known = formats_of(self.vocabulary).values()
+        return next(found for found in known if issubclass(found, RoleFormat))(self.vocabulary)
 
     def apply_chat_template(
         self,

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import weakref
 from contextvars import Context
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from chatglm_ptuning.model.attention_mask import causal_mask_with_prefix, positions_from_mask
 from chatglm_ptuning.model.float32_module import Float32Module
-from chatglm_ptuning.model.rotary import rotate_prefix_keys
-
-if TYPE_CHECKING:
-    from chatglm_ptuning.model.modeling_chatglm import ChatGLMModel
+from chatglm_ptuning.prefix.rotation import rotate_keys
 
 
-def key_values_before(base: ChatGLMModel, inputs_embeds: torch.Tensor) -> torch.Tensor:
+def key_values_before(base: PreTrainedModel, inputs_embeds: torch.Tensor) -> torch.Tensor:
     """The prefix that embeddings in front of the input amount to, for tokens whose positions start at 0 again.
 
     With it, the model gives exactly the logits of the plain base with these embeddings in front: behind a causal base
@@ -26,6 +23,7 @@ def key_values_before(base: ChatGLMModel, inputs_embeds: torch.Tensor) -> torch.
     them; dropout is off.
 
     Args:
+        base: the ChatGLMModel.
         inputs_embeds: `[length, hidden_size]`.
 
     Returns:
@@ -53,7 +51,7 @@ def key_values_before(base: ChatGLMModel, inputs_embeds: torch.Tensor) -> torch.
             module.training = True
     device = inputs_embeds.device
     per_layer = [entry[0].to(device).float() for layer in cache.layers for entry in (layer.keys, layer.values)]
-    return rotate_prefix_keys(torch.stack(per_layer).permute(2, 0, 1, 3), -len(inputs_embeds), config)
+    return rotate_keys(torch.stack(per_layer).permute(2, 0, 1, 3), -len(inputs_embeds), config.prefix_shape)
 
 
 class VirtualTokens(Float32Module):
@@ -67,14 +65,14 @@ class VirtualTokens(Float32Module):
         prompt_encoder: PEFT's PromptEmbedding or PromptEncoder: int64 `[1, length]` -> float32
             `[1, length, hidden_size]`. Kept in float32.
         pre_seq_len: its number of virtual tokens.
-        base: whose keys and values they get. It is not a submodule of this one.
+        base: the ChatGLMModel whose keys and values they get. It is not a submodule of this one.
     """
 
     prefix_projection = False
     is_untrained = False
     """What they start from is no random prefix: words, or what PEFT's PromptEncoder gives."""
 
-    def __init__(self, prompt_encoder: nn.Module, pre_seq_len: int, base: ChatGLMModel) -> None:
+    def __init__(self, prompt_encoder: nn.Module, pre_seq_len: int, base: PreTrainedModel) -> None:
         super().__init__()
         self.prompt_encoder = prompt_encoder.float()
         self.pre_seq_len = pre_seq_len

@@ -28,11 +28,10 @@ class Vocabulary(ABC):
         special_tokens: ids to special tokens.
         named_tokens: what transformers calls `bos_token`, `eos_token`, `unk_token` and `pad_token`, where there is one.
         start_tokens: the special tokens with which every sequence starts.
-        chat_formats: the formats that its special tokens can write; the first is what an unnamed base is taken for.
+        end_id: the id of `eos_token`.
         written_by_templates: what of a template's text is a special token.
     """
 
-    chat_formats: ClassVar[tuple[str, ...]]
     start_tokens: ClassVar[tuple[str, str]]
 
     def __init__(self, path: Path, special_ids: Mapping[str, int], named_tokens: Mapping[str, str]) -> None:
@@ -40,6 +39,8 @@ class Vocabulary(ABC):
         self.special_ids = dict(sorted(special_ids.items(), key=lambda item: item[1]))
         self.special_tokens = {index: token for token, index in special_ids.items()}
         self.named_tokens = dict(named_tokens)
+        self.end_id = self.id(named_tokens["eos_token"])
+        self._skipped = {*self.special_tokens, *map(self.id, self.named_tokens.values())}
 
     @abstractmethod
     def __len__(self) -> int:
@@ -87,14 +88,19 @@ class Vocabulary(ABC):
     @abstractmethod
     def _join_pieces(self, pieces: list[str]) -> str: ...
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Text of the ids.
 
         A special token is written as it is spelled, and an id outside the vocabulary is left out. Bytes that are no
         UTF-8 (yet) are U+FFFD. Of a sentencepiece vocabulary, `</s>` and `<s>` are empty.
+
+        Args:
+            skip_special_tokens: leave out special and named tokens.
         """
         text, run = "", []
         for index in map(int, ids):
+            if skip_special_tokens and index in self._skipped:
+                continue
             if index in self.special_tokens:
                 text += self._decode_pieces(run) + self.special_tokens[index]
                 run = []
@@ -124,7 +130,6 @@ class SentencePieceVocabulary(Vocabulary):
         ValueError: if the file is missing or not a sentencepiece model, saying what it is instead where that shows.
     """
 
-    chat_formats = ("chatglm3", "chatglm2", "base")
     start_tokens = ("[gMASK]", "sop")
 
     def __init__(self, path: str | Path) -> None:

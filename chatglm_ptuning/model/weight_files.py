@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from chatglm_ptuning.prefix.files import read_tensors
+from chatglm_ptuning.files import read_tensors
 
 _WEIGHT_FILE = re.compile(r"(pytorch_model|model)(-\d+-of-\d+)?\.(bin|safetensors)")
 _NAMES_SHOWN = 5

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
-
-_SHAPE_FIELDS = ("num_layers", "padded_vocab_size", "hidden_size", "ffn_hidden_size", "kv_channels",
-                 "num_attention_heads", "multi_query_attention", "multi_query_group_num", "rope_ratio")  # fmt: skip
 _NUMBERS_PER_TENSOR = 16
 # Squared difference over the sum of squares: about 0.02 for rounding to 4 bits, 1 for unrelated weights.
 _QUANTIZED_TOLERANCE = 0.25
@@ -21,27 +16,20 @@ FINGERPRINT_FIELDS = frozenset({"shape", "sample_sha256", "sample"})
 
 
 def fingerprint_of(
-    config: ChatGLMConfig, read_weight: Callable[[str], tuple[torch.Tensor | None, bool]]
+    shape: Mapping[str, Any], names: Iterable[str], read_weight: Callable[[str], tuple[torch.Tensor | None, bool]]
 ) -> dict[str, Any]:
-    """Shape fields, and for a fixed sample of the weights their numbers and a SHA-256 over them.
+    """Shape fields, and for a sample of the weights their numbers and a SHA-256 over them.
 
-    The sample takes evenly spaced numbers of the embeddings, norms and linear layers at the bottom, middle and top.
-    The hash is over bfloat16 bytes; the numbers stand beside it because loading in another precision may round a few
-    of them the other way. Which weights were quantised is recorded: their numbers are near the true ones only.
+    The sample takes evenly spaced numbers of every named weight. The hash is over bfloat16 bytes; the numbers stand
+    beside it because loading in another precision may round a few of them the other way. Which weights were quantised
+    is recorded: their numbers are near the true ones only.
 
     Args:
-        read_weight: gives a parameter of the ChatGLMModel by its name in it, or None if it cannot be had, which leaves
-            it out; and whether it is exact.
+        shape: fields that two bases must have in common.
+        names: of the weights.
+        read_weight: gives a weight by its name, or None if it cannot be had, which leaves it out; and whether it is
+            exact.
     """
-    layers = sorted({0, config.num_layers // 2, config.num_layers - 1})
-    names = ["embedding.word_embeddings.weight"]
-    if config.post_layer_norm:
-        names.append("encoder.final_layernorm.weight")
-    for layer in layers:
-        names += [
-            f"encoder.layers.{layer}.{part}.weight"
-            for part in ("input_layernorm", "self_attention.query_key_value", "mlp.dense_4h_to_h")
-        ]
     sample, quantized = {}, []
     for name in names:
         tensor, exact = read_weight(name)
@@ -53,7 +41,7 @@ def fingerprint_of(
         if not exact:
             quantized.append(name)
     return {
-        "shape": {name: getattr(config, name) for name in _SHAPE_FIELDS},
+        "shape": dict(shape),
         "sample_sha256": hashlib.sha256(repr(sorted(sample.items())).encode()).hexdigest(),
         "sample": sample,
         "quantized": quantized,

@@ -6,7 +6,7 @@ import os
 from os import PathLike
 from pathlib import Path
 
-from chatglm_ptuning.prefix.checkpoint import METADATA_FILE, WEIGHTS_FILE
+from chatglm_ptuning.prefix.formats.kit import METADATA_FILE, WEIGHTS_FILE
 
 RUNS_FOLDER_VARIABLE = "CHATGLM_PTUNING_OUTPUT"
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from transformers.cache_utils import Cache
 
-from chatglm_ptuning.model.chat_turn import ChatTurn, History
+from chatglm_ptuning.chat.message import Message, turn_starts
+from chatglm_ptuning.chat.turn import ChatTurn, History, message_history
 
 if TYPE_CHECKING:
     from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
@@ -84,7 +85,7 @@ class ChatSession:
         shown = ""
         with closing(answers):
             for _, self.history, self._cache in answers:
-                text = _text_of(self.history[len(before) :])
+                text = self._text_of(self.history[len(before) :])
                 piece, shown = text[len(shown) :], text
                 if piece:
                     yield piece
@@ -116,7 +117,7 @@ class ChatSession:
         """The latest turns that leave room for the answer."""
         history = self.history
         room = self.model.config.seq_length - self.max_new_tokens
-        while (length := len(ChatTurn(self.tokenizer, query, history).input_ids())) > room:
+        while (length := len(ChatTurn(self.tokenizer.chat, query, history).input_ids())) > room:
             shorter = _without_oldest_turn(history)
             if len(shorter) == len(history):
                 raise ValueError(
@@ -126,18 +127,14 @@ class ChatSession:
             history = shorter
         return history
 
+    def _text_of(self, turn: History) -> str:
+        """What the model said in a turn; of a tool call the tool's name and the call."""
+        messages = map(Message.from_dict, message_history(turn))
+        return "\n".join(self.tokenizer.chat.text_of(message) for message in messages if message.role == "assistant")
+
 
 def _without_oldest_turn(history: History) -> History:
     if not history or isinstance(history[0], tuple):
         return history[1:]
-    first = 1 if history[0]["role"] == "system" else 0
-    users = [place for place, message in enumerate(history) if place > first and message["role"] == "user"]
-    return history[:first] + history[users[0] if users else len(history) :]
-
-
-def _text_of(turn: list[Any]) -> str:
-    """What the model said in a turn; of a tool call the tool's name and the call."""
-    if isinstance(turn[0], tuple):
-        return turn[0][1]
-    answers = [message for message in turn if message["role"] == "assistant"]
-    return "\n".join("\n".join(filter(None, (message["metadata"], message["content"]))) for message in answers)
+    starts = turn_starts([message["role"] for message in history])
+    return history[: starts[0]] + history[starts[1] if len(starts) > 1 else len(history) :] if starts else history

@@ -10,8 +10,8 @@ from transformers.utils import logging
 
 from chatglm_ptuning.data.formats.registry import FORMATS, Columns
 from chatglm_ptuning.data.tasks.arguments import TaskArguments
+from chatglm_ptuning.files import check_output_folder
 from chatglm_ptuning.model.hub import BaseArguments
-from chatglm_ptuning.prefix.files import check_output_folder
 from chatglm_ptuning.prefix.latest import runs_folder
 from chatglm_ptuning.training.distributed import prepare_processes
 from chatglm_ptuning.training.initialisation import PREFIX_INITS
@@ -144,6 +144,8 @@ class DataArguments(TaskArguments):
         if self.task is not None and (self.train_file or self.validation_file or self.test_file):
             raise ValueError("--task brings its own files: give --task_data and no --train_file, --validation_file or "
                              "--test_file")  # fmt: skip
+        if self.task is None and self.task_mixture is None and self.echo is not None:
+            raise ValueError("--echo belongs to a --task or a --task_mixture")
         if self.task is None and (self.train_split or self.eval_split or self.predict_split):
             raise ValueError("--train_split, --eval_split and --predict_split belong to a --task")
         for name in ("max_source_length", "max_target_length"):

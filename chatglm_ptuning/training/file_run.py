@@ -17,14 +17,14 @@ from chatglm_ptuning.data.prepared import prepare_training_data, shared_rows
 from chatglm_ptuning.data.sources.files import iterate_rows
 from chatglm_ptuning.data.sources.rows import BadRows
 from chatglm_ptuning.data.token_cache import TokenCache
-from chatglm_ptuning.evaluation.metrics import score
 from chatglm_ptuning.evaluation.parallel import generate_answers_together
 from chatglm_ptuning.evaluation.table import print_scores
 from chatglm_ptuning.evaluation.task_model import described_tasks, recorded_details, tasks_of
+from chatglm_ptuning.files import write_atomically
+from chatglm_ptuning.metrics.generation import score
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMPreTrainedModel
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
-from chatglm_ptuning.prefix.files import write_atomically
 from chatglm_ptuning.training.arguments import (
     DataArguments,
     ModelArguments,

@@ -8,7 +8,7 @@ import torch
 
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMPreTrainedModel
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
-from chatglm_ptuning.prefix.checkpoint import read_prefix
+from chatglm_ptuning.prefix.formats import read_prefix
 
 PREFIX_INITS = ("data", "text", "small", "official")
 _SMALL_STD = 0.02
@@ -98,13 +98,13 @@ def init_from_checkpoint(
     Raises:
         FileNotFoundError, ValueError: as `load_prefix`.
     """
-    found = read_prefix(path, model.config).metadata
-    found = found if task is None else found.of_task(task)
+    checkpoint = read_prefix(path, model.config.prefix_shape)
+    found = checkpoint.metadata if task is None else checkpoint.metadata.of_task(task)
     with_head = labels is not None and (found.task, found.head, found.labels) == (task, head, list(labels))
     if with_head:
-        model.load_prefix(path, task=task)
+        model.load_prefix(checkpoint, task=task)
     else:
-        model.base_model.load_prefix(path)
+        model.base_model.load_prefix(checkpoint)
     return with_head
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from chatglm_ptuning.prefix.files import write_atomically
+from chatglm_ptuning.files import write_atomically
 
 
 def draw_loss_curve(log_history: Sequence[Mapping[str, Any]], path: Path) -> None:

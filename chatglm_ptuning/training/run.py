@@ -34,6 +34,7 @@ from chatglm_ptuning.training.failures import (
 from chatglm_ptuning.training.file_run import TrainingRun
 from chatglm_ptuning.training.mixture.run import MixtureRun
 from chatglm_ptuning.training.preservation import PreservationArguments
+from chatglm_ptuning.training.progress import failure_noted
 from chatglm_ptuning.training.task_run import TaskRun
 
 logger = logging.get_logger(__name__)
@@ -114,7 +115,8 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(level)
     logging.get_logger(__name__.partition(".")[0]).setLevel(level)
     try:
-        output = _run(model_args, data_args, args, preserve_args)
+        with failure_noted(args):
+            output = _run(model_args, data_args, args, preserve_args)
     except Preempted as stop:
         print(stop, file=sys.stderr)
         raise SystemExit(SIGTERM_EXIT_CODE) from stop

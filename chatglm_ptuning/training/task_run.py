@@ -7,13 +7,21 @@ from dataclasses import asdict
 from typing import Any
 
 from chatglm_ptuning.data.sources.rows import BadRows
-from chatglm_ptuning.data.tasks.arguments import submission_variant, usual_split
-from chatglm_ptuning.data.tasks.encode import ANSWERING_HEADS, TaskEncoder, check_order, head_of, label_names
+from chatglm_ptuning.data.tasks.arguments import TrainedReading, submission_variant, usual_split
+from chatglm_ptuning.data.tasks.encode import (
+    ANSWERING_HEADS,
+    ECHO_HEADS,
+    TaskEncoder,
+    check_order,
+    head_of,
+    label_names,
+)
 from chatglm_ptuning.data.tasks.examples import AnyExample, has_gold
 from chatglm_ptuning.data.tasks.submission import can_submit
 from chatglm_ptuning.evaluation.candidates import CANDIDATE_ATTENTIONS
 from chatglm_ptuning.evaluation.table import print_scores
 from chatglm_ptuning.evaluation.task_model import (
+    ECHO,
     PROMPTS,
     TOKEN_UNIT,
     TRAIN_SPLIT,
@@ -21,7 +29,7 @@ from chatglm_ptuning.evaluation.task_model import (
     model_settings,
     recorded_details,
     recorded_head,
-    recorded_token_unit,
+    recorded_reading,
 )
 from chatglm_ptuning.evaluation.task_predictions import (
     Prediction,
@@ -30,12 +38,12 @@ from chatglm_ptuning.evaluation.task_predictions import (
     predict_together,
 )
 from chatglm_ptuning.evaluation.task_report import TaskScores, score_task, write_results
-from chatglm_ptuning.prefix.checkpoint import kit_version
 from chatglm_ptuning.training.arguments import DataArguments, ModelArguments, PrefixTrainingArguments
 from chatglm_ptuning.training.file_run import TrainingRun
 from chatglm_ptuning.training.head_start import start_head
 from chatglm_ptuning.training.trainer import PrefixTrainer
 from chatglm_ptuning.tuning.methods import PREFIX_METHODS
+from chatglm_ptuning.version import kit_version
 
 
 class TaskRun(TrainingRun):
@@ -52,9 +60,9 @@ class TaskRun(TrainingRun):
         flags, args = self.data_args, self.args
         self.task = flags.chosen_task()
         self._use_defaults_of_task()
-        head, unit = self._head_and_unit()
+        head, trained = self._head_and_reading()
         self.encoder: TaskEncoder = flags.encoder(
-            self.task, self.tokenizer, flags.max_source_length, flags.max_target_length, head, unit
+            self.task, self.tokenizer, flags.max_source_length, flags.max_target_length, head, trained
         )
         if flags.compare_base and args.do_predict and head not in ANSWERING_HEADS:
             raise ValueError(
@@ -85,7 +93,7 @@ class TaskRun(TrainingRun):
         if args.tuning == "ptuning_v2" and args.learning_rate_is_default:
             args.learning_rate = self.task.learning_rate
 
-    def _head_and_unit(self) -> tuple[str, str | None]:
+    def _head_and_reading(self) -> tuple[str, TrainedReading | None]:
         checkpoint = self.model_args.ptuning_checkpoint
         if checkpoint is None:
             head = head_of(self.task, self.data_args.head)
@@ -93,7 +101,8 @@ class TaskRun(TrainingRun):
             return head, None
         model_args = self.model_args
         details = recorded_details(checkpoint, model_args.model_name_or_path, model_args.hub, model_args.revision)
-        return recorded_head(details, self.task, self.data_args.head, checkpoint), recorded_token_unit(details)
+        head = recorded_head(details, self.task, self.data_args.head, checkpoint)
+        return head, recorded_reading(details, self.task, checkpoint)
 
     def _split(
         self, kind: str, named: str | None, limit: int | None, bad_rows: BadRows | None = None
@@ -116,6 +125,8 @@ class TaskRun(TrainingRun):
         details["training"][PROMPTS] = {self.task.name: asked_of(self.task)}
         if self.encoder.head == "token_classification":
             details["training"][TOKEN_UNIT] = self.encoder.token_unit
+        if self.encoder.head in ECHO_HEADS:
+            details["training"][ECHO] = {self.task.name: self.encoder.echo}
         recorded = {"task": self.task.name, "head": self.encoder.head, "labels": None if names is None else list(names)}
         return details | recorded
 
@@ -177,6 +188,7 @@ class TaskRun(TrainingRun):
                 "split": split,
                 "head": self.encoder.head,
                 "token_unit": self.encoder.token_unit,
+                "echo": self.encoder.echo,
                 "chat_format": self.tokenizer.chat_format,
                 "kit_version": kit_version(),
             },

@@ -24,10 +24,11 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
+from chatglm_ptuning.files import write_atomically
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_ptuning.model.zero3 import gathered, is_partitioned, whole_shape
-from chatglm_ptuning.prefix.checkpoint import PREFIX_KEY, read_prefix
-from chatglm_ptuning.prefix.files import write_atomically
+from chatglm_ptuning.prefix.checkpoint import PREFIX_KEY
+from chatglm_ptuning.prefix.formats import read_prefix
 from chatglm_ptuning.training import optimizer_state
 from chatglm_ptuning.training.callbacks import FiniteGuard, LogAtCheckpoints, StopOnSignal, ZeroLossGuard
 from chatglm_ptuning.training.distributed import everywhere
@@ -42,6 +43,7 @@ from chatglm_ptuning.training.failures import (
     is_out_of_memory,
 )
 from chatglm_ptuning.training.preservation import Replay
+from chatglm_ptuning.training.progress import ProgressFile
 from chatglm_ptuning.training.sampler import SAMPLING_STRATEGIES, EpochSampler, PaddedRows, row_lengths
 from chatglm_ptuning.tuning.tuning import PrefixTuning, Tuning
 
@@ -88,7 +90,7 @@ class PrefixTrainer(Trainer):
         self._epoch_sampler: EpochSampler | None = None
         self._finite = FiniteGuard()
         self._signal = StopOnSignal()
-        for callback in (ZeroLossGuard(), LogAtCheckpoints(), self._signal):
+        for callback in (ZeroLossGuard(), LogAtCheckpoints(), ProgressFile(), self._signal):
             self.add_callback(callback)
 
     @property
@@ -490,7 +492,7 @@ class PrefixTrainer(Trainer):
         trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
         if all(value.dtype == torch.float32 for value in trained.values()):
             return
-        read = read_prefix(checkpoint, model.config)
+        read = read_prefix(checkpoint, model.config.prefix_shape)
         values = {PREFIX_KEY + name: value for name, value in read.parameters.items()} | read.heads
         optimizer_state.restore_full_precision(trained, values)
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.hub import find_base
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
-from chatglm_ptuning.prefix.checkpoint import read_prefix
+from chatglm_ptuning.prefix.formats import read_prefix
 from chatglm_ptuning.training.initialisation import first_ids, init_from_checkpoint, init_prefix
 from chatglm_ptuning.tuning.load import load_tuned, prepare_tuning
 from chatglm_ptuning.tuning.methods import PROMPT_METHODS
@@ -39,7 +39,8 @@ def prefix_length(args: PrefixTrainingArguments, model_args: ModelArguments) -> 
 
 def _length_of_start(model_args: ModelArguments) -> int:
     base = find_base(model_args.model_name_or_path, model_args.hub, model_args.revision, weights=False)
-    found = read_prefix(model_args.init_prefix, ChatGLMConfig.from_pretrained(base)).metadata.pre_seq_len
+    shape = ChatGLMConfig.from_pretrained(base).prefix_shape
+    found = read_prefix(model_args.init_prefix, shape).metadata.pre_seq_len
     if model_args.pre_seq_len not in (None, found):
         raise ValueError(
             f"--pre_seq_len is {model_args.pre_seq_len}, but --init_prefix {model_args.init_prefix} has {found} "
@@ -124,7 +125,7 @@ def _check_wanted_length(model: PreTrainedModel, model_args: ModelArguments) -> 
     wanted, path = model_args.pre_seq_len, model_args.ptuning_checkpoint
     if wanted is None or not _is_prefix(Path(path)):
         return
-    found = read_prefix(path, model.base_model.config).metadata.pre_seq_len
+    found = read_prefix(path, model.base_model.config.prefix_shape).metadata.pre_seq_len
     if found != wanted:
         raise ValueError(
             f"--pre_seq_len is {wanted}, but the prefix in {path} has {found} virtual tokens. Leave --pre_seq_len "

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from chatglm_ptuning.files import read_tensors
 from chatglm_ptuning.model.prefix_switch import TRAINABLE_PREFIX
 from chatglm_ptuning.model.quantization import keep_layout
 from chatglm_ptuning.model.virtual_tokens import VirtualTokens
-from chatglm_ptuning.prefix.checkpoint import read_prefix
-from chatglm_ptuning.prefix.files import read_tensors
+from chatglm_ptuning.prefix.formats import read_prefix
 from chatglm_ptuning.tuning.methods import LoraSettings, PromptSettings
 from chatglm_ptuning.tuning.record import write_together
 from chatglm_ptuning.tuning.tuning import Tuning, heads_of, on_cpu, set_heads
@@ -192,7 +192,7 @@ class PromptTuning(Tuning):
             self.tokens.prompt_encoder.load_state_dict(read_tensors(folder / ENCODER_FILE))
         except RuntimeError as error:
             raise ValueError(f"{folder / ENCODER_FILE} does not fit the settings here: {error}") from error
-        set_heads(self.model, read_prefix(folder, self.model.config).heads, folder)
+        set_heads(self.model, read_prefix(folder, self.model.config.prefix_shape).heads, folder)
 
     @contextmanager
     def plain_base(self) -> Iterator[None]:

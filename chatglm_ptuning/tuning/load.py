@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from os import PathLike
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from chatglm_ptuning.model.loading import load_model
-from chatglm_ptuning.prefix.checkpoint import PEFT_METADATA_FILE
+from chatglm_ptuning.prefix.formats.peft import adapter_type
 from chatglm_ptuning.tuning.methods import PREFIX_METHODS, TUNING_METHODS, LoraSettings, PromptSettings
 from chatglm_ptuning.tuning.record import read_record
 from chatglm_ptuning.tuning.tuning import FullTuning, HeadTuning, NoTuning, PrefixTuning, Tuning
@@ -79,7 +78,7 @@ def load_tuned(
     folder = Path(checkpoint)
     record = read_record(folder) if folder.is_dir() else None
     method = "ptuning_v2" if record is None else record.tuning
-    if method == "lora" or (record is None and is_foreign_lora(folder)):
+    if method == "lora" or (record is None and adapter_type(folder) == "LORA"):
         tuning = _load_lora(model, folder, known=record is not None)
     elif method in PREFIX_METHODS:  # a prompt's checkpoint is a prefix, and used as one
         model.load_prefix(folder, task=task)
@@ -107,15 +106,6 @@ def _load_lora(model: PreTrainedModel, folder: Path, known: bool) -> Tuning:
         tuning.load_adapter(folder)
     model.eval()
     return tuning
-
-
-def is_foreign_lora(folder: Path) -> bool:
-    """Whether a folder holds a LoRA adapter without this kit's record."""
-    path = folder / PEFT_METADATA_FILE
-    try:
-        return path.is_file() and json.loads(path.read_text("utf-8")).get("peft_type") == "LORA"
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not a JSON object: {error}.") from error
 
 
 def _require_peft(method: str) -> None:

@@ -11,9 +11,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from chatglm_ptuning.prefix.checkpoint import METADATA_FILE, WEIGHTS_FILE, kit_version
-from chatglm_ptuning.prefix.files import write_atomically
+from chatglm_ptuning.files import write_atomically
+from chatglm_ptuning.prefix.formats.kit import METADATA_FILE, WEIGHTS_FILE
 from chatglm_ptuning.tuning.methods import TUNING_METHODS
+from chatglm_ptuning.version import kit_version
 
 RECORD_FILE = "tuning.json"
 

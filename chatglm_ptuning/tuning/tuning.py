@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from chatglm_ptuning.prefix.files import read_tensors
+from chatglm_ptuning.files import read_tensors
 from chatglm_ptuning.prefix.fingerprint import difference
 from chatglm_ptuning.tuning.record import RECORD_FILE, TuningRecord, clear, read_record, write_together
 

@@ -16,8 +16,10 @@ import numpy as np
 import sentencepiece
 from tqdm import tqdm
 
+from chatglm_ptuning.chat.chatglm3 import ChatGLM3Roles
+from chatglm_ptuning.chat.message import Message
+from chatglm_ptuning.files import write_atomically
 from chatglm_ptuning.model.vocabulary import SentencePieceVocabulary
-from chatglm_ptuning.prefix.files import write_atomically
 from pretraining import instructions
 from pretraining.corpus import Corpus
 
@@ -56,10 +58,9 @@ class SampleEncoder:
     def __init__(self, vocabulary: SentencePieceVocabulary, row_length: int) -> None:
         self.vocabulary = vocabulary
         self.row_length = row_length
-        special = vocabulary.special_ids
-        self.start = [special["[gMASK]"], special["sop"]]
+        self.chat = ChatGLM3Roles(vocabulary)
+        self.start = self.chat.start_ids
         self.newline = vocabulary.encode("\n")
-        self.role_ids = {role: special[f"<|{role}|>"] for role in ("system", "user", "assistant", "observation")}
 
     def document(self, text: str) -> list[list[int]]:
         """`[gMASK] sop text </s>`, cut into several samples of which only the last ends in `</s>` if it is long."""
@@ -72,8 +73,7 @@ class SampleEncoder:
         ids = list(self.start)
         answered: list[int] = []
         for message in messages:
-            content = self.vocabulary.encode(message["content"])
-            ids += [self.role_ids[message["role"]], *self.newline, *content]
+            ids += self.chat.encode_message(Message.from_dict(message))
             if message["role"] == "assistant":
                 if len(ids) + 1 > self.row_length:
                     break

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
+from chatglm_ptuning.files import write_atomically
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 from chatglm_ptuning.model.vocabulary import SentencePieceVocabulary
-from chatglm_ptuning.prefix.files import write_atomically
 from pretraining.corpus import Corpus, read_corpus
 from pretraining.measure import held_out_loss
 from pretraining.muon import Muon
@@ -235,8 +235,7 @@ class Run:
         """Writes the model in float16 and its tokenizer as a base, into `model/`."""
         folder = self.arguments.output / "model"
         tokenizer = ChatGLMTokenizer(str(self.vocabulary.path), chat_format="chatglm3")
-        stop = [tokenizer.vocabulary.special_ids[token] for token in ("<|user|>", "<|observation|>")]
-        self.model.generation_config.update(eos_token_id=[2, *stop], pad_token_id=0)
+        self.model.generation_config.update(eos_token_id=tokenizer.chat.stop_ids, pad_token_id=0)
         self.model.half().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chatglm_ptuning.data.conversation import Conversation, Document, Message
+from chatglm_ptuning.chat.message import Conversation, Document, Message
 from chatglm_ptuning.data.formats.fields import answer, names, parsed, shown, text
 from chatglm_ptuning.data.sources.rows import Row, fail
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from chatglm_ptuning.data.conversation import Message
+from chatglm_ptuning.chat.message import Message
 from chatglm_ptuning.data.sources.rows import Row, fail
 
 _SHOWN = 60

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from chatglm_ptuning.data.conversation import ROLES, Conversation, Message
+from chatglm_ptuning.chat.message import ROLES, Conversation, Message
 from chatglm_ptuning.data.formats.fields import (
     answer,
     learns,
@@ -110,8 +110,8 @@ def _message(
     role = _SAME_ROLE.get(role, role)
     if role == "assistant":
         return answer(content, metadata, loss)
-    tools = tool_list(row, turn.get("tools"), f"'tools' of {what}") if role == "system" else ()
-    return Message(role, content, metadata, tools=tools)
+    tools = tool_list(row, turn.get("tools"), f"'tools' of {what}") if role == "system" else None
+    return Message(role, content, metadata, tools=tools or None)
 
 
 def _content(row: Row, turn: Mapping[str, Any], what: str) -> str:

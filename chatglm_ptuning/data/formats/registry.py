@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from chatglm_ptuning.data.conversation import Conversation, Document
+from chatglm_ptuning.chat.message import Conversation, Document
 from chatglm_ptuning.data.formats.columns import alpaca, plain_text, question_and_answer
 from chatglm_ptuning.data.formats.fields import names, parsed
 from chatglm_ptuning.data.formats.messages import chatglm3, messages

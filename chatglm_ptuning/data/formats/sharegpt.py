@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chatglm_ptuning.data.conversation import Conversation, Message
+from chatglm_ptuning.chat.message import Conversation, Message
 from chatglm_ptuning.data.formats.fields import answer, learns, named_calls, names, text, tool_list, turns_of
 from chatglm_ptuning.data.sources.rows import Row, fail
 

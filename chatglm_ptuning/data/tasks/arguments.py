@@ -8,18 +8,32 @@ from dataclasses import dataclass, field
 from transformers.utils import logging
 
 from chatglm_ptuning.data.sources.rows import BadRows
-from chatglm_ptuning.data.tasks.encode import TaskEncoder, head_of
+from chatglm_ptuning.data.tasks.encode import ECHO_HEADS, HEADS, TaskEncoder, head_of
 from chatglm_ptuning.data.tasks.encode_tags import DEFAULT_TOKEN_UNIT, TOKEN_UNITS
 from chatglm_ptuning.data.tasks.examples import AnyExample
 from chatglm_ptuning.data.tasks.read import read_examples
 from chatglm_ptuning.data.tasks.registry import load_task
-from chatglm_ptuning.data.tasks.schema import HEADS, Task
+from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
 logger = logging.get_logger(__name__)
 
 CANDIDATE_SCORES = ("sum", "mean", "calibrated")
 """How candidates are ranked: by their log-likelihood, by it per token, or by what the text adds to it."""
+
+
+@dataclass(frozen=True)
+class TrainedReading:
+    """How what is in a checkpoint read the texts that it was trained on.
+
+    Attributes:
+        source: the checkpoint, for messages.
+        token_unit, echo: as of `TaskEncoder`; `token_unit` is None if the checkpoint does not say.
+    """
+
+    source: str
+    token_unit: str | None
+    echo: bool
 
 
 @dataclass
@@ -43,6 +57,12 @@ class TaskArguments:
         default=None,
         metadata={"help": "what a tag stands on: pieces of the tokenizer, or characters (exact at every boundary) "
                   f"(default: as the prefix was trained, else {DEFAULT_TOKEN_UNIT})"},
+    )  # fmt: skip
+    echo: bool | None = field(
+        default=None,
+        metadata={"help": f"of the heads {' and '.join(ECHO_HEADS)}: put the text into the prompt twice, and read tags "
+                  "and spans off the second copy, which has seen all of it (default: as the prefix was trained, else "
+                  "the task's own)"},
     )  # fmt: skip
     candidate_scores: str = field(
         default="sum",
@@ -86,21 +106,45 @@ class TaskArguments:
         max_source_length: int,
         max_target_length: int,
         head: str | None = None,
-        token_unit: str | None = None,
+        trained: TrainedReading | None = None,
     ) -> TaskEncoder:
         """What makes model inputs of the task's examples.
 
         Args:
             head: instead of the one that the flags name.
-            token_unit: where the flags name none.
+            trained: of the checkpoint that is used.
 
         Raises:
-            ValueError: if the head cannot solve the task.
+            ValueError: if the head cannot solve the task, or as `echo_of`.
         """
+        head = head_of(task, head or self.head)
+        recorded = None if trained is None else trained.token_unit
         return TaskEncoder(
-            task, tokenizer, head_of(task, head or self.head), max_source_length, max_target_length, self.doc_stride,
-            self.token_unit or token_unit or DEFAULT_TOKEN_UNIT,
+            task, tokenizer, head, max_source_length, max_target_length, self.doc_stride,
+            self.token_unit or recorded or DEFAULT_TOKEN_UNIT, self.echo_of(task, head, trained),
         )  # fmt: skip
+
+    def echo_of(self, task: Task, head: str, trained: TrainedReading | None = None) -> bool:
+        """Whether the text is read twice: as the checkpoint was trained, else as --echo says, else as the task does.
+
+        Raises:
+            ValueError: if --echo contradicts the checkpoint, or is true and the head does not read a text twice.
+        """
+        if head not in ECHO_HEADS:
+            if self.echo:
+                raise ValueError(
+                    f"--echo true is for the heads {' and '.join(ECHO_HEADS)}; {task.name} is solved by {head} here. "
+                    "Leave --echo out."
+                )
+            return False
+        if trained is None:
+            return task.echo if self.echo is None else self.echo
+        if self.echo not in (None, trained.echo):
+            raise ValueError(
+                f"--echo is {str(self.echo).lower()}, but what is in {trained.source} was trained with "
+                f"{str(trained.echo).lower()}. Leave --echo out: it is read from the checkpoint."
+            )
+        return trained.echo
 
     def examples(
         self, task: Task, split: str, limit: int | None = None, bad_rows: BadRows | None = None

@@ -15,9 +15,10 @@ from chatglm_ptuning.command_line import fail
 from chatglm_ptuning.data.tasks.examples import AnyExample, ChoiceExample, TextExample, TokenExample, has_gold
 from chatglm_ptuning.data.tasks.prompt import answer_text, render_prompt
 from chatglm_ptuning.data.tasks.read import read_examples
+from chatglm_ptuning.data.tasks.readers import heads_of
 from chatglm_ptuning.data.tasks.registry import load_task, task_names
-from chatglm_ptuning.data.tasks.schema import Task
-from chatglm_ptuning.data.tasks.token_readers import spans_of
+from chatglm_ptuning.data.tasks.task import Task
+from chatglm_ptuning.metrics.entities import spans_of
 
 
 def main(argv: Sequence[str]) -> None:
@@ -102,7 +103,7 @@ def _describe(task: Task) -> None:
         "what": task.title,
         "source": task.source,
         "defined in": task.origin,
-        "heads": ", ".join(task.heads),
+        "heads": ", ".join(heads_of(task)),
         "metric": task.metric,
         "defaults": f"pre_seq_len {task.pre_seq_len}, learning_rate {task.learning_rate:g} ({task.settings_from})",
         "files": ", ".join(task.files),

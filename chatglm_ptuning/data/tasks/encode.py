@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
 
-from chatglm_ptuning.data.chat_format import render
-from chatglm_ptuning.data.conversation import Conversation, Message
+from chatglm_ptuning.chat.message import Conversation, Message
 from chatglm_ptuning.data.tasks.encode_spans import encode_question, learned_answer
 from chatglm_ptuning.data.tasks.encode_tags import DEFAULT_TOKEN_UNIT, encode_tokens
 from chatglm_ptuning.data.tasks.examples import (
@@ -22,7 +21,8 @@ from chatglm_ptuning.data.tasks.examples import (
     has_gold,
 )
 from chatglm_ptuning.data.tasks.prompt import answer_text, longest_text, render_prompt, with_texts_of
-from chatglm_ptuning.data.tasks.schema import Task, placeholders
+from chatglm_ptuning.data.tasks.readers import READERS, heads_of
+from chatglm_ptuning.data.tasks.task import Task, placeholders
 from chatglm_ptuning.model.losses import IGNORED_LABEL
 
 if TYPE_CHECKING:
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+HEADS = tuple(dict.fromkeys(head for reader in READERS.values() for head in reader.heads))
+"""Every way to solve a task."""
+ECHO_HEADS = ("token_classification", "question_answering")
+"""Heads that may read their text twice (`TaskEncoder.echo`)."""
 ANSWERING_HEADS = ("generation", "multiple_choice")
 """Heads that are the language model itself: what is learned is the text of the answer."""
 
@@ -40,7 +44,7 @@ class TaskEncoder:
 
     Texts to classify and questions to answer are prompts in the chat format of the tokenizer; a sequence
     classification ends where the answer's text would begin, so that its last state is the one that would say it.
-    Texts to tag and contexts to search stand in the task's prompt without the chat's roles.
+    Texts to tag and contexts to search stand in the task's prompt without the chat's roles, with `echo` twice.
 
     Attributes:
         head: one of the task's heads.
@@ -50,6 +54,9 @@ class TaskEncoder:
         max_target_length: tokens of an answer to learn at most.
         token_unit: what a tag stands on: `characters` splits the tokenizer's pieces where a character of the file
             ends, `pieces` leaves them whole.
+        echo: whether a text to tag or a context to search is read twice. Tags and spans are read off the second copy,
+            whose tokens have seen the whole text though attention is causal (Springer et al. 2024, "Repetition
+            improves language model embeddings"). Both copies of a window fit into `max_source_length`.
     """
 
     task: Task
@@ -59,6 +66,7 @@ class TaskEncoder:
     max_target_length: int = 128
     doc_stride: int = 64
     token_unit: str = DEFAULT_TOKEN_UNIT
+    echo: bool = False
 
     def training_rows(self, examples: Sequence[AnyExample]) -> list[dict[str, Any]]:
         """Rows with `input_ids` and what is to be learned, for `PaddingCollator`:
@@ -107,9 +115,7 @@ class TaskEncoder:
         if isinstance(example, TextExample) and self.head == "sequence_classification":
             return [{"input_ids": self.prompt_ids(example), "labels": self._label_number(example)}]
         prompt = self.prompt_ids(example)
-        asked = [Message("user", "？"), Message("assistant", answer_text(self.task, example) or "", loss=True)]
-        rendered = render(Conversation(asked), self.tokenizer)
-        answer = rendered.input_ids[rendered.answer_start :]
+        answer = self.tokenizer.chat.encode_answer(Message("assistant", answer_text(self.task, example) or ""))
         if len(answer) > self.max_target_length + 1:
             answer = answer[: self.max_target_length]
         return [{"input_ids": prompt + answer, "labels": [IGNORED_LABEL] * len(prompt) + answer}]
@@ -125,11 +131,12 @@ class TaskEncoder:
         Raises:
             ValueError: if the prompt without any text is longer than `max_source_length`.
         """
-        header = self._answer_header() if self.head == "sequence_classification" else []
+        chat = self.tokenizer.chat
+        header = chat.answer_header() if self.head == "sequence_classification" else []
 
         def ids_of(candidate: AnyExample) -> list[int]:
             asked = Conversation([Message("user", render_prompt(self.task, candidate))])
-            return [*render(asked, self.tokenizer, for_generation=True).input_ids, *header]
+            return [*chat.encode_prompt(asked), *header]
 
         ids = ids_of(example)
         if len(ids) <= self.max_source_length:
@@ -148,11 +155,6 @@ class TaskEncoder:
             )
         return ids
 
-    def _answer_header(self) -> list[int]:
-        """What precedes the text of every answer: its line of metadata, in the formats that have one."""
-        rendered = render(Conversation([Message("user", "？"), Message("assistant", "。")]), self.tokenizer)
-        return rendered.input_ids[rendered.answer_start : rendered.answer_start + rendered.answer_header]
-
 
 def head_of(task: Task, head: str | None) -> str:
     """The head to solve the task with: the one asked for, or the task's own.
@@ -161,8 +163,8 @@ def head_of(task: Task, head: str | None) -> str:
         ValueError: if it cannot solve the task, naming those that can.
     """
     head = task.head if head is None else head
-    if head not in task.heads:
-        raise ValueError(f"--head {head} cannot solve {task.name}; {' or '.join(task.heads)} can.")
+    if head not in heads_of(task):
+        raise ValueError(f"--head {head} cannot solve {task.name}; {' or '.join(heads_of(task))} can.")
     return head
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from chatglm_ptuning.data.tasks.encode_windows import around, frame_ids, room_for, window_starts
+from chatglm_ptuning.data.tasks.encode_windows import frame_of, window_starts
 from chatglm_ptuning.data.tasks.examples import Answer, QuestionExample
 
 if TYPE_CHECKING:
@@ -70,17 +70,12 @@ def encode_question(encoder: TaskEncoder, example: QuestionExample) -> list[Span
         ValueError: if question and prompt leave no room for the context.
     """
     values = {"question": example.question, "context": example.context}
-    frame = frame_ids(encoder.tokenizer, *around(encoder.task.prompt, "context", values, example.where))
-    room = room_for(frame, encoder.max_source_length, example.where)
-    before, behind = frame
+    frame = frame_of(encoder, "context", values, example.where)
     vocabulary = encoder.tokenizer.vocabulary
     ids, offsets = vocabulary.encode(example.context), vocabulary.offsets(example.context)
     windows = []
-    for start in window_starts(len(ids), room, encoder.doc_stride):
-        own = [(first, end) if end > first else None for first, end in offsets[start : start + room]]
-        windows.append(
-            SpanWindow(
-                [*before, *ids[start : start + room], *behind], [None] * len(before) + own + [None] * len(behind)
-            )
-        )
+    for start in window_starts(len(ids), frame.room, encoder.doc_stride):
+        inside = slice(start, start + frame.room)
+        own = [(first, end) if end > first else None for first, end in offsets[inside]]
+        windows.append(SpanWindow(*frame.fill(ids[inside], own)))
     return windows

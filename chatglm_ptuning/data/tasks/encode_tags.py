@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from chatglm_ptuning.data.tasks.encode_windows import around, frame_ids, owner_of, room_for, window_starts
+from chatglm_ptuning.data.tasks.encode_windows import frame_of, owner_of, window_starts
 from chatglm_ptuning.data.tasks.examples import TokenExample
 from chatglm_ptuning.model.losses import IGNORED_LABEL
 
@@ -46,22 +46,15 @@ def encode_tokens(encoder: TaskEncoder, example: TokenExample) -> list[TagWindow
         ValueError: if the prompt leaves no room for the text.
     """
     values = {"labels": "、".join(encoder.task.labels.values()), "text": example.text}
-    frame = frame_ids(encoder.tokenizer, *around(encoder.task.prompt, "text", values, example.where))
-    room = room_for(frame, encoder.max_source_length, example.where)
+    frame = frame_of(encoder, "text", values, example.where)
     split = _by_characters if encoder.token_unit == "characters" else _by_pieces
     ids, spans = split(encoder.tokenizer, example.tokens)
-    starts = window_starts(len(ids), room, encoder.doc_stride)
-    before, behind = frame
+    starts = window_starts(len(ids), frame.room, encoder.doc_stride)
     windows = []
     for window, start in enumerate(starts):
-        inside = range(start, min(start + room, len(ids)))
-        own = [spans[place] if owner_of(place, starts, room) == window else None for place in inside]
-        windows.append(
-            TagWindow(
-                [*before, *(ids[place] for place in inside), *behind],
-                [None] * len(before) + own + [None] * len(behind),
-            )
-        )
+        inside = range(start, min(start + frame.room, len(ids)))
+        own = [spans[place] if owner_of(place, starts, frame.room) == window else None for place in inside]
+        windows.append(TagWindow(*frame.fill([ids[place] for place in inside], own)))
     return windows
 
 

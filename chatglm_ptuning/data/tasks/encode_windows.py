@@ -3,33 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from string import Formatter
-from typing import TYPE_CHECKING
-
-from chatglm_ptuning.data.rendered import start_ids, text_ids
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
+    from chatglm_ptuning.data.tasks.encode import TaskEncoder
+
+Mark = TypeVar("Mark")
+
+_BETWEEN_COPIES = "\n"
 
 
-def around(template: str, name: str, values: Mapping[str, str], where: str) -> tuple[str, str]:
-    """The prompt before and behind the last `{name}` of its template; an earlier one is text like any other.
+@dataclass(frozen=True)
+class Frame:
+    """The ids around a window of a text.
+
+    Attributes:
+        before: in front of the window, with those that every sequence starts with.
+        behind: behind the window.
+        between: between the two copies of the window, if it is read twice (`TaskEncoder.echo`); else None.
+        room: ids of a window at most.
+    """
+
+    before: list[int]
+    behind: list[int]
+    between: list[int] | None
+    room: int
+
+    def fill(self, ids: Sequence[int], marks: Sequence[Mark]) -> tuple[list[int], list[Mark | None]]:
+        """A row for the model.
+
+        Args:
+            ids: of the window.
+            marks: what each of them stands for.
+
+        Returns:
+            `input_ids` `[seq_len]` and marks `[seq_len]`. The marks are on the last copy of the window, whose tokens
+            have seen the whole of it if there are two; all other ids have None.
+        """
+        before = self.before if self.between is None else [*self.before, *ids, *self.between]
+        return [*before, *ids, *self.behind], [None] * len(before) + [*marks] + [None] * len(self.behind)
+
+
+def frame_of(encoder: TaskEncoder, name: str, values: Mapping[str, str], where: str) -> Frame:
+    """The task's prompt around the last `{name}` in it; an earlier one is text like any other.
 
     Raises:
-        ValueError: if the template does not have it.
+        ValueError: if the prompt does not have it, or leaves no room for the text.
     """
-    parts = [(text, field) for text, field, _, _ in Formatter().parse(template)]
+    parts = [(text, field) for text, field, _, _ in Formatter().parse(encoder.task.prompt)]
     places = [place for place, (_, field) in enumerate(parts) if field == name]
     if not places:
         raise ValueError(f"{where}: the task's prompt has no {{{name}}} to read.")
-    filled = [text + (values[field] if field else "") for text, field in parts]
     last = places[-1]
-    return "".join(filled[:last]) + parts[last][0], "".join(filled[last + 1 :])
-
-
-def frame_ids(tokenizer: ChatGLMTokenizer, before: str, behind: str) -> tuple[list[int], list[int]]:
-    """The ids in front of the text, those that every sequence starts with included, and behind it."""
-    return [*start_ids(tokenizer), *text_ids(tokenizer, before)], text_ids(tokenizer, behind) if behind else []
+    filled = [text + (values[field] if field else "") for text, field in parts]
+    encode = encoder.tokenizer.vocabulary.encode
+    before = [*encoder.tokenizer.start_ids, *encode("".join(filled[:last]) + parts[last][0])]
+    text_behind = "".join(filled[last + 1 :])
+    behind = encode(text_behind) if text_behind else []
+    between = encode(_BETWEEN_COPIES) if encoder.echo else None
+    free = encoder.max_source_length - len(before) - len(behind)
+    room = free if between is None else (free - len(between)) // 2
+    if room < 1:
+        twice = "" if between is None else " with the text twice (echo)"
+        raise ValueError(
+            f"{where}: the prompt{twice} does not fit into --max_source_length {encoder.max_source_length}."
+        )
+    return Frame(before, behind, between, room)
 
 
 def window_starts(length: int, room: int, stride: int) -> list[int]:
@@ -48,15 +89,3 @@ def owner_of(place: int, starts: Sequence[int], room: int) -> int:
     """The window in which a token has most of the text around it: the greatest distance to the nearer edge."""
     inside = [window for window, start in enumerate(starts) if start <= place < start + room]
     return max(inside, key=lambda window: min(place - starts[window], starts[window] + room - 1 - place))
-
-
-def room_for(frame: Sequence[Sequence[int]], max_source_length: int, where: str) -> int:
-    """Tokens that the frame leaves free.
-
-    Raises:
-        ValueError: if it leaves none.
-    """
-    room = max_source_length - sum(map(len, frame))
-    if room < 1:
-        raise ValueError(f"{where}: the prompt does not fit into --max_source_length {max_source_length}.")
-    return room

@@ -12,8 +12,9 @@ from transformers.utils import logging
 from chatglm_ptuning.data.sources.hub import is_on_hub
 from chatglm_ptuning.data.tasks.checked_yaml import FieldChecker, nearest, read_yaml
 from chatglm_ptuning.data.tasks.encode import check_order, head_of
+from chatglm_ptuning.data.tasks.readers import heads_of
 from chatglm_ptuning.data.tasks.registry import load_task
-from chatglm_ptuning.data.tasks.schema import Task
+from chatglm_ptuning.data.tasks.task import Task
 
 logger = logging.get_logger(__name__)
 
@@ -134,7 +135,7 @@ class _MixtureChecker(FieldChecker):
     def head(self, task: Task, value: Mapping[str, Any], what: str) -> str:
         named = value.get("head")
         if named is not None:
-            self.one_of(named, task.heads, f"{what}.head")
+            self.one_of(named, heads_of(task), f"{what}.head")
         head = head_of(task, named)
         check_order(task, head)
         return head

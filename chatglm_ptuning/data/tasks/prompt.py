@@ -14,7 +14,7 @@ from chatglm_ptuning.data.tasks.examples import (
     TextExample,
     TokenExample,
 )
-from chatglm_ptuning.data.tasks.schema import Task
+from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.data.truncation import without_middle
 
 

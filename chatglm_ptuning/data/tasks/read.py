@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers.utils import logging
 
 from chatglm_ptuning.data.sources.rows import BadRows
-from chatglm_ptuning.data.tasks.choice_readers import read_c3, read_chid, read_choices, read_exam
 from chatglm_ptuning.data.tasks.examples import AnyExample, gold_of, has_gold
-from chatglm_ptuning.data.tasks.question_readers import read_squad
-from chatglm_ptuning.data.tasks.schema import Task
+from chatglm_ptuning.data.tasks.readers import reader_of
 from chatglm_ptuning.data.tasks.source import SplitSource, needs_gold
 from chatglm_ptuning.data.tasks.splits import chosen_subjects, split_sources, subject_of_file
-from chatglm_ptuning.data.tasks.text_readers import read_lcsts, read_pairs, read_texts, read_winograd
-from chatglm_ptuning.data.tasks.token_readers import read_bio, read_cluener
+from chatglm_ptuning.data.tasks.task import Task
 
 logger = logging.get_logger(__name__)
-
-_READ: dict[str, Callable[[SplitSource], Iterable[AnyExample]]] = {
-    "rows": read_texts,
-    "winograd": read_winograd,
-    "pairs": read_pairs,
-    "lcsts": read_lcsts,
-    "bio": read_bio,
-    "cluener": read_cluener,
-    "squad": read_squad,
-    "chid": read_chid,
-    "c3": read_c3,
-    "choices": read_choices,
-    "exam": read_exam,
-}
 
 
 def read_examples(
@@ -69,7 +52,7 @@ def read_examples(
         chosen = [subject_of_file(task, Path(source), split, chosen)]
     for subject in chosen:
         sources, fields = split_sources(task, source, split, subject, is_only_subject=len(chosen) == 1)
-        examples += _READ[task.reader](SplitSource(task, split, sources, fields, subject, bad_rows))
+        examples += reader_of(task).read(SplitSource(task, split, sources, fields, subject, bad_rows))
     if not examples:
         raise ValueError(f"{source} holds no row of {task.name}, split {split}.")
     _check_all_or_none(task, split, examples)

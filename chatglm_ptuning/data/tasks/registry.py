@@ -7,7 +7,8 @@ from functools import cache
 from pathlib import Path
 
 from chatglm_ptuning.data.tasks.checked_yaml import read_yaml
-from chatglm_ptuning.data.tasks.schema import Task, parse_task
+from chatglm_ptuning.data.tasks.schema import parse_task
+from chatglm_ptuning.data.tasks.task import Task
 
 DEFINITIONS = Path(__file__).parent / "definitions"
 """One file per task, `NAME.yaml`."""

@@ -1,224 +1,26 @@
-"""What a task file says, and the strict check of it."""
+"""What a task file may say, and the strict check of it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from string import Formatter
+from dataclasses import fields, replace
 from typing import Any
 
 from chatglm_ptuning.data.tasks.checked_yaml import FieldChecker, nearest, quote_hint
+from chatglm_ptuning.data.tasks.readers import READERS, Reader
+from chatglm_ptuning.data.tasks.task import HubSource, Subject, Submission, Task, placeholders
 
-HEADS = ("generation", "sequence_classification", "token_classification", "question_answering", "multiple_choice")
-"""How a task is solved: by writing or scoring an answer, by a linear head, or by choosing among a row's candidates."""
-
-
-@dataclass(frozen=True)
-class ReaderKind:
-    """What a kind of files demands of its task file.
-
-    Attributes:
-        fields: roles that need the name of a column.
-        optional: roles that may have one.
-        extra_fields: whether further columns may be named, for the prompt.
-        labels: whether the task has a label set.
-        heads: that can solve the task, the usual one first.
-        in_prompt: names that the prompt may use besides `labels` and extra fields.
-    """
-
-    fields: tuple[str, ...] = ()
-    optional: tuple[str, ...] = ()
-    extra_fields: bool = False
-    labels: bool = False
-    heads: tuple[str, ...] = ()
-    in_prompt: tuple[str, ...] = ()
-
-
-_CHOICE = {"heads": ("multiple_choice", "generation"), "in_prompt": ("context", "question", "options")}
-_QUESTION = {"heads": ("question_answering", "generation"), "in_prompt": ("context", "question")}
-_CLASSIFIED = ("sequence_classification", "generation")
-READERS = {
-    "rows": ReaderKind(("text",), ("text_pair", "label", "id"), True, True, _CLASSIFIED, ("text", "text_pair")),
-    "winograd": ReaderKind(
-        ("text", "span1_text", "span1_index", "span2_text", "span2_index"), ("label", "id"), False, True, _CLASSIFIED,
-        ("text", "span1", "span2"),
-    ),
-    "pairs": ReaderKind(("text", "target"), ("id",), True, False, ("generation",), ("text",)),
-    "lcsts": ReaderKind(("text", "target"), ("id",), False, False, ("generation",), ("text",)),
-    "bio": ReaderKind((), ("tokens", "tags", "id"), False, True, ("token_classification",), ("text",)),
-    "cluener": ReaderKind((), (), False, True, ("token_classification",), ("text",)),
-    "squad": ReaderKind(**_QUESTION),
-    "chid": ReaderKind(**_CHOICE),
-    "c3": ReaderKind(**_CHOICE),
-    "choices": ReaderKind(("candidates",), ("context", "question", "answer", "id"), **_CHOICE),
-    "exam": ReaderKind(
-        heads=_CHOICE["heads"], in_prompt=("context", "question", "options", "subject", "category")
-    ),
-}  # fmt: skip
-"""Kinds of files by the name that a task file gives as `reader`; docs/tasks.md describes each."""
-
-METRICS = {
-    "accuracy": ("rows", "winograd", "chid", "c3", "choices", "exam"),
-    "macro_f1": ("rows", "winograd"),
-    "micro_f1": ("rows",),
-    "subset_accuracy": ("rows",),
-    "entity_f1": ("bio", "cluener"),
-    "cluener_f1": ("cluener",),
-    "cmrc_f1": ("squad",),
-    "cmrc_em": ("squad",),
-    "rouge-l": ("pairs", "lcsts"),
-    "bleu-4": ("pairs", "lcsts"),
+_OPTIONS = {
+    "labels": "the label of the files -> its Chinese verbaliser",
+    "drop_labels": "labels of rows that do not count",
+    "multi_label": "true or false",
+    "label_separator": "text between labels",
+    "letters": "true or false",
+    "echo": "true or false",
+    "subjects": "NAME: [Chinese title, category]",
+    "groups": "NAME: [subject, ...]",
 }
-"""Metric -> the readers whose tasks it can score."""
-
-MULTI_LABEL_METRICS = ("micro_f1", "macro_f1", "subset_accuracy")
-"""Metrics of tasks whose texts have any number of labels."""
-_MULTI_LABEL_ONLY = ("micro_f1", "subset_accuracy")
-
-SUBMISSIONS = {
-    "label_lines": ("rows", "winograd"),
-    "answer_lines": ("chid", "choices"),
-    "choice_lines": ("c3",),
-    "idiom_map": ("chid",),
-    "answer_map": ("squad",),
-    "entity_lines": ("cluener",),
-    "exam_map": ("exam",),
-}
-"""Form of a submission file -> the readers whose tasks have it."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One subject of an examination.
-
-    Attributes:
-        title: in Chinese, as the prompt says it.
-        category: the benchmark's group of subjects.
-    """
-
-    title: str
-    category: str
-
-
-@dataclass(frozen=True)
-class HubSource:
-    """Where a hub has the task.
-
-    Attributes:
-        id: `OWNER/NAME`.
-        config: name of the subset; `{subject}` in it stands for each subject of an examination.
-        splits: the task's split -> the hub's, where they differ.
-        fields: role -> column, where the hub's columns differ from those of the files.
-    """
-
-    id: str
-    config: str | None = None
-    splits: Mapping[str, str] = field(default_factory=dict)
-    fields: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Submission:
-    """The form of the benchmark's submission file.
-
-    Attributes:
-        format: one of `SUBMISSIONS`.
-        files: split -> name of the file; `""` holds for all other splits.
-    """
-
-    format: str
-    files: Mapping[str, str]
-
-    def file_of(self, split: str) -> str:
-        """The name of the file for the predictions on a split."""
-        return self.files.get(split) or self.files.get("") or next(iter(self.files.values()))
-
-
-@dataclass(frozen=True)
-class Task:
-    """One task of the registry.
-
-    Attributes:
-        name: what `--task` takes.
-        title: one line for people.
-        reader: kind of files, one of `READERS`.
-        head: the usual one of `heads`.
-        prompt: template of the Chinese prompt.
-        metric: one of `METRICS`.
-        pre_seq_len, learning_rate: defaults for training, and `settings_from` says where they come from.
-        files: split -> alternatives, each the names of the files that make up the split, relative to the folder.
-        folders: names of subfolders in which the files are looked for, too.
-        fields: role -> column of the files; a dot goes into an object.
-        labels: key in the files -> Chinese verbaliser. For tags, entity type -> its Chinese name.
-        drop_labels: rows with these are neither learned nor scored, as the benchmark says.
-        multi_label: a text has any number of labels; its column is a list of them, or a text.
-        label_separator: between the labels of such a text.
-        letters: the prompt lists candidates as A, B, C, ..., and the letter is the answer.
-        subjects: of an examination, by their names in its files.
-        groups: of an examination, further sets of subjects that the benchmark reports, across its categories.
-        hub: `huggingface` or `modelscope` -> where it is there.
-        source: paper or page of the data set.
-        aliases: other names.
-        origin: the file that the task was read from.
-    """
-
-    name: str
-    title: str
-    reader: str
-    head: str
-    prompt: str
-    metric: str
-    pre_seq_len: int
-    learning_rate: float
-    settings_from: str
-    files: Mapping[str, tuple[tuple[str, ...], ...]]
-    folders: tuple[str, ...] = ()
-    fields: Mapping[str, str] = field(default_factory=dict)
-    labels: Mapping[str, str] = field(default_factory=dict)
-    drop_labels: tuple[str, ...] = ()
-    multi_label: bool = False
-    label_separator: str = ","
-    letters: bool = False
-    subjects: Mapping[str, Subject] = field(default_factory=dict)
-    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    hub: Mapping[str, HubSource] = field(default_factory=dict)
-    submission: Submission | None = None
-    source: str = ""
-    aliases: tuple[str, ...] = ()
-    origin: str = ""
-
-    @property
-    def kind(self) -> ReaderKind:
-        """What its reader demands."""
-        return READERS[self.reader]
-
-    @property
-    def heads(self) -> tuple[str, ...]:
-        """Every head that can solve it."""
-        return ("sequence_classification",) if self.multi_label else self.kind.heads
-
-    @property
-    def tags(self) -> tuple[str, ...]:
-        """The BIO tags of a token classification, `O` first; empty for other tasks."""
-        if "token_classification" not in self.heads:
-            return ()
-        return ("O", *(f"{side}-{entity}" for entity in self.labels for side in "BI"))
-
-    @property
-    def extra_fields(self) -> dict[str, str]:
-        """Columns that only the prompt uses."""
-        if not self.kind.extra_fields:
-            return {}
-        known = {*self.kind.fields, *self.kind.optional}
-        return {role: column for role, column in self.fields.items() if role not in known}
-
-
-def metrics_of(task: Task) -> list[str]:
-    """The metrics that can score a task."""
-    fitting = [name for name, readers in METRICS.items() if task.reader in readers]
-    if task.multi_label:
-        return [name for name in fitting if name in MULTI_LABEL_METRICS]
-    return [name for name in fitting if name not in _MULTI_LABEL_ONLY]
+"""Keys that only some readers take, and what stands behind them."""
 
 
 def parse_task(content: Any, origin: str) -> Task:
@@ -228,22 +30,6 @@ def parse_task(content: Any, origin: str) -> Task:
         ValueError: naming the file, the key and the way out, for anything that is missing, unknown or does not fit.
     """
     return _Checker(origin).task(content)
-
-
-def placeholders(template: str) -> list[str]:
-    """The names in braces, in their order.
-
-    Raises:
-        ValueError: if the template is malformed, or has anything but plain names in braces.
-    """
-    names = []
-    for _, name, spec, conversion in Formatter().parse(template):
-        if name is None:
-            continue
-        if not name.isidentifier() or spec or conversion:
-            raise ValueError(f"'{{{name}}}' is not a plain name in braces (a literal brace is written twice)")
-        names.append(name)
-    return names
 
 
 class _Checker(FieldChecker):
@@ -256,13 +42,14 @@ class _Checker(FieldChecker):
         for name in ("name", "title", "reader", "prompt", "metric", "pre_seq_len", "learning_rate", "files"):
             if name not in content:
                 self.fail(f"there is no key '{name}'; docs/tasks.md has an example.")
-        reader = self.one_of(content["reader"], READERS, "reader")
-        kind = READERS[reader]
+        reader = READERS[self.one_of(content["reader"], READERS, "reader")]
         task = Task(
             name=self.name(content["name"]),
             title=self.text(content["title"], "title"),
-            reader=reader,
-            head=self.one_of(content.get("head", kind.heads[0]), kind.heads, f"head (of the reader '{reader}')"),
+            reader=reader.name,
+            head=self.one_of(
+                content.get("head", reader.heads[0]), reader.heads, f"head (of the reader '{reader.name}')"
+            ),
             prompt=self.text(content["prompt"], "prompt"),
             metric=self.text(content["metric"], "metric"),
             pre_seq_len=self.positive_int(content["pre_seq_len"], "pre_seq_len"),
@@ -270,13 +57,14 @@ class _Checker(FieldChecker):
             settings_from=self.text(content.get("settings_from", "the task file's author"), "settings_from"),
             files=self.files(content["files"]),
             folders=self.texts(content.get("folders", ()), "folders"),
-            fields=self.fields(content.get("fields", {}), kind, reader),
-            labels=self.labels(content.get("labels", {}), kind, reader),
+            fields=self.fields(content.get("fields", {}), reader),
+            labels=self.labels(content.get("labels", {})),
             drop_labels=self.texts(content.get("drop_labels", ()), "drop_labels"),
             multi_label=self.flag(content.get("multi_label", False), "multi_label"),
             label_separator=self.separator(content),
             letters=self.flag(content.get("letters", False), "letters"),
-            subjects=self.subjects(content.get("subjects", {}), reader),
+            echo=self.flag(content.get("echo", False), "echo"),
+            subjects=self.subjects(content.get("subjects", {})),
             groups=self.groups(content.get("groups", {}), content.get("subjects", {})),
             hub=self.hub(content.get("hub", {})),
             submission=self.submission(content.get("submission"), reader),
@@ -284,10 +72,19 @@ class _Checker(FieldChecker):
             aliases=self.texts(content.get("aliases", ()), "aliases"),
             origin=self.origin,
         )
-        self.prompt(task)
-        self.label_rules(task)
-        self.metric(task)
+        self.options(content, reader)
+        self.prompt(task, reader)
+        self.label_rules(task, reader)
+        self.metric(task, reader)
         return task
+
+    def options(self, content: Mapping[str, Any], reader: Reader) -> None:
+        for key, form in _OPTIONS.items():
+            if content.get(key) and key not in (*reader.needs, *reader.options):
+                takers = ", ".join(other.name for other in READERS.values() if key in (*other.needs, *other.options))
+                self.fail(f"'{key}' belongs to the readers {takers}, not to '{reader.name}'; leave it out.")
+            if key in reader.needs and not content.get(key):
+                self.fail(f"the reader '{reader.name}' needs '{key}': {form}.")
 
     def name(self, value: Any) -> str:
         name = self.text(value, "name")
@@ -305,21 +102,19 @@ class _Checker(FieldChecker):
             self.fail("'label_separator' belongs to 'multi_label: true'.")
         return value
 
-    def label_rules(self, task: Task) -> None:
-        if task.drop_labels and task.reader not in ("rows", "winograd"):
-            self.fail(f"'drop_labels' belongs to the readers 'rows' and 'winograd', not to '{task.reader}'.")
-        if task.multi_label and task.reader != "rows":
-            self.fail(f"'multi_label' belongs to the reader 'rows', not to '{task.reader}'.")
-        if task.head not in task.heads:
-            self.fail(f"with 'multi_label' the head must be {' or '.join(task.heads)}, found '{task.head}'.")
+    def label_rules(self, task: Task, reader: Reader) -> None:
+        heads = reader.heads_of(task)
+        if task.head not in heads:
+            self.fail(f"with 'multi_label' the head must be {' or '.join(heads)}, found '{task.head}'.")
         if task.multi_label and task.drop_labels:
             self.fail("'drop_labels' leaves out rows of one label; with 'multi_label' take them out of the files.")
 
-    def metric(self, task: Task) -> None:
-        if task.metric in _MULTI_LABEL_ONLY and not task.multi_label:
+    def metric(self, task: Task, reader: Reader) -> None:
+        known = reader.metrics_of(task)
+        if task.metric not in known and task.metric in reader.metrics_of(replace(task, multi_label=True)):
             self.fail(f"the metric '{task.metric}' belongs to 'multi_label: true'.")
         kind = " with 'multi_label'" if task.multi_label else ""
-        self.one_of(task.metric, metrics_of(task), f"metric (of the reader '{task.reader}'{kind})")
+        self.one_of(task.metric, known, f"metric (of the reader '{reader.name}'{kind})")
 
     def files(self, value: Any) -> dict[str, tuple[tuple[str, ...], ...]]:
         splits = {}
@@ -339,25 +134,19 @@ class _Checker(FieldChecker):
             self.fail("'files' names no split; write for example `files: {train: train.json}`.")
         return splits
 
-    def fields(self, value: Any, kind: ReaderKind, reader: str) -> dict[str, str]:
+    def fields(self, value: Any, reader: Reader) -> dict[str, str]:
         named = self.text_mapping(value, "fields")
-        known = [*kind.fields, *kind.optional]
-        if not kind.extra_fields:
-            self.known_keys(named, known, f"field (of the reader '{reader}')")
-        for role in kind.fields:
+        if not reader.takes_extra_fields:
+            known = [*reader.fields, *reader.optional_fields]
+            self.known_keys(named, known, f"field (of the reader '{reader.name}')")
+        for role in reader.fields:
             if role not in named:
-                self.fail(f"'fields' does not say which column is '{role}', which the reader '{reader}' needs.")
+                self.fail(f"'fields' does not say which column is '{role}', which the reader '{reader.name}' needs.")
         return named
 
-    def labels(self, value: Any, kind: ReaderKind, reader: str) -> dict[str, str]:
-        given = self.mapping(value, "'labels'")
-        if bool(given) != kind.labels:
-            self.fail(
-                f"the reader '{reader}' {'needs' if kind.labels else 'has no'} 'labels'"
-                + (": the label of the files -> its Chinese verbaliser." if kind.labels else "; leave them out.")
-            )
+    def labels(self, value: Any) -> dict[str, str]:
         labels: dict[str, str] = {}
-        for key, verbaliser in given.items():
+        for key, verbaliser in self.mapping(value, "'labels'").items():
             if isinstance(key, bool) or not isinstance(key, (str, int)):
                 self.fail(f"the label {key!r} must be text or a number{quote_hint(key)}.")
             if not isinstance(verbaliser, str) or not verbaliser.strip():
@@ -371,12 +160,9 @@ class _Checker(FieldChecker):
             labels[str(key)] = verbaliser
         return labels
 
-    def subjects(self, value: Any, reader: str) -> dict[str, Subject]:
-        given = self.mapping(value, "'subjects'")
-        if bool(given) != (reader == "exam"):
-            self.fail("'subjects' belong to the reader 'exam', which needs them: NAME: [Chinese title, category].")
+    def subjects(self, value: Any) -> dict[str, Subject]:
         subjects = {}
-        for name, entry in given.items():
+        for name, entry in self.mapping(value, "'subjects'").items():
             if not isinstance(entry, Sequence) or isinstance(entry, str) or len(entry) != 2:
                 self.fail(f"the subject '{name}' must be [Chinese title, category], found {entry!r}.")
             subjects[self.text(name, "subjects")] = Subject(*(self.text(part, f"subjects.{name}") for part in entry))
@@ -408,13 +194,13 @@ class _Checker(FieldChecker):
             )
         return sources
 
-    def submission(self, value: Any, reader: str) -> Submission | None:
+    def submission(self, value: Any, reader: Reader) -> Submission | None:
         if value is None:
             return None
         entry = self.mapping(value, "'submission'")
         self.known_keys(entry, ("format", "file"), "key of submission")
-        fitting = [name for name, readers in SUBMISSIONS.items() if reader in readers]
-        form = self.one_of(entry.get("format"), fitting, f"submission format (of the reader '{reader}')")
+        what = f"submission format (of the reader '{reader.name}')"
+        form = self.one_of(entry.get("format"), reader.submissions, what)
         names = entry.get("file")
         files = {"": names} if isinstance(names, str) else names
         return Submission(form, self.file_names(files))
@@ -427,13 +213,13 @@ class _Checker(FieldChecker):
             names[str(split)] = name
         return names or self.fail("'submission.file' names no file.")
 
-    def prompt(self, task: Task) -> None:
+    def prompt(self, task: Task, reader: Reader) -> None:
         try:
             names = placeholders(task.prompt)
         except ValueError as error:
             self.fail(f"the prompt is malformed: {error}.")
-        known = [name for name in task.kind.in_prompt if name != "text_pair" or "text_pair" in task.fields]
-        known += [*task.extra_fields, *(["labels"] if task.labels else [])]
+        known = [name for name in reader.placeholders if name != "text_pair" or "text_pair" in task.fields]
+        known += [*reader.extra_fields(task), *(["labels"] if task.labels else [])]
         for name in names:
             if name not in known:
                 shown = ", ".join(f"{{{entry}}}" for entry in known)

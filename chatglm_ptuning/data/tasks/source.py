@@ -14,7 +14,7 @@ from chatglm_ptuning.data.sources.rows import BadRows, Row, fail
 from chatglm_ptuning.data.sources.text import data_suffix
 from chatglm_ptuning.data.tasks.checked_yaml import nearest
 from chatglm_ptuning.data.tasks.examples import AnyExample
-from chatglm_ptuning.data.tasks.schema import Task
+from chatglm_ptuning.data.tasks.task import Task
 
 Unit = TypeVar("Unit")
 _WITHOUT_GOLD = ("test", "unlabel")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from chatglm_ptuning.data.sources.files import DataFile, DataSource, find_sources
 from chatglm_ptuning.data.sources.hub import HUBS, HubDataset, first_line, is_on_hub
-from chatglm_ptuning.data.tasks.schema import HubSource, Task
+from chatglm_ptuning.data.tasks.task import HubSource, Task
 
 
 def split_sources(

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from string import ascii_uppercase
 from typing import Any
 
 from transformers.utils import logging
 
 from chatglm_ptuning.data.tasks.examples import AnyExample, ChoiceExample, TokenExample, has_gold
-from chatglm_ptuning.data.tasks.schema import Task
-from chatglm_ptuning.data.tasks.token_readers import spans_of
-from chatglm_ptuning.prefix.files import write_atomically
+from chatglm_ptuning.data.tasks.readers import reader_of
+from chatglm_ptuning.data.tasks.task import Task
+from chatglm_ptuning.files import write_atomically
 
 logger = logging.get_logger(__name__)
 
@@ -60,16 +58,7 @@ def write_submission(
     split: str = "test",
     variant: str | None = None,
 ) -> Path:
-    """Writes the benchmark's submission file for the predictions on a split.
-
-    - `label_lines`: `{"id": ID, "label": "LABEL"}` a line, labels as in the benchmark's own files; of a multi-label
-      task the list of them
-    - `answer_lines`: `{"id": ID, "answer": INDEX}` a line (FewCLUE's ChID)
-    - `choice_lines`: `{"id": ID, "label": INDEX}` a line (C3)
-    - `idiom_map`: one object, `{"#idiom000000#": INDEX}` (CLUE's ChID)
-    - `answer_map`: one object, `{"QUESTION_ID": "ANSWER"}` (CMRC2018, DRCD)
-    - `entity_lines`: `{"id": ID, "label": {TYPE: {TEXT: [[START, END]]}}}` a line, both ends inclusive (CLUENER2020)
-    - `exam_map`: one object, `{"SUBJECT": {"ID": "A"}}` (C-Eval)
+    """Writes the benchmark's submission file for the predictions on a split, in one of its reader's formats.
 
     Args:
         examples: of the whole split, in the order of its files.
@@ -98,10 +87,11 @@ def write_submission(
     name = form.file_of(split)
     if variant is not None:
         name = f"{Path(name).stem}_{variant}{Path(name).suffix}"
+    write = reader_of(task).submissions[form.format]
     path = Path(folder) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     with write_atomically(path) as temporary:
-        temporary.write_text(_WRITE[form.format](examples, predictions), encoding="utf-8")
+        temporary.write_text(write(examples, predictions), encoding="utf-8")
     return path
 
 
@@ -125,45 +115,3 @@ def _check(task: Task, example: AnyExample, prediction: PredictedValue) -> None:
         raise ValueError(f"{where} is {prediction!r}, which is no label of {task.name}.")
     elif not isinstance(prediction, str):
         raise ValueError(f"{where} must be text, found {prediction!r}.")
-
-
-def _lines(key: str) -> Callable[[Sequence[AnyExample], Sequence[PredictedValue]], str]:
-    def write(examples: Sequence[AnyExample], predictions: Sequence[PredictedValue]) -> str:
-        rows = ({"id": example.id, key: value} for example, value in zip(examples, predictions, strict=True))
-        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-    return write
-
-
-def _map(examples: Sequence[AnyExample], predictions: Sequence[PredictedValue]) -> str:
-    answers = {str(example.id): prediction for example, prediction in zip(examples, predictions, strict=True)}
-    return json.dumps(answers, ensure_ascii=False, indent=2) + "\n"
-
-
-def _exam(examples: Sequence[AnyExample], predictions: Sequence[PredictedValue]) -> str:
-    subjects: dict[str, dict[str, str]] = {}
-    for example, prediction in zip(examples, predictions, strict=True):
-        answers = subjects.setdefault(getattr(example, "subject", None) or "", {})
-        answers[str(example.id)] = ascii_uppercase[prediction]
-    return json.dumps(subjects, ensure_ascii=False, indent=2) + "\n"
-
-
-def _entities(examples: Sequence[AnyExample], predictions: Sequence[PredictedValue]) -> str:
-    lines = []
-    for example, tags in zip(examples, predictions, strict=True):
-        label: dict[str, dict[str, list[list[int]]]] = {}
-        for entity, first, last in spans_of(tags):
-            label.setdefault(entity, {}).setdefault(example.text_of(first, last), []).append([first, last])
-        lines.append(json.dumps({"id": example.id, "label": label}, ensure_ascii=False) + "\n")
-    return "".join(lines)
-
-
-_WRITE: dict[str, Callable[[Sequence[AnyExample], Sequence[PredictedValue]], str]] = {
-    "label_lines": _lines("label"),
-    "answer_lines": _lines("answer"),
-    "choice_lines": _lines("label"),
-    "idiom_map": _map,
-    "answer_map": _map,
-    "entity_lines": _entities,
-    "exam_map": _exam,
-}

@@ -13,11 +13,11 @@ from chatglm_ptuning.command_line import fail, parse_arguments
 from chatglm_ptuning.evaluation.figures import draw_accuracies
 from chatglm_ptuning.evaluation.table import print_scores
 from chatglm_ptuning.evaluation.task_report import TaskScores, write_task_report
+from chatglm_ptuning.files import check_output_folder, write_atomically
 from chatglm_ptuning.model.hub import InferenceBaseArguments
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
-from chatglm_ptuning.prefix.checkpoint import kit_version
-from chatglm_ptuning.prefix.files import check_output_folder, write_atomically
 from chatglm_ptuning.prefix.latest import runs_folder
+from chatglm_ptuning.version import kit_version
 
 if TYPE_CHECKING:
     from chatglm_ptuning.evaluation.harness.model import ChatGLMHarnessModel

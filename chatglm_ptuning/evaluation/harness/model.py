@@ -14,8 +14,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from chatglm_ptuning.evaluation.candidates import encode_candidates
-from chatglm_ptuning.model.chat_turn import stop_ids
+from chatglm_ptuning.chat.message import Conversation, Message
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
@@ -28,7 +27,7 @@ class ChatGLMHarnessModel(HFLM):
     - Every context starts with `[gMASK] sop`, once; so do an empty one, one that is cut, each window of a long text.
       (HFLM takes the family's `<s>`, which is written as nothing, for being there already and adds no start.)
     - What is too long loses tokens behind the start, counted in `cut_contexts`.
-    - A chat goes through the tokenizer's template to ids, since its special tokens do not come from text. An answer's
+    - A chat goes through its chat format to ids, since its special tokens do not come from text. An answer's
       candidates stand where an answer stands that the model was trained on.
     - Log-softmax in float32, of the scored positions alone.
 
@@ -131,16 +130,12 @@ class ChatGLMHarnessModel(HFLM):
         return text
 
     def _chat_ids(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool) -> list[int]:
-        rendered = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt
-        )
-        return rendered["input_ids"] + (self._answer_header() if add_generation_prompt else [])
-
-    def _answer_header(self) -> list[int]:
-        """What stands between the prompt and an answer's own text: the line of metadata in formats with roles."""
-        answer = self.tokenizer.encode("A", add_special_tokens=False)
-        (trained,) = encode_candidates(self.tokenizer, ["A"])
-        return trained[: -1 - len(answer)]
+        """Up to where the text of an answer begins, or with an answer that is begun, which the last id would end."""
+        chat = self.tokenizer.chat
+        conversation = Conversation([Message.from_dict(message) for message in messages])
+        if add_generation_prompt:
+            return [*chat.encode_prompt(conversation), *chat.answer_header()]
+        return chat.encode(conversation).input_ids[:-1]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if context not in self._chats:
@@ -213,5 +208,5 @@ class ChatGLMHarnessModel(HFLM):
             return self.model(inps, logits_to_keep=keep, use_cache=False).logits
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any) -> torch.Tensor:
-        settings.setdefault("eos_token_id", stop_ids(self.tokenizer))
+        settings.setdefault("eos_token_id", self.tokenizer.chat.stop_ids)
         return super()._model_generate(context, max_length, stop, **settings)

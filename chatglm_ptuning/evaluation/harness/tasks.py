@@ -16,7 +16,7 @@ from lm_eval.tasks import TaskManager
 from chatglm_ptuning.data.tasks.examples import ChoiceExample
 from chatglm_ptuning.data.tasks.read import chosen_subjects, read_examples
 from chatglm_ptuning.data.tasks.registry import load_task
-from chatglm_ptuning.data.tasks.schema import Task
+from chatglm_ptuning.data.tasks.task import Task
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from chatglm_ptuning.command_line import fail, parse_arguments
-from chatglm_ptuning.prefix.files import check_output_folder
+from chatglm_ptuning.files import check_output_folder
 from chatglm_ptuning.prefix.latest import runs_folder
 from chatglm_ptuning.training.comparison.plan import DEFAULT_SEEDS, Plan, check_plan, read_plan, select
 from chatglm_ptuning.training.comparison.report import make_rows, print_comparison, write_comparison

@@ -14,8 +14,9 @@ from chatglm_ptuning.data.tasks.arguments import usual_split
 from chatglm_ptuning.data.tasks.checked_yaml import read_yaml
 from chatglm_ptuning.data.tasks.encode import ANSWERING_HEADS, head_of
 from chatglm_ptuning.data.tasks.examples import AnyExample, TextExample, gold_of, has_gold
+from chatglm_ptuning.data.tasks.readers import heads_of
 from chatglm_ptuning.data.tasks.registry import load_task
-from chatglm_ptuning.data.tasks.schema import Task
+from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.evaluation.task_report import score_task
 from chatglm_ptuning.training.arguments import DataArguments, ModelArguments
 from chatglm_ptuning.training.run import TRAIN_FLAGS
@@ -291,18 +292,19 @@ def _check_cell(
     flags = {**flags, "head": head}
     kinds = (ModelArguments, DataArguments, TuningArguments)
     _, data, _ = checker.values({**flags, "model_name_or_path": plan.base}, kinds)
+    data.echo_of(definition, head)
     predict_split = rows.read(task, definition, data, tuning != "none")
     return Cell(task, method, definition, head, predict_split, flags)
 
 
 def _head(task: Task, asked: Any, trains: bool) -> str:
     """The head's name, of what a plan calls it."""
-    linear = [head for head in task.heads if head not in ANSWERING_HEADS]
-    answering = [head for head in task.heads if head in ANSWERING_HEADS]
+    linear = [head for head in heads_of(task) if head not in ANSWERING_HEADS]
+    answering = [head for head in heads_of(task) if head in ANSWERING_HEADS]
     if asked in HEAD_WORDS:
         heads = linear if asked == "linear" else answering
         if not heads:
-            raise ValueError(f"{task.name} has no {asked} head, only {' or '.join(task.heads)}.")
+            raise ValueError(f"{task.name} has no {asked} head, only {' or '.join(heads_of(task))}.")
         return heads[0]
     if asked is None and not trains and answering:
         return task.head if task.head in answering else answering[0]

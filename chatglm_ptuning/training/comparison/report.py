@@ -13,10 +13,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from chatglm_ptuning.evaluation.bootstrap import mean_interval
 from chatglm_ptuning.evaluation.figures import find_font, new_figure, save_figure
-from chatglm_ptuning.evaluation.spread import mean_and_deviation
-from chatglm_ptuning.prefix.files import write_atomically
+from chatglm_ptuning.files import write_atomically
+from chatglm_ptuning.metrics.bootstrap import mean_interval
+from chatglm_ptuning.metrics.spread import mean_and_deviation
 from chatglm_ptuning.training.comparison.plan import CheckedPlan
 from chatglm_ptuning.training.comparison.runs import Failure, Run
 

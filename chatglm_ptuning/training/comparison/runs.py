@@ -16,7 +16,7 @@ from typing import IO, Any
 import torch
 
 from chatglm_ptuning.command_line import flag_words
-from chatglm_ptuning.prefix.files import write_atomically
+from chatglm_ptuning.files import write_atomically
 from chatglm_ptuning.training.comparison.plan import Cell
 
 RUN_FILE = "compare_run.json"

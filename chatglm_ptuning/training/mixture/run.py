@@ -8,11 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from chatglm_ptuning.data.collate import PaddingCollator
-from chatglm_ptuning.data.tasks.arguments import TaskArguments, usual_split
-from chatglm_ptuning.data.tasks.encode import TaskEncoder, label_names
+from chatglm_ptuning.data.tasks.arguments import TaskArguments, TrainedReading, usual_split
+from chatglm_ptuning.data.tasks.encode import ECHO_HEADS, TaskEncoder, label_names
 from chatglm_ptuning.data.tasks.examples import AnyExample
 from chatglm_ptuning.data.tasks.mixture import MixedTask, read_mixture
-from chatglm_ptuning.evaluation.task_model import PROMPTS, TOKEN_UNIT, asked_of
+from chatglm_ptuning.data.tasks.task import Task
+from chatglm_ptuning.evaluation.task_model import (
+    ECHO,
+    PROMPTS,
+    TOKEN_UNIT,
+    asked_of,
+    recorded_details,
+    recorded_reading,
+)
 from chatglm_ptuning.evaluation.task_predictions import predict_together
 from chatglm_ptuning.evaluation.task_report import score_task
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMPreTrainedModel
@@ -51,6 +59,11 @@ class MixtureRun(TrainingRun):
         if args.tuning != "ptuning_v2":
             raise ValueError(f"--task_mixture trains a prefix: --tuning ptuning_v2, not {args.tuning}.")
         self.mixture = read_mixture(flags.task_mixture or "")
+        if flags.echo and not any(entry.head in ECHO_HEADS for entry in self.mixture.tasks):
+            raise ValueError(
+                f"--echo true is for the heads {' and '.join(ECHO_HEADS)}, and no task in {flags.task_mixture} is "
+                "solved by one. Leave --echo out."
+            )
         if self._takes_length_from_tasks():
             self.model_args.pre_seq_len = max(entry.task.pre_seq_len for entry in self.mixture.tasks)
         self.encoders: dict[str, TaskEncoder] = {}
@@ -61,7 +74,11 @@ class MixtureRun(TrainingRun):
         for entry in self.mixture.tasks:
             name = entry.task.name
             self.encoders[name] = self._arguments(entry).encoder(
-                entry.task, self.tokenizer, flags.max_source_length, flags.max_target_length
+                entry.task,
+                self.tokenizer,
+                flags.max_source_length,
+                flags.max_target_length,
+                trained=self._trained_reading(entry.task),
             )
             if args.do_train:
                 limit = entry.max_train_samples or flags.max_train_samples
@@ -77,6 +94,13 @@ class MixtureRun(TrainingRun):
         if args.should_save:
             self._show()
 
+    def _trained_reading(self, task: Task) -> TrainedReading | None:
+        args = self.model_args
+        if args.ptuning_checkpoint is None:
+            return None
+        details = recorded_details(args.ptuning_checkpoint, args.model_name_or_path, args.hub, args.revision)
+        return recorded_reading(details, task, args.ptuning_checkpoint)
+
     def _takes_length_from_tasks(self) -> bool:
         given = (self.model_args.pre_seq_len, self.model_args.ptuning_checkpoint, self.model_args.init_prefix)
         return self.args.do_train and given == (None, None, None)
@@ -84,7 +108,14 @@ class MixtureRun(TrainingRun):
     def _arguments(self, entry: MixedTask) -> TaskArguments:
         own = TaskArguments(task=entry.task.name, task_data=entry.task_data, head=entry.head)
         flags = self.data_args
-        return replace(own, token_unit=flags.token_unit, doc_stride=flags.doc_stride, skip_bad_rows=flags.skip_bad_rows)
+        echo = flags.echo if entry.head in ECHO_HEADS else None
+        return replace(
+            own,
+            token_unit=flags.token_unit,
+            doc_stride=flags.doc_stride,
+            echo=echo,
+            skip_bad_rows=flags.skip_bad_rows,
+        )
 
     def _examples_of(self, entry: MixedTask, kind: str, split: str | None, limit: int | None) -> Sequence[AnyExample]:
         return self._arguments(entry).examples(entry.task, split or usual_split(entry.task, kind), limit)
@@ -164,6 +195,9 @@ class MixtureRun(TrainingRun):
         details = super().details()
         details["task"] = Path(self.data_args.task_mixture or "").stem
         details["training"][TOKEN_UNIT] = next(iter(self.encoders.values())).token_unit
+        details["training"][ECHO] = {
+            name: encoder.echo for name, encoder in self.encoders.items() if encoder.head in ECHO_HEADS
+        }
         details["training"][PROMPTS] = {entry.task.name: asked_of(entry.task) for entry in self.mixture.tasks}
         details["tasks"] = {
             entry.task.name: {"head": entry.head, "labels": label_names(entry.task, entry.head)}

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, make_dataclass
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from chatglm_ptuning.prefix.files import check_output_folder
+from chatglm_ptuning.files import check_output_folder
 from chatglm_ptuning.prefix.latest import runs_folder
 from chatglm_ptuning.training.arguments import DataArguments, ModelArguments, PrefixTrainingArguments
 from chatglm_ptuning.training.initialisation import PREFIX_INITS

@@ -18,8 +18,9 @@ from filelock import FileLock, Timeout
 from transformers.utils import logging
 
 from chatglm_ptuning.command_line import fail, parse_arguments
-from chatglm_ptuning.data.tasks.registry import load_task
-from chatglm_ptuning.data.tasks.schema import metrics_of
+from chatglm_ptuning.data.tasks.encode import head_of
+from chatglm_ptuning.data.tasks.readers import reader_of
+from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.training.arguments import RETIRED_FLAGS
 from chatglm_ptuning.training.failures import SIGTERM_EXIT_CODE, Preempted, TrainingDiverged
 from chatglm_ptuning.training.initialisation import PREFIX_INITS
@@ -312,9 +313,8 @@ def _has_lost_gpu(error: Exception) -> bool:
     )
 
 
-def _metric_of(args: SearchArguments, task_name: str) -> str:
-    task = load_task(task_name)
-    known = [*metrics_of(task), "loss"]
+def _metric_of(args: SearchArguments, task: Task) -> str:
+    known = [*reader_of(task).metrics_of(task), "loss"]
     metric = args.metric or task.metric
     if metric not in known:
         raise ValueError(f"--metric of {task.name} must be one of {', '.join(known)}, got {metric!r}")
@@ -343,9 +343,11 @@ def _parse(argv: Sequence[str]) -> tuple[SearchArguments, list[str], str]:
     first = run_flags(
         common, args.grid()[0], args.init_prefix_text, args.seeds[0], args.max_steps, args.eval_steps or 1
     )
-    parse_arguments("chatglm-ptuning search", "", TRAIN_ARGUMENTS, first)
+    _, data_args, *_ = parse_arguments("chatglm-ptuning search", "", TRAIN_ARGUMENTS, first)
     try:
-        return args, common, _metric_of(args, data_flags.task)
+        task = data_args.chosen_task()
+        data_args.echo_of(task, head_of(task, data_args.head))
+        return args, common, _metric_of(args, task)
     except ValueError as error:
         fail(str(error))
 

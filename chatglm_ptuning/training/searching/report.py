@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from chatglm_ptuning.evaluation.spread import mean_and_deviation
-from chatglm_ptuning.prefix.files import write_atomically
+from chatglm_ptuning.files import write_atomically
+from chatglm_ptuning.metrics.spread import mean_and_deviation
 from chatglm_ptuning.training.searching.arguments import Setting
 from chatglm_ptuning.training.searching.trial import run_flags
 

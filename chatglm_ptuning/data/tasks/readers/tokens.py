@@ -6,14 +6,16 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from chatglm_ptuning.data.sources.json_rows import json_rows
 from chatglm_ptuning.data.sources.rows import Row, fail
 from chatglm_ptuning.data.sources.text import read_text
 from chatglm_ptuning.data.tasks.checked_yaml import nearest
 from chatglm_ptuning.data.tasks.examples import TokenExample
+from chatglm_ptuning.data.tasks.readers.reader import Reader, RowReader
 from chatglm_ptuning.data.tasks.source import SplitSource
+from chatglm_ptuning.data.tasks.submission_formats import entity_lines
 
 _JOINT = "\x02"
 """Between the tokens, and between the tags, of a row of the table that Baidu published MSRA's corpus in."""
@@ -24,25 +26,39 @@ _CLUENER_ROW = (
 )
 
 
-def read_bio(source: SplitSource) -> Iterator[TokenExample]:
-    """Tokens and tags: JSON rows with two lists; or lines of a token, a tab or space, and a tag, with an empty line
-    between sentences; or a table of `text_a` and `label` whose cells hold all tokens and all tags of a sentence.
+class BioReader(Reader):
+    """Sentences with a BIO tag for each token."""
 
-    Lines may have further columns between token and tag, as in CoNLL-2003, whose `-DOCSTART-` lines are left out.
-    """
-    if source.has_flat_rows:
-        yield from _from_rows(source, source.rows())
-        return
-    first = 0
-    for path in source.paths:
-        text = read_text(path)
-        if text.lstrip()[:1] in ("{", "[") and not _ends_in_tag(source, text.lstrip().partition("\n")[0]):
-            found = _from_rows(source, json_rows(path, source.bad_rows), first)
-        else:
-            found = _from_lines(source, path, text, first)
-        for example in found:
-            first += 1
-            yield example
+    name = "bio"
+    optional_fields = ("tokens", "tags", "id")
+    needs = ("labels",)
+    options = ("echo",)
+    heads = ("token_classification",)
+    placeholders = ("text",)
+    metrics = ("entity_f1",)
+
+    def read(self, source: SplitSource) -> Iterator[TokenExample]:
+        """As `Reader.read`, from any of these forms:
+
+        - JSON rows with two lists;
+        - lines of a token, a tab or space, and a tag, with an empty line between sentences;
+        - a table of `text_a` and `label` whose cells hold all tokens and all tags of a sentence.
+
+        Lines may have further columns between token and tag, as in CoNLL-2003, whose `-DOCSTART-` lines are left out.
+        """
+        if source.has_flat_rows:
+            yield from _from_rows(source, source.rows())
+            return
+        first = 0
+        for path in source.paths:
+            text = read_text(path)
+            if text.lstrip()[:1] in ("{", "[") and not _ends_in_tag(source, text.lstrip().partition("\n")[0]):
+                found = _from_rows(source, json_rows(path, source.bad_rows), first)
+            else:
+                found = _from_lines(source, path, text, first)
+            for example in found:
+                first += 1
+                yield example
 
 
 def _ends_in_tag(source: SplitSource, line: str) -> bool:
@@ -173,28 +189,35 @@ def _example(
     return TokenExample(id=index, where=where, tokens=tuple(tokens), tags=None if tags is None else tuple(tags))
 
 
-def read_cluener(source: SplitSource) -> Iterator[TokenExample]:
-    """CLUENER2020: `text`, and `label` as entity type -> surface -> list of `[start, end]`, both ends inclusive.
+class CluenerReader(RowReader):
+    """CLUENER2020: rows of `text` and `label`."""
 
-    Every character is a token. Where two entities overlap, the longer one gets the tags, as BIO holds one of them; the
-    example's `entities` are all of them.
-    """
-    with_id = replace(source, fields={"id": "id"})
+    name = "cluener"
+    needs = ("labels",)
+    options = ("echo",)
+    heads = ("token_classification",)
+    placeholders = ("text",)
+    metrics = ("entity_f1", "cluener_f1")
+    submissions: ClassVar = {"entity_lines": entity_lines}
 
-    def read(row: Row, index: int) -> list[TokenExample]:
+    def read_row(self, source: SplitSource, row: Row, index: int) -> TokenExample:
+        """As `RowReader.read_row`; `label` is entity type -> surface -> list of `[start, end]`, both ends inclusive.
+
+        Every character is a token. Where two entities overlap, the longer one gets the tags, as BIO holds one of them;
+        the example's `entities` are all of them.
+        """
         text, label = row.get("text"), row.get("label")
         if not isinstance(text, str):
             fail(row, f"there is no field 'text' with text in it; the row has {', '.join(row)}.")
         if label is None and source.needs_gold:
             fail(row, f"there is no field 'label' with entities in it; the row has {', '.join(row)}. {_CLUENER_ROW}")
         tags = None if label is None else _span_tags(source, row, text, label)
+        with_id = replace(source, fields={"id": "id"})
         example = _example(source, with_id.example_id(row, index), row.where, list(text), tags)
-        if label is not None:
-            entities = frozenset((entity, surface) for entity, texts in label.items() for surface in texts)
-            example = replace(example, entities=entities)
-        return [example]
-
-    return source.each(source.rows(), read)
+        if label is None:
+            return example
+        entities = frozenset((entity, surface) for entity, texts in label.items() for surface in texts)
+        return replace(example, entities=entities)
 
 
 def _span_tags(source: SplitSource, row: Row, text: str, label: Any) -> list[str]:
@@ -223,17 +246,3 @@ def _span_tags(source: SplitSource, row: Row, text: str, label: Any) -> list[str
         if all(tag == "O" for tag in tags[start : end + 1]):
             tags[start : end + 1] = [f"B-{entity}", *[f"I-{entity}"] * (end - start)]
     return tags
-
-
-def spans_of(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Entities of BIO tags as (type, first, last), both inclusive; an `I-` without a `B-` begins one, like seqeval."""
-    spans: list[tuple[str, int, int]] = []
-    for place, tag in enumerate(tags):
-        side, _, entity = tag.partition("-")
-        if side == "O":
-            continue
-        if side == "I" and spans and spans[-1][0] == entity and spans[-1][2] == place - 1:
-            spans[-1] = (entity, spans[-1][1], place)
-        else:
-            spans.append((entity, place, place))
-    return spans

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 from chatglm_ptuning.data.sources.rows import Row, fail
 from chatglm_ptuning.data.sources.text import data_suffix, read_text
 from chatglm_ptuning.data.tasks.examples import GenerationExample, TextExample
+from chatglm_ptuning.data.tasks.readers.reader import RowReader
 from chatglm_ptuning.data.tasks.source import SplitSource, nearest_place
+from chatglm_ptuning.data.tasks.submission_formats import id_lines
+from chatglm_ptuning.data.tasks.task import Task
 
 _LCSTS_DOC = re.compile(
     r"<doc id=(?P<id>\d+)>\s*(?:<human_label>(?P<label>\d)</human_label>\s*)?<summary>\s*(?P<summary>.*?)\s*</summary>"
@@ -21,14 +24,37 @@ _LCSTS_RELEVANT = 3
 """Test pairs below this human label are left out, as in the paper (Hu et al. 2015, section 4)."""
 
 
-def read_texts(source: SplitSource) -> Iterator[TextExample]:
-    """Rows with a text or two, and a label, or any number of them."""
+class _LabelledTextReader(RowReader):
+    needs = ("labels",)
+    heads = ("sequence_classification", "generation")
+    metrics = ("accuracy", "macro_f1")
+    submissions: ClassVar = {"label_lines": id_lines("label")}
 
-    def read(row: Row, index: int) -> list[TextExample]:
+
+class RowsReader(_LabelledTextReader):
+    """Rows of a table with a text or two and a label, or any number of labels."""
+
+    name = "rows"
+    fields = ("text",)
+    optional_fields = ("text_pair", "label", "id")
+    takes_extra_fields = True
+    options = ("drop_labels", "multi_label", "label_separator")
+    placeholders = ("text", "text_pair")
+
+    def heads_of(self, task: Task) -> tuple[str, ...]:
+        """As `Reader.heads_of`; any number of labels takes a linear head."""
+        return ("sequence_classification",) if task.multi_label else self.heads
+
+    def metrics_of(self, task: Task) -> tuple[str, ...]:
+        """As `Reader.metrics_of`."""
+        return ("micro_f1", "macro_f1", "subset_accuracy") if task.multi_label else self.metrics
+
+    def read_row(self, source: SplitSource, row: Row, index: int) -> TextExample:
+        """As `RowReader.read_row`."""
         several = source.task.multi_label
         label = None if several else source.label(row)
         left_out = label in source.task.drop_labels
-        example = TextExample(
+        return TextExample(
             id=source.example_id(row, index),
             where=row.where,
             text=source.text(row, "text"),
@@ -36,25 +62,29 @@ def read_texts(source: SplitSource) -> Iterator[TextExample]:
             label=None if left_out else label,
             left_out=left_out,
             labels=source.labels(row) if several else None,
-            fields={role: source.text(row, role) for role in source.task.extra_fields},
+            fields={role: source.text(row, role) for role in self.extra_fields(source.task)},
         )
-        return [example]
-
-    return source.each(source.rows(), read)
 
 
-def read_winograd(source: SplitSource) -> Iterator[TextExample]:
-    """Rows of a text in which a noun (span 1) and a pronoun (span 2) are pointed at.
+class WinogradReader(_LabelledTextReader):
+    """Rows of a text in which a noun (span 1) and a pronoun (span 2) are pointed at."""
 
-    In the example's text the noun stands in `[]` and the pronoun in `__`, as the same word may stand there twice. A
-    span that does not stand where the file says is marked where it stands nearest; if nowhere, where the file says.
-    """
+    name = "winograd"
+    fields = ("text", "span1_text", "span1_index", "span2_text", "span2_index")
+    optional_fields = ("label", "id")
+    options = ("drop_labels",)
+    placeholders = ("text", "span1", "span2")
 
-    def read(row: Row, index: int) -> list[TextExample]:
+    def read_row(self, source: SplitSource, row: Row, index: int) -> TextExample:
+        """As `RowReader.read_row`.
+
+        In the example's text the noun stands in `[]` and the pronoun in `__`, as the same word may stand there twice. A
+        span that does not stand where the file says is marked where it stands nearest; if nowhere, where the file says.
+        """
         label = source.label(row)
         left_out = label in source.task.drop_labels
         spans = {role: source.text(row, f"{role}_text") for role in ("span1", "span2")}
-        example = TextExample(
+        return TextExample(
             id=source.example_id(row, index),
             where=row.where,
             text=_mark_spans(source, row, spans),
@@ -62,9 +92,6 @@ def read_winograd(source: SplitSource) -> Iterator[TextExample]:
             left_out=left_out,
             fields=spans,
         )
-        return [example]
-
-    return source.each(source.rows(), read)
 
 
 def _mark_spans(source: SplitSource, row: Row, spans: dict[str, str]) -> str:
@@ -95,20 +122,26 @@ def _with_marks(text: str, places: list[tuple[int, int, str]]) -> str:
     return "".join(marked)
 
 
-def read_pairs(source: SplitSource) -> Iterator[GenerationExample]:
+class PairsReader(RowReader):
     """Rows with a source text and a target."""
 
-    def read(row: Row, index: int) -> list[GenerationExample]:
-        example = GenerationExample(
+    name = "pairs"
+    fields = ("text", "target")
+    optional_fields = ("id",)
+    takes_extra_fields = True
+    heads = ("generation",)
+    placeholders = ("text",)
+    metrics = ("rouge-l", "bleu-4")
+
+    def read_row(self, source: SplitSource, row: Row, index: int) -> GenerationExample:
+        """As `RowReader.read_row`."""
+        return GenerationExample(
             id=source.example_id(row, index),
             where=row.where,
             text=source.text(row, "text"),
             target=_target(source, row),
-            fields={role: source.text(row, role) for role in source.task.extra_fields},
+            fields={role: source.text(row, role) for role in self.extra_fields(source.task)},
         )
-        return [example]
-
-    return source.each(source.rows(), read)
 
 
 def _target(source: SplitSource, row: Row) -> str | None:
@@ -122,11 +155,17 @@ def _target(source: SplitSource, row: Row) -> str | None:
     return target
 
 
-def read_lcsts(source: SplitSource) -> Iterator[GenerationExample]:
+class LcstsReader(PairsReader):
     """LCSTS as published (`PART_I.txt`: `<doc>` with `<summary>` and `<short_text>`), or as rows."""
-    if source.paths and all(data_suffix(path) == ".txt" for path in source.paths):
-        return itertools.chain.from_iterable(_lcsts_pairs(source, path) for path in source.paths)
-    return read_pairs(source)
+
+    name = "lcsts"
+    takes_extra_fields = False
+
+    def read(self, source: SplitSource) -> Iterator[GenerationExample]:
+        """As `Reader.read`; of a test split the pairs that people found relevant."""
+        if source.paths and all(data_suffix(path) == ".txt" for path in source.paths):
+            return (pair for path in source.paths for pair in _lcsts_pairs(source, path))
+        return super().read(source)
 
 
 def _lcsts_pairs(source: SplitSource, path: Path) -> Iterator[GenerationExample]:

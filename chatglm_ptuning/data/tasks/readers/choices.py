@@ -6,13 +6,15 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any
+from typing import Any, ClassVar
 
 from chatglm_ptuning.data.sources.json_rows import json_document
 from chatglm_ptuning.data.sources.rows import Row, fail
 from chatglm_ptuning.data.tasks.examples import ChoiceExample
+from chatglm_ptuning.data.tasks.readers.reader import Reader, RowReader
 from chatglm_ptuning.data.tasks.source import SplitSource, as_text
 from chatglm_ptuning.data.tasks.splits import spellings
+from chatglm_ptuning.data.tasks.submission_formats import exam_map, id_lines, id_map
 
 ASKED_BLANK = "____"
 """Stands for the idiom that is asked for."""
@@ -24,28 +26,41 @@ _IDIOM = re.compile(r"#idiom\d*#")
 _LETTERS = ("A", "B", "C", "D")
 
 
-def read_chid(source: SplitSource) -> Iterator[ChoiceExample]:
-    """ChID, an example for each missing idiom.
+class _ChoiceReader(Reader):
+    options = ("letters",)
+    heads = ("multiple_choice", "generation")
+    placeholders = ("context", "question", "options")
+    metrics = ("accuracy",)
 
-    CLUE's form: `content` is a list of passages with `#idiom000378#`, and the answers (idiom tag -> index) stand in a
-    file of their own, `train_answer.json` beside `train.json`. FewCLUE's: `content` is one passage with one `#idiom#`,
-    and `answer` the index.
-    """
-    answers: dict[str, Any] = {}
-    for path in source.paths:
-        answers |= _idiom_answers(path)
 
-    def read(row: Row, index: int) -> Iterable[ChoiceExample]:
-        candidates, content = row.get("candidates"), row.get("content")
-        if not _are_texts(candidates):
-            fail(row, f"there is no field 'candidates' with a list of idioms; the row has {', '.join(row)}.")
-        if isinstance(content, str):
-            return [_one_blank(source, row, content, candidates, index)]
-        if _are_texts(content):
-            return _many_blanks(source, row, content, candidates, answers)
-        fail(row, f"there is no field 'content' with text or a list of texts; the row has {', '.join(row)}.")
+class ChidReader(_ChoiceReader):
+    """ChID: idioms that are missing in a passage."""
 
-    return source.each(source.rows(), read)
+    name = "chid"
+    submissions: ClassVar = {"answer_lines": id_lines("answer"), "idiom_map": id_map}
+
+    def read(self, source: SplitSource) -> Iterator[ChoiceExample]:
+        """As `Reader.read`, an example for each missing idiom.
+
+        CLUE's form: `content` is a list of passages with `#idiom000378#`, and the answers (idiom tag -> index) stand in
+        a file of their own, `train_answer.json` beside `train.json`. FewCLUE's: `content` is one passage with one
+        `#idiom#`, and `answer` the index.
+        """
+        answers: dict[str, Any] = {}
+        for path in source.paths:
+            answers |= _idiom_answers(path)
+
+        def read_row(row: Row, index: int) -> Iterable[ChoiceExample]:
+            candidates, content = row.get("candidates"), row.get("content")
+            if not _are_texts(candidates):
+                fail(row, f"there is no field 'candidates' with a list of idioms; the row has {', '.join(row)}.")
+            if isinstance(content, str):
+                return [_one_blank(source, row, content, candidates, index)]
+            if _are_texts(content):
+                return _many_blanks(source, row, content, candidates, answers)
+            fail(row, f"there is no field 'content' with text or a list of texts; the row has {', '.join(row)}.")
+
+        return source.each(source.rows(), read_row)
 
 
 def _idiom_answers(path: Path) -> dict[str, Any]:
@@ -130,27 +145,30 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(entry, str) for entry in value)
 
 
-def read_choices(source: SplitSource) -> Iterator[ChoiceExample]:
-    """Rows with a list of candidates; the answer is an index (from 0), one of the candidates, or with `letters` its
-    letter.
-    """
+class ChoicesReader(_ChoiceReader, RowReader):
+    """Rows with a list of candidates."""
 
-    def read(row: Row, index: int) -> list[ChoiceExample]:
+    name = "choices"
+    fields = ("candidates",)
+    optional_fields = ("context", "question", "answer", "id")
+    submissions: ClassVar = {"answer_lines": id_lines("answer")}
+
+    def read_row(self, source: SplitSource, row: Row, index: int) -> ChoiceExample:
+        """As `RowReader.read_row`; the answer is an index (from 0), one of the candidates, or with `letters` its
+        letter.
+        """
         candidates = _candidates(source, row)
         texts = {role: source.text(row, role) for role in ("context", "question") if role in source.fields}
         answer = source.get(row, "answer")
         if answer is None and source.needs_gold:
             source.missing(row, "answer", source.fields.get("answer", "answer"))
-        example = ChoiceExample(
+        return ChoiceExample(
             id=source.example_id(row, index),
             where=row.where,
             candidates=tuple(candidates),
             answer=_index(source, row, answer, candidates),
             **texts,
         )
-        return [example]
-
-    return source.each(source.rows(), read)
 
 
 def _candidates(source: SplitSource, row: Row) -> list[str]:
@@ -168,16 +186,24 @@ def _candidates(source: SplitSource, row: Row) -> list[str]:
     return candidates
 
 
-def read_c3(source: SplitSource) -> Iterator[ChoiceExample]:
-    """C3: a list of `[[context, ...], [{question, choice, answer}, ...], id]`; a hub has a row for each question."""
-    if source.has_flat_rows:
-        return source.each(
-            source.rows(),
-            lambda row, index: [_c3_example(source, row.where, row, row.get("context"), row.get("id", index))],
-        )
-    documents = source.documents(_C3_FORM)
-    questions = (question for path, content in documents for question in _c3_questions(path, content))
-    return source.each(questions, lambda question, _: [_c3_example(source, *question)])
+class C3Reader(_ChoiceReader):
+    """C3: questions about a dialogue or text; the file is one nested list."""
+
+    name = "c3"
+    submissions: ClassVar = {"choice_lines": id_lines("label")}
+
+    def read(self, source: SplitSource) -> Iterator[ChoiceExample]:
+        """As `Reader.read`: a list of `[[context, ...], [{question, choice, answer}, ...], id]`; a hub has a row for
+        each question.
+        """
+        if source.has_flat_rows:
+            return source.each(
+                source.rows(),
+                lambda row, index: [_c3_example(source, row.where, row, row.get("context"), row.get("id", index))],
+            )
+        documents = source.documents(_C3_FORM)
+        questions = (question for path, content in documents for question in _c3_questions(path, content))
+        return source.each(questions, lambda question, _: [_c3_example(source, *question)])
 
 
 def _c3_questions(path: Path, content: Any) -> Iterator[tuple[str, Any, Any, int | str]]:
@@ -225,11 +251,17 @@ def _place_of(answer: Any, choices: list[str]) -> int | None:
     return stripped.index(wanted) if wanted in stripped else None
 
 
-def read_exam(source: SplitSource) -> Iterator[ChoiceExample]:
-    """One subject of C-Eval or CMMLU: a table of the question (`question` or `Question`), A, B, C, D and the answer."""
-    subject = source.task.subjects[source.subject or ""]
+class ExamReader(_ChoiceReader, RowReader):
+    """C-Eval and CMMLU: a table for each subject."""
 
-    def read(row: Row, index: int) -> list[ChoiceExample]:
+    name = "exam"
+    needs = ("subjects",)
+    options = ("letters", "groups")
+    placeholders = (*_ChoiceReader.placeholders, "subject", "category")
+    submissions: ClassVar = {"exam_map": exam_map}
+
+    def read_row(self, source: SplitSource, row: Row, index: int) -> ChoiceExample:
+        """As `RowReader.read_row`, from `question` (or `Question`), A, B, C, D and the answer."""
         lower = {name.lower(): name for name in row}
         for name in ("question", "a", "b", "c", "d"):
             if name not in lower:
@@ -241,18 +273,15 @@ def read_exam(source: SplitSource) -> Iterator[ChoiceExample]:
             fail(row, f"there is no answer, and the split {source.split} needs them.")
         if answer not in (None, *_LETTERS):
             fail(row, f"the answer must be A, B, C or D, found {answer!r}.")
-        example = ChoiceExample(
+        return ChoiceExample(
             id=_exam_id(row, index),
             where=row.where,
             question=as_text(row, row[lower["question"]], "question"),
             candidates=tuple(as_text(row, row[lower[letter]], letter.upper()) for letter in "abcd"),
             answer=None if answer is None else _LETTERS.index(answer),
             subject=source.subject,
-            category=subject.category,
+            category=source.task.subjects[source.subject or ""].category,
         )
-        return [example]
-
-    return source.each(source.rows(), read)
 
 
 def _exam_id(row: Row, index: int) -> int | str:

@@ -1,12 +1,14 @@
-"""Files of tensors: written so that a crash leaves the old ones whole, read without running what is in them."""
+"""Files: written so that a crash leaves the old one whole, read without running what is in them."""
 
 from __future__ import annotations
 
+import json
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,18 +35,34 @@ def write_atomically(path: Path) -> Iterator[Path]:
 
 
 def check_output_folder(path: str | os.PathLike[str]) -> None:
-    """Finds out before the work whether its results can be written, without making the folder.
+    """Checks before the work that its results can be written to a folder, without making the folder.
 
     Raises:
-        ValueError: if a file is in the way, or nothing may be written there.
+        ValueError: if a file is in the way, or the folder is not writable.
     """
     there = Path(path).absolute()
     while not os.path.exists(there):  # noqa: PTH110  (Path.exists raises below a folder that may not be entered)
         there = there.parent
     if not there.is_dir():
-        raise ValueError(f"--output_dir {path}: {there} is a file; name a folder.")
+        raise ValueError(f"Results cannot be written to {path}: {there} is a file. Name another folder.")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"--output_dir {path}: nothing may be written into {there}; name another folder.")
+        raise ValueError(f"Results cannot be written to {path}: {there} is not writable. Name another folder.")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Reads a JSON file that holds one object.
+
+    Raises:
+        OSError: if the file is not there or cannot be opened.
+        ValueError: naming the file, if it is not valid JSON or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, it holds a {type(content).__name__}.")
+    return content
 
 
 def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:

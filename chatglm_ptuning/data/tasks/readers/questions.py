@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from chatglm_ptuning.data.sources.rows import Row, fail
 from chatglm_ptuning.data.tasks.examples import Answer, QuestionExample
+from chatglm_ptuning.data.tasks.readers.reader import Reader
 from chatglm_ptuning.data.tasks.source import SplitSource, nearest_place
+from chatglm_ptuning.data.tasks.submission_formats import id_map
 
 _FORM = (
     'SQuAD\'s one object {"data": [{"paragraphs": [{"context": "...", "qas": [{"id": "1", "question": "...", '
@@ -17,22 +19,32 @@ _FORM = (
 )
 
 
-def read_squad(source: SplitSource) -> Iterator[QuestionExample]:
-    """Questions and their reference answers.
+class SquadReader(Reader):
+    """Questions about a context, and the answers that stand in it."""
 
-    - SQuAD's nested form, in which CLUE has CMRC2018 and DRCD: `data`, `paragraphs`, `qas`, `answers` with `text` and
-      `answer_start`;
-    - CMRC2018's own form: a list of `context_text` with `qas` of `query_text`, `query_id` and `answers` as texts;
-    - flat rows of a hub: `context`, `question`, `answers` with lists of `text` and `answer_start`.
+    name = "squad"
+    options = ("echo",)
+    heads = ("question_answering", "generation")
+    placeholders = ("context", "question")
+    metrics = ("cmrc_f1", "cmrc_em")
+    submissions: ClassVar = {"answer_map": id_map}
 
-    Contexts are kept as they are, so that `answer_start` holds. An answer that does not stand where the file says gets
-    the nearest place where it does stand, or None.
-    """
-    if source.has_flat_rows:
-        return source.each(source.rows(), lambda row, _: [_flat(source, row)])
-    documents = source.documents(_FORM)
-    questions = (question for path, content in documents for question in _questions(path, content))
-    return source.each(questions, lambda question, _: [_nested(source, *question)])
+    def read(self, source: SplitSource) -> Iterator[QuestionExample]:
+        """As `Reader.read`, from any of these forms:
+
+        - SQuAD's nested form, in which CLUE has CMRC2018 and DRCD: `data`, `paragraphs`, `qas`, `answers` with `text`
+          and `answer_start`;
+        - CMRC2018's own form: a list of `context_text` with `qas` of `query_text`, `query_id` and `answers` as texts;
+        - flat rows of a hub: `context`, `question`, `answers` with lists of `text` and `answer_start`.
+
+        Contexts are kept as they are, so that `answer_start` holds. An answer that does not stand where the file says
+        gets the nearest place where it does stand, or None.
+        """
+        if source.has_flat_rows:
+            return source.each(source.rows(), lambda row, _: [_flat(source, row)])
+        documents = source.documents(_FORM)
+        questions = (question for path, content in documents for question in _questions(path, content))
+        return source.each(questions, lambda question, _: [_nested(source, *question)])
 
 
 def _questions(path: Path, content: Any) -> Iterator[tuple[Path, str, str, Any, Any]]:

@@ -7,8 +7,6 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from statistics import fmean
 
-from chatglm_ptuning.data.tasks.token_readers import spans_of
-
 Tags = Sequence[Sequence[str]]
 """BIO tags of several sentences."""
 
@@ -21,6 +19,20 @@ class EntityScore:
     recall: float
     f1: float
     support: int
+
+
+def spans_of(tags: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Entities of BIO tags as (type, first, last), both inclusive; an `I-` without a `B-` begins one, like seqeval."""
+    spans: list[tuple[str, int, int]] = []
+    for place, tag in enumerate(tags):
+        side, _, entity = tag.partition("-")
+        if side == "O":
+            continue
+        if side == "I" and spans and spans[-1][0] == entity and spans[-1][2] == place - 1:
+            spans[-1] = (entity, spans[-1][1], place)
+        else:
+            spans.append((entity, place, place))
+    return spans
 
 
 def entity_scores(predicted: Tags, expected: Tags) -> tuple[dict[str, float], dict[str, EntityScore]]:

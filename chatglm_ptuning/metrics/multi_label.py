@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from chatglm_ptuning.evaluation.entities import EntityScore
+from chatglm_ptuning.metrics.entities import EntityScore
 
 LabelSets = Sequence[Sequence[str]]
 """The labels of several texts."""

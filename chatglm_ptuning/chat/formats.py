@@ -1,0 +1,22 @@
+"""The chat formats there are."""
+
+from __future__ import annotations
+
+from chatglm_ptuning.chat.chatglm2 import ChatGLM2Rounds
+from chatglm_ptuning.chat.chatglm3 import ChatGLM3Roles
+from chatglm_ptuning.chat.format import ChatFormat, Vocabulary
+from chatglm_ptuning.chat.glm4 import GLM4Roles
+from chatglm_ptuning.chat.plain import PlainText
+
+CHAT_FORMATS: tuple[type[ChatFormat], ...] = (
+    ChatGLM3Roles,
+    ChatGLM2Rounds,
+    GLM4Roles,
+    PlainText,
+)
+"""A base of which nothing tells the format is taken for the first one that its vocabulary can write."""
+
+
+def formats_of(vocabulary: Vocabulary) -> dict[str, type[ChatFormat]]:
+    """The formats that a vocabulary can write, by name."""
+    return {chat_format.name: chat_format for chat_format in CHAT_FORMATS if chat_format.fits(vocabulary)}

@@ -1,0 +1,1 @@
+"""Scores of predictions against what is expected; knows nothing of models or tasks."""
