@@ -31,6 +31,7 @@ def lines(path: Path, rows: list[dict]) -> None:
 
 def write_tasks(folder: Path) -> Path:
     """Files of every kind of task; the labelled splits are the training split."""
+    folder.mkdir(exist_ok=True)
     (folder / "mood.yaml").write_text(MOODS, "utf-8")
     multi = MOODS.replace("name: mood", "name: moods\nmulti_label: true\nlabel_separator: /").replace(
         "accuracy", "micro_f1"

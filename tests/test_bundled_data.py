@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from chatglm_ptuning.data.files import read_rows
-from chatglm_ptuning.data.forms import Columns, to_conversation, understand
+from chatglm_ptuning.data.formats.registry import Columns, read_row
+from chatglm_ptuning.data.sources.files import iterate_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"
@@ -24,14 +24,14 @@ LABELS = {"sentiment": 2, "news_topic": 10, "inference": 3}
 @pytest.mark.parametrize("name", sorted(COLUMNS))
 def test_every_row_is_a_conversation_with_an_answer(name):
     for split in ("train", "dev"):
-        for row in read_rows(DATA / name / f"{split}.json"):
-            assert to_conversation(row, COLUMNS[name]).missing_side() is None, row.where
+        for row in iterate_rows([DATA / name / f"{split}.json"]):
+            assert read_row(row, COLUMNS[name])[1].missing_side() is None, row.where
 
 
 @pytest.mark.parametrize("name", [*sorted(COLUMNS), "inference", "entities"])
 def test_train_and_dev_are_apart_and_no_row_repeats(name):
     train, dev = (
-        [json.dumps(row, ensure_ascii=False, sort_keys=True) for row in read_rows(DATA / name / f"{split}.json")]
+        [json.dumps(row, ensure_ascii=False, sort_keys=True) for row in iterate_rows([DATA / name / f"{split}.json"])]
         for split in ("train", "dev")
     )
     assert len(set(train)) == len(train) and len(set(dev)) == len(dev)
@@ -39,24 +39,26 @@ def test_train_and_dev_are_apart_and_no_row_repeats(name):
 
 
 def test_general_rows_are_understood_and_those_to_measure_on_are_apart():
-    replayed, held_out = (read_rows(DATA / "general_prompts" / f"{split}.json") for split in ("train", "held_out"))
+    replayed, held_out = (
+        list(iterate_rows([DATA / "general_prompts" / f"{split}.json"])) for split in ("train", "held_out")
+    )
     texts = [[row.get("text") or row["prompt"] for row in rows] for rows in (replayed, held_out)]
     assert len({*texts[0], *texts[1]}) == len(replayed) + len(held_out) == 192
     for row in (*replayed, *held_out):
-        assert understand(row, Columns())[1].missing_side() is None, row.where
+        assert read_row(row, Columns())[1].missing_side() is None, row.where
 
 
 @pytest.mark.parametrize("name", sorted(LABELS))
 def test_labels_are_balanced(name):
     for split in ("train", "dev"):
-        counts = Counter(row["label"] for row in read_rows(DATA / name / f"{split}.json"))
+        counts = Counter(row["label"] for row in iterate_rows([DATA / name / f"{split}.json"]))
         assert len(counts) == LABELS[name]
         assert max(counts.values()) - min(counts.values()) <= 0.1 * sum(counts.values())
 
 
 def test_entity_tags_are_valid():
     for split in ("train", "dev"):
-        for row in read_rows(DATA / "entities" / f"{split}.json"):
+        for row in iterate_rows([DATA / "entities" / f"{split}.json"]):
             assert len(row["tokens"]) == len(row["ner_tags"]), row.where
             assert all(len(token) == 1 for token in row["tokens"]), row.where
             for before, tag in zip(["O", *row["ner_tags"]], row["ner_tags"], strict=False):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 
+import instruction_rows
 import pytest
 import tiny_glm4
 import tiny_tokenizer
 
 from chatglm_ptuning.chat.message import Conversation, Message
-from chatglm_ptuning.data.forms import Columns
-from chatglm_ptuning.data.preprocess import Preprocessor
-from chatglm_ptuning.data.row import Row
+from chatglm_ptuning.data.sources.rows import Row
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
 WEATHER = {"name": "get_weather", "description": "查天气", "parameters": {"type": "object", "properties": {}}}
@@ -130,7 +129,7 @@ def test_glm4_cuts_whole_turns_and_keeps_the_tools_and_the_last_question(glm4):
     row = Row({"messages": turns}, "rows.json", 1)
     whole = glm4.chat.encode(Conversation([Message("system", "", tools=tuple(tools)), user("问0"), answer("答0")]))
     room = len(whole.input_ids) + 24
-    (example,), report = Preprocessor(glm4, Columns(), room - 20, 20, progress=False).for_training([row])
+    (example,), report = instruction_rows.training_rows(glm4, [row], room - 20, 20)
     text = glm4.decode(example["input_ids"])
     assert (report.history_cut, report.source_cut, report.target_cut) == (1, 0, 0)
     assert len(example["input_ids"]) <= room + 1
@@ -143,7 +142,7 @@ def test_an_answer_is_never_cut_within_the_line_of_its_role(glm4):
     header = len(glm4.encode("get_weather\n", add_special_tokens=False))
     rows = [Row({"messages": call}, "rows.json", 1), Row({"messages": [call[0], {**call[1], "metadata": ""}]}, "r", 1)]
     source = len(glm4.chat.encode_prompt(Conversation([user("天气")])))
-    examples, report = Preprocessor(glm4, Columns(), source, header, progress=False).for_training(rows)
+    examples, report = instruction_rows.training_rows(glm4, rows, source, header)
     assert (len(examples), report.too_long, report.target_cut) == (1, 1, 1)
 
 
@@ -167,7 +166,7 @@ def test_a_base_without_chat_format_continues_the_texts(base):
 
 def test_plain_texts_are_learned_whole_and_split_into_pieces(base):
     row = Row({"text": "甲乙丙丁戊己庚"}, "novel.txt", 1)
-    examples, report = Preprocessor(base, Columns(), 4, 2, progress=False).for_training([row])
+    examples, report = instruction_rows.training_rows(base, [row], 4, 2)
     shown = [
         tiny_tokenizer.spell_marked(base, example["input_ids"], [label >= 0 for label in example["labels"]])
         for example in examples
@@ -175,4 +174,4 @@ def test_plain_texts_are_learned_whole_and_split_into_pieces(base):
     assert shown == ["[gMASK]sop【▁甲乙丙】", "[gMASK]sop【丁戊己庚】", "[gMASK]sop【</s>】"]
     assert (report.rows, report.used, report.examples) == (1, 1, 3)
     with pytest.raises(ValueError, match=r"novel.txt:1: a plain text has no question to answer"):
-        Preprocessor(base, Columns(), 4, 2, progress=False).for_generation([row])
+        instruction_rows.prompts(base, [row], 4, 2)

@@ -39,7 +39,7 @@ def test_show_marks_what_is_learned(base, tmp_path, capsys):
     path = data_file(tmp_path, {"prompt": "甲", "response": "乙"}, {"content": "今天<|user|>", "summary": "有雨"})
     main(["data", "show", str(path), "--row", "2", "--model_name_or_path", str(base)])
     assert capsys.readouterr().out == (
-        f"{path}:2: form columns, chat format chatglm3\n23 tokens, 6 learned\n"
+        f"{path}:2: dataset format columns, chat format chatglm3\n23 tokens, 6 learned\n"
         "[gMASK]sop<|user|>\n 今天<|user|><|assistant|>⟦\n 有雨</s>⟧\n"
     )
     main(["data", "show", "--rows", "2", str(path), "--model_name_or_path", str(base), "--tokens"])
@@ -70,7 +70,7 @@ def test_show_says_what_is_cut_and_what_is_not_there(base, tmp_path, capsys):
     fails("data", "show", path, "--row", "3", *more)
     assert f"There is no row 3: {path} has 2." in capsys.readouterr().err
     fails("data", "show", data_file(tmp_path, {"甲": 1}), *more)
-    assert "rows.jsonl:1: no form of data has these fields: '甲'" in capsys.readouterr().err
+    assert "rows.jsonl:1: no dataset format has these fields: '甲'" in capsys.readouterr().err
     fails("data", code=0)
     fails("data", "chekc", code=2)
 
@@ -81,10 +81,10 @@ def test_check_of_good_data(base, tmp_path, capsys):
     more = ["--model_name_or_path", base, "--max_source_length", "30", "--max_target_length", "20"]
     main(["data", "check", str(path), *map(str, more), "--output_dir", str(tmp_path / "out")])
     out = capsys.readouterr().out
-    assert "39 rows, form: columns" in out and "letters: han 100.0 %" in out and "Fit to train on." in out
+    assert "39 rows, dataset format: columns" in out and "letters: han 100.0 %" in out and "Fit to train on." in out
     assert (tmp_path / "out" / "lengths.png").read_bytes().startswith(b"\x89PNG")
     found = json.loads((tmp_path / "out" / "data_check.json").read_text("utf-8"))
-    assert (found["fit"], found["rows"], found["forms"]) == (True, 39, {"columns": 39})
+    assert (found["fit"], found["rows"], found["formats"]) == (True, 39, {"columns": 39})
     # 7 tokens around a question and 3 in front of an answer, of which each character is one.
     sources = [7 + len(row["prompt"]) for row in rows]
     targets = [3 + len(row["response"]) for row in rows]
@@ -109,7 +109,7 @@ def test_check_finds_what_is_wrong_and_what_is_suspicious(tmp_path, capsys):
     )
     fails("data", "check", path, "--output_dir", tmp_path)
     out = capsys.readouterr().out
-    assert f"error: {path}:3: not valid JSON" in out and f"error: {path}:10: no form of data" in out
+    assert f"error: {path}:3: not valid JSON" in out and f"error: {path}:10: no dataset format" in out
     assert "Not fit to train on" in out
     found = json.loads((tmp_path / "data_check.json").read_text("utf-8"))
     assert (found["fit"], found["rows"], found["bad"]) == (False, 8, 2)
@@ -133,7 +133,7 @@ def test_check_of_data_that_nothing_can_be_learned_from(tmp_path, rows, capsys):
     good = data_file(tmp_path, {"prompt": "问", "response": "答"}, name="good.json")
     fails("data", "check", tmp_path / "none.json", good)
     out = capsys.readouterr().out
-    assert "1 rows, form: columns" in out and "none.json does not exist" in out
+    assert "1 rows, dataset format: columns" in out and "none.json does not exist" in out
 
 
 def test_scripts_are_counted_by_letters():

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from chatglm_ptuning.data.files import BadRows, find_files, iterate_rows, read_rows
+from chatglm_ptuning.data.sources.files import find_sources, iterate_rows
+from chatglm_ptuning.data.sources.rows import BadRows, Row
 
 
 def written(folder: Path, name: str, content: str | bytes) -> Path:
     path = folder / name
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
+
+
+def read_rows(path: Path) -> list[Row]:
+    return list(iterate_rows([path]))
 
 
 def fault(name: object) -> str:
@@ -43,6 +49,18 @@ def test_csv(tmp_path, content):
 def test_tsv_and_gzip(tmp_path):
     path = written(tmp_path, "rows.tsv.gz", gzip.compress("prompt\tresponse\n问,一\t答".encode()))
     assert read_rows(path) == [{"prompt": "问,一", "response": "答"}]
+
+
+def test_tsv_is_not_quoted(tmp_path):
+    path = written(tmp_path, "rows.tsv", 'text\tlabel\n"很好\t1\n差 "差"\t0\n\n"全在引号里"\t1\n')
+    assert [(row["text"], row.line) for row in read_rows(path)] == [('"很好', 2), ('差 "差"', 3), ('"全在引号里"', 5)]
+
+
+@pytest.mark.parametrize("mark", [",", "\t"])
+def test_tables_of_old_systems_and_with_the_index_that_pandas_writes(tmp_path, mark):
+    text = "".join(f"{mark.join(cells)}\r" for cells in (["", "a"], ["0", "一"], ["1", "二"]))
+    path = written(tmp_path, "rows.csv" if mark == "," else "rows.tsv", text)
+    assert [(row, row.line) for row in read_rows(path)] == [({"": "0", "a": "一"}, 2), ({"": "1", "a": "二"}, 3)]
 
 
 def test_plain_text_is_a_row_per_line(tmp_path):
@@ -113,18 +131,33 @@ def test_shards_of_one_split_are_one_data_set(tmp_path):
 
 
 def test_names_of_hub_datasets():
-    (found,) = find_files("hub:owner/name?split=validation&revision=abc")
-    assert (found.repository, found.config, found.split, found.revision) == ("owner/name", None, "validation", "abc")
-    with pytest.raises(ValueError, match=r"hub:owner/name\?rows=3: a dataset on the hub is written hub:OWNER/NAME"):
-        find_files("hub:owner/name?rows=3")
+    for hub in ("huggingface", "modelscope"):
+        (found,) = find_sources(f"{hub}:owner/name?split=validation&revision=abc")
+        assert (found.hub, found.repository, found.config) == (hub, "owner/name", None)
+        assert (found.split, found.revision) == ("validation", "abc")
+    for name in ("huggingface:owner/name?rows=3", "huggingface"):
+        with pytest.raises(ValueError, match=rf"^{re.escape(name)}: .*huggingface:OWNER/NAME"):
+            find_sources(name)
+
+
+def test_rows_of_a_hub_are_those_of_its_files(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    names = datasets.ClassLabel(names=["差评", "好评"])
+    turns = datasets.List({"role": datasets.Value("string"), "weight": datasets.Value("int32")})
+    features = datasets.Features({"text": datasets.Value("string"), "label": names, "messages": turns})
+    rows = {"text": ["好", "坏"], "label": [1, -1], "messages": [[{"role": "user", "weight": None}], []]}
+    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "train.parquet")
+    first, second = iterate_rows([f"huggingface:{tmp_path}"])
+    assert first == {"text": "好", "label": "好评", "messages": [{"role": "user"}]}
+    assert (second["label"], second.where) == (None, f"huggingface:{tmp_path} row 2")
 
 
 def test_a_hub_dataset_without_a_connection(monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    message = fault("hub:owner/name")
-    assert message.startswith("hub:owner/name cannot be had from the hub: ")
+    message = fault("huggingface:owner/name")
+    assert message.startswith("huggingface:owner/name cannot be had from the hub: ")
     assert "hf download --repo-type dataset owner/name" in message
 
 

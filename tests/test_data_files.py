@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from chatglm_ptuning.chat.message import Conversation, Message
-from chatglm_ptuning.data.files import Row, read_rows
-from chatglm_ptuning.data.forms import Columns, to_conversation
+from chatglm_ptuning.data.formats.registry import Columns, read_row
+from chatglm_ptuning.data.sources.files import iterate_rows
+from chatglm_ptuning.data.sources.rows import Row
 
 
 def written(folder: Path, content: str | bytes, name: str = "rows.json") -> Path:
@@ -22,7 +23,7 @@ def written(folder: Path, content: str | bytes, name: str = "rows.json") -> Path
 
 def fault(path: Path) -> str:
     with pytest.raises(ValueError) as caught:
-        read_rows(path)
+        list(iterate_rows([path]))
     return str(caught.value)
 
 
@@ -40,7 +41,7 @@ LINES = '{"a": "一"}\n\n  {"a": "二"}\r\n{"a": "三\u2028"}'
 )
 def test_reads_objects_with_their_lines(tmp_path, content):
     path = written(tmp_path, content)
-    rows = read_rows(path)
+    rows = list(iterate_rows([path]))
     assert rows == [{"a": "一"}, {"a": "二"}, {"a": "三\u2028"}]
     assert [row.where for row in rows] == [f"{path}:1", f"{path}:3", f"{path}:4"]
 
@@ -110,9 +111,13 @@ def row(**values: object) -> Row:
     return Row(values, "rows.json", 5)
 
 
+def content(values: Row, columns: Columns) -> Conversation:
+    return read_row(values, columns)[1]
+
+
 def refusal(values: Row, columns: Columns) -> str:
     with pytest.raises(ValueError) as caught:
-        to_conversation(values, columns)
+        content(values, columns)
     message = str(caught.value)
     assert message.startswith("rows.json:5: ")
     return message.removeprefix("rows.json:5: ")
@@ -120,21 +125,20 @@ def refusal(values: Row, columns: Columns) -> str:
 
 def test_prompt_columns_learn_the_response_alone():
     columns = Columns("content", "summary", "rounds")
-    found = to_conversation(row(content="问二", summary=3.5, rounds=[["问一", "答一"]]), columns, "译：")
+    found = content(row(content="问二", summary=3.5, rounds=[["问一", "答一"]]), columns)
     assert found == Conversation(
         [
             Message("user", "问一"),
             Message("assistant", "答一"),
             Message("user", "问二"),
             Message("assistant", "3.5", loss=True),
-        ],
-        "译：",
+        ]
     )
 
 
 @pytest.mark.parametrize("rounds", [{}, {"rounds": None}, {"rounds": []}])
 def test_no_history(rounds):
-    found = to_conversation(row(prompt="问", response=True, **rounds), Columns(history="rounds"))
+    found = content(row(prompt="问", response=True, **rounds), Columns(history="rounds"))
     assert found.messages == [Message("user", "问"), Message("assistant", "true", loss=True)]
 
 
@@ -148,7 +152,7 @@ def test_conversations_learn_every_answer_unless_told_otherwise():
         {"role": "observation", "content": "晴"},
         {"role": "assistant", "content": " "},
     ]
-    assert to_conversation(row(conversations=turns), Columns()).messages == [
+    assert content(row(conversations=turns), Columns()).messages == [
         Message("system", "系统"),
         Message("user", "问一"),
         Message("assistant", "答一"),
@@ -168,7 +172,7 @@ def test_official_tool_calls():
     }
     turns = [{"role": "user", "content": "问"}, call, {**call, "loss": False, "observation": "雨"}]
     tools = [{"name": "get_weather"}]
-    found = to_conversation(row(tools=tools, conversations=turns), Columns())
+    found = content(row(tools=tools, conversations=turns), Columns())
     assert found.tools == (tools[0],)
     _, first, seen, second, _ = found.messages
     arguments = {"city": "北京", "days": 2}
@@ -193,7 +197,7 @@ def test_official_tool_calls():
         (row(conversations=[{"content": "问"}]), "message 1 of 'conversations' has no 'role' (it has 'content'); a "
          "message needs 'role' and 'content'."),
         (row(conversations=[{"from": "human", "text": "问"}]), "message 1 of 'conversations' has 'from', 'text'; a "
-         "message of ShareGPT's form needs 'from' and 'value'."),
+         "message of ShareGPT needs 'from' and 'value'."),
         (row(conversations=[{"from": "alien", "value": "问"}]), "message 1 of 'conversations' is from 'alien', which"),
         (row(conversations=[{"role": "human", "content": "问"}]), "message 1 of 'conversations' has the unknown role "
          "'human'; the roles are system, user, assistant, observation and tool."),
@@ -233,4 +237,4 @@ def test_only_answers_can_be_learned():
     ],
 )
 def test_recognises_rows_without_both_sides(values, missing):
-    assert to_conversation(values, Columns(history="history")).missing_side() == missing
+    assert content(values, Columns(history="history")).missing_side() == missing

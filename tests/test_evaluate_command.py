@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_base import ANSWERS, make_base, make_prefix
 
-from chatglm_ptuning.data.forms import Columns
+from chatglm_ptuning.data.formats.registry import Columns
 from chatglm_ptuning.evaluation.run import EvaluationArguments, main
 from chatglm_ptuning.metrics.generation import score
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import instruction_rows
 import pytest
 import torch
 from tiny_base import ANSWERS, make_base, make_prefix
 
-from chatglm_ptuning.data.forms import Columns
-from chatglm_ptuning.data.preprocess import Preprocessor
+from chatglm_ptuning.data.formats.registry import Columns
 from chatglm_ptuning.evaluation.generate import generate_answers
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
@@ -32,7 +32,7 @@ def model(folder):
 
 @pytest.fixture(scope="module")
 def examples(tokenizer):
-    return Preprocessor(tokenizer, Columns("content", "summary"), 64, 32).for_generation(ROWS)[0]
+    return instruction_rows.prompts(tokenizer, ROWS, 64, 32, Columns("content", "summary"))[0]
 
 
 def answers_of(model, tokenizer, examples, **changes):
@@ -183,9 +183,8 @@ def test_answer_text_reads_what_the_chat_format_writes(tokenizer, metadata, cont
         pytest.skip("ChatGLM2's format has no tools")
     turns = [{"role": "user", "content": "请问"}, {"role": "assistant", "metadata": metadata, "content": content}]
     rows = [{"conversations": turns}]
-    preprocessor = Preprocessor(tokenizer, Columns(), 64, 64)
-    prompt = preprocessor.for_generation(rows)[0][0]
-    learned = preprocessor.for_training(rows)[0][0]["input_ids"]
+    prompt = instruction_rows.prompts(tokenizer, rows, 64, 64)[0][0]
+    learned = instruction_rows.training_rows(tokenizer, rows, 64, 64)[0][0]["input_ids"]
     said = learned[len(prompt["input_ids"]) :]
     assert said[-1] == tokenizer.eos_token_id
     answer_text, padding = tokenizer.chat.answer_text, [tokenizer.pad_token_id] * 3

@@ -123,7 +123,7 @@ def test_folders(base, tmp_path):
     assert find_base(str(base)) == base
     with pytest.raises(ValueError, match=r"revision 'v1' pins a hub name, but .* is a folder"):
         find_base(str(base), revision="v1")
-    with pytest.raises(ValueError, match="hub must be hf or modelscope, got 'github'"):
+    with pytest.raises(ValueError, match="hub must be huggingface or modelscope, got 'github'"):
         find_base("THUDM/chatglm3-6b", hub="github")
     with pytest.raises(FileNotFoundError, match=r"is not a base: it has no config\.json"):
         find_base(str(tmp_path))
@@ -145,4 +145,4 @@ def test_every_command_has_the_flags(command, hub, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([command, "--hub", "github"])
     assert stopped.value.code == 2
-    assert "--hub must be hf or modelscope, got 'github'" in capsys.readouterr().err
+    assert "--hub must be huggingface or modelscope, got 'github'" in capsys.readouterr().err

@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_tokenizer
+from instruction_rows import training_rows
 
-from chatglm_ptuning.data.files import read_rows
-from chatglm_ptuning.data.forms import Columns
+from chatglm_ptuning.data.conversation_encoder import ConversationEncoder
+from chatglm_ptuning.data.formats.registry import Columns
 from chatglm_ptuning.data.prepared import lengths_of, mixture, prepare_training_data, shared_rows
-from chatglm_ptuning.data.preprocess import Preprocessor
+from chatglm_ptuning.data.sources.files import iterate_rows
 from chatglm_ptuning.data.token_cache import EXAMPLES_FILE, FACTS_FILE, TokenCache, read_examples
 
 DETECT = Columns()
@@ -30,13 +31,15 @@ def tokenizers(tmp_path_factory):
 
 
 @pytest.fixture
-def preprocessor(tokenizers):
-    def make(chat_format="chatglm3", columns=DETECT, source=40, target=20, prefix="", workers=1):
-        return Preprocessor(
-            tokenizers[chat_format], columns, source, target, prefix, num_workers=workers, progress=False
-        )
+def encoder(tokenizers):
+    def make(chat_format="chatglm3", source=40, target=20, prefix=""):
+        return ConversationEncoder(tokenizers[chat_format], source, target, prefix)
 
     return make
+
+
+def prepare(names, encoder, cache, columns=DETECT, **how):
+    return prepare_training_data(names, columns, encoder, cache, progress=False, **how)
 
 
 @pytest.fixture
@@ -65,63 +68,64 @@ def answers(examples) -> list[int]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_examples_are_those_of_the_preprocessor(tmp_path, preprocessor, cache, workers):
+def test_examples_are_those_of_the_encoder(tmp_path, encoder, cache, workers):
     conversation = [{"role": "user", "content": "甲"}, {"role": "assistant", "content": "乙"}]
     path = data_file(tmp_path, *map(pair, range(60)), {"messages": conversation * 2}, {"text": "丙" * 150})
-    expected, report = preprocessor().for_training(read_rows(path))
-    data = prepare_training_data([path], preprocessor(workers=workers), cache)
+    expected, report = training_rows(encoder().tokenizer, iterate_rows([path]), 40, 20)
+    data = prepare([path], encoder(), cache, num_workers=workers)
     assert [{name: row[name] for name in ("input_ids", "labels")} for row in data.examples] == expected
     assert data.report == report
     assert lengths_of(data.examples) == lengths_of(expected) == [len(example["input_ids"]) for example in expected]
     assert not data.reused
 
 
-def test_what_is_there_is_used_until_something_changes(tmp_path, preprocessor, cache):
+def test_what_is_there_is_used_until_something_changes(tmp_path, encoder, cache):
     path = data_file(tmp_path, *map(pair, range(5)))
-    first = prepare_training_data([path], preprocessor(), cache)
+    first = prepare([path], encoder(), cache)
     (entry,) = entries(cache)
     made = (entry / EXAMPLES_FILE).stat().st_ino
-    again = prepare_training_data([path], preprocessor(), TokenCache(cache.folder))
+    again = prepare([path], encoder(), TokenCache(cache.folder))
     assert again.reused and again.report == first.report and again.examples[:] == first.examples[:]
     assert (entry / EXAMPLES_FILE).stat().st_ino == made
     changed = [
-        preprocessor("chatglm2"), preprocessor(source=39), preprocessor(target=19), preprocessor(prefix="问"),
-        preprocessor(columns=Columns("response", "prompt")), preprocessor(columns=Columns(form="columns")),
+        (encoder("chatglm2"), DETECT), (encoder(source=39), DETECT), (encoder(target=19), DETECT),
+        (encoder(prefix="问"), DETECT), (encoder(), Columns("response", "prompt")),
+        (encoder(), Columns(dataset_format="columns")),
     ]  # fmt: skip
-    for count, other in enumerate(changed, start=2):
-        assert not prepare_training_data([path], other, cache).reused
+    for count, (other, columns) in enumerate(changed, start=2):
+        assert not prepare([path], other, cache, columns).reused
         assert len(entries(cache)) == count
-    assert not prepare_training_data([path], preprocessor(), cache, max_rows=3).reused
+    assert not prepare([path], encoder(), cache, max_rows=3).reused
     Path(path).write_text(Path(path).read_text("utf-8") + json.dumps(pair(8)), "utf-8")
-    grown = prepare_training_data([path], preprocessor(), cache)
+    grown = prepare([path], encoder(), cache)
     assert not grown.reused and grown.report.rows == 6
     assert len(entries(cache)) == len(changed) + 3
     anew = TokenCache(cache.folder, overwrite=True)
-    assert not prepare_training_data([path], preprocessor(), anew).reused
-    assert prepare_training_data([path], preprocessor(), anew).reused
+    assert not prepare([path], encoder(), anew).reused
+    assert prepare([path], encoder(), anew).reused
     assert len(entries(cache)) == len(changed) + 3
 
 
-def test_several_files_in_a_folder_each_have_their_entry(tmp_path, preprocessor, cache):
+def test_several_files_in_a_folder_each_have_their_entry(tmp_path, encoder, cache):
     folder = tmp_path / "shards"
     folder.mkdir()
     data_file(folder, pair(1), pair(2), name="a.json")
     data_file(folder, {"instruction": "甲", "output": "乙乙乙"}, name="b.json")
-    data = prepare_training_data([str(folder)], preprocessor(), cache)
+    data = prepare([str(folder)], encoder(), cache)
     assert answers(data.examples) == [1, 2, 3] and data.report.rows == 3
     assert len(entries(cache)) == 2
-    assert answers(prepare_training_data([str(folder)], preprocessor(), cache, max_rows=1).examples) == [1]
+    assert answers(prepare([str(folder)], encoder(), cache, max_rows=1).examples) == [1]
     empty = data_file(tmp_path, {"prompt": "", "response": ""}, name="empty.json")
-    data = prepare_training_data([empty, str(folder)], preprocessor(), cache, weights=[1, 2])
+    data = prepare([empty, str(folder)], encoder(), cache, weights=[1, 2])
     assert answers(data.examples) == [1, 1, 2, 2, 3, 3] and data.report.empty == 1
 
 
-def test_mixing_by_weight(tmp_path, preprocessor, cache):
+def test_mixing_by_weight(tmp_path, encoder, cache):
     one = data_file(tmp_path, *map(pair, (1, 2)), name="one.json")
     two = data_file(tmp_path, *map(pair, (3, 4, 5, 6)), name="two.json")
 
     def mixed(weights, seed=1):
-        return answers(prepare_training_data([one, two], preprocessor(), cache, weights=weights, seed=seed).examples)
+        return answers(prepare([one, two], encoder(), cache, weights=weights, seed=seed).examples)
 
     assert mixed([1, 1]) == mixed(None) == [1, 2, 3, 4, 5, 6]
     assert mixed([3, 1]) == [1, 1, 1, 2, 2, 2, 3, 4, 5, 6]
@@ -142,38 +146,36 @@ def test_a_mixture_depends_on_the_seed_alone():
     assert mixture([10, 400], [2.3, 0.5], seed=7)[:23].tolist() == chosen[:23].tolist()
 
 
-def test_bad_rows_end_the_work_or_are_skipped_and_counted(tmp_path, preprocessor, cache):
+def test_bad_rows_end_the_work_or_are_skipped_and_counted(tmp_path, encoder, cache):
     tool = {"messages": [{"role": "user", "content": "甲"}, {"role": "observation", "content": "乙"},
                          {"role": "assistant", "content": "丙"}]}  # fmt: skip
     path = data_file(tmp_path, pair(1), "{broken", {"甲": 1}, tool, pair(2))
     with pytest.raises(ValueError, match=rf"^{path}:2: not valid JSON"):
-        prepare_training_data([path], preprocessor("chatglm2"), cache)
+        prepare([path], encoder("chatglm2"), cache)
     assert entries(cache) == [] and not list(cache.folder.glob(".*"))
-    data = prepare_training_data([path], preprocessor("chatglm2"), cache, skip_bad_rows=3)
+    data = prepare([path], encoder("chatglm2"), cache, skip_bad_rows=3)
     assert (data.report.rows, data.report.used, data.report.bad) == (5, 2, 3)
     assert data.warnings[0].startswith(f"3 bad rows were skipped, the first:\n{path}:2: not valid JSON")
-    again = prepare_training_data([path], preprocessor("chatglm2"), cache, skip_bad_rows=3)
+    again = prepare([path], encoder("chatglm2"), cache, skip_bad_rows=3)
     assert again.reused and again.warnings == data.warnings
     with pytest.raises(ValueError, match=r"More than 2 bad rows"):
-        prepare_training_data([path], preprocessor("chatglm2"), cache, skip_bad_rows=2)
+        prepare([path], encoder("chatglm2"), cache, skip_bad_rows=2)
     with pytest.raises(ValueError, match=rf"^{path}:2: not valid JSON"):
-        prepare_training_data([path], preprocessor("chatglm2"), cache)
+        prepare([path], encoder("chatglm2"), cache)
 
 
-def test_warnings_and_rows_in_both_sets(tmp_path, preprocessor, cache):
+def test_warnings_and_rows_in_both_sets(tmp_path, encoder, cache):
     train = data_file(tmp_path, pair(1), pair(2), pair(1), {"prompt": "[gMASK]", "response": "乙"}, name="train.json")
     dev = data_file(tmp_path, pair(2), pair(3), name="dev.json")
-    data = prepare_training_data([train], preprocessor(), cache)
+    data = prepare([train], encoder(), cache)
     assert data.warnings == [
         f"1 rows that stood before word for word: {train}:3",
         f"1 rows that spell special tokens (they are learned as ordinary text): {train}:4",
     ]
-    other = prepare_training_data([dev], preprocessor(), cache)
+    other = prepare([dev], encoder(), cache)
     assert shared_rows(data.examples, other.examples) == 1
     with pytest.raises(ValueError, match="There is nothing to work with in the data:\n1 rows, 0 used"):
-        prepare_training_data(
-            [data_file(tmp_path, {"prompt": "", "response": ""}, name="no.json")], preprocessor(), cache
-        )
+        prepare([data_file(tmp_path, {"prompt": "", "response": ""}, name="no.json")], encoder(), cache)
 
 
 def fill(folder: Path, text: str = "whole") -> None:
@@ -220,20 +222,20 @@ def test_of_several_processes_one_makes_it_and_the_others_wait(cache, tmp_path):
     assert log.read_text() == "made\n"
 
 
-def test_a_damaged_entry_is_made_anew(tmp_path, preprocessor, cache):
+def test_a_damaged_entry_is_made_anew(tmp_path, encoder, cache):
     path = data_file(tmp_path, *map(pair, range(1, 6)))
-    prepare_training_data([path], preprocessor(), cache)
+    prepare([path], encoder(), cache)
     (entry,) = entries(cache)
     examples = entry / EXAMPLES_FILE
     os.truncate(examples, examples.stat().st_size - 1)
-    assert not prepare_training_data([path], preprocessor(), cache).reused
-    assert len(read_examples(entry)) == 5 and prepare_training_data([path], preprocessor(), cache).reused
+    assert not prepare([path], encoder(), cache).reused
+    assert len(read_examples(entry)) == 5 and prepare([path], encoder(), cache).reused
 
 
-def test_a_cache_that_cannot_be_written_names_the_way_out(tmp_path, preprocessor):
+def test_a_cache_that_cannot_be_written_names_the_way_out(tmp_path, encoder):
     path = data_file(tmp_path, pair(1))
     with pytest.raises(OSError, match=r"rows.json cannot be written: .*Name a folder with room by --data_cache_dir"):
-        prepare_training_data([path], preprocessor(), TokenCache(path))
+        prepare([path], encoder(), TokenCache(path))
 
 
 # Pages of memory-mapped files are not counted: the system takes them back when it needs them.
@@ -241,9 +243,9 @@ PEAK = """
 import sys, threading, time
 from pathlib import Path
 import tiny_tokenizer
-from chatglm_ptuning.data.forms import Columns
+from chatglm_ptuning.data.formats.registry import Columns
 from chatglm_ptuning.data.prepared import prepare_training_data
-from chatglm_ptuning.data.preprocess import Preprocessor
+from chatglm_ptuning.data.conversation_encoder import ConversationEncoder
 from chatglm_ptuning.data.token_cache import TokenCache
 
 def watch():
@@ -257,10 +259,10 @@ small, big, folder = sys.argv[1:]
 peak = 0
 threading.Thread(target=watch, daemon=True).start()
 tokenizer = tiny_tokenizer.train(Path(folder), "chatglm3")
-preprocessor = Preprocessor(tokenizer, Columns(), 1000, 1000, progress=False)
+encoder = ConversationEncoder(tokenizer, 1000, 1000)
 peaks = []
 for path in (small, big):
-    data = prepare_training_data([path], preprocessor, TokenCache(Path(folder) / "cache"))
+    data = prepare_training_data([path], Columns(), encoder, TokenCache(Path(folder) / "cache"), progress=False)
     sum(data.examples[index]["length"] for index in range(0, len(data.examples), 100))
     peaks.append(peak)
 print(len(data.examples), *peaks)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from chatglm_ptuning import ChatGLMForConditionalGeneration, ChatGLMTokenizer
-from chatglm_ptuning.data.files import read_rows
+from chatglm_ptuning.data.sources.files import iterate_rows
 from chatglm_ptuning.model.vocabulary import SentencePieceVocabulary
 from pretraining.corpus import read_corpus
 from pretraining.instructions import blank_opinion, judgements, opinion, praise_or_blame
@@ -78,7 +78,7 @@ def corpus(tmp_path):
     """A folder of text in the documented layout, of sentences that the repository has."""
     folder = tmp_path / "corpus"
     folder.mkdir()
-    rows = read_rows(GENERAL)
+    rows = list(iterate_rows([GENERAL]))
     texts = [row.get("text") or row["response"] for row in rows]
     write_jsonl(folder / "some_documents.jsonl", [{"text": text} for text in texts])
     pairs = [row for row in rows if "prompt" in row]

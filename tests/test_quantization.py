@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import instruction_rows
 import packed_base
 import pytest
 import tiny_base
@@ -13,9 +14,8 @@ from conftest import TINY
 
 from chatglm_ptuning import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMForSequenceClassification
 from chatglm_ptuning.data.collate import PaddingCollator
-from chatglm_ptuning.data.files import read_rows
-from chatglm_ptuning.data.forms import Columns
-from chatglm_ptuning.data.preprocess import Preprocessor
+from chatglm_ptuning.data.formats.registry import Columns
+from chatglm_ptuning.data.sources.files import iterate_rows
 from chatglm_ptuning.model.hub import DEFAULT_MODEL
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.model.quantization import quantization_settings
@@ -30,8 +30,8 @@ ids_of = dict(argvalues=QUANTISED, ids=["8 bit", "nf4", "fp4"])
 @pytest.fixture(scope="module")
 def batch():
     tokenizer = load_tokenizer(DEFAULT_MODEL)
-    rows = read_rows(Path(DEFAULT_MODEL).parent / "advertisement" / "train.json")[:4]
-    examples, _ = Preprocessor(tokenizer, Columns("content", "summary"), 48, 48).for_training(rows)
+    rows = list(iterate_rows([Path(DEFAULT_MODEL).parent / "advertisement" / "train.json"]))[:4]
+    examples, _ = instruction_rows.training_rows(tokenizer, rows, 48, 48, columns=Columns("content", "summary"))
     return PaddingCollator(tokenizer.pad_token_id, "right")(examples)
 
 

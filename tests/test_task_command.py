@@ -141,6 +141,20 @@ def test_a_repeated_id_is_seen_before_the_base_is_loaded(base, data, runs, tmp_p
     assert (tmp_path / "dev" / "metrics.json").exists() and not (tmp_path / "dev" / "mood_predict.json").exists()
 
 
+def test_bad_rows_are_skipped_and_then_there_is_no_submission(base, tmp_path, capsys, caplog):
+    data = write_tasks(tmp_path / "data")
+    with (data / "test.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"number": 9}\n')
+    command = ["--head", "generation", "--split", "test", "--ptuning_checkpoint", "none"]
+    with pytest.raises(SystemExit):
+        evaluate(base, data, "mood.yaml", tmp_path / "no", *command)
+    assert f"{data / 'test.jsonl'}:{len(TEXTS) + 1}: there is no field 'message'" in capsys.readouterr().err
+    evaluate(base, data, "mood.yaml", tmp_path / "out", *command, "--skip_bad_rows", "1")
+    assert "1 bad rows of mood, split test, were skipped" in caplog.text
+    assert len(read(tmp_path / "out" / "predictions.jsonl")) == len(TEXTS)
+    assert not (tmp_path / "out" / "mood_predict.json").exists()
+
+
 def test_the_base_beside_the_prefix(base, data, runs, tmp_path):
     more = ["--split", "dev", "--compare_base", "--ptuning_checkpoint", runs("generation")[0]]
     evaluate(base, data, "mood.yaml", tmp_path / "both", *more)

@@ -7,12 +7,12 @@ import json
 import random
 from dataclasses import replace
 
+import instruction_rows
 import pytest
 import tiny_glm4
 import tiny_tokenizer
 
-from chatglm_ptuning.data.forms import Columns
-from chatglm_ptuning.data.preprocess import Preprocessor
+from chatglm_ptuning.data.formats.registry import Columns
 from chatglm_ptuning.data.tasks.encode import TaskEncoder, check_order, head_of
 from chatglm_ptuning.data.tasks.encode_spans import encode_question
 from chatglm_ptuning.data.tasks.encode_tags import encode_tokens, tags_of
@@ -281,7 +281,7 @@ def test_generation_learns_what_the_same_rows_in_a_file_would_teach(tokenizers, 
                 enumerate([("今天天气", "农业"), ("我想去", "体育"), ("龘 abc", "汽车")])]  # fmt: skip
     rows = TaskEncoder(task, tokenizer, "generation", 400, target_room).training_rows(examples)
     columns = [{"q": render_prompt(task, example), "a": answer_text(task, example)} for example in examples]
-    expected, _ = Preprocessor(tokenizer, Columns("q", "a"), 400, target_room, progress=False).for_training(columns)
+    expected, _ = instruction_rows.training_rows(tokenizer, columns, 400, target_room, columns=Columns("q", "a"))
     assert rows == [dict(row) for row in expected]
     if target_room == 32:
         learned = [[label for label in row["labels"] if label != -100] for row in rows]

@@ -1,5 +1,7 @@
 """Tasks read from a hub, which here is a folder in a hub's form."""
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from chatglm_ptuning.data.tasks import load_task, read_examples
@@ -48,6 +50,16 @@ def test_a_copy_of_a_hub_s_repository_is_read_as_the_registry_knows_it(tmp_path)
     assert example.id == 77
     with pytest.raises(ValueError, match=f"A copy of a hub's repository is read by huggingface:{tmp_path}"):
         read_examples(load_task("tnews"), tmp_path, "dev")
+
+
+def test_other_kinds_of_files_and_patterns_are_read_too(tmp_path):
+    for number in (0, 1):
+        table = pyarrow.Table.from_pylist([{"sentence": f"甲{number}", "label": "100"}])
+        pyarrow.parquet.write_table(table, tmp_path / f"train-{number}.parquet")
+    found = read_examples(load_task("tnews"), f"{tmp_path}/train-*.parquet", "train")
+    assert [(example.text, example.id, example.where) for example in found] == [
+        (f"甲{number}", number, f"{tmp_path}/train-{number}.parquet row 1") for number in (0, 1)
+    ]
 
 
 @pytest.mark.parametrize("name", ["cmrc2018", "chid", "c3"])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from chatglm_ptuning.cli import main
+from chatglm_ptuning.data.sources.rows import BadRows
 from chatglm_ptuning.data.tasks import load_task, read_examples
 from chatglm_ptuning.data.tasks.task import Task
 
@@ -245,6 +246,41 @@ def test_faulty_choices_are_refused(tmp_path, row, letters, message):
         return
     with pytest.raises(ValueError, match=message):
         read_examples(task, tmp_path, "train")
+
+
+# Bad rows that are skipped
+
+MARKED = "王\tB-PER\n\n宁\tI-PER\tX\n宁\n\n沪\tB-LOC\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "bad"),
+    [
+        ("tnews", "train.json", '{"sentence": "甲", "label": "100"}\n{"sentence": \n{"label": "100"}\n', ":2:|:3:"),
+        ("adgen", "train.json", '{"content": "裤", "summary": ""}\n{"content": "裤", "summary": "宽"}\n', ":1:"),
+        ("chnsenticorp", "train.tsv", "label\ttext_a\n1\t好\n0\t差\t差\n7\t好\n", ":3:|:4:"),
+        ("msra_ner", "train.txt", MARKED, ":3:"),
+        ("msra_ner", "train.txt", '{"tokens": ["王"], "ner_tags": ["O"]}\n{"tokens": [1], "ner_tags": ["O"]}', ":2:"),
+        ("cluener", "train.json", '{"text": "王", "label": {}}\n{"text": "王", "label": []}\n', ":2:"),
+        ("cmrc2018", "train.json", squad(QUESTION, {"id": "Q2"}, QUESTION | {"id": "Q3", "answers": []}),
+         "question 2|Q3"),
+        ("c3", "test.json", '[[["他病了。"], [{"question": "谁？", "choice": ["他"], "answer": "他"}, {}], "1"]]',
+         "question 2"),
+        ("fewclue_chid", "train_0.json", '{"content": "#idiom#", "candidates": ["甲"], "answer": 0}\n{"content": ""}',
+         ":2:"),
+    ],
+)  # fmt: skip
+def test_bad_rows_are_skipped_and_counted(tmp_path, name, file, content, bad):
+    (tmp_path / file).write_text(content, "utf-8")
+    split = "test" if file.startswith("test") else Path(file).stem
+    bad_rows = BadRows(2)
+    examples = read_examples(load_task(name), tmp_path / file, split, bad_rows=bad_rows)
+    assert len(examples) == 2 if file == "train.txt" and "\t" in content else len(examples) == 1
+    assert bad_rows.count == len(bad.split("|"))
+    for message, place in zip(bad_rows.messages, bad.split("|"), strict=True):
+        assert place in message and str(tmp_path / file) in message
+    with pytest.raises(ValueError, match=bad.split("|")[0]):
+        read_examples(load_task(name), tmp_path / file, split)
 
 
 # The command

@@ -364,7 +364,7 @@ def test_chnsenticorp_is_an_unquoted_table(tmp_path):
         ('差 "差"', "负面"),
     ]
     (tmp_path / "train.tsv").write_text("label\ttext_a\n1\t好\t坏\n", "utf-8")
-    with pytest.raises(ValueError, match=r"train.tsv:2: 3 cells under 2 headings"):
+    with pytest.raises(ValueError, match=r"train.tsv:2: 3 values, but 2 columns \(label, text_a\)"):
         read_examples(task, tmp_path, "train")
 
 
@@ -445,7 +445,7 @@ def test_wrong_files_are_named(tmp_path):
     good = CLUE_ROWS["tnews"]
     for row, message in (
         (good | {"label": "105"}, r"train.json:2: the task tnews has no label '105' .did you mean '1"),
-        ({"label": "102", "sentense": "甲"}, r"train.json:2: there is no field 'sentence'.* Did you mean 'sentense'"),
+        ({"label": "102", "sentense": "甲"}, r"train.json:2: there is no field 'sentence' .did you mean 'sentense'"),
         ({"sentence": "甲"}, r"train.json:2: there is no field 'label'"),
         (good | {"sentence": None}, r"train.json:2: the field 'sentence' must be text, found null"),
     ):

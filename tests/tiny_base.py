@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import instruction_rows
 import tiny_tokenizer
 import torch
 
 from chatglm_ptuning.data.collate import PaddingCollator
-from chatglm_ptuning.data.forms import Columns
-from chatglm_ptuning.data.preprocess import Preprocessor
+from chatglm_ptuning.data.formats.registry import Columns
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
@@ -35,7 +35,7 @@ def make_base(folder: Path, chat_format: str = "chatglm3", steps: int = 120) -> 
     )  # fmt: skip
     model = ChatGLMForConditionalGeneration(config).train()
     rows = [{"content": prompt, "summary": answer} for prompt, answer in ANSWERS.items()]
-    examples, _ = Preprocessor(tokenizer, Columns("content", "summary"), 64, 32).for_training(rows)
+    examples, _ = instruction_rows.training_rows(tokenizer, rows, 64, 32, columns=Columns("content", "summary"))
     batch = PaddingCollator(tokenizer.pad_token_id, "right")(examples)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(steps):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,9 +9,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from chatglm_ptuning.chat.message import Conversation, Document
-from chatglm_ptuning.data.forms import Columns, understand
+from chatglm_ptuning.data.conversations import ConversationExample
 from chatglm_ptuning.data.report import percentiles
-from chatglm_ptuning.data.row import BadRows, Row
+from chatglm_ptuning.data.sources.rows import BadRows
 from chatglm_ptuning.data.writing import SCRIPTS, count_scripts, is_mojibake, special_spellings
 
 _PLACES = 5
@@ -36,7 +35,7 @@ class CheckReport:
     Attributes:
         rows: those that were understood.
         bad: those that were not; `errors` says of the first of them what is wrong.
-        forms: rows by form.
+        formats: rows by dataset format.
         turns: percentiles of answers in a row.
         characters: percentiles of the characters of `source` (all but the answers) and `target` (all answers).
         scripts: share of the letters by script, and rows in which each stands.
@@ -47,7 +46,7 @@ class CheckReport:
     rows: int = 0
     bad: int = 0
     errors: list[str] = field(default_factory=list)
-    forms: dict[str, int] = field(default_factory=dict)
+    formats: dict[str, int] = field(default_factory=dict)
     turns: dict[str, int] = field(default_factory=dict)
     characters: dict[str, dict[str, int]] = field(default_factory=dict)
     scripts: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -75,8 +74,9 @@ class CheckReport:
 
     def summary(self) -> str:
         """The report in a few lines for people, without warnings and errors."""
-        forms = ", ".join(f"{form} ({count})" if len(self.forms) > 1 else form for form, count in self.forms.items())
-        lines = [f"{self.rows + self.bad} rows, form: {forms or 'unknown'}"]
+        counted = [f"{name} ({count})" for name, count in self.formats.items()]
+        formats = ", ".join(counted if len(counted) > 1 else self.formats) or "unknown"
+        lines = [f"{self.rows + self.bad} rows, dataset format: {formats}"]
         if not self.rows:
             return lines[0]
         lines.append(f"answers in a row: {_in_words(self.turns)}")
@@ -88,45 +88,29 @@ class CheckReport:
 
 
 class Checker:
-    """Looks at rows as they pass by; what it keeps of each is a few bytes.
+    """Looks at examples as they pass by; what it keeps of each is a few bytes."""
 
-    Args:
-        columns: what the user said about the rows.
-        bad_rows: counts those that cannot be understood.
-
-    Attributes:
-        last_digest: of the row that passed last.
-    """
-
-    def __init__(self, columns: Columns, bad_rows: BadRows) -> None:
-        self.columns = columns
-        self.bad_rows = bad_rows
+    def __init__(self) -> None:
         self.report_so_far = CheckReport()
         self.seen: set[int] = set()
-        self.last_digest = 0
         self.turns, self.source, self.target = array("i"), array("i"), array("i")
         self.letters: Counter[str] = Counter()
         self.rows_with: Counter[str] = Counter()
 
-    def watch(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """The rows that can be understood.
+    def watch(self, examples: Iterable[ConversationExample]) -> Iterator[ConversationExample]:
+        """The examples, each noted before it is passed on."""
+        for example in examples:
+            self._note(example)
+            yield example
 
-        Raises:
-            ValueError: as `bad_rows.add` for the others.
+    def report(self, bad_rows: BadRows) -> CheckReport:
+        """What was found so far.
+
+        Args:
+            bad_rows: counted the rows that could not be understood.
         """
-        for row in rows:
-            try:
-                form, found = understand(row, self.columns)
-            except ValueError as error:
-                self.bad_rows.add(str(error))
-                continue
-            self._note(row, form, found)
-            yield row
-
-    def report(self) -> CheckReport:
-        """What was found so far."""
         report = self.report_so_far
-        report.bad, report.errors = self.bad_rows.count, list(self.bad_rows.messages)
+        report.bad, report.errors = bad_rows.count, list(bad_rows.messages)
         report.turns = percentiles(self.turns)
         report.characters = {"source": percentiles(self.source), "target": percentiles(self.target)}
         letters = self.letters.total()
@@ -137,10 +121,10 @@ class Checker:
         }
         return report
 
-    def _note(self, row: Row, form: str, found: Conversation | Document) -> None:
-        report = self.report_so_far
+    def _note(self, example: ConversationExample) -> None:
+        report, found = self.report_so_far, example.content
         report.rows += 1
-        report.forms[form] = report.forms.get(form, 0) + 1
+        report.formats[example.dataset_format] = report.formats.get(example.dataset_format, 0) + 1
         source, target, turns = _texts(found)
         self.turns.append(turns)
         self.source.append(len(source))
@@ -149,11 +133,10 @@ class Checker:
         scripts = count_scripts(text)
         self.letters.update(scripts)
         self.rows_with.update(name for name, count in scripts.items() if count)
-        digest = self.last_digest = _digest(row)
         missing = found.missing_side()
         learned = isinstance(found, Document) or any(message.loss for message in found.messages)
         findings = {
-            "duplicates": digest in self.seen,
+            "duplicates": example.digest in self.seen,
             "empty": missing == "empty",
             "one_sided": missing == "one_sided",
             "without_targets": missing is None and not learned,
@@ -161,19 +144,13 @@ class Checker:
             "mojibake": is_mojibake(text),
             "special_tokens": bool(special_spellings(text)),
         }
-        self.seen.add(digest)
+        self.seen.add(example.digest)
         for name, is_so in findings.items():
             if is_so:
                 report.counts[name] = report.counts.get(name, 0) + 1
                 places = report.places.setdefault(name, [])
                 if len(places) < _PLACES:
-                    places.append(row.where)
-
-
-def _digest(row: Mapping[str, Any]) -> int:
-    """64 bits that are the same for rows of the same content."""
-    content = repr(sorted(row.items(), key=lambda item: item[0])).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
+                    places.append(example.where)
 
 
 def _texts(found: Conversation | Document) -> tuple[str, str, int]:

@@ -13,14 +13,17 @@ from rich.console import Console
 
 from chatglm_ptuning.command_line import fail, parse_arguments
 from chatglm_ptuning.data.check import Checker, CheckReport
-from chatglm_ptuning.data.files import BadRows, Row, find_files, iterate_rows
-from chatglm_ptuning.data.forms import FORMS, Columns, find_form
+from chatglm_ptuning.data.conversation_encoder import ConversationEncoder
+from chatglm_ptuning.data.conversations import read_conversation, read_conversations
+from chatglm_ptuning.data.encoding import Lengths, encode_examples
+from chatglm_ptuning.data.formats.registry import FORMATS, Columns
 from chatglm_ptuning.data.histogram import draw_lengths
-from chatglm_ptuning.data.preprocess import Preprocessor
-from chatglm_ptuning.data.report import Lengths, PreparationReport, percentiles
+from chatglm_ptuning.data.report import PreparationReport, percentiles
 from chatglm_ptuning.data.show import describe, print_example, print_tokens
+from chatglm_ptuning.data.sources.files import find_sources, iterate_rows
+from chatglm_ptuning.data.sources.rows import BadRows, Row
 from chatglm_ptuning.files import write_atomically
-from chatglm_ptuning.model.hub import DEFAULT_MODEL
+from chatglm_ptuning.model.hub import DEFAULT_MODEL, HUBS
 from chatglm_ptuning.model.loading import load_tokenizer
 
 CHECK_FILE = "data_check.json"
@@ -38,8 +41,8 @@ class _RowArguments:
     """How rows are read and rendered, as in training."""
 
     files: list[str] = field(init=False)
-    data_form: str | None = field(
-        default=None, metadata={"help": f"form of the rows: {', '.join(FORMS)} (default: told by their fields)"}
+    dataset_format: str | None = field(
+        default=None, metadata={"help": f"{', '.join(FORMATS)} (default: detected from the field names)"}
     )
     prompt_column: str | None = field(default=None, metadata={"help": "column of the source text"})
     response_column: str | None = field(default=None, metadata={"help": "column of the answer"})
@@ -48,21 +51,17 @@ class _RowArguments:
     max_source_length: int = field(default=1024, metadata={"help": "tokens of the source at most"})
     max_target_length: int = field(default=128, metadata={"help": "tokens of the answer at most"})
 
-    hub: str = field(default="hf", metadata={"help": "where a hub name of a base is looked up: hf or modelscope"})
+    hub: str = field(
+        default="huggingface", metadata={"help": f"where a hub name of a base is looked up: {' or '.join(HUBS)}"}
+    )
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a hub name"})
 
     def columns(self) -> Columns:
-        return Columns(self.prompt_column, self.response_column, self.history_column, self.data_form)
+        return Columns(self.prompt_column, self.response_column, self.history_column, self.dataset_format)
 
-    def preprocessor(self, model: str, workers: int = 1) -> Preprocessor:
-        return Preprocessor(
-            load_tokenizer(model, hub=self.hub, revision=self.revision),
-            self.columns(),
-            self.max_source_length,
-            self.max_target_length,
-            self.source_prefix,
-            num_workers=workers,
-        )
+    def encoder(self, model: str) -> ConversationEncoder:
+        tokenizer = load_tokenizer(model, hub=self.hub, revision=self.revision)
+        return ConversationEncoder(tokenizer, self.max_source_length, self.max_target_length, self.source_prefix)
 
 
 @dataclass
@@ -100,23 +99,25 @@ def show(args: ShowArguments) -> None:
     Raises:
         ValueError: naming file and line, if a row cannot be understood, or there are fewer rows.
     """
-    preprocessor = args.preprocessor(args.model_name_or_path)
+    encoder = args.encoder(args.model_name_or_path)
+    chat_format = encoder.tokenizer.chat_format
     console = Console(highlight=False, soft_wrap=True)
     found = 0
-    for row in itertools.islice(iterate_rows(args.files), args.row - 1, args.row - 1 + args.rows):
+    for source_row in itertools.islice(iterate_rows(args.files), args.row - 1, args.row - 1 + args.rows):
         found += 1
-        prepared = preprocessor.prepare_for_training(row)
-        form = find_form(row, preprocessor.columns)
-        chat_format = preprocessor.tokenizer.chat_format
-        console.print(f"{row.where}: form {form}, chat format {chat_format}", markup=False)
-        if prepared.counted:
-            console.print(describe(prepared), markup=False)
-        for number, example in enumerate(prepared.examples, start=1):
-            ids, labels = example["input_ids"], example["labels"]
+        example = read_conversation(source_row, args.columns())
+        encoded = encoder.training_rows(example)
+        console.print(
+            f"{example.where}: dataset format {example.dataset_format}, chat format {chat_format}", markup=False
+        )
+        if encoded.counted:
+            console.print(describe(encoded), markup=False)
+        for number, row in enumerate(encoded.rows, start=1):
+            ids, labels = row["input_ids"], row["labels"]
             learned = sum(label >= 0 for label in labels)
-            which = f"example {number} of {len(prepared.examples)}: " if len(prepared.examples) > 1 else ""
+            which = f"example {number} of {len(encoded.rows)}: " if len(encoded.rows) > 1 else ""
             console.print(f"{which}{len(ids)} tokens, {learned} learned", markup=False)
-            (print_tokens if args.tokens else print_example)(preprocessor.tokenizer, ids, labels, console)
+            (print_tokens if args.tokens else print_example)(encoder.tokenizer, ids, labels, console)
     if not found:
         count = sum(1 for _ in iterate_rows(args.files))
         raise ValueError(f"There is no row {args.row}: {', '.join(args.files)} has {count}.")
@@ -132,20 +133,20 @@ def check(args: CheckArguments) -> bool:
         ValueError: if there is no such tokenizer, or a limit is too small for its chat format.
     """
     bad_rows = BadRows(None)
-    checker = Checker(args.columns(), bad_rows)
+    checker = Checker()
     unreadable: list[str] = []
-    rows = checker.watch(_rows_of_all(args.files, bad_rows, unreadable))
+    rows = _rows_of_all(args.files, bad_rows, unreadable)
+    examples = checker.watch(read_conversations(rows, args.columns(), bad_rows))
     preparation, lengths = PreparationReport(), Lengths()
     if args.model_name_or_path is None:
-        for _ in rows:
+        for _ in examples:
             pass
     else:
-        preprocessor = args.preprocessor(args.model_name_or_path, args.preprocessing_num_workers)
-        for prepared in preprocessor.stream(preprocessor.prepare_for_training, rows, preparation, bad_rows):
-            lengths.source.extend(source for source, _ in prepared.lengths)
-            lengths.target.extend(target for _, target in prepared.lengths)
-            lengths.example.extend(len(example["input_ids"]) for example in prepared.examples)
-    report = checker.report()
+        encode = args.encoder(args.model_name_or_path).training_rows
+        workers = args.preprocessing_num_workers
+        for _, encoded in encode_examples(encode, examples, preparation, bad_rows, num_workers=workers):
+            lengths.add(encoded)
+    report = checker.report(bad_rows)
     report.errors += unreadable
     if not report.usable and not unreadable:
         report.errors.append("There is no row that anything can be learned from.")
@@ -161,8 +162,8 @@ def _rows_of_all(names: Sequence[str], bad_rows: BadRows, unreadable: list[str])
     """The rows of all files; what ends the reading of one is noted, and the next is read."""
     for name in names:
         try:
-            for file in find_files(name):
-                yield from file.rows(bad_rows)
+            for source in find_sources(name):
+                yield from source.rows(bad_rows)
         except ValueError as error:
             unreadable.append(str(error))
 

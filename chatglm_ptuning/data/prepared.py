@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from chatglm_ptuning.data.check import Checker
-from chatglm_ptuning.data.files import DataFile, find_files
-from chatglm_ptuning.data.hub import HubDataset
-from chatglm_ptuning.data.preprocess import Preprocessor, Row, nothing_left
+from chatglm_ptuning.data.conversation_encoder import ConversationEncoder
+from chatglm_ptuning.data.conversations import read_conversations
+from chatglm_ptuning.data.encoding import encode_examples, nothing_left
+from chatglm_ptuning.data.formats.registry import Columns
 from chatglm_ptuning.data.report import PreparationReport
-from chatglm_ptuning.data.row import BadRows
+from chatglm_ptuning.data.sources.files import DataSource, find_sources
+from chatglm_ptuning.data.sources.rows import BadRows
 from chatglm_ptuning.data.token_cache import (
     ExampleWriter,
     TokenCache,
@@ -56,22 +57,26 @@ class PreparedData:
 
 def prepare_training_data(
     names: Sequence[str],
-    preprocessor: Preprocessor,
+    columns: Columns,
+    encoder: ConversationEncoder,
     cache: TokenCache,
     *,
     weights: Sequence[float] | None = None,
     max_rows: int | None = None,
     skip_bad_rows: int = 0,
     seed: int = 42,
+    num_workers: int = 1,
+    progress: bool = True,
 ) -> PreparedData:
     """Makes examples of files, or takes them from the cache, and mixes them.
 
     Args:
-        names: files, folders, patterns, hub datasets (`find_files`).
+        names: files, folders, patterns, data sets on a hub (`find_sources`).
         weights: one for each name: how often each of its examples is seen in an epoch. Of 2.5, all of them are seen
             twice, and half of them, chosen by the seed, a third time.
         max_rows: use the first so many rows of all files together.
         skip_bad_rows: tolerate so many rows that cannot be understood.
+        num_workers, progress: as for `encode_examples`.
 
     Raises:
         ValueError: naming file and line, for a row too many that cannot be understood; with the report, if no row is
@@ -85,11 +90,15 @@ def prepare_training_data(
     warnings: list[str] = []
     reused = True
     for name, weight in zip(names, weights or [1.0] * len(names), strict=True):
-        for file in find_files(name):
+        for source in find_sources(name):
             remaining = None if max_rows is None else max_rows - (report.rows - report.bad)
             if remaining is not None and remaining <= 0:
                 break
-            entry, was_there = _entry(file, preprocessor, cache, remaining, bad_rows)
+            key = _key(source, columns, encoder, remaining)
+            make = partial(
+                _make_entry, source, columns, encoder, remaining, bad_rows, num_workers=num_workers, progress=progress
+            )
+            entry, was_there = cache.entry(key, make)
             facts = read_facts(entry)
             if was_there:
                 _repeat_faults(facts, bad_rows)
@@ -166,43 +175,36 @@ def _check_weights(names: Sequence[str], weights: Sequence[float] | None) -> Non
         raise ValueError(f"--train_weights must be positive numbers, got {' '.join(map(str, weights))}.")
 
 
-def _entry(
-    file: DataFile | HubDataset, preprocessor: Preprocessor, cache: TokenCache, limit: int | None, bad_rows: BadRows
-) -> tuple[Path, bool]:
-    key = {
-        "file": [file.name, file.fingerprint()],
+def _key(source: DataSource, columns: Columns, encoder: ConversationEncoder, limit: int | None) -> dict[str, Any]:
+    return {
+        "source": [str(source), source.fingerprint()],
         "limit": limit,
-        "columns": asdict(preprocessor.columns),
-        "lengths": [preprocessor.max_source_length, preprocessor.max_target_length],
-        "source_prefix": preprocessor.source_prefix,
-        "tokenizer": tokenizer_fingerprint(preprocessor.tokenizer),
+        "columns": asdict(columns),
+        "lengths": [encoder.max_source_length, encoder.max_target_length],
+        "source_prefix": encoder.source_prefix,
+        "tokenizer": tokenizer_fingerprint(encoder.tokenizer),
         "kit": [kit_version(), code_fingerprint()],
     }
-    return cache.entry(key, lambda folder: _make_entry(folder, file, preprocessor, limit, bad_rows))
 
 
 def _make_entry(
-    folder: Path, file: DataFile | HubDataset, preprocessor: Preprocessor, limit: int | None, bad_rows: BadRows
+    source: DataSource,
+    columns: Columns,
+    encoder: ConversationEncoder,
+    limit: int | None,
+    bad_rows: BadRows,
+    folder: Path,
+    **how: Any,
 ) -> None:
-    of_file = BadRows(None, whole=bad_rows)
-    checker = Checker(preprocessor.columns, of_file)
-    report = PreparationReport()
-    digests = array("q")
-
-    def digested(rows: Iterator[Row]) -> Iterator[Row]:
-        for row in rows:
-            digests.append(checker.last_digest)
-            yield row
-
-    rows = digested(itertools.islice(checker.watch(file.rows(of_file)), limit))
+    of_source = BadRows(None, whole=bad_rows)
+    checker, report = Checker(), PreparationReport()
+    examples = checker.watch(read_conversations(source.rows(of_source), columns, of_source, limit))
     writer = ExampleWriter(folder)
-    for prepared in preprocessor.stream(preprocessor.prepare_for_training, rows, report, of_file):
-        for example, (source, target) in zip(prepared.examples, prepared.lengths, strict=True):
-            writer.add(example, source, target, digests[report.rows - 1])
-    # With those that the preprocessor never saw.
-    report.rows += of_file.count - report.bad
-    report.bad = of_file.count
-    writer.close({"report": report.as_dict(), "warnings": checker.report().warnings(), "faults": of_file.messages})
+    for example, encoded in encode_examples(encoder.training_rows, examples, report, of_source, **how):
+        for row, (source_length, target_length) in zip(encoded.rows, encoded.lengths, strict=True):
+            writer.add(row, source_length, target_length, example.digest)
+    warnings = checker.report(of_source).warnings()
+    writer.close({"report": report.as_dict(), "warnings": warnings, "faults": of_source.messages})
 
 
 def _repeat_faults(facts: dict[str, Any], bad_rows: BadRows) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -83,15 +82,6 @@ class PreparationReport:
                 f"99 % {values['99']}, the longest has {values['100']}"
             )
         return "\n".join(lines)
-
-
-@dataclass
-class Lengths:
-    """Numbers of tokens, four bytes each, so that those of a huge file fit in memory."""
-
-    source: array = field(default_factory=lambda: array("i"))
-    target: array = field(default_factory=lambda: array("i"))
-    example: array = field(default_factory=lambda: array("i"))
 
 
 def percentiles(values: Sequence[int], shares: Sequence[int] = _PERCENTILES) -> dict[str, int]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from chatglm_ptuning.data.preprocess import Prepared
+from chatglm_ptuning.data.encoding import Encoded
 from chatglm_ptuning.model.losses import IGNORED_LABEL
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def print_tokens(
         console.print(line, soft_wrap=True)
 
 
-def describe(prepared: Prepared) -> str:
+def describe(encoded: Encoded) -> str:
     """What was cut off a row, or why nothing was made of it."""
     meanings = {
         "empty": "left out: it has neither question nor answer",
@@ -57,7 +57,7 @@ def describe(prepared: Prepared) -> str:
         "source_cut": "the middle of the source was cut",
         "target_cut": "the end of the answer was cut",
     }
-    return "; ".join(meanings[name] for name in dict.fromkeys(prepared.counted))
+    return "; ".join(meanings[name] for name in dict.fromkeys(encoded.counted))
 
 
 def _runs(input_ids: Sequence[int], labels: Sequence[int]) -> Iterator[tuple[bool, list[int]]]:

@@ -41,7 +41,7 @@ def generate_answers(
     memory shows at once; the answers are in the order of the examples.
 
     Args:
-        examples: each with `input_ids`, the prompt alone, as `Preprocessor.for_generation` makes them.
+        examples: each with `input_ids`, the prompt alone, as `ConversationEncoder.prompt` makes them.
         max_new_tokens: tokens of an answer at most, without its prompt.
         temperature: of sampling; None for 1.
         top_p: share of probability to sample from; None for all of it.
@@ -50,7 +50,7 @@ def generate_answers(
 
     Returns:
         The answers as the chat format's `answer_text` gives them: a tool call as name, newline and call, in which form
-        `Preprocessor.for_generation` gives the reference.
+        `ConversationEncoder.prompt` gives the reference.
 
     Raises:
         ValueError: if a number is out of range, a prompt is empty, sampling settings come without `do_sample`, the

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -11,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from chatglm_ptuning.command_line import fail, parse_arguments
-from chatglm_ptuning.data.files import BadRows, iterate_rows
-from chatglm_ptuning.data.forms import FORMS, Columns
-from chatglm_ptuning.data.preprocess import Preprocessor
+from chatglm_ptuning.data.conversation_encoder import ConversationEncoder
+from chatglm_ptuning.data.conversations import read_conversations
+from chatglm_ptuning.data.encoding import encode_all
+from chatglm_ptuning.data.formats.registry import FORMATS, Columns
 from chatglm_ptuning.data.report import PreparationReport
+from chatglm_ptuning.data.sources.files import iterate_rows
+from chatglm_ptuning.data.sources.rows import BadRows
 from chatglm_ptuning.data.tasks.arguments import TaskArguments
 from chatglm_ptuning.evaluation.chosen_prefix import PLAIN_BASE, choose_prefix, load_chosen, results_folder
 from chatglm_ptuning.evaluation.parallel import (
@@ -60,14 +62,14 @@ class EvaluationArguments(TaskArguments, InferenceBaseArguments):
     test_file: list[str] | None = field(
         default=None, metadata={"help": "data files to score (default: the bundled headlines)"}
     )
-    data_form: str | None = field(
-        default=None, metadata={"help": f"form of the rows: {', '.join(FORMS)} (default: told by their fields)"}
+    dataset_format: str | None = field(
+        default=None, metadata={"help": f"{', '.join(FORMATS)} (default: detected from the field names)"}
     )
     prompt_column: str | None = field(
-        default=None, metadata={"help": "column of the source text (default: told by the fields)"}
+        default=None, metadata={"help": "column of the source text (default: detected from the field names)"}
     )
     response_column: str | None = field(
-        default=None, metadata={"help": "column of the answer (default: told by the fields)"}
+        default=None, metadata={"help": "column of the answer (default: detected from the field names)"}
     )
     history_column: str | None = field(default=None, metadata={"help": "column of earlier turns"})
     source_prefix: str = field(default="", metadata={"help": "text in front of every source"})
@@ -76,7 +78,6 @@ class EvaluationArguments(TaskArguments, InferenceBaseArguments):
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "rows generated together"})
     num_beams: int = field(default=1, metadata={"help": "beams of generation (1: greedy)"})
     max_predict_samples: int | None = field(default=None, metadata={"help": "score the first so many rows"})
-    skip_bad_rows: int = field(default=0, metadata={"help": "leave out so many rows that cannot be understood"})
     output_dir: str | None = field(
         default=None,
         metadata={
@@ -104,8 +105,6 @@ class EvaluationArguments(TaskArguments, InferenceBaseArguments):
                 raise ValueError(f"--{name} must be at least 1, got {value}")
         if self.output_dir is not None:
             check_output_folder(self.output_dir)
-        if self.skip_bad_rows < 0:
-            raise ValueError(f"--skip_bad_rows must not be negative, got {self.skip_bad_rows}")
         if self.task is None:
             self.test_file = self.test_file or [DEFAULT_TEST_FILE]
         self.columns()
@@ -114,9 +113,9 @@ class EvaluationArguments(TaskArguments, InferenceBaseArguments):
         """What the flags say about the rows.
 
         Raises:
-            ValueError: if --data_form is unknown.
+            ValueError: if --dataset_format is unknown.
         """
-        return Columns(self.prompt_column, self.response_column, self.history_column, self.data_form)
+        return Columns(self.prompt_column, self.response_column, self.history_column, self.dataset_format)
 
 
 def evaluate(args: EvaluationArguments) -> dict[str, Any]:
@@ -131,13 +130,12 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
     output = Path(args.output_dir) if args.output_dir else results_folder(prefix)
     # Rows first: what is wrong with a file shows before minutes go into loading the base.
     bad_rows = BadRows(args.skip_bad_rows)
-    rows = list(itertools.islice(iterate_rows(args.test_file, bad_rows), args.max_predict_samples))
+    rows = iterate_rows(args.test_file, bad_rows)
+    conversations = list(read_conversations(rows, args.columns(), bad_rows, args.max_predict_samples))
     source = {"hub": args.hub, "revision": args.revision}
     tokenizer = load_tokenizer(args.model_name_or_path, **source)
-    preprocessor = Preprocessor(
-        tokenizer, args.columns(), args.max_source_length, args.max_target_length, source_prefix=args.source_prefix
-    )
-    examples, report = preprocessor.for_generation(rows, bad_rows)
+    encoder = ConversationEncoder(tokenizer, args.max_source_length, args.max_target_length, args.source_prefix)
+    examples, report = encode_all(encoder.prompt, conversations, bad_rows)
     print_once(f"{', '.join(args.test_file)}\n{report.summary()}")
     output.mkdir(parents=True, exist_ok=True)
     model = load_model(

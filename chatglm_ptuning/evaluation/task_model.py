@@ -42,7 +42,9 @@ def model_settings(task: Task, head: str) -> dict[str, Any]:
     return settings
 
 
-def recorded_details(checkpoint: str | Path, base: str, hub: str = "hf", revision: str | None = None) -> dict[str, Any]:
+def recorded_details(
+    checkpoint: str | Path, base: str, hub: str = "huggingface", revision: str | None = None
+) -> dict[str, Any]:
     """What a checkpoint of any --tuning says of its task, head and labels, read before the base's weights are.
 
     An adapter of PEFT's own says nothing.

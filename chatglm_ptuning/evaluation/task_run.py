@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chatglm_ptuning.data.sources.rows import BadRows
 from chatglm_ptuning.data.tasks.arguments import TrainedReading, submission_variant, usual_split
 from chatglm_ptuning.data.tasks.encode import ANSWERING_HEADS, head_of
 from chatglm_ptuning.data.tasks.readers import heads_of
@@ -51,8 +52,10 @@ def evaluate_task(args: EvaluationArguments, prefix: Path | None) -> dict[str, A
     output = Path(args.output_dir) if args.output_dir else results_folder(prefix) / f"{task.name}-{split}"
     source = {"hub": args.hub, "revision": args.revision}
     # Rows first: what is wrong with a file shows before minutes go into loading the base.
-    examples = args.examples(task, split, args.max_predict_samples)
-    may_submit = args.max_predict_samples is None and args.subjects is None and can_submit(task, examples)
+    skipped = BadRows(args.skip_bad_rows)
+    examples = args.examples(task, split, args.max_predict_samples, skipped)
+    whole = args.max_predict_samples is None and args.subjects is None and not skipped.count
+    may_submit = whole and can_submit(task, examples)
     head, trained, variant = _how_to_solve(args, task, prefix)
     tokenizer = load_tokenizer(args.model_name_or_path, **source)
     encoder = args.encoder(task, tokenizer, args.max_source_length, args.max_target_length, head, trained)

@@ -14,7 +14,8 @@ from chatglm_ptuning.model.quantization import check_quantization
 
 DEFAULT_MODEL = str(Path(__file__).resolve().parents[2] / "data" / "chatglm-nano")
 """The base that is bundled with the sources."""
-HUBS = ("hf", "modelscope")
+HUBS = ("huggingface", "modelscope")
+"""Hubs by the names that they have in every command."""
 
 _SETTINGS = ["*.json", "*.model", "*.jinja"]
 _WEIGHTS = ("*.safetensors", "*.bin")
@@ -29,7 +30,7 @@ class BaseArguments:
     model_name_or_path: str = field(
         default=DEFAULT_MODEL, metadata={"help": "folder of the base, or its hub name (default: the bundled nano)"}
     )
-    hub: str = field(default="hf", metadata={"help": f"where a hub name is looked up: {' or '.join(HUBS)}"})
+    hub: str = field(default="huggingface", metadata={"help": f"where a hub name is looked up: {' or '.join(HUBS)}"})
     revision: str | None = field(
         default=None,
         metadata={"help": "branch, tag or commit of a hub name (default: main)", "aliases": ["--model_revision"]},
@@ -59,11 +60,13 @@ class InferenceBaseArguments(BaseArguments):
             raise ValueError(f"--device_map must be auto, got {self.device_map!r}")
 
 
-def find_base(model_name_or_path: str, hub: str = "hf", revision: str | None = None, weights: bool = True) -> Path:
+def find_base(
+    model_name_or_path: str, hub: str = "huggingface", revision: str | None = None, weights: bool = True
+) -> Path:
     """The folder of a base; a hub name is downloaded into the hub's own cache, or found there.
 
     Args:
-        hub: "hf" or "modelscope", for a name of the form OWNER/NAME that is no folder.
+        hub: one of `HUBS`, for a name of the form OWNER/NAME that is no folder.
         revision: branch, tag or commit of a hub name.
         weights: False for the settings and the vocabulary alone.
 
@@ -87,7 +90,7 @@ def find_base(model_name_or_path: str, hub: str = "hf", revision: str | None = N
             f"No base at {path}. Give the folder, with config.json and weights, of {SUPPORTED}, or a hub name such as "
             "THUDM/chatglm3-6b."
         )
-    fetch = _from_hugging_face if hub == "hf" else _from_modelscope
+    fetch = _from_hugging_face if hub == "huggingface" else _from_modelscope
     folder = fetch(name, revision, _SETTINGS)
     if weights:
         for pattern in _WEIGHTS:

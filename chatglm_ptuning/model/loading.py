@@ -55,7 +55,7 @@ def _temporary_folder() -> str:
 def load_model(
     model_name_or_path: str,
     *,
-    hub: str = "hf",
+    hub: str = "huggingface",
     revision: str | None = None,
     pre_seq_len: int | None = None,
     prefix_projection: bool = False,
@@ -116,7 +116,9 @@ def load_model(
     return model.eval()
 
 
-def load_tokenizer(model_name_or_path: str, *, hub: str = "hf", revision: str | None = None) -> ChatGLMTokenizer:
+def load_tokenizer(
+    model_name_or_path: str, *, hub: str = "huggingface", revision: str | None = None
+) -> ChatGLMTokenizer:
     """Loads the tokenizer that lies beside the base; arguments as in `load_model`.
 
     Raises:

@@ -8,7 +8,7 @@ import torch
 from transformers import Seq2SeqTrainingArguments
 from transformers.utils import logging
 
-from chatglm_ptuning.data.forms import FORMS, Columns
+from chatglm_ptuning.data.formats.registry import FORMATS, Columns
 from chatglm_ptuning.data.tasks.arguments import TaskArguments
 from chatglm_ptuning.files import check_output_folder
 from chatglm_ptuning.model.hub import BaseArguments
@@ -89,7 +89,7 @@ class DataArguments(TaskArguments):
     """Files, columns and lengths; or a task instead of files."""
 
     train_file: list[str] | None = field(
-        default=None, metadata={"help": "data files, folders, patterns or hub:OWNER/NAME to train on"}
+        default=None, metadata={"help": "data files, folders, patterns or huggingface:OWNER/NAME to train on"}
     )
     train_weights: list[float] | None = field(
         default=None, metadata={"help": "one number for each train_file: how often its rows are seen in an epoch"}
@@ -98,14 +98,14 @@ class DataArguments(TaskArguments):
     test_file: list[str] | None = field(
         default=None, metadata={"help": "rows for --do_predict (default: validation_file)"}
     )
-    data_form: str | None = field(
-        default=None, metadata={"help": f"form of the rows: {', '.join(FORMS)} (default: told by their fields)"}
+    dataset_format: str | None = field(
+        default=None, metadata={"help": f"{', '.join(FORMATS)} (default: detected from the field names)"}
     )
     prompt_column: str | None = field(
-        default=None, metadata={"help": "column of the source text (default: told by the fields)"}
+        default=None, metadata={"help": "column of the source text (default: detected from the field names)"}
     )
     response_column: str | None = field(
-        default=None, metadata={"help": "column of the answer (default: told by the fields)"}
+        default=None, metadata={"help": "column of the answer (default: detected from the field names)"}
     )
     history_column: str | None = field(default=None, metadata={"help": "column of earlier turns"})
     source_prefix: str = field(default="", metadata={"help": "text in front of every source"})
@@ -118,7 +118,6 @@ class DataArguments(TaskArguments):
     max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate on the first so many rows"})
     max_predict_samples: int | None = field(default=None, metadata={"help": "predict the first so many rows"})
     preprocessing_num_workers: int = field(default=1, metadata={"help": "processes that prepare the rows"})
-    skip_bad_rows: int = field(default=0, metadata={"help": "leave out so many rows that cannot be understood"})
     data_cache_dir: str | None = field(
         default=None, metadata={"help": "folder that keeps tokenised rows (default: ~/.cache/chatglm_ptuning/data)"}
     )
@@ -156,17 +155,15 @@ class DataArguments(TaskArguments):
             limit = getattr(self, name)
             if limit is not None and limit < 1:
                 raise ValueError(f"--{name} must be at least 1 (leave it out for all rows), got {limit}")
-        if self.skip_bad_rows < 0:
-            raise ValueError(f"--skip_bad_rows must not be negative, got {self.skip_bad_rows}")
         self.columns()
 
     def columns(self) -> Columns:
         """What the flags say about the rows.
 
         Raises:
-            ValueError: if --data_form is unknown.
+            ValueError: if --dataset_format is unknown.
         """
-        return Columns(self.prompt_column, self.response_column, self.history_column, self.data_form)
+        return Columns(self.prompt_column, self.response_column, self.history_column, self.dataset_format)
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils import logging
 
 from chatglm_ptuning.data.collate import PaddingCollator
-from chatglm_ptuning.data.files import BadRows, Row, iterate_rows
+from chatglm_ptuning.data.conversation_encoder import ConversationEncoder
+from chatglm_ptuning.data.conversations import read_conversations
+from chatglm_ptuning.data.encoding import encode_all
 from chatglm_ptuning.data.prepared import prepare_training_data, shared_rows
-from chatglm_ptuning.data.preprocess import Preprocessor
+from chatglm_ptuning.data.sources.files import iterate_rows
+from chatglm_ptuning.data.sources.rows import BadRows
 from chatglm_ptuning.data.token_cache import TokenCache
 from chatglm_ptuning.evaluation.parallel import generate_answers_together
 from chatglm_ptuning.evaluation.table import print_scores
@@ -91,18 +93,13 @@ class TrainingRun:
             ValueError: naming file and line of what is wrong.
         """
         data_args, args = self.data_args, self.args
-        self.preprocessor = Preprocessor(
-            self.tokenizer,
-            data_args.columns(),
-            data_args.max_source_length,
-            data_args.max_target_length,
-            source_prefix=data_args.source_prefix,
-            num_workers=data_args.preprocessing_num_workers,
+        self.encoder = ConversationEncoder(
+            self.tokenizer, data_args.max_source_length, data_args.max_target_length, data_args.source_prefix
         )
         self.train_examples = self._examples("train_file", data_args.max_train_samples) if args.do_train else []
         self.eval_examples = self._examples("validation_file", data_args.max_eval_samples) if args.do_eval else []
         self._warn_of_shared_rows()
-        self.test_rows = self._test_rows()
+        self.prompts = self._prompts()
 
     def _check_goes_on(self, checkpoint: Path) -> None:
         """Refuses to go on from what was trained for other tasks, or for other labels of the same."""
@@ -142,12 +139,14 @@ class TrainingRun:
         names = self._named(flag)
         data = prepare_training_data(
             names,
-            self.preprocessor,
+            self.data_args.columns(),
+            self.encoder,
             self.cache,
             weights=self.data_args.train_weights if flag == "train_file" else None,
             max_rows=limit,
             skip_bad_rows=self.data_args.skip_bad_rows,
             seed=self.args.seed,
+            num_workers=self.data_args.preprocessing_num_workers,
         )
         if self.args.should_save:
             print(f"{', '.join(names)}\n{data.summary()}")
@@ -160,12 +159,16 @@ class TrainingRun:
         if count and self.args.should_save:
             print(f"warning: {count} rows of the validation data are in the training data too")
 
-    def _test_rows(self) -> list[Row]:
+    def _prompts(self) -> list[dict[str, Any]]:
         if not self.args.do_predict and not (self.args.do_eval and self.args.predict_with_generate):
             return []
-        flag = "test_file" if self.args.do_predict and self.data_args.test_file else "validation_file"
-        rows = iterate_rows(self._named(flag), BadRows(self.data_args.skip_bad_rows))
-        return list(itertools.islice(rows, self.data_args.max_predict_samples))
+        data_args = self.data_args
+        flag = "test_file" if self.args.do_predict and data_args.test_file else "validation_file"
+        bad_rows = BadRows(data_args.skip_bad_rows)
+        rows = iterate_rows(self._named(flag), bad_rows)
+        examples = read_conversations(rows, data_args.columns(), bad_rows, data_args.max_predict_samples)
+        workers = data_args.preprocessing_num_workers
+        return encode_all(self.encoder.prompt, examples, bad_rows, num_workers=workers)[0]
 
     def _load_model(self) -> ChatGLMPreTrainedModel:
         model_args = self.model_args
@@ -294,23 +297,21 @@ class TrainingRun:
         self.keep("general", metrics, trainer)
 
     def answer_and_score(self, prefix: PrefixArgument = None) -> tuple[list[str], dict[str, float]]:
-        """Answers to the test rows and their scores, under what is tuned or the given prefix."""
-        examples, _ = self.preprocessor.for_generation(self.test_rows, BadRows(self.data_args.skip_bad_rows))
+        """Answers to the prompts and their scores, under what is tuned or the given prefix."""
         answers = generate_answers_together(
             self.model,
             self.tokenizer,
-            examples,
+            self.prompts,
             under_engine=self.under_engine,
             batch_size=self.args.per_device_eval_batch_size,
             max_new_tokens=self.data_args.val_max_target_length or self.data_args.max_target_length,
             num_beams=self.data_args.num_beams or self.args.generation_num_beams or 1,
             prefix=prefix,
         )
-        return answers, score(answers, [example["reference"] for example in examples])
+        return answers, score(answers, [prompt["reference"] for prompt in self.prompts])
 
     def predict(self, trainer: PrefixTrainer) -> None:
         """Generates answers, writes them as the official script does, and compares with the base if asked to."""
-        examples, _ = self.preprocessor.for_generation(self.test_rows, BadRows(self.data_args.skip_bad_rows))
         answers, scores = self.answer_and_score()
         name = self.tuning.described
         columns, texts = {name: scores}, {name: answers}
@@ -321,10 +322,10 @@ class TrainingRun:
             columns = {"base": base_scores, **columns}
             texts = {"base": base_answers, **texts}
             metrics |= {f"base_{name}": value for name, value in base_scores.items()}
-        self.keep("predict", metrics | {"predict_samples": len(examples)}, trainer)
+        self.keep("predict", metrics | {"predict_samples": len(self.prompts)}, trainer)
         if not self.args.should_save:
             return
-        references = [example["reference"] for example in examples]
+        references = [prompt["reference"] for prompt in self.prompts]
         lines = [
             json.dumps({"labels": reference, "predict": answer}, ensure_ascii=False)
             for reference, answer in zip(references, answers, strict=True)
@@ -333,7 +334,9 @@ class TrainingRun:
             temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
         print_scores(columns)
         shown = slice(0, _SAMPLES_SHOWN)
-        prompts = [self.tokenizer.decode(example["input_ids"], skip_special_tokens=True) for example in examples[shown]]
+        prompts = [
+            self.tokenizer.decode(prompt["input_ids"], skip_special_tokens=True) for prompt in self.prompts[shown]
+        ]
         print_samples(prompts, references[shown], {name: answer[shown] for name, answer in texts.items()})
 
     def keep(self, split: str, metrics: dict[str, Any], trainer: PrefixTrainer) -> None:

@@ -13,9 +13,9 @@ import torch
 from transformers.utils import logging
 
 from chatglm_ptuning.data.collate import PaddingCollator
-from chatglm_ptuning.data.forms import Columns
+from chatglm_ptuning.data.conversation_encoder import ConversationEncoder
+from chatglm_ptuning.data.formats.registry import Columns
 from chatglm_ptuning.data.prepared import lengths_of, prepare_training_data, shared_rows
-from chatglm_ptuning.data.preprocess import Preprocessor
 from chatglm_ptuning.data.token_cache import TokenCache
 from chatglm_ptuning.evaluation.drift import kl_from_base, measure_drift
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMPreTrainedModel
@@ -41,7 +41,7 @@ class PreservationArguments:
         metadata={"help": "weight of the KL divergence from the base on general rows, added to the loss (default: 0)"},
     )
     preserve_file: list[str] | None = field(
-        default=None, metadata={"help": "general rows to replay, in any form of train_file (default: bundled ones)"}
+        default=None, metadata={"help": "general rows to replay, in any dataset format (default: bundled ones)"}
     )
     preserve_eval_file: list[str] | None = field(
         default=None, metadata={"help": "general rows that are never replayed, to measure on (default: bundled ones)"}
@@ -109,11 +109,11 @@ def read_general_rows(
         ValueError: naming file and line, for rows that cannot be understood; if a row stands in both.
     """
     half = arguments.preserve_max_length // 2
-    preprocessor = Preprocessor(tokenizer, Columns(), arguments.preserve_max_length - half, half, progress=False)
+    encoder = ConversationEncoder(tokenizer, arguments.preserve_max_length - half, half)
 
     def read(names: Sequence[str] | None, bundled: str, limit: int | None = None) -> datasets.Dataset:
         wanted = names or [str(_BUNDLED / bundled)]
-        return prepare_training_data(wanted, preprocessor, cache, max_rows=limit).examples
+        return prepare_training_data(wanted, Columns(), encoder, cache, max_rows=limit, progress=False).examples
 
     replayed = read(arguments.preserve_file, "train.json") if replays else None
     held_out = None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from chatglm_ptuning.data.sources.rows import BadRows
 from chatglm_ptuning.data.tasks.arguments import TrainedReading, submission_variant, usual_split
 from chatglm_ptuning.data.tasks.encode import (
     ANSWERING_HEADS,
@@ -70,8 +71,11 @@ class TaskRun(TrainingRun):
             )
         training = self._split("train", flags.train_split, flags.max_train_samples) if args.do_train else []
         self.watched = self._split("dev", flags.eval_split, flags.max_eval_samples) if args.do_eval else []
-        self.tested = self._split("test", flags.predict_split, flags.max_predict_samples) if args.do_predict else []
-        whole = flags.max_predict_samples is None and flags.subjects is None
+        skipped = BadRows(flags.skip_bad_rows)
+        self.tested = (
+            self._split("test", flags.predict_split, flags.max_predict_samples, skipped) if args.do_predict else []
+        )
+        whole = flags.max_predict_samples is None and flags.subjects is None and not skipped.count
         self.may_submit = whole and bool(self.tested) and can_submit(self.task, self.tested)
         for examples in (self.watched, self.tested):
             check_attention(self.model_args, self.encoder, examples)
@@ -101,8 +105,10 @@ class TaskRun(TrainingRun):
         head = recorded_head(details, self.task, self.data_args.head, checkpoint)
         return head, recorded_reading(details, self.task, checkpoint)
 
-    def _split(self, kind: str, named: str | None, limit: int | None) -> Sequence[AnyExample]:
-        return self.data_args.examples(self.task, self._split_name(kind, named), limit)
+    def _split(
+        self, kind: str, named: str | None, limit: int | None, bad_rows: BadRows | None = None
+    ) -> Sequence[AnyExample]:
+        return self.data_args.examples(self.task, self._split_name(kind, named), limit, bad_rows)
 
     def _split_name(self, kind: str, named: str | None) -> str:
         return named or usual_split(self.task, kind)

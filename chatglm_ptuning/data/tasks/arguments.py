@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from transformers.utils import logging
+
+from chatglm_ptuning.data.sources.rows import BadRows
 from chatglm_ptuning.data.tasks.encode import ECHO_HEADS, HEADS, TaskEncoder, head_of
 from chatglm_ptuning.data.tasks.encode_tags import DEFAULT_TOKEN_UNIT, TOKEN_UNITS
 from chatglm_ptuning.data.tasks.examples import AnyExample
@@ -12,6 +15,8 @@ from chatglm_ptuning.data.tasks.read import read_examples
 from chatglm_ptuning.data.tasks.registry import load_task
 from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
+
+logger = logging.get_logger(__name__)
 
 CANDIDATE_SCORES = ("sum", "mean", "calibrated")
 """How candidates are ranked: by their log-likelihood, by it per token, or by what the text adds to it."""
@@ -66,6 +71,7 @@ class TaskArguments:
     )  # fmt: skip
     max_answer_length: int = field(default=50, metadata={"help": "characters of an extracted answer at most"})
     doc_stride: int = field(default=64, metadata={"help": "tokens by which the windows of a long text overlap"})
+    skip_bad_rows: int = field(default=0, metadata={"help": "leave out so many rows that cannot be understood"})
 
     def __post_init__(self) -> None:
         if self.token_unit is not None and self.token_unit not in TOKEN_UNITS:
@@ -78,6 +84,8 @@ class TaskArguments:
             raise ValueError(f"--max_answer_length must be at least 1, got {self.max_answer_length}")
         if self.doc_stride < 0:
             raise ValueError(f"--doc_stride must not be negative, got {self.doc_stride}")
+        if self.skip_bad_rows < 0:
+            raise ValueError(f"--skip_bad_rows must not be negative, got {self.skip_bad_rows}")
         if self.task is not None and self.task_data is None:
             raise ValueError("--task needs --task_data: the folder with its files, or huggingface or modelscope")
         if self.task is None and (self.task_data or self.head or self.subjects):
@@ -138,13 +146,25 @@ class TaskArguments:
             )
         return trained.echo
 
-    def examples(self, task: Task, split: str, limit: int | None = None) -> Sequence[AnyExample]:
-        """The first `limit` examples of a split, or all.
+    def examples(
+        self, task: Task, split: str, limit: int | None = None, bad_rows: BadRows | None = None
+    ) -> Sequence[AnyExample]:
+        """The first `limit` examples of a split, or all; the log says how many bad rows were skipped.
+
+        Args:
+            bad_rows: counts them; by default anew.
 
         Raises:
             ValueError: naming what is missing or wrong, see `read_examples`.
         """
-        return read_examples(task, self.task_data or "", split, subjects=self.subjects)[:limit]
+        bad_rows = bad_rows or BadRows(self.skip_bad_rows)
+        examples = read_examples(task, self.task_data or "", split, subjects=self.subjects, bad_rows=bad_rows)
+        if bad_rows.count:
+            logger.warning(
+                f"{bad_rows.count} bad rows of {task.name}, split {split}, were skipped, the first:\n"
+                f"{bad_rows.messages[0]}"
+            )
+        return examples[:limit]
 
 
 def submission_variant(task: Task, train_split: str | None) -> str | None:

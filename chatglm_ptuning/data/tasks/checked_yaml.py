@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from chatglm_ptuning.data.text_input import read_text
+from chatglm_ptuning.data.sources.text import read_text
 
 
 def read_yaml(path: Path, what: str) -> Any:

@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers.utils import logging
 
+from chatglm_ptuning.data.sources.hub import is_on_hub
 from chatglm_ptuning.data.tasks.checked_yaml import FieldChecker, nearest, read_yaml
 from chatglm_ptuning.data.tasks.encode import check_order, head_of
-from chatglm_ptuning.data.tasks.hub import HUBS
 from chatglm_ptuning.data.tasks.readers import heads_of
 from chatglm_ptuning.data.tasks.registry import load_task
 from chatglm_ptuning.data.tasks.task import Task
@@ -130,8 +130,7 @@ class _MixtureChecker(FieldChecker):
             self.fail(str(error))
 
     def place(self, task_data: str) -> str:
-        hub = task_data.partition(":")[0] in HUBS
-        return task_data if hub else str(self.folder / Path(task_data).expanduser())
+        return task_data if is_on_hub(task_data) else str(self.folder / Path(task_data).expanduser())
 
     def head(self, task: Task, value: Mapping[str, Any], what: str) -> str:
         named = value.get("head")

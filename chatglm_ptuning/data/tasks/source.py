@@ -1,24 +1,23 @@
-"""One split of a task as its reader gets it: found files or rows of a hub, and what its columns are called."""
+"""One split of a task as its reader gets it: where its rows are, and what its columns are called."""
 
 from __future__ import annotations
 
-import csv
-import difflib
-import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
-from chatglm_ptuning.data.forms.fields import fail
-from chatglm_ptuning.data.json_rows import json_rows
-from chatglm_ptuning.data.row import BadRows, Row
+from chatglm_ptuning.data.sources.files import DataFile, DataSource
+from chatglm_ptuning.data.sources.json_rows import json_document
+from chatglm_ptuning.data.sources.rows import BadRows, Row, fail
+from chatglm_ptuning.data.sources.text import data_suffix
+from chatglm_ptuning.data.tasks.checked_yaml import nearest
+from chatglm_ptuning.data.tasks.examples import AnyExample
 from chatglm_ptuning.data.tasks.task import Task
-from chatglm_ptuning.data.text_input import read_text
 
+Unit = TypeVar("Unit")
 _WITHOUT_GOLD = ("test", "unlabel")
-_TABLES = {".tsv": "\t", ".csv": ","}
 
 
 @dataclass(frozen=True)
@@ -26,29 +25,58 @@ class SplitSource:
     """Where the rows of one split are, for a reader.
 
     Attributes:
-        paths: the files that make up the split; empty if `hub_rows` are given.
-        hub_rows: rows that a hub gave.
-        fields: role -> column, as in these files or rows.
+        sources: what makes up the split.
+        fields: role -> column, as in these sources.
         subject: of an examination.
+        bad_rows: counts the rows that cannot be understood.
     """
 
     task: Task
     split: str
-    paths: tuple[Path, ...] = ()
-    hub_rows: tuple[Row, ...] | None = None
+    sources: Sequence[DataSource] = ()
     fields: Mapping[str, str] = field(default_factory=dict)
     subject: str | None = None
+    bad_rows: BadRows = field(default_factory=BadRows)
 
     @property
     def needs_gold(self) -> bool:
         """Whether every row must have its label or answer: benchmarks leave them out of test files alone."""
-        return not self.split.startswith(_WITHOUT_GOLD)
+        return needs_gold(self.split)
 
-    def rows(self) -> list[Row]:
-        """The rows of all files, whatever kind of table they are."""
-        if self.hub_rows is not None:
-            return list(self.hub_rows)
-        return [row for path in self.paths for row in read_table(path)]
+    @property
+    def paths(self) -> list[Path]:
+        """The files among the sources."""
+        return [source.path for source in self.sources if isinstance(source, DataFile)]
+
+    @property
+    def has_flat_rows(self) -> bool:
+        """Whether a benchmark of documents comes as a table with a row for each question, as hubs have them."""
+        return all(data_suffix(path) == ".parquet" for path in self.paths)
+
+    def rows(self) -> Iterator[Row]:
+        """The rows of all sources, whatever kind they are of."""
+        for source in self.sources:
+            yield from source.rows(self.bad_rows)
+
+    def each(
+        self, units: Iterable[Unit], read: Callable[[Unit, int], Iterable[AnyExample]], first: int = 0
+    ) -> Iterator[AnyExample]:
+        """The examples of rows, or of whatever else a file holds; what cannot be understood is a bad row.
+
+        Args:
+            read: the examples of one, given its place; raises ValueError naming file and line.
+            first: the place of the first one.
+
+        Raises:
+            ValueError: as `bad_rows.add`.
+        """
+        for index, unit in enumerate(units, start=first):
+            try:
+                examples = list(read(unit, index))
+            except ValueError as error:
+                self.bad_rows.add(str(error))
+                continue
+            yield from examples
 
     def documents(self, expected: str) -> list[tuple[Path, Any]]:
         """Each file's one JSON value; for benchmarks whose files are not rows.
@@ -56,7 +84,7 @@ class SplitSource:
         Args:
             expected: what that value is, for the message.
         """
-        return [(path, _read_json(path, expected)) for path in self.paths]
+        return [(path, json_document(path, expected)) for path in self.paths]
 
     def get(self, row: Row, role: str) -> Any:
         """The value of a role; None if the task or the row does not have it."""
@@ -103,12 +131,10 @@ class SplitSource:
                 f"the field '{column}', which the task {self.task.name} reads as its {role}, is {json.dumps(value)}; "
                 f"the split {self.split} needs one in every row{no_label}.",
             )
-        near = difflib.get_close_matches(column, row, n=1, cutoff=0.5)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
         fail(
             row,
-            f"there is no field '{column}', which the task {self.task.name} reads as its {role}; the row has "
-            f"{', '.join(row) or 'nothing'}.{hint}",
+            f"there is no field '{column}'{nearest(column, list(row))}, which the task {self.task.name} reads as its "
+            f"{role}; the row has {', '.join(row) or 'nothing'}.",
         )
 
     def label(self, row: Row) -> str | None:
@@ -156,11 +182,14 @@ class SplitSource:
     def _known_label(self, row: Row, key: str) -> str:
         if key in self.task.labels or key in self.task.drop_labels:
             return key
-        near = difflib.get_close_matches(key, self.task.labels, n=1, cutoff=0.5)
-        hint = f" (did you mean '{near[0]}'?)" if near else ""
         known = list(self.task.labels)
         shown = ", ".join(known[:20]) + (f", ... ({len(known)} in all)" if len(known) > 20 else "")
-        fail(row, f"the task {self.task.name} has no label '{key}'{hint}; its labels are {shown}.")
+        fail(row, f"the task {self.task.name} has no label '{key}'{nearest(key, known)}; its labels are {shown}.")
+
+
+def needs_gold(split: str) -> bool:
+    """Whether every row of a split must have its label or answer."""
+    return not split.startswith(_WITHOUT_GOLD)
 
 
 _ABSENT = object()
@@ -197,100 +226,6 @@ def as_text(row: Row, value: Any, column: str) -> str:
         return "、".join(value)
     shown = json.dumps(value, ensure_ascii=False)
     fail(row, f"the field '{column}' must be text, found {shown[:60]}{'...' if len(shown) > 60 else ''}.")
-
-
-def read_table(path: Path) -> list[Row]:
-    """The rows of JSON, JSON lines, TSV (without quoting) or CSV with a line of headings; any of them may be gzipped.
-
-    Raises:
-        ValueError: naming the file and line of what cannot be read.
-    """
-    suffix = Path(path.name.removesuffix(".gz")).suffix
-    if suffix not in _TABLES:
-        return list(json_rows(path, str(path), BadRows()))
-    # newline="" inside: a quoted cell of a CSV may hold line feeds.
-    lines = io.StringIO(read_text(path), newline="")
-    quoting = csv.QUOTE_NONE if suffix == ".tsv" else csv.QUOTE_MINIMAL
-    reader = csv.reader(lines, delimiter=_TABLES[suffix], quoting=quoting)
-    try:
-        headings = next(reader, None)
-        if not headings:
-            raise ValueError(f"{path} is empty; its first line must be the headings of the columns.")
-        rows, line = [], reader.line_num + 1
-        for cells in reader:
-            if cells and len(cells) != len(headings):
-                raise ValueError(
-                    f"{path}:{line}: {len(cells)} cells under {len(headings)} headings ({', '.join(headings)})."
-                )
-            if cells:
-                rows.append(Row(zip(headings, cells, strict=True), str(path), line))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"{path}:{reader.line_num}: not a table: {error}.") from error
-    if not rows:
-        raise ValueError(f"{path} has headings and no rows.")
-    return rows
-
-
-def find_files(task: Task, source: Path, split: str, subject: str | None = None) -> tuple[Path, ...]:
-    """The files of a split in a folder as it was published, or in one of its subfolders of the task's name.
-
-    Args:
-        source: the folder; or one file, which is then the split.
-
-    Raises:
-        ValueError: if the task has no such split, or a file is missing, naming both and what is there instead.
-    """
-    if split not in task.files:
-        near = difflib.get_close_matches(split, task.files, n=1, cutoff=0.4)
-        hint = f" (did you mean '{near[0]}'?)" if near else ""
-        raise ValueError(f"The task {task.name} has no split '{split}'{hint}; it has {', '.join(task.files)}.")
-    if source.is_file():
-        return (source,)
-    if not source.is_dir():
-        raise ValueError(
-            f"{source} does not exist. Name the folder with the files of {task.name}; or, online, its place on a hub: "
-            "huggingface, modelscope, huggingface:OWNER/NAME or modelscope:OWNER/NAME."
-        )
-    bases = [source, *(source / folder for folder in (*task.folders, task.name) if (source / folder).is_dir())]
-    wanted = [tuple(name.format(subject=subject) for name in names) for names in task.files[split]]
-    for base in bases:
-        for names in wanted:
-            found = [next((path for path in spellings(base / name) if path.is_file()), None) for name in names]
-            if all(found):
-                return tuple(path for path in found if path is not None)
-            if any(found):
-                missing = [name for name, path in zip(names, found, strict=True) if path is None]
-                raise ValueError(
-                    f"{base} has only a part of {task.name}, split {split}: {', '.join(missing)} is missing."
-                )
-    there = sorted(child.name for child in source.iterdir())
-    is_of_a_hub = any(any(source.glob(pattern)) for pattern in ("*.parquet", "*/*.parquet"))
-    raise ValueError(
-        f"{source} has no file of {task.name}, split {split}: looked for {' or '.join(' + '.join(n) for n in wanted)}"
-        f" in {', '.join(dict.fromkeys(str(base) for base in bases))}; the folder holds "
-        f"{', '.join(there[:12]) + (', ...' if len(there) > 12 else '') or 'nothing'}."
-        + (f" A copy of a hub's repository is read by huggingface:{source}." if is_of_a_hub else "")
-    )
-
-
-def spellings(path: Path) -> tuple[Path, Path]:
-    """A file, and the same gzipped."""
-    return path, path.with_name(f"{path.name}.gz")
-
-
-def _read_json(path: Path, expected: str) -> Any:
-    text = read_text(path)
-    if not text.strip():
-        raise ValueError(f"{path} is empty; expected {expected}.")
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno}); expected {expected}."
-        ) from error
-    except RecursionError as error:
-        raise ValueError(f"{path}: nested too deeply.") from error
 
 
 def nearest_place(text: str, part: str, place: int) -> int | None:

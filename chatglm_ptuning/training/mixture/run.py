@@ -109,7 +109,13 @@ class MixtureRun(TrainingRun):
         own = TaskArguments(task=entry.task.name, task_data=entry.task_data, head=entry.head)
         flags = self.data_args
         echo = flags.echo if entry.head in ECHO_HEADS else None
-        return replace(own, token_unit=flags.token_unit, doc_stride=flags.doc_stride, echo=echo)
+        return replace(
+            own,
+            token_unit=flags.token_unit,
+            doc_stride=flags.doc_stride,
+            echo=echo,
+            skip_bad_rows=flags.skip_bad_rows,
+        )
 
     def _examples_of(self, entry: MixedTask, kind: str, split: str | None, limit: int | None) -> Sequence[AnyExample]:
         return self._arguments(entry).examples(entry.task, split or usual_split(entry.task, kind), limit)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, ClassVar
 
-from chatglm_ptuning.data.files import Row
-from chatglm_ptuning.data.forms.fields import fail
+from chatglm_ptuning.data.sources.json_rows import json_document
+from chatglm_ptuning.data.sources.rows import Row, fail
 from chatglm_ptuning.data.tasks.examples import ChoiceExample
-from chatglm_ptuning.data.tasks.readers.reader import Reader
-from chatglm_ptuning.data.tasks.source import SplitSource, as_text, spellings
+from chatglm_ptuning.data.tasks.readers.reader import Reader, RowReader
+from chatglm_ptuning.data.tasks.source import SplitSource, as_text
+from chatglm_ptuning.data.tasks.splits import spellings
 from chatglm_ptuning.data.tasks.submission_formats import exam_map, id_lines, id_map
 
 ASKED_BLANK = "____"
@@ -20,6 +21,7 @@ ASKED_BLANK = "____"
 OTHER_BLANK = "〇〇〇〇"
 """Stands for the other missing idioms of the same passage."""
 
+_C3_FORM = "one JSON list of [[context, ...], [question, ...], id]"
 _IDIOM = re.compile(r"#idiom\d*#")
 _LETTERS = ("A", "B", "C", "D")
 
@@ -37,7 +39,7 @@ class ChidReader(_ChoiceReader):
     name = "chid"
     submissions: ClassVar = {"answer_lines": id_lines("answer"), "idiom_map": id_map}
 
-    def read(self, source: SplitSource) -> list[ChoiceExample]:
+    def read(self, source: SplitSource) -> Iterator[ChoiceExample]:
         """As `Reader.read`, an example for each missing idiom.
 
         CLUE's form: `content` is a list of passages with `#idiom000378#`, and the answers (idiom tag -> index) stand in
@@ -46,27 +48,27 @@ class ChidReader(_ChoiceReader):
         """
         answers: dict[str, Any] = {}
         for path in source.paths:
-            answers |= _idiom_answers(source, path)
-        examples: list[ChoiceExample] = []
-        for index, row in enumerate(source.rows()):
+            answers |= _idiom_answers(path)
+
+        def read_row(row: Row, index: int) -> Iterable[ChoiceExample]:
             candidates, content = row.get("candidates"), row.get("content")
             if not _are_texts(candidates):
                 fail(row, f"there is no field 'candidates' with a list of idioms; the row has {', '.join(row)}.")
             if isinstance(content, str):
-                examples.append(_one_blank(source, row, content, candidates, index))
-            elif _are_texts(content):
-                examples += _many_blanks(source, row, content, candidates, answers)
-            else:
-                fail(row, f"there is no field 'content' with text or a list of texts; the row has {', '.join(row)}.")
-        return examples
+                return [_one_blank(source, row, content, candidates, index)]
+            if _are_texts(content):
+                return _many_blanks(source, row, content, candidates, answers)
+            fail(row, f"there is no field 'content' with text or a list of texts; the row has {', '.join(row)}.")
+
+        return source.each(source.rows(), read_row)
 
 
-def _idiom_answers(source: SplitSource, path: Path) -> dict[str, Any]:
+def _idiom_answers(path: Path) -> dict[str, Any]:
     beside = path.with_name(_answers_beside(path))
     beside = next((found for found in spellings(beside) if found.is_file()), None)
     if beside is not None:
         expected = "one JSON object, idiom tag -> index of the right candidate"
-        _, content = SplitSource(source.task, source.split, (beside,)).documents(expected)[0]
+        content = json_document(beside, expected)
         if isinstance(content, Mapping):
             return dict(content)
         raise ValueError(f"{beside} must be {expected}.")
@@ -143,7 +145,7 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(entry, str) for entry in value)
 
 
-class ChoicesReader(_ChoiceReader):
+class ChoicesReader(_ChoiceReader, RowReader):
     """Rows with a list of candidates."""
 
     name = "choices"
@@ -151,27 +153,22 @@ class ChoicesReader(_ChoiceReader):
     optional_fields = ("context", "question", "answer", "id")
     submissions: ClassVar = {"answer_lines": id_lines("answer")}
 
-    def read(self, source: SplitSource) -> list[ChoiceExample]:
-        """As `Reader.read`; the answer is an index (from 0), one of the candidates, or with `letters` its
+    def read_row(self, source: SplitSource, row: Row, index: int) -> ChoiceExample:
+        """As `RowReader.read_row`; the answer is an index (from 0), one of the candidates, or with `letters` its
         letter.
         """
-        examples = []
-        for index, row in enumerate(source.rows()):
-            candidates = _candidates(source, row)
-            texts = {role: source.text(row, role) for role in ("context", "question") if role in source.fields}
-            answer = source.get(row, "answer")
-            if answer is None and source.needs_gold:
-                source.missing(row, "answer", source.fields.get("answer", "answer"))
-            examples.append(
-                ChoiceExample(
-                    id=source.example_id(row, index),
-                    where=row.where,
-                    candidates=tuple(candidates),
-                    answer=_index(source, row, answer, candidates),
-                    **texts,
-                )
-            )
-        return examples
+        candidates = _candidates(source, row)
+        texts = {role: source.text(row, role) for role in ("context", "question") if role in source.fields}
+        answer = source.get(row, "answer")
+        if answer is None and source.needs_gold:
+            source.missing(row, "answer", source.fields.get("answer", "answer"))
+        return ChoiceExample(
+            id=source.example_id(row, index),
+            where=row.where,
+            candidates=tuple(candidates),
+            answer=_index(source, row, answer, candidates),
+            **texts,
+        )
 
 
 def _candidates(source: SplitSource, row: Row) -> list[str]:
@@ -195,27 +192,32 @@ class C3Reader(_ChoiceReader):
     name = "c3"
     submissions: ClassVar = {"choice_lines": id_lines("label")}
 
-    def read(self, source: SplitSource) -> list[ChoiceExample]:
-        """As `Reader.read`: a list of `[[context, ...], [{question, choice, answer}, ...], id]`; a hub
-        has a row for each question.
+    def read(self, source: SplitSource) -> Iterator[ChoiceExample]:
+        """As `Reader.read`: a list of `[[context, ...], [{question, choice, answer}, ...], id]`; a hub has a row for
+        each question.
         """
-        if source.hub_rows is not None:
-            return [_c3_example(source, row.where, row, row.get("context"), row.get("id", i)) for i, row in
-                    enumerate(source.hub_rows)]  # fmt: skip
-        examples = []
-        expected = "one JSON list of [[context, ...], [question, ...], id]"
-        for path, content in source.documents(expected):
-            if not isinstance(content, list):
-                raise ValueError(f"{path} must be {expected}: it is not a file of C3.")
-            for number, entry in enumerate(content):
-                where = f"{path}: document {number + 1}"
-                if not isinstance(entry, list) or len(entry) < 2 or not isinstance(entry[1], list):
-                    raise ValueError(f"{where} must be [[context, ...], [question, ...], id].")
-                document = entry[2] if len(entry) > 2 else number
-                for place, question in enumerate(entry[1]):
-                    index = question.get("id", f"{document}-{place}") if isinstance(question, Mapping) else place
-                    examples.append(_c3_example(source, f"{where}, question {place + 1}", question, entry[0], index))
-        return examples
+        if source.has_flat_rows:
+            return source.each(
+                source.rows(),
+                lambda row, index: [_c3_example(source, row.where, row, row.get("context"), row.get("id", index))],
+            )
+        documents = source.documents(_C3_FORM)
+        questions = (question for path, content in documents for question in _c3_questions(path, content))
+        return source.each(questions, lambda question, _: [_c3_example(source, *question)])
+
+
+def _c3_questions(path: Path, content: Any) -> Iterator[tuple[str, Any, Any, int | str]]:
+    """Each question of a file: its place, itself, its contexts, and its id."""
+    if not isinstance(content, list):
+        raise ValueError(f"{path} must be {_C3_FORM}: it is not a file of C3.")
+    for number, entry in enumerate(content):
+        where = f"{path}: document {number + 1}"
+        if not isinstance(entry, list) or len(entry) < 2 or not isinstance(entry[1], list):
+            raise ValueError(f"{where} must be [[context, ...], [question, ...], id].")
+        document = entry[2] if len(entry) > 2 else number
+        for place, question in enumerate(entry[1]):
+            index = question.get("id", f"{document}-{place}") if isinstance(question, Mapping) else place
+            yield f"{where}, question {place + 1}", question, entry[0], index
 
 
 def _c3_example(source: SplitSource, where: str, question: Any, context: Any, index: int | str) -> ChoiceExample:
@@ -249,7 +251,7 @@ def _place_of(answer: Any, choices: list[str]) -> int | None:
     return stripped.index(wanted) if wanted in stripped else None
 
 
-class ExamReader(_ChoiceReader):
+class ExamReader(_ChoiceReader, RowReader):
     """C-Eval and CMMLU: a table for each subject."""
 
     name = "exam"
@@ -258,36 +260,28 @@ class ExamReader(_ChoiceReader):
     placeholders = (*_ChoiceReader.placeholders, "subject", "category")
     submissions: ClassVar = {"exam_map": exam_map}
 
-    def read(self, source: SplitSource) -> list[ChoiceExample]:
-        """As `Reader.read`, of one subject: columns for question (`question` or `Question`), A, B, C, D and answer."""
-        subject = source.task.subjects[source.subject or ""]
-        examples = []
-        for index, row in enumerate(source.rows()):
-            lower = {name.lower(): name for name in row}
-            for name in ("question", "a", "b", "c", "d"):
-                if name not in lower:
-                    fail(
-                        row, f"there is no column '{name if len(name) > 1 else name.upper()}'; it has {', '.join(row)}."
-                    )
-            answer = row[lower["answer"]] if "answer" in lower else None
-            if isinstance(answer, str):
-                answer = answer.strip().upper() or None
-            if answer is None and source.needs_gold:
-                fail(row, f"there is no answer, and the split {source.split} needs them.")
-            if answer not in (None, *_LETTERS):
-                fail(row, f"the answer must be A, B, C or D, found {answer!r}.")
-            examples.append(
-                ChoiceExample(
-                    id=_exam_id(row, index),
-                    where=row.where,
-                    question=as_text(row, row[lower["question"]], "question"),
-                    candidates=tuple(as_text(row, row[lower[letter]], letter.upper()) for letter in "abcd"),
-                    answer=None if answer is None else _LETTERS.index(answer),
-                    subject=source.subject,
-                    category=subject.category,
-                )
-            )
-        return examples
+    def read_row(self, source: SplitSource, row: Row, index: int) -> ChoiceExample:
+        """As `RowReader.read_row`, from `question` (or `Question`), A, B, C, D and the answer."""
+        lower = {name.lower(): name for name in row}
+        for name in ("question", "a", "b", "c", "d"):
+            if name not in lower:
+                fail(row, f"there is no column '{name if len(name) > 1 else name.upper()}'; it has {', '.join(row)}.")
+        answer = row[lower["answer"]] if "answer" in lower else None
+        if isinstance(answer, str):
+            answer = answer.strip().upper() or None
+        if answer is None and source.needs_gold:
+            fail(row, f"there is no answer, and the split {source.split} needs them.")
+        if answer not in (None, *_LETTERS):
+            fail(row, f"the answer must be A, B, C or D, found {answer!r}.")
+        return ChoiceExample(
+            id=_exam_id(row, index),
+            where=row.where,
+            question=as_text(row, row[lower["question"]], "question"),
+            candidates=tuple(as_text(row, row[lower[letter]], letter.upper()) for letter in "abcd"),
+            answer=None if answer is None else _LETTERS.index(answer),
+            subject=source.subject,
+            category=source.task.subjects[source.subject or ""].category,
+        )
 
 
 def _exam_id(row: Row, index: int) -> int | str:

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from chatglm_ptuning.data.files import Row
-from chatglm_ptuning.data.forms.fields import fail
+from chatglm_ptuning.data.sources.rows import Row, fail
 from chatglm_ptuning.data.tasks.examples import Answer, QuestionExample
 from chatglm_ptuning.data.tasks.readers.reader import Reader
 from chatglm_ptuning.data.tasks.source import SplitSource, nearest_place
@@ -30,7 +29,7 @@ class SquadReader(Reader):
     metrics = ("cmrc_f1", "cmrc_em")
     submissions: ClassVar = {"answer_map": id_map}
 
-    def read(self, source: SplitSource) -> list[QuestionExample]:
+    def read(self, source: SplitSource) -> Iterator[QuestionExample]:
         """As `Reader.read`, from any of these forms:
 
         - SQuAD's nested form, in which CLUE has CMRC2018 and DRCD: `data`, `paragraphs`, `qas`, `answers` with `text`
@@ -41,30 +40,36 @@ class SquadReader(Reader):
         Contexts are kept as they are, so that `answer_start` holds. An answer that does not stand where the file says
         gets the nearest place where it does stand, or None.
         """
-        if source.hub_rows is not None:
-            return [_flat(source, row) for row in source.hub_rows]
-        return [example for path, content in source.documents(_FORM) for example in _nested(source, path, content)]
+        if source.has_flat_rows:
+            return source.each(source.rows(), lambda row, _: [_flat(source, row)])
+        documents = source.documents(_FORM)
+        questions = (question for path, content in documents for question in _questions(path, content))
+        return source.each(questions, lambda question, _: [_nested(source, *question)])
 
 
-def _nested(source: SplitSource, path: Path, content: Any) -> Iterator[QuestionExample]:
+def _questions(path: Path, content: Any) -> Iterator[tuple[Path, str, str, Any, Any]]:
+    """Each question of a file with its place, its paragraph's, and the paragraph itself."""
     if isinstance(content, list):
         documents = [(f"{path}: document {number}", document) for number, document in enumerate(content, start=1)]
     else:
         documents = _entries(str(path), content, "data", "document")
     for place, document in documents:
-        if isinstance(document, Mapping) and "context_text" in document:
-            for where, qa in _entries(place, document, "qas", "question"):
-                index, question = _value(where, qa, "query_id"), _value(where, qa, "query_text")
-                answers = [(text, None) for _, text in _given(where, qa)]
-                yield _example(source, f"{path}: {index}", index, document["context_text"], question, answers)
-            continue
-        for inside, paragraph in _entries(place, document, "paragraphs", "paragraph"):
+        flat = isinstance(document, Mapping) and "context_text" in document
+        paragraphs = [(place, document)] if flat else _entries(place, document, "paragraphs", "paragraph")
+        for inside, paragraph in paragraphs:
             for where, qa in _entries(inside, paragraph, "qas", "question"):
-                index, question = _value(where, qa, "id"), _value(where, qa, "question")
-                given = _given(where, qa)
-                answers = [(_value(at, answer, "text"), answer.get("answer_start")) for at, answer in given]
-                context = _value(inside, paragraph, "context")
-                yield _example(source, f"{path}: {index}", index, context, question, answers)
+                yield path, where, inside, paragraph, qa
+
+
+def _nested(source: SplitSource, path: Path, where: str, inside: str, paragraph: Any, qa: Any) -> QuestionExample:
+    if "context_text" in paragraph:
+        index, question = _value(where, qa, "query_id"), _value(where, qa, "query_text")
+        answers = [(text, None) for _, text in _given(where, qa)]
+        return _example(source, f"{path}: {index}", index, paragraph["context_text"], question, answers)
+    index, question = _value(where, qa, "id"), _value(where, qa, "question")
+    answers = [(_value(at, answer, "text"), answer.get("answer_start")) for at, answer in _given(where, qa)]
+    context = _value(inside, paragraph, "context")
+    return _example(source, f"{path}: {index}", index, context, question, answers)
 
 
 def _value(where: str, holder: Any, key: str) -> Any:

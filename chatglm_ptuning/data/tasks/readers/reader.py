@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+from chatglm_ptuning.data.sources.rows import Row
 from chatglm_ptuning.data.tasks.examples import AnyExample
 from chatglm_ptuning.data.tasks.source import SplitSource
 from chatglm_ptuning.data.tasks.task import Task
@@ -41,11 +42,12 @@ class Reader(ABC):
     submissions: ClassVar[Mapping[str, SubmissionFormat]] = {}
 
     @abstractmethod
-    def read(self, source: SplitSource) -> Sequence[AnyExample]:
+    def read(self, source: SplitSource) -> Iterator[AnyExample]:
         """The examples of one split, in the order of its files.
 
         Raises:
-            ValueError: naming file, line and field of what is missing or unknown.
+            ValueError: naming file, line and field of what is missing or unknown; of a single row, question or
+                sentence as `source.bad_rows.add`.
         """
 
     def heads_of(self, task: Task) -> tuple[str, ...]:
@@ -60,3 +62,22 @@ class Reader(ABC):
         """Columns of a task that only its prompt uses."""
         known = {*self.fields, *self.optional_fields}
         return {role: column for role, column in task.fields.items() if role not in known}
+
+
+class RowReader(Reader):
+    """Reads files in which every row is an example."""
+
+    def read(self, source: SplitSource) -> Iterator[AnyExample]:
+        """As `Reader.read`."""
+        return source.each(source.rows(), lambda row, index: [self.read_row(source, row, index)])
+
+    @abstractmethod
+    def read_row(self, source: SplitSource, row: Row, index: int) -> AnyExample:
+        """The example of a row.
+
+        Args:
+            index: its place in the split, from 0.
+
+        Raises:
+            ValueError: naming file, line and field of what is missing or unknown.
+        """

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import ClassVar
 
-from transformers.utils import logging
-
-from chatglm_ptuning.data.files import Row
-from chatglm_ptuning.data.forms.fields import fail
+from chatglm_ptuning.data.sources.rows import Row, fail
+from chatglm_ptuning.data.sources.text import data_suffix, read_text
 from chatglm_ptuning.data.tasks.examples import GenerationExample, TextExample
-from chatglm_ptuning.data.tasks.readers.reader import Reader
+from chatglm_ptuning.data.tasks.readers.reader import RowReader
 from chatglm_ptuning.data.tasks.source import SplitSource, nearest_place
 from chatglm_ptuning.data.tasks.submission_formats import id_lines
 from chatglm_ptuning.data.tasks.task import Task
-from chatglm_ptuning.data.text_input import read_text
-
-logger = logging.get_logger(__name__)
 
 _LCSTS_DOC = re.compile(
     r"<doc id=(?P<id>\d+)>\s*(?:<human_label>(?P<label>\d)</human_label>\s*)?<summary>\s*(?P<summary>.*?)\s*</summary>"
@@ -27,7 +24,7 @@ _LCSTS_RELEVANT = 3
 """Test pairs below this human label are left out, as in the paper (Hu et al. 2015, section 4)."""
 
 
-class _LabelledTextReader(Reader):
+class _LabelledTextReader(RowReader):
     needs = ("labels",)
     heads = ("sequence_classification", "generation")
     metrics = ("accuracy", "macro_f1")
@@ -52,27 +49,21 @@ class RowsReader(_LabelledTextReader):
         """As `Reader.metrics_of`."""
         return ("micro_f1", "macro_f1", "subset_accuracy") if task.multi_label else self.metrics
 
-    def read(self, source: SplitSource) -> list[TextExample]:
-        """As `Reader.read`; where labels are needed, without the rows whose labels do not count."""
-        examples = []
-        for index, row in enumerate(source.rows()):
-            several = source.task.multi_label
-            label = None if several else source.label(row)
-            left_out = label in source.task.drop_labels
-            pair = source.text(row, "text_pair") if "text_pair" in source.fields else None
-            examples.append(
-                TextExample(
-                    id=source.example_id(row, index),
-                    where=row.where,
-                    text=source.text(row, "text"),
-                    text_pair=pair,
-                    label=None if left_out else label,
-                    left_out=left_out,
-                    labels=source.labels(row) if several else None,
-                    fields={role: source.text(row, role) for role in self.extra_fields(source.task)},
-                )
-            )
-        return _that_count(source, examples)
+    def read_row(self, source: SplitSource, row: Row, index: int) -> TextExample:
+        """As `RowReader.read_row`."""
+        several = source.task.multi_label
+        label = None if several else source.label(row)
+        left_out = label in source.task.drop_labels
+        return TextExample(
+            id=source.example_id(row, index),
+            where=row.where,
+            text=source.text(row, "text"),
+            text_pair=source.text(row, "text_pair") if "text_pair" in source.fields else None,
+            label=None if left_out else label,
+            left_out=left_out,
+            labels=source.labels(row) if several else None,
+            fields={role: source.text(row, role) for role in self.extra_fields(source.task)},
+        )
 
 
 class WinogradReader(_LabelledTextReader):
@@ -84,50 +75,23 @@ class WinogradReader(_LabelledTextReader):
     options = ("drop_labels",)
     placeholders = ("text", "span1", "span2")
 
-    def read(self, source: SplitSource) -> list[TextExample]:
-        """As `RowsReader.read`.
+    def read_row(self, source: SplitSource, row: Row, index: int) -> TextExample:
+        """As `RowReader.read_row`.
 
         In the example's text the noun stands in `[]` and the pronoun in `__`, as the same word may stand there twice. A
         span that does not stand where the file says is marked where it stands nearest; if nowhere, where the file says.
         """
-        examples = []
-        for index, row in enumerate(source.rows()):
-            label = source.label(row)
-            left_out = label in source.task.drop_labels
-            spans = {role: source.text(row, f"{role}_text") for role in ("span1", "span2")}
-            examples.append(
-                TextExample(
-                    id=source.example_id(row, index),
-                    where=row.where,
-                    text=_mark_spans(source, row, spans),
-                    label=None if left_out else label,
-                    left_out=left_out,
-                    fields=spans,
-                )
-            )
-        return _that_count(source, examples)
-
-
-def _that_count(source: SplitSource, examples: list[TextExample]) -> list[TextExample]:
-    """The examples, where labels are needed without those that are left out; the log says how many they are.
-
-    Raises:
-        ValueError: if labels are needed and all of the examples are left out.
-    """
-    left_out = [example for example in examples if example.left_out]
-    if not left_out:
-        return examples
-    what = (
-        f"{len(left_out)} of {len(examples)} rows of {source.task.name}, split {source.split}, are labelled "
-        f"{' or '.join(source.task.drop_labels)} (first: {left_out[0].where})"
-    )
-    if not source.needs_gold:
-        logger.warning(f"{what}: they are predicted, but not scored.")
-        return examples
-    if len(left_out) == len(examples):
-        raise ValueError(f"{what}, which does not count, and the split needs labels.")
-    logger.warning(f"{what}: they are left out.")
-    return [example for example in examples if not example.left_out]
+        label = source.label(row)
+        left_out = label in source.task.drop_labels
+        spans = {role: source.text(row, f"{role}_text") for role in ("span1", "span2")}
+        return TextExample(
+            id=source.example_id(row, index),
+            where=row.where,
+            text=_mark_spans(source, row, spans),
+            label=None if left_out else label,
+            left_out=left_out,
+            fields=spans,
+        )
 
 
 def _mark_spans(source: SplitSource, row: Row, spans: dict[str, str]) -> str:
@@ -158,7 +122,7 @@ def _with_marks(text: str, places: list[tuple[int, int, str]]) -> str:
     return "".join(marked)
 
 
-class PairsReader(Reader):
+class PairsReader(RowReader):
     """Rows with a source text and a target."""
 
     name = "pairs"
@@ -169,18 +133,15 @@ class PairsReader(Reader):
     placeholders = ("text",)
     metrics = ("rouge-l", "bleu-4")
 
-    def read(self, source: SplitSource) -> list[GenerationExample]:
-        """As `Reader.read`."""
-        return [
-            GenerationExample(
-                id=source.example_id(row, index),
-                where=row.where,
-                text=source.text(row, "text"),
-                target=_target(source, row),
-                fields={role: source.text(row, role) for role in self.extra_fields(source.task)},
-            )
-            for index, row in enumerate(source.rows())
-        ]
+    def read_row(self, source: SplitSource, row: Row, index: int) -> GenerationExample:
+        """As `RowReader.read_row`."""
+        return GenerationExample(
+            id=source.example_id(row, index),
+            where=row.where,
+            text=source.text(row, "text"),
+            target=_target(source, row),
+            fields={role: source.text(row, role) for role in self.extra_fields(source.task)},
+        )
 
 
 def _target(source: SplitSource, row: Row) -> str | None:
@@ -200,32 +161,29 @@ class LcstsReader(PairsReader):
     name = "lcsts"
     takes_extra_fields = False
 
-    def read(self, source: SplitSource) -> list[GenerationExample]:
+    def read(self, source: SplitSource) -> Iterator[GenerationExample]:
         """As `Reader.read`; of a test split the pairs that people found relevant."""
-        if source.hub_rows is not None or not all(
-            path.name.removesuffix(".gz").endswith(".txt") for path in source.paths
-        ):
-            return super().read(source)
-        examples = []
-        for path in source.paths:
-            text = read_text(path)
-            found = list(_LCSTS_DOC.finditer(text))
-            if len(found) != text.count("<doc id="):
-                raise ValueError(
-                    f"{path} has {text.count('<doc id=')} <doc id=...>, of which {len(found)} hold a <summary> and a "
-                    "<short_text>; it is damaged or not a file of LCSTS."
-                )
-            if not found:
-                raise ValueError(f"{path} holds no <doc id=...>: it is not a file of LCSTS.")
-            line, counted = 1, 0
-            for match in found:
-                line += text.count("\n", counted, match.start())
-                counted = match.start()
-                if source.split.startswith("test") and match["label"] and int(match["label"]) < _LCSTS_RELEVANT:
-                    continue
-                examples.append(
-                    GenerationExample(
-                        id=int(match["id"]), where=f"{path}:{line}", text=match["text"], target=match["summary"]
-                    )
-                )
-        return examples
+        if source.paths and all(data_suffix(path) == ".txt" for path in source.paths):
+            return (pair for path in source.paths for pair in _lcsts_pairs(source, path))
+        return super().read(source)
+
+
+def _lcsts_pairs(source: SplitSource, path: Path) -> Iterator[GenerationExample]:
+    text = read_text(path)
+    found = list(_LCSTS_DOC.finditer(text))
+    if len(found) != text.count("<doc id="):
+        raise ValueError(
+            f"{path} has {text.count('<doc id=')} <doc id=...>, of which {len(found)} hold a <summary> and a "
+            "<short_text>; it is damaged or not a file of LCSTS."
+        )
+    if not found:
+        raise ValueError(f"{path} holds no <doc id=...>: it is not a file of LCSTS.")
+    line, counted = 1, 0
+    for match in found:
+        line += text.count("\n", counted, match.start())
+        counted = match.start()
+        if source.split.startswith("test") and match["label"] and int(match["label"]) < _LCSTS_RELEVANT:
+            continue
+        yield GenerationExample(
+            id=int(match["id"]), where=f"{path}:{line}", text=match["text"], target=match["summary"]
+        )

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from chatglm_ptuning.data.files import Row
-from chatglm_ptuning.data.forms.fields import fail
+from chatglm_ptuning.data.sources.json_rows import json_rows
+from chatglm_ptuning.data.sources.rows import Row, fail
+from chatglm_ptuning.data.sources.text import read_text
+from chatglm_ptuning.data.tasks.checked_yaml import nearest
 from chatglm_ptuning.data.tasks.examples import TokenExample
-from chatglm_ptuning.data.tasks.readers.reader import Reader
+from chatglm_ptuning.data.tasks.readers.reader import Reader, RowReader
 from chatglm_ptuning.data.tasks.source import SplitSource
 from chatglm_ptuning.data.tasks.submission_formats import entity_lines
-from chatglm_ptuning.data.text_input import read_text
 
 _JOINT = "\x02"
 """Between the tokens, and between the tags, of a row of the table that Baidu published MSRA's corpus in."""
@@ -37,7 +37,7 @@ class BioReader(Reader):
     placeholders = ("text",)
     metrics = ("entity_f1",)
 
-    def read(self, source: SplitSource) -> list[TokenExample]:
+    def read(self, source: SplitSource) -> Iterator[TokenExample]:
         """As `Reader.read`, from any of these forms:
 
         - JSON rows with two lists;
@@ -46,16 +46,19 @@ class BioReader(Reader):
 
         Lines may have further columns between token and tag, as in CoNLL-2003, whose `-DOCSTART-` lines are left out.
         """
-        if source.hub_rows is not None:
-            return list(_from_rows(source, source.hub_rows))
-        examples: list[TokenExample] = []
+        if source.has_flat_rows:
+            yield from _from_rows(source, source.rows())
+            return
+        first = 0
         for path in source.paths:
             text = read_text(path)
             if text.lstrip()[:1] in ("{", "[") and not _ends_in_tag(source, text.lstrip().partition("\n")[0]):
-                examples += _from_rows(source, SplitSource(source.task, source.split, (path,)).rows(), len(examples))
+                found = _from_rows(source, json_rows(path, source.bad_rows), first)
             else:
-                examples += _from_lines(source, path, text, len(examples))
-        return examples
+                found = _from_lines(source, path, text, first)
+            for example in found:
+                first += 1
+                yield example
 
 
 def _ends_in_tag(source: SplitSource, line: str) -> bool:
@@ -63,10 +66,11 @@ def _ends_in_tag(source: SplitSource, line: str) -> bool:
     return len(line.split()) > 1 and line.split()[-1] in source.task.tags
 
 
-def _from_rows(source: SplitSource, rows: Iterable[Row], first: int = 0) -> Iterable[TokenExample]:
+def _from_rows(source: SplitSource, rows: Iterable[Row], first: int = 0) -> Iterator[TokenExample]:
     columns = {"tokens": "tokens", "tags": "ner_tags", **source.fields}
-    named = SplitSource(source.task, source.split, fields=columns)
-    for index, row in enumerate(rows, start=first):
+    named = replace(source, fields=columns)
+
+    def read(row: Row, index: int) -> list[TokenExample]:
         tokens, tags = named.get(row, "tokens"), named.get(row, "tags")
         if tokens is None:
             named.missing(row, "list of tokens", columns["tokens"])
@@ -76,7 +80,9 @@ def _from_rows(source: SplitSource, rows: Iterable[Row], first: int = 0) -> Iter
         _check_texts(row, columns["tokens"], tokens)
         if tags is not None:
             _check_texts(row, columns["tags"], tags)
-        yield _example(source, named.example_id(row, index), row.where, tokens, tags)
+        return [_example(source, named.example_id(row, index), row.where, tokens, tags)]
+
+    return source.each(rows, read, first)
 
 
 def _check_texts(row: Row, column: str, values: Any) -> None:
@@ -87,56 +93,74 @@ def _check_texts(row: Row, column: str, values: Any) -> None:
         )
 
 
-def _from_lines(source: SplitSource, path: Path, text: str, first: int) -> list[TokenExample]:
+def _from_lines(source: SplitSource, path: Path, text: str, first: int) -> Iterator[TokenExample]:
     lines = ["" if line.startswith("-DOCSTART-") else line for line in re.split("\r\n?|\n", text)]
     headings = lines[0].split("\t")
     if headings == ["text_a", "label"] or (headings == ["text_a"] and not source.needs_gold):
         return _from_table(source, path, lines, first)
     tagged = source.needs_gold or any("\t" in line.strip() or _ends_in_tag(source, line) for line in lines)
-    examples: list[TokenExample] = []
-    tokens, tags, start, width = [], [], 0, 0
-    for number, line in enumerate([*lines, ""], start=1):
-        if line.strip():
-            columns = _columns(line) if tagged else line.split()
-            if not tagged and len(columns) > 1:
-                raise ValueError(
-                    f"{path}:{number}: {len(columns)} columns; a split without tags has a token on each line and "
-                    f"nothing else, found {line[:60]!r}."
-                )
-            if tagged and (len(columns) < 2 or not columns[0]):
-                raise ValueError(f"{path}:{number}: expected a token, a tab or space, and a tag; found {line[:60]!r}.")
-            width = width or len(columns)
-            uneven = len(columns) != width and max(len(columns), width) > 2
-            if uneven or (len(columns) > 2 and columns[-1] not in source.task.tags):
-                raise ValueError(
-                    f"{path}:{number}: {len(columns)} columns; expected a token and a tag. Columns between them are "
-                    f"left out if every line has as many ({width}) and a tag of {source.task.name} in the last; found "
-                    f"{line[:60]!r}."
-                )
-            start = start or number
-            tokens.append(columns[0])
-            tags.append(columns[-1])
-        elif tokens:
-            of_sentence = tags if tagged else None
-            examples.append(_example(source, first + len(examples), f"{path}:{start}", tokens, of_sentence))
-            tokens, tags, start = [], [], 0
-    if not examples:
+    sentences = _sentences(lines)
+    if not sentences:
         raise ValueError(f"{path} holds no sentence.")
-    return examples
+    width = len(_columns(sentences[0][0][1]))
+
+    def read(sentence: list[tuple[int, str]], index: int) -> list[TokenExample]:
+        split = _tagged_columns if tagged else _token_alone
+        columns = [split(source, f"{path}:{number}", line, width) for number, line in sentence]
+        tags = [cells[-1] for cells in columns] if tagged else None
+        return [_example(source, index, f"{path}:{sentence[0][0]}", [cells[0] for cells in columns], tags)]
+
+    return source.each(sentences, read, first)
 
 
-def _from_table(source: SplitSource, path: Path, lines: Sequence[str], first: int) -> list[TokenExample]:
+def _sentences(lines: Sequence[str]) -> list[list[tuple[int, str]]]:
+    """The numbered lines of each sentence."""
+    sentences: list[list[tuple[int, str]]] = []
+    ended = True
+    for number, line in enumerate(lines, start=1):
+        if line.strip() and ended:
+            sentences.append([])
+        ended = not line.strip()
+        if not ended:
+            sentences[-1].append((number, line))
+    return sentences
+
+
+def _token_alone(_: SplitSource, where: str, line: str, __: int) -> list[str]:
+    columns = line.split()
+    if len(columns) > 1:
+        raise ValueError(
+            f"{where}: {len(columns)} columns; a split without tags has a token on each line and nothing else, found "
+            f"{line[:60]!r}."
+        )
+    return columns
+
+
+def _tagged_columns(source: SplitSource, where: str, line: str, width: int) -> list[str]:
+    columns = _columns(line)
+    if len(columns) < 2 or not columns[0]:
+        raise ValueError(f"{where}: expected a token, a tab or space, and a tag; found {line[:60]!r}.")
+    uneven = len(columns) != width and max(len(columns), width) > 2
+    if uneven or (len(columns) > 2 and columns[-1] not in source.task.tags):
+        raise ValueError(
+            f"{where}: {len(columns)} columns; expected a token and a tag. Columns between them are left out if every "
+            f"line has as many ({width}) and a tag of {source.task.name} in the last; found {line[:60]!r}."
+        )
+    return columns
+
+
+def _from_table(source: SplitSource, path: Path, lines: Sequence[str], first: int) -> Iterator[TokenExample]:
     headings = lines[0].split("\t")
-    examples: list[TokenExample] = []
-    for number, line in enumerate(lines[1:], start=2):
-        if not line.strip():
-            continue
-        cells = line.split("\t")
+
+    def read(line: tuple[int, str], index: int) -> list[TokenExample]:
+        where, cells = f"{path}:{line[0]}", line[1].split("\t")
         if len(cells) != len(headings):
-            raise ValueError(f"{path}:{number}: {len(cells)} cells under the headings {' and '.join(headings)}.")
+            raise ValueError(f"{where}: {len(cells)} cells under the headings {' and '.join(headings)}.")
         tokens, tags = (cell.split(_JOINT) for cell in cells) if len(cells) == 2 else (cells[0].split(_JOINT), None)
-        examples.append(_example(source, first + len(examples), f"{path}:{number}", tokens, tags))
-    return examples
+        return [_example(source, index, where, tokens, tags)]
+
+    rows = [(number, line) for number, line in enumerate(lines[1:], start=2) if line.strip()]
+    return source.each(rows, read, first)
 
 
 def _columns(line: str) -> list[str]:
@@ -158,16 +182,14 @@ def _example(
         raise ValueError(f"{where}: {len(tokens)} tokens and {len(tags)} tags; there must be a tag for each token.")
     for place, tag in enumerate(tags or ()):
         if tag not in known:
-            near = difflib.get_close_matches(tag, known, n=1, cutoff=0.5)
-            hint = f" (did you mean '{near[0]}'?)" if near else ""
             raise ValueError(
-                f"{where}: the task {source.task.name} has no tag '{tag}'{hint}, at token {place + 1} "
+                f"{where}: the task {source.task.name} has no tag '{tag}'{nearest(tag, known)}, at token {place + 1} "
                 f"'{tokens[place]}'; its tags are {', '.join(known)}."
             )
     return TokenExample(id=index, where=where, tokens=tuple(tokens), tags=None if tags is None else tuple(tags))
 
 
-class CluenerReader(Reader):
+class CluenerReader(RowReader):
     """CLUENER2020: rows of `text` and `label`."""
 
     name = "cluener"
@@ -178,30 +200,24 @@ class CluenerReader(Reader):
     metrics = ("entity_f1", "cluener_f1")
     submissions: ClassVar = {"entity_lines": entity_lines}
 
-    def read(self, source: SplitSource) -> list[TokenExample]:
-        """As `Reader.read`; `label` is entity type -> surface -> list of `[start, end]`, both ends inclusive.
+    def read_row(self, source: SplitSource, row: Row, index: int) -> TokenExample:
+        """As `RowReader.read_row`; `label` is entity type -> surface -> list of `[start, end]`, both ends inclusive.
 
         Every character is a token. Where two entities overlap, the longer one gets the tags, as BIO holds one of them;
         the example's `entities` are all of them.
         """
-        examples = []
-        with_id = SplitSource(source.task, source.split, fields={"id": "id"})
-        for index, row in enumerate(source.rows()):
-            text = row.get("text")
-            if not isinstance(text, str):
-                fail(row, f"there is no field 'text' with text in it; the row has {', '.join(row)}.")
-            label = row.get("label")
-            if label is None and source.needs_gold:
-                fail(
-                    row, f"there is no field 'label' with entities in it; the row has {', '.join(row)}. {_CLUENER_ROW}"
-                )
-            tags = None if label is None else _span_tags(source, row, text, label)
-            example = _example(source, with_id.example_id(row, index), row.where, list(text), tags)
-            if label is not None:
-                entities = frozenset((entity, surface) for entity, texts in label.items() for surface in texts)
-                example = replace(example, entities=entities)
-            examples.append(example)
-        return examples
+        text, label = row.get("text"), row.get("label")
+        if not isinstance(text, str):
+            fail(row, f"there is no field 'text' with text in it; the row has {', '.join(row)}.")
+        if label is None and source.needs_gold:
+            fail(row, f"there is no field 'label' with entities in it; the row has {', '.join(row)}. {_CLUENER_ROW}")
+        tags = None if label is None else _span_tags(source, row, text, label)
+        with_id = replace(source, fields={"id": "id"})
+        example = _example(source, with_id.example_id(row, index), row.where, list(text), tags)
+        if label is None:
+            return example
+        entities = frozenset((entity, surface) for entity, texts in label.items() for surface in texts)
+        return replace(example, entities=entities)
 
 
 def _span_tags(source: SplitSource, row: Row, text: str, label: Any) -> list[str]:
@@ -217,9 +233,8 @@ def _span_tags(source: SplitSource, row: Row, text: str, label: Any) -> list[str
         fail(row, f"'label' must be entity type -> text -> list of [start, end], found {shown}. {_CLUENER_ROW}")
     for start, end, entity, surface in spans:
         if entity not in source.task.labels:
-            near = difflib.get_close_matches(entity, source.task.labels, n=1, cutoff=0.5)
-            hint = f" (did you mean '{near[0]}'?)" if near else ""
-            fail(row, f"unknown entity type '{entity}'{hint}; known are {', '.join(source.task.labels)}.")
+            known = list(source.task.labels)
+            fail(row, f"unknown entity type '{entity}'{nearest(entity, known)}; known are {', '.join(known)}.")
         if text[start : end + 1] != surface:
             fail(
                 row,

@@ -1,4 +1,4 @@
-"""The one door to data files of every type: rows that know where they stand, streamed or all at once."""
+"""From names on the command line to rows: files of every type, folders, patterns and hubs, read piece by piece."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from chatglm_ptuning.data.hub import HUB_PREFIX, HubDataset
-from chatglm_ptuning.data.json_rows import EXPECTED, json_rows
-from chatglm_ptuning.data.row import BadRows, Row
-from chatglm_ptuning.data.table_rows import parquet_rows, plain_text_rows, separated_rows
-from chatglm_ptuning.data.text_input import DATA_SUFFIXES, data_files, data_suffix, listed, open_bytes
-
-__all__ = ["BadRows", "DataFile", "Row", "find_files", "iterate_rows", "read_rows"]
+from chatglm_ptuning.data.sources.hub import HubDataset, is_on_hub
+from chatglm_ptuning.data.sources.json_rows import json_rows
+from chatglm_ptuning.data.sources.rows import BadRows, Row
+from chatglm_ptuning.data.sources.tables import csv_rows, parquet_rows, plain_text_rows, tsv_rows
+from chatglm_ptuning.data.sources.text import DATA_SUFFIXES, data_files, data_suffix, listed, open_bytes
 
 _SPLITS = {
     "train": "train", "training": "train", "dev": "validation", "val": "validation", "valid": "validation",
@@ -26,15 +24,12 @@ _HASHED_AT_ONCE = 1 << 20
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file, of whatever type.
-
-    Attributes:
-        path: where it is.
-        name: how messages call it.
-    """
+    """A file, of whatever type."""
 
     path: Path
-    name: str
+
+    def __str__(self) -> str:
+        return str(self.path)
 
     def rows(self, bad_rows: BadRows) -> Iterator[Row]:
         """Its rows, read as they are asked for.
@@ -46,13 +41,10 @@ class DataFile:
             ValueError: naming file and line, if the file cannot be read, and as `bad_rows.add` for a bad row.
         """
         suffix = data_suffix(self.path)
-        if suffix in (".csv", ".tsv"):
-            return separated_rows(self.path, self.name, bad_rows, "," if suffix == ".csv" else "\t")
         if suffix == ".parquet":
-            return parquet_rows(self.path, self.name)
-        if suffix == ".txt":
-            return plain_text_rows(self.path, self.name, bad_rows)
-        return json_rows(self.path, self.name, bad_rows)
+            return parquet_rows(self.path)
+        readers = {".csv": csv_rows, ".tsv": tsv_rows, ".txt": plain_text_rows}
+        return readers.get(suffix, json_rows)(self.path, bad_rows)
 
     def fingerprint(self) -> str:
         """A hash over the content."""
@@ -65,21 +57,24 @@ class DataFile:
         return digest.hexdigest()
 
 
-def find_files(name: str | PathLike[str]) -> list[DataFile | HubDataset]:
-    """What a name on the command line stands for: a file, the data files of a folder, of a pattern, or of the hub.
+DataSource = DataFile | HubDataset
 
-    `hub:OWNER/NAME`, optionally with `?split=SPLIT&config=CONFIG&revision=REVISION`, is a dataset on the hub. Files of
-    a folder or a pattern are sorted by name.
+
+def find_sources(name: str | PathLike[str]) -> list[DataSource]:
+    """What a name on the command line stands for: a file, the data files of a folder or of a pattern, or a hub's.
+
+    `huggingface:OWNER/NAME` and `modelscope:OWNER/NAME`, optionally with `?split=SPLIT&config=CONFIG&revision=
+    REVISION`, are data sets on a hub. Files of a folder or a pattern are sorted by name.
 
     Raises:
         ValueError: if there is nothing of that name, or a folder holds files of several splits.
     """
     text = str(name)
-    if text.startswith(HUB_PREFIX):
-        return [HubDataset.parse(text)]
+    if is_on_hub(text):
+        return [_named_on_hub(text)]
     path = Path(text)
     if path.is_dir():
-        return [DataFile(child, str(child)) for child in _files_of_folder(path)]
+        return [DataFile(child) for child in _files_of_folder(path)]
     if not path.exists() and glob.has_magic(text):
         found = sorted(
             match
@@ -88,32 +83,27 @@ def find_files(name: str | PathLike[str]) -> list[DataFile | HubDataset]:
         )
         if not found:
             raise ValueError(f"No file matches the pattern {text} (from {Path.cwd()}).")
-        return [DataFile(Path(match), match) for match in found]
-    return [DataFile(path, text)]
+        return [DataFile(Path(match)) for match in found]
+    return [DataFile(path)]
 
 
 def iterate_rows(names: Sequence[str | PathLike[str]], bad_rows: BadRows | None = None) -> Iterator[Row]:
-    """The rows of files, folders, patterns and hub datasets one after the other, as they are asked for.
+    """The rows of files, folders, patterns and data sets on hubs one after the other, as they are asked for.
 
     Raises:
-        ValueError: as `find_files` and `DataFile.rows`.
+        ValueError: as `find_sources` and `DataFile.rows`.
     """
     bad_rows = bad_rows or BadRows()
     for name in names:
-        for file in find_files(name):
-            yield from file.rows(bad_rows)
+        for source in find_sources(name):
+            yield from source.rows(bad_rows)
 
 
-def read_rows(path: str | PathLike[str]) -> list[Row]:
-    """All rows of a file, folder, pattern or hub dataset, in memory.
-
-    Raises:
-        ValueError: as `iterate_rows`; also if there are no rows.
-    """
-    rows = list(iterate_rows([path]))
-    if not rows:
-        raise ValueError(f"{path} is empty. {EXPECTED}.")
-    return rows
+def _named_on_hub(name: str) -> HubDataset:
+    dataset = HubDataset.parse(name)
+    if not dataset.repository:
+        raise ValueError(f"{name}: name the data set, {dataset.hub}:OWNER/NAME.")
+    return dataset
 
 
 def _files_of_folder(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Rows of every published form: which form is seen in them, and what they mean."""
+"""Rows of every published dataset format: which format is detected, and what they mean."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import json
 import pytest
 
 from chatglm_ptuning.chat.message import Conversation, Document, Message
-from chatglm_ptuning.data.forms import Columns, find_form, to_conversation
-from chatglm_ptuning.data.row import Row
+from chatglm_ptuning.data.formats.registry import Columns, read_row
+from chatglm_ptuning.data.sources.rows import Row
 
 DETECT = Columns()
 WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}
@@ -34,14 +34,15 @@ def seen(content: str) -> Message:
     return Message("observation", content)
 
 
-def read(values: Row, form: str, columns: Columns = DETECT) -> Conversation:
-    assert find_form(values, columns) == form
-    return to_conversation(values, columns)
+def read(values: Row, dataset_format: str, columns: Columns = DETECT) -> Conversation:
+    name, content = read_row(values, columns)
+    assert name == dataset_format
+    return content
 
 
 def refusal(values: Row, columns: Columns = DETECT) -> str:
     with pytest.raises(ValueError) as caught:
-        to_conversation(values, columns)
+        read_row(values, columns)
     assert str(caught.value).startswith("rows.json:5: ")
     return str(caught.value).removeprefix("rows.json:5: ")
 
@@ -223,7 +224,7 @@ def test_chatglm3_tool_alpaca():
 
 def test_plain_text():
     assert read(row(text="一段文字", url="http://a"), "text") == Document("一段文字")
-    assert to_conversation(row(body="文字"), Columns("body", form="text")) == Document("文字")
+    assert read(row(body="文字"), "text", Columns("body", dataset_format="text")) == Document("文字")
 
 
 def test_lists_may_be_json_text_as_tables_hold_them():
@@ -237,27 +238,29 @@ def test_files_of_conversations_need_no_columns_even_if_some_are_named():
     assert read(row(conversations=turns), "chatglm3", Columns("content", "summary")).messages[1] == answer("答")
 
 
-def test_a_named_form_needs_no_telling_apart():
+def test_a_named_format_needs_no_telling_apart():
     values = row(content="问", summary="答", prompt="甲", response="乙")
-    assert to_conversation(values, Columns("prompt", "response")).messages[0] == user("甲")
-    assert read(row(messages=[], conversations=[]), "messages", Columns(form="openai")).messages == []
-    assert "there is no 'messages', which the form messages needs (the row has 'content'" in refusal(
-        values, Columns(form="glm4")
+    assert read(values, "columns", Columns("prompt", "response")).messages[0] == user("甲")
+    assert read(row(messages=[], conversations=[]), "messages", Columns(dataset_format="openai")).messages == []
+    assert "there is no 'messages', which this dataset format needs (the row has 'content'" in refusal(
+        values, Columns(dataset_format="glm4")
     )
-    with pytest.raises(ValueError, match=r"--data_form must be one of columns, alpaca, .*, not 'csv'"):
-        Columns(form="csv")
+    with pytest.raises(ValueError, match=r"--dataset_format must be one of columns, alpaca, .*, not 'csv'"):
+        Columns(dataset_format="csv")
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (row(标题="问", 正文="答"), "no form of data has these fields: '标题', '正文'.\nThe forms, which --data_form"),
+        (row(标题="问", 正文="答"), "no dataset format has these fields: '标题', '正文'.\nThe "
+         "dataset formats, which --dataset_format"),
         (row(content="问", summary="答", prompt="甲", response="乙"), "the fields 'content', 'summary', 'prompt', "
-         "'response' fit several forms (content and summary; prompt and response)."),
+         "'response' fit several dataset formats (content and summary; prompt and response)."),
         (row(instruction="问", output="答", messages=[]), "the fields 'instruction', 'output', 'messages' fit several "
-         "forms (messages; alpaca)."),
-        (row(conversations=[], messages=[]), "it has both 'conversations' and 'messages'; say which with --data_form."),
-        (row(text="文字", kind="新闻"), "no form of data has these fields: 'text', 'kind'."),
+         "dataset formats (alpaca; messages)."),
+        (row(conversations=[], messages=[]), "the fields 'conversations', 'messages' fit "
+         "several dataset formats (chatglm3; messages)."),
+        (row(text="文字", kind="新闻"), "no dataset format has these fields: 'text', 'kind'."),
         (row(instruction=["问"], output="答"), "the column 'instruction' holds an array, not text"),
         (row(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]), "message 1 of "
          "'messages' has a part of the type 'image_url'; only text can be learned from."),

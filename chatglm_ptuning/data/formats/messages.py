@@ -7,14 +7,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from chatglm_ptuning.chat.message import ROLES, Conversation, Message
-from chatglm_ptuning.data.forms.calls import tool_call
-from chatglm_ptuning.data.forms.fields import answer, fail, learns, names, parsed, shown, text, tool_list, turns_of
+from chatglm_ptuning.data.formats.fields import (
+    answer,
+    learns,
+    names,
+    parsed,
+    shown,
+    text,
+    tool_call,
+    tool_list,
+    turns_of,
+)
+from chatglm_ptuning.data.sources.rows import Row, fail
 
 _SAME_ROLE = {"developer": "system", "function": "observation", "tool": "observation"}
 _NEEDED = "a message needs 'role' and 'content'"
 
 
-def chatglm3(row: Mapping[str, Any], source_prefix: str, field: str) -> Conversation:
+def chatglm3(row: Row) -> Conversation:
     """ChatGLM3's `conversations`: every answer with text in it is learned unless it says `"loss": false`.
 
     `metadata` stands on the line of the role. The role `tool` (`name`, `parameters`, `observation`) becomes a tool
@@ -25,16 +35,16 @@ def chatglm3(row: Mapping[str, Any], source_prefix: str, field: str) -> Conversa
         ValueError: naming file, line and message, for what is not understood.
     """
     messages: list[Message] = []
-    for turn, what in turns_of(row, field):
+    for turn, what in turns_of(row, "conversations"):
         loss = learns(row, turn, what)
         if turn.get("role") == "tool":
             messages += _call_and_observation(row, turn, what, loss)
         else:
             messages.append(_message(row, turn, what, loss, (*ROLES, "tool")))
-    return Conversation(messages, source_prefix, tool_list(row, row.get("tools"), "'tools'"))
+    return Conversation(messages, tools=tool_list(row, row.get("tools"), "'tools'"))
 
 
-def messages(row: Mapping[str, Any], source_prefix: str, field: str) -> Conversation:
+def messages(row: Row) -> Conversation:
     """GLM-4's and OpenAI's `messages`: every answer with text in it is learned unless it says otherwise.
 
     Otherwise is `"loss": false` or `"weight": 0`. `tool_calls` become one call each, followed by its result (found by
@@ -44,7 +54,7 @@ def messages(row: Mapping[str, Any], source_prefix: str, field: str) -> Conversa
     Raises:
         ValueError: naming file, line and message, for what is not understood, such as images.
     """
-    turns = turns_of(row, field)
+    turns = turns_of(row, "messages")
     said: list[Message] = []
     placed: set[int] = set()
     for place, (turn, what) in enumerate(turns):
@@ -64,7 +74,7 @@ def messages(row: Mapping[str, Any], source_prefix: str, field: str) -> Conversa
                 said.append(_message(row, *turns[found], False, known))
                 placed.add(found)
     tools = row.get("tools") if row.get("tools") is not None else row.get("functions")
-    return Conversation(said, source_prefix, tool_list(row, tools, "'tools'"))
+    return Conversation(said, tools=tool_list(row, tools, "'tools'"))
 
 
 def _results_behind(turns: Sequence[tuple[Mapping[str, Any], str]], place: int) -> dict[str, int]:
@@ -80,7 +90,7 @@ def _results_behind(turns: Sequence[tuple[Mapping[str, Any], str]], place: int) 
 
 
 def _message(
-    row: Mapping[str, Any],
+    row: Row,
     turn: Mapping[str, Any],
     what: str,
     loss: bool,
@@ -104,7 +114,7 @@ def _message(
     return Message(role, content, metadata, tools=tools or None)
 
 
-def _content(row: Mapping[str, Any], turn: Mapping[str, Any], what: str) -> str:
+def _content(row: Row, turn: Mapping[str, Any], what: str) -> str:
     content = turn.get("content")
     if content is None:
         return text(row, turn.get("refusal"), what)
@@ -120,7 +130,7 @@ def _content(row: Mapping[str, Any], turn: Mapping[str, Any], what: str) -> str:
     return "".join(parts)
 
 
-def _calls(row: Mapping[str, Any], turn: Mapping[str, Any], what: str) -> list[tuple[Any, Any, Any]]:
+def _calls(row: Row, turn: Mapping[str, Any], what: str) -> list[tuple[Any, Any, Any]]:
     """`(id, name, arguments)` of every call."""
     calls = parsed(turn.get("tool_calls")) or []
     if not isinstance(calls, list):
@@ -137,7 +147,7 @@ def _calls(row: Mapping[str, Any], turn: Mapping[str, Any], what: str) -> list[t
     return found
 
 
-def _call_and_observation(row: Mapping[str, Any], turn: Mapping[str, Any], what: str, loss: bool) -> list[Message]:
+def _call_and_observation(row: Row, turn: Mapping[str, Any], what: str, loss: bool) -> list[Message]:
     if not isinstance(turn.get("name"), str) or not isinstance(parsed(turn.get("parameters")), dict):
         fail(row, f"{what} is a tool call, which needs 'name' (text) and 'parameters' (an object).")
     observation = turn.get("observation")

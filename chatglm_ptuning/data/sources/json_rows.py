@@ -1,4 +1,4 @@
-"""Rows of JSON lines and JSON arrays, read piece by piece, so that a file may be larger than memory."""
+"""Rows of JSON lines and JSON arrays, read piece by piece, so that a file may be larger than memory; JSON documents."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from chatglm_ptuning.data.row import BadRows, Row
-from chatglm_ptuning.data.text_input import check_is_text, not_utf8, open_bytes, text_lines
+from chatglm_ptuning.data.sources.rows import BadRows, Row
+from chatglm_ptuning.data.sources.text import check_is_text, not_utf8, open_bytes, read_text, text_lines
 
 EXPECTED = "A data file holds one JSON object per line, or one JSON array of objects"
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -19,7 +19,7 @@ _CHUNK = 1 << 20
 _LONGEST_TOKEN = 16  # characters of JSON that may look wrong only because the rest of them is not read yet
 
 
-def json_rows(path: Path, name: str, bad_rows: BadRows) -> Iterator[Row]:
+def json_rows(path: Path, bad_rows: BadRows) -> Iterator[Row]:
     """The objects of an array, or of lines; blank lines are skipped and a byte order mark is dropped.
 
     Raises:
@@ -33,35 +33,55 @@ def json_rows(path: Path, name: str, bad_rows: BadRows) -> Iterator[Row]:
         while not start.strip() and (more := file.read(_CHUNK)):
             start += more
         if not start.strip():
-            raise ValueError(f"{name} is empty. {EXPECTED}.")
+            raise ValueError(f"{path} is empty. {EXPECTED}.")
         if start.lstrip().startswith(b"["):
-            yield from _ArrayReader(file, start, name, bad_rows).rows()
+            yield from _ArrayReader(file, start, path, bad_rows).rows()
             return
-    yield from _line_rows(path, name, bad_rows)
+    yield from _line_rows(path, bad_rows)
 
 
-def _line_rows(path: Path, name: str, bad_rows: BadRows) -> Iterator[Row]:
+def _line_rows(path: Path, bad_rows: BadRows) -> Iterator[Row]:
     decoder = json.JSONDecoder(parse_constant=_refuse_constant)
-    for number, line in text_lines(path, name, bad_rows):
+    for number, line in text_lines(path, bad_rows):
         if not line.strip():
             continue
         try:
             value = decoder.decode(line.rstrip("\r\n"))
         except (ValueError, RecursionError) as error:
-            bad_rows.add(_message(name, number, line, _reason(error)))
+            bad_rows.add(_message(path, number, line, _reason(error)))
             continue
         if isinstance(value, dict):
-            yield Row(value, name, number)
+            yield Row(value, str(path), number)
         else:
-            bad_rows.add(_message(name, number, line, f"expected an object, found {_json_type(value)}"))
+            bad_rows.add(_message(path, number, line, f"expected an object, found {_json_type(value)}"))
+
+
+def json_document(path: Path, expected: str) -> Any:
+    """The one JSON value of a file that holds no rows.
+
+    Args:
+        expected: what that value is, for the message.
+
+    Raises:
+        ValueError: naming file and line, if it cannot be read.
+    """
+    text = read_text(path)
+    if not text.strip():
+        raise ValueError(f"{path} is empty; expected {expected}.")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: {_reason(error)}; expected {expected}.") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: {_reason(error)}.") from error
 
 
 class _ArrayReader:
     """The elements of an array one by one, with their line numbers, and at most a few of them in memory."""
 
-    def __init__(self, file: BinaryIO, start: bytes, name: str, bad_rows: BadRows) -> None:
+    def __init__(self, file: BinaryIO, start: bytes, path: Path, bad_rows: BadRows) -> None:
         self.file = file
-        self.name = name
+        self.path = path
         self.bad_rows = bad_rows
         self.utf8 = codecs.getincrementaldecoder("utf-8")()
         self.json = json.JSONDecoder(parse_constant=_refuse_constant)
@@ -81,10 +101,10 @@ class _ArrayReader:
             line, source = self._line_at(self.position), self._source(self.position)
             value = self._value()
             if isinstance(value, dict):
-                yield Row(value, self.name, line)
+                yield Row(value, str(self.path), line)
             else:
                 reason = f"expected an object, found {_json_type(value)}"
-                self.bad_rows.add(_message(self.name, line, source, reason))
+                self.bad_rows.add(_message(self.path, line, source, reason))
             mark = self._next_mark()
             if mark not in {",", "]"}:
                 seen = "the file ends" if not mark else f"found {mark!r}"
@@ -97,7 +117,7 @@ class _ArrayReader:
         if self._next_mark():
             self._fail(self.position, "there is more text behind the end of the array")
         if not found:
-            raise ValueError(f"{self.name} holds an empty array. {EXPECTED}.")
+            raise ValueError(f"{self.path} holds an empty array. {EXPECTED}.")
 
     def _value(self) -> Any:
         while True:
@@ -133,7 +153,7 @@ class _ArrayReader:
             self.text += self.utf8.decode(data, final=self.ended)
         except UnicodeDecodeError as error:
             line = self._line_at(len(self.text)) + error.object.count(b"\n", 0, error.start)
-            raise ValueError(not_utf8(self.name, line, error.object[error.start])) from None
+            raise ValueError(not_utf8(self.path, line, error.object[error.start])) from None
 
     def _line_at(self, position: int) -> int:
         if position < self.counted:
@@ -150,7 +170,7 @@ class _ArrayReader:
         return self.text[start : start + 4 * _SHOWN].split("\n")[0]
 
     def _fail(self, position: int, reason: str) -> NoReturn:
-        raise ValueError(_message(self.name, self._line_at(position), self._source(position), reason))
+        raise ValueError(_message(self.path, self._line_at(position), self._source(position), reason))
 
 
 def _json_type(value: Any) -> str:
@@ -169,7 +189,7 @@ def _reason(error: Exception) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else f"not valid JSON: {error}"
 
 
-def _message(name: str, line: int, source: str, reason: str) -> str:
+def _message(path: Path, line: int, source: str, reason: str) -> str:
     source = source.strip()
     shown = source[:_SHOWN] + ("..." if len(source) > _SHOWN else "")
-    return f"{name}:{line}: {reason}. The line starts: {shown}\n{EXPECTED}; correct or delete this line."
+    return f"{path}:{line}: {reason}. The line starts: {shown}\n{EXPECTED}; correct or delete this line."

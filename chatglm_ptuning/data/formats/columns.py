@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from chatglm_ptuning.chat.message import Conversation, Document, Message
-from chatglm_ptuning.data.forms.fields import answer, fail, names, parsed, shown, text
+from chatglm_ptuning.data.formats.fields import answer, names, parsed, shown, text
+from chatglm_ptuning.data.sources.rows import Row, fail
 
 
-def question_and_answer(
-    row: Mapping[str, Any], prompt: str, response: str, history: str | None, source_prefix: str
-) -> Conversation:
+def question_and_answer(row: Row, prompt: str, response: str, history: str | None) -> Conversation:
     """The rounds of the history column, then the prompt, then the response, which alone is learned (official ptuning).
 
     Raises:
@@ -25,12 +21,11 @@ def question_and_answer(
             *_rounds(row, history, learned=False),
             Message("user", text(row, row[prompt], f"the column {prompt!r}")),
             Message("assistant", text(row, row[response], f"the column {response!r}"), loss=True),
-        ],
-        source_prefix,
+        ]
     )
 
 
-def alpaca(row: Mapping[str, Any], history: str | None, source_prefix: str) -> Conversation:
+def alpaca(row: Row, history: str | None) -> Conversation:
     """Alpaca's `instruction`, `input` and `output`, with `system` and `history` where the row has them.
 
     The question is the instruction and, on the next line, the input. Answers of the history are learned too.
@@ -40,7 +35,7 @@ def alpaca(row: Mapping[str, Any], history: str | None, source_prefix: str) -> C
     """
     for name in ("instruction", "output"):
         if name not in row:
-            fail(row, f"there is no column {name!r}, which Alpaca's form needs (the row has {names(row)}).")
+            fail(row, f"there is no column {name!r}, which the dataset format alpaca needs (the row has {names(row)}).")
     instruction = text(row, row["instruction"], "the column 'instruction'")
     added = text(row, row.get("input"), "the column 'input'")
     system = text(row, row.get("system"), "the column 'system'")
@@ -50,23 +45,22 @@ def alpaca(row: Mapping[str, Any], history: str | None, source_prefix: str) -> C
             *_rounds(row, history or "history", learned=True),
             Message("user", "\n".join(part for part in (instruction, added) if part)),
             Message("assistant", text(row, row["output"], "the column 'output'"), loss=True),
-        ],
-        source_prefix,
+        ]
     )
 
 
-def plain_text(row: Mapping[str, Any], column: str) -> Document:
+def plain_text(row: Row, column: str) -> Document:
     """A text of which everything is learned.
 
     Raises:
         ValueError: if the column is missing or holds no text.
     """
     if column not in row:
-        fail(row, f"there is no column {column!r}, which the form text needs (the row has {names(row)}).")
+        fail(row, f"there is no column {column!r}, which the dataset format text needs (the row has {names(row)}).")
     return Document(text(row, row[column], f"the column {column!r}"))
 
 
-def _rounds(row: Mapping[str, Any], column: str | None, learned: bool) -> list[Message]:
+def _rounds(row: Row, column: str | None, learned: bool) -> list[Message]:
     rounds = parsed(row.get(column)) if column else None
     if rounds is None or rounds == "":
         return []

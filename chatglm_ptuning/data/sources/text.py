@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from chatglm_ptuning.data.row import BadRows
+from chatglm_ptuning.data.sources.rows import BadRows
 
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -67,16 +67,15 @@ def check_is_text(path: Path, start: bytes) -> None:
         )
 
 
-def not_utf8(path: Path | str, line: int, byte: int) -> str:
+def not_utf8(path: Path, line: int, byte: int) -> str:
     """The message about bytes that are no UTF-8."""
-    name = Path(path).name
     return (
         f"{path}:{line}: not UTF-8 text (byte 0x{byte:02x}). If it is GBK or GB18030, convert it: "
-        f"`iconv -f GB18030 -t UTF-8 {name} > utf8{data_suffix(Path(path))}`."
+        f"`iconv -f GB18030 -t UTF-8 {path.name} > utf8{data_suffix(path)}`."
     )
 
 
-def text_lines(path: Path, name: str, bad_rows: BadRows) -> Iterator[tuple[int, str]]:
+def text_lines(path: Path, bad_rows: BadRows) -> Iterator[tuple[int, str]]:
     """Numbered lines, from 1, each with its line end; without a byte order mark at the start.
 
     A line ends in a line feed and nowhere else: characters such as U+2028 may stand inside a JSON string.
@@ -92,7 +91,7 @@ def text_lines(path: Path, name: str, bad_rows: BadRows) -> Iterator[tuple[int, 
             try:
                 line = data.decode("utf-8")
             except UnicodeDecodeError as error:
-                bad_rows.add(not_utf8(name, number, data[error.start]))
+                bad_rows.add(not_utf8(path, number, data[error.start]))
                 continue
             yield number, line
 
@@ -103,7 +102,7 @@ def read_text(path: Path) -> str:
     Raises:
         ValueError: as `text_lines`, for the first line that is not UTF-8.
     """
-    return "".join(line for _, line in text_lines(path, str(path), BadRows()))
+    return "".join(line for _, line in text_lines(path, BadRows()))
 
 
 def listed(names: list[str]) -> str:
@@ -115,7 +114,7 @@ def _missing(path: Path) -> str:
     if not path.parent.is_dir():
         hint = ""
         if str(path).count("/") == 1 and not path.suffix:
-            hint = f" For a dataset on the hub write hub:{path}."
+            hint = f" For a dataset on a hub write huggingface:{path}."
         return f"{path} does not exist, nor does its folder {path.parent.absolute()}; check the path.{hint}"
     near = difflib.get_close_matches(path.name, [child.name for child in path.parent.iterdir()], n=3, cutoff=0.5)
     names = near or [child.name for child in data_files(path.parent)]

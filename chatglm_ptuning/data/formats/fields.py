@@ -1,20 +1,15 @@
-"""Reading single fields of a row, with errors that say where the fault stands."""
+"""Reading single fields, messages and tool calls of a row, with errors that say where the fault is."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from chatglm_ptuning.chat.message import Message
-from chatglm_ptuning.data.row import Row
+from chatglm_ptuning.data.sources.rows import Row, fail
 
 _SHOWN = 60
-
-
-def fail(row: Mapping[str, Any], text: str) -> NoReturn:
-    """Raises the ValueError for a fault in a row, naming its file and line."""
-    raise ValueError(f"{row.where if isinstance(row, Row) else 'a row'}: {text}")
 
 
 def names(fields: Mapping[str, Any]) -> str:
@@ -22,7 +17,7 @@ def names(fields: Mapping[str, Any]) -> str:
     return ", ".join(repr(name) for name in fields) or "none"
 
 
-def text(row: Mapping[str, Any], value: Any, what: str) -> str:
+def text(row: Row, value: Any, what: str) -> str:
     """A value as text: numbers and booleans as JSON writes them, null as empty text.
 
     Raises:
@@ -58,13 +53,15 @@ def shown(value: Any) -> str:
     return whole[:_SHOWN] + ("..." if len(whole) > _SHOWN else "")
 
 
-def turns_of(row: Mapping[str, Any], field: str) -> list[tuple[dict[str, Any], str]]:
+def turns_of(row: Row, field: str) -> list[tuple[dict[str, Any], str]]:
     """The objects in a list of messages, each with what errors call it.
 
     Raises:
-        ValueError: if the field is no list of objects.
+        ValueError: if there is no such field, or it is no list of objects.
     """
-    turns = parsed(row.get(field))
+    if field not in row:
+        fail(row, f"there is no {field!r}, which this dataset format needs (the row has {names(row)}).")
+    turns = parsed(row[field])
     if isinstance(turns, str) and turns.lstrip()[:1] in ("[", "{"):
         fail(row, f"{field!r} holds text that is not valid JSON: {shown(turns)}")
     if not isinstance(turns, list):
@@ -78,7 +75,7 @@ def turns_of(row: Mapping[str, Any], field: str) -> list[tuple[dict[str, Any], s
     return named
 
 
-def learns(row: Mapping[str, Any], turn: Mapping[str, Any], what: str) -> bool:
+def learns(row: Row, turn: Mapping[str, Any], what: str) -> bool:
     """Whether a message is to be learned, if it is an answer: not with `"loss": false`, or OpenAI's `"weight": 0`.
 
     Raises:
@@ -98,7 +95,7 @@ def answer(content: str, metadata: str, loss: bool) -> Message:
     return message if message.is_blank or not loss else Message("assistant", content, metadata, loss=True)
 
 
-def tool_list(row: Mapping[str, Any], value: Any, what: str) -> tuple[Any, ...]:
+def tool_list(row: Row, value: Any, what: str) -> tuple[Any, ...]:
     """Definitions of tools: a list, a single object, or either as JSON text; nothing if there are none.
 
     Raises:
@@ -113,3 +110,40 @@ def tool_list(row: Mapping[str, Any], value: Any, what: str) -> tuple[Any, ...]:
         fail(row, f"{what} must be a list of tool definitions, not {shown(tools)}")
     text(row, json.dumps(tools, ensure_ascii=False, default=str), what)
     return tuple(tools)
+
+
+def tool_call(row: Row, name: Any, arguments: Any, what: str, loss: bool) -> Message:
+    """An answer that calls a tool.
+
+    Args:
+        arguments: an object, or JSON text of one; other text stays as it is.
+
+    Raises:
+        ValueError: if there is no name, or the arguments are neither.
+    """
+    if not isinstance(name, str) or not name.strip() or "\n" in name:
+        fail(row, f"{what} is a tool call, which needs the 'name' of the tool (text on one line).")
+    arguments = parsed(arguments)
+    if arguments is None or arguments == "":
+        arguments = {}
+    if not isinstance(arguments, (dict, str)):
+        fail(row, f"{what} is a tool call, whose arguments must be an object, not {shown(arguments)}")
+    # What cannot be encoded in a value shows here and not when it is rendered.
+    text(row, str(arguments), what)
+    return Message("assistant", "", text(row, name.strip(), what), loss, arguments=arguments)
+
+
+def named_calls(row: Row, value: Any, what: str, loss: bool) -> list[Message]:
+    """The calls in `{"name": ..., "arguments": {...}}`, or in a list of such objects, perhaps as JSON text.
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    calls = parsed(value)
+    calls = calls if isinstance(calls, list) else [calls]
+    messages = []
+    for call in calls:
+        if not isinstance(call, dict) or "name" not in call:
+            fail(row, f'{what} must be a call like {{"name": "...", "arguments": {{...}}}}, not {shown(value)}')
+        messages.append(tool_call(row, call["name"], call.get("arguments", call.get("parameters")), what, loss))
+    return messages

@@ -1,17 +1,19 @@
-"""One record of a data file that knows where it stands, and the count of those that could not be used."""
+"""One record of a data source that knows where it stands, and the count of those that could not be used."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 
 class Row(dict):
-    """One record of a data file.
+    """One record of a data source.
 
     Attributes:
-        path: the file as it was named by the user.
-        line: the line that the record starts on, from 1; the number of the row where a file has no lines (Parquet).
+        path: the file or hub dataset.
+        line: the line on which the record starts, from 1; the number of the row where there are no lines (Parquet,
+            hubs).
     """
 
     __slots__ = ("has_lines", "line", "path")
@@ -28,6 +30,25 @@ class Row(dict):
     def where(self) -> str:
         """`FILE:LINE`, or `FILE row N`, for messages."""
         return f"{self.path}:{self.line}" if self.has_lines else f"{self.path} row {self.line}"
+
+    def digest(self) -> int:
+        """64 bits that are the same for rows of the same content."""
+        content = repr(sorted(self.items(), key=lambda item: item[0])).encode("utf-8", "surrogatepass")
+        return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
+
+
+def fail(row: Row, text: str) -> NoReturn:
+    """Raises the ValueError for a fault in a row, naming its file and line."""
+    raise ValueError(f"{row.where}: {text}")
+
+
+def without_nulls(value: Any) -> Any:
+    """A value of a table of nested columns: without the null fields of objects, which such tables fill in."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
 
 
 class BadRows:

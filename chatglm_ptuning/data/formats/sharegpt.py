@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from chatglm_ptuning.chat.message import Conversation, Message
-from chatglm_ptuning.data.forms.calls import named_calls
-from chatglm_ptuning.data.forms.fields import answer, fail, learns, names, text, tool_list, turns_of
+from chatglm_ptuning.data.formats.fields import answer, learns, named_calls, names, text, tool_list, turns_of
+from chatglm_ptuning.data.sources.rows import Row, fail
 
 _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
@@ -19,7 +16,7 @@ _SPEAKER = "from"
 _TEXT = "value"
 
 
-def sharegpt(row: Mapping[str, Any], source_prefix: str, field: str) -> Conversation:
+def sharegpt(row: Row) -> Conversation:
     """Every answer and every tool call is learned unless it says `"loss": false` or `"weight": 0`.
 
     `system` and `tools` may stand beside the messages, the latter as a list or as JSON text. Answers in front of the
@@ -29,9 +26,9 @@ def sharegpt(row: Mapping[str, Any], source_prefix: str, field: str) -> Conversa
         ValueError: naming file, line and message, for what is not understood.
     """
     messages: list[Message] = []
-    for turn, what in turns_of(row, field):
+    for turn, what in turns_of(row, "conversations"):
         if _SPEAKER not in turn or _TEXT not in turn:
-            fail(row, f"{what} has {names(turn)}; a message of ShareGPT's form needs 'from' and 'value'.")
+            fail(row, f"{what} has {names(turn)}; a message of ShareGPT needs 'from' and 'value'.")
         role = _ROLES.get(str(turn[_SPEAKER]).lower())
         if role is None:
             fail(row, f"{what} is from {turn[_SPEAKER]!r}, which is none of {', '.join(_ROLES)}.")
@@ -45,7 +42,7 @@ def sharegpt(row: Mapping[str, Any], source_prefix: str, field: str) -> Conversa
     system = text(row, row.get("system"), "'system'")
     if system.strip() and not (messages and messages[0].role == "system"):
         messages.insert(0, Message("system", system))
-    return Conversation(_from_first_question(messages), source_prefix, tool_list(row, row.get("tools"), "'tools'"))
+    return Conversation(_from_first_question(messages), tools=tool_list(row, row.get("tools"), "'tools'"))
 
 
 def _from_first_question(messages: list[Message]) -> list[Message]:

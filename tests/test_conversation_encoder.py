@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from instruction_rows import prompts, training_rows
 from tiny_tokenizer import spell, spell_marked, train
 
-from chatglm_ptuning.data.files import Row
-from chatglm_ptuning.data.forms import Columns
-from chatglm_ptuning.data.preprocess import Preprocessor
+from chatglm_ptuning.data.conversation_encoder import ConversationEncoder
+from chatglm_ptuning.data.formats.registry import Columns
+from chatglm_ptuning.data.sources.rows import Row
 
 PLAIN = Columns()
 HISTORY = Columns(history="history")
@@ -47,7 +48,7 @@ def turns(*contents: str, system: str | None = None, **last: object) -> Row:
 
 
 def trained(tokenizer, rows: list[Row], source: int, target: int, prefix: str = "", columns: Columns = PLAIN):
-    examples, report = Preprocessor(tokenizer, columns, source, target, prefix, progress=False).for_training(rows)
+    examples, report = training_rows(tokenizer, rows, source, target, prefix, columns)
     for example in examples:
         assert all(label in {-100, index} for index, label in zip(*example.values(), strict=True))
     masks = [[label != -100 for label in example["labels"]] for example in examples]
@@ -186,7 +187,7 @@ def test_a_row_that_cannot_be_cut_to_the_limit_is_left_out(chatglm3):
 
 def test_a_real_unk_in_an_answer_is_learned(tmp_path):
     tokenizer = train(tmp_path, "chatglm2", byte_fallback=False)
-    examples, _ = Preprocessor(tokenizer, PLAIN, 50, 10).for_training([row(prompt="鑫", response="鑫你")])
+    examples, _ = training_rows(tokenizer, [row(prompt="鑫", response="鑫你")], 50, 10)
     assert 0 in examples[0]["input_ids"][:-4]
     assert examples[0]["labels"][-4:] == [*tokenizer.encode("鑫你", add_special_tokens=False), 2]
     assert examples[0]["labels"][-3] == tokenizer.pad_token_id == 0
@@ -194,13 +195,13 @@ def test_a_real_unk_in_an_answer_is_learned(tmp_path):
 
 def test_generation_examples(chatglm2, chatglm3):
     rows = [row(prompt="丙", response="丁丁丁", history=[["甲", "乙"]]), turns("甲", "乙", "丙丁戊", "己", "庚")]
-    examples, report = Preprocessor(chatglm3, HISTORY, 100, 2, progress=False).for_generation(rows)
+    examples, report = prompts(chatglm3, rows, 100, 2, HISTORY)
     assert [(spell(chatglm3, example["input_ids"]), example["reference"]) for example in examples] == [
         ("[gMASK]sop<|user|>▁\n▁甲<|assistant|>▁\n▁乙<|user|>▁\n▁丙<|assistant|>", "丁丁丁"),
         ("[gMASK]sop<|user|>▁\n▁甲<|assistant|>▁\n▁乙<|user|>▁\n▁丙丁戊<|assistant|>", "己"),
     ]
     assert counted(report) == {"rows": 2, "used": 2, "examples": 2}
-    examples, report = Preprocessor(chatglm2, HISTORY, 22, 2, progress=False).for_generation(rows)
+    examples, report = prompts(chatglm2, rows, 22, 2, HISTORY)
     assert [(spell(chatglm2, example["input_ids"]), example["reference"]) for example in examples] == [
         ("[gMASK]sop▁[Round▁1]\n\n问：丙\n\n答：", "丁丁丁"),
         ("[gMASK]sop▁[Round▁1]\n\n问：丙戊\n\n答：", "己"),
@@ -211,15 +212,13 @@ def test_generation_examples(chatglm2, chatglm3):
 def test_the_reference_of_a_tool_call_has_the_name_of_the_tool(chatglm3):
     call = {"role": "assistant", "content": "f()", "metadata": "get"}
     rows = [row(conversations=[{"role": "user", "content": "甲"}, call])]
-    examples, _ = Preprocessor(chatglm3, PLAIN, 50, 10).for_generation(rows)
+    examples, _ = prompts(chatglm3, rows, 50, 10)
     assert examples[0]["reference"] == "get\nf()"
 
 
 def test_several_processes_give_the_same(tokenizer):
     rows = [row(prompt="甲" * (number % 40), response="乙" * (number % 7)) for number in range(60)]
-    alone = Preprocessor(tokenizer, PLAIN, 40, 5, progress=False)
-    together = Preprocessor(tokenizer, PLAIN, 40, 5, num_workers=2, progress=False)
-    assert together.for_training(rows) == alone.for_training(rows)
+    assert training_rows(tokenizer, rows, 40, 5, workers=2) == training_rows(tokenizer, rows, 40, 5)
 
 
 def test_the_report_in_numbers_and_words(chatglm3):
@@ -247,14 +246,15 @@ def test_the_report_in_numbers_and_words(chatglm3):
 
 def refusal(tokenizer, rows: list[Row], columns: Columns = HISTORY) -> str:
     with pytest.raises(ValueError) as caught:
-        Preprocessor(tokenizer, columns, 50, 10, progress=False).for_training(rows)
+        training_rows(tokenizer, rows, 50, 10, columns=columns)
     return str(caught.value)
 
 
 def test_faults_name_file_line_and_flag(chatglm2):
     good = row(prompt="甲", response="乙", history=[])
     assert refusal(chatglm2, [good, row(7, content="甲", response="乙")]).startswith(
-        "rows.json:7: no form of data has these fields: 'content', 'response'.\nThe forms, which --data_form names:\n"
+        "rows.json:7: no dataset format has these fields: 'content', 'response'.\n"
+        "The dataset formats, which --dataset_format names:\n"
     )
     assert refusal(chatglm2, [good, row(7, content="甲", response="乙")], Columns("prompt", "response")) == (
         "rows.json:7: there is no column 'prompt' (the row has 'content', 'response'); name the right one with "
@@ -279,10 +279,10 @@ def test_nothing_left_is_an_error_with_the_report(chatglm3):
 
 def test_limits_too_small_for_the_format(tokenizer):
     shortest = FRAME[tokenizer.chat_format] + 1
-    Preprocessor(tokenizer, PLAIN, shortest, 1)
+    ConversationEncoder(tokenizer, shortest, 1)
     with pytest.raises(ValueError, match=f"max_source_length={shortest - 1} is too small.*takes {shortest} tokens"):
-        Preprocessor(tokenizer, PLAIN, shortest - 1, 10)
+        ConversationEncoder(tokenizer, shortest - 1, 10)
     with pytest.raises(ValueError, match=f"takes {shortest + 2} tokens with the source prefix"):
-        Preprocessor(tokenizer, PLAIN, shortest + 1, 10, "请问")
+        ConversationEncoder(tokenizer, shortest + 1, 10, "请问")
     with pytest.raises(ValueError, match="max_target_length=0 must be at least 1"):
-        Preprocessor(tokenizer, PLAIN, 50, 0)
+        ConversationEncoder(tokenizer, 50, 0)

@@ -1,0 +1,163 @@
+"""From conversations and plain texts to token ids, truncated to the length limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from chatglm_ptuning.chat.message import Conversation, Document, Message
+from chatglm_ptuning.data.conversations import ConversationExample
+from chatglm_ptuning.data.encoding import Encoded
+from chatglm_ptuning.data.formats.registry import FORMATS
+from chatglm_ptuning.data.truncation import cut_source
+from chatglm_ptuning.model.losses import IGNORED_LABEL
+
+if TYPE_CHECKING:
+    from chatglm_ptuning.chat.format import ChatFormat
+    from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
+
+
+@dataclass(frozen=True)
+class ConversationEncoder:
+    """Makes rows to train on and prompts of conversations, in the chat format of the tokenizer.
+
+    For rows with prompt and response columns the limits have the meaning of the official flags: `max_source_length`
+    counts all ids in front of the answer, `[gMASK] sop` included, and `max_target_length` those of the answer, the end
+    token not included. For rows with a list of messages, and for plain texts, their sum limits the whole. Longer
+    sources are truncated as `cut_source` says, and answers at their end; a truncated answer gets no end token. Plain
+    texts are split into pieces, of which only the last has an end token.
+
+    Attributes:
+        source_prefix: text in front of every source.
+
+    Raises:
+        ValueError: if a limit is not positive, or `max_source_length` is too small for the chat format itself.
+    """
+
+    tokenizer: ChatGLMTokenizer
+    max_source_length: int
+    max_target_length: int
+    source_prefix: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("max_source_length", "max_target_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        asked = Conversation([Message("user", "？")], self.source_prefix)
+        shortest = len(self.chat.encode_prompt(asked))
+        if shortest > self.max_source_length:
+            raise ValueError(
+                f"max_source_length={self.max_source_length} is too small: in the {self.tokenizer.chat_format} format "
+                f"a question of one character takes {shortest} tokens"
+                f"{' with the source prefix' if self.source_prefix else ''}; set --max_source_length higher."
+            )
+
+    @property
+    def chat(self) -> ChatFormat:
+        """The chat format of the tokenizer."""
+        return self.tokenizer.chat
+
+    def training_rows(self, example: ConversationExample) -> Encoded:
+        """Rows `{"input_ids", "labels"}`, two lists of `[seq_len]`; labels are -100 where nothing is learned.
+
+        Raises:
+            ValueError: naming file and line, if the chat format cannot write the conversation.
+        """
+        left_out = _left_out(example.content)
+        if left_out:
+            return Encoded(counted=[left_out])
+        if isinstance(example.content, Document):
+            return self._pieces(example.content)
+        encoded = Encoded()
+        conversation = replace(example.content, source_prefix=self.source_prefix)
+        for part in self.chat.training_parts(conversation.until_last_learned()):
+            try:
+                self._add_row(part, FORMATS[example.dataset_format].has_messages, encoded)
+            except ValueError as error:
+                raise ValueError(f"{example.where}: {error}") from error
+        if not encoded.rows:
+            encoded.counted.append("too_long")
+        return encoded
+
+    def _pieces(self, document: Document) -> Encoded:
+        vocabulary, start = self.chat.vocabulary, self.chat.start_ids
+        ids = [*vocabulary.encode(self.source_prefix + document.text), vocabulary.end_id]
+        room = self.max_source_length + self.max_target_length - len(start)
+        encoded = Encoded()
+        for begin in range(0, len(ids), room):
+            piece = ids[begin : begin + room]
+            encoded.rows.append({"input_ids": start + piece, "labels": [IGNORED_LABEL] * len(start) + piece})
+            encoded.lengths.append((len(start), len(piece)))
+        return encoded
+
+    def _add_row(self, conversation: Conversation, shares_limits: bool, encoded: Encoded) -> None:
+        """Adds the row of a conversation that ends with an answer to learn, if it can be truncated to the limits.
+
+        Args:
+            shares_limits: whether source and answer may each use what the other leaves free.
+        """
+        rendered = self.chat.encode(conversation)
+        source, target = rendered.answer_start, len(rendered.input_ids) - rendered.answer_start - 1
+        source_room, target_room = self.max_source_length, self.max_target_length
+        limit = source_room + target_room
+        if shares_limits:
+            source_room = limit - min(target, target_room)
+        counted = []
+        if source > source_room:
+            cut = cut_source(conversation, source_room, self.chat)
+            if cut is None:
+                return
+            counted += ["history_cut"] * cut.history_cut + ["source_cut"] * cut.text_cut
+            rendered = self.chat.encode(cut.conversation)
+        if shares_limits:
+            target_room = limit - rendered.answer_start
+        ids, mask = rendered.input_ids, rendered.loss_mask
+        if target > target_room:
+            if target_room <= len(self.chat.answer_header(conversation.messages[-1].metadata)):
+                return
+            counted.append("target_cut")
+            ids = ids[: rendered.answer_start + target_room]
+        labels = [index if learned else IGNORED_LABEL for index, learned in zip(ids, mask, strict=False)]
+        encoded.counted += counted
+        encoded.rows.append({"input_ids": ids, "labels": labels})
+        encoded.lengths.append((source, target))
+
+    def prompt(self, example: ConversationExample) -> Encoded:
+        """One row `{"input_ids", "reference"}`: the prompt of the last answer to be learned, and that answer's text.
+
+        The prompt is truncated to `max_source_length`, also of rows with messages, so that there is room for an
+        answer; the reference is never truncated.
+
+        Raises:
+            ValueError: as `training_rows`; also for plain texts, which hold no question.
+        """
+        left_out = _left_out(example.content)
+        if left_out:
+            return Encoded(counted=[left_out])
+        if isinstance(example.content, Document):
+            raise ValueError(
+                f"{example.where}: a plain text has no question to answer; name two columns, or score it by its loss "
+                "(--do_eval)."
+            )
+        answered = replace(example.content, source_prefix=self.source_prefix).until_last_learned()
+        plain = answered.not_learned()
+        try:
+            whole = self.chat.encode(plain)
+        except ValueError as error:
+            raise ValueError(f"{example.where}: {error}") from error
+        encoded = Encoded(lengths=[(whole.answer_start, len(whole.input_ids) - whole.answer_start - 1)])
+        prompt = whole.input_ids[: whole.answer_start]
+        if len(prompt) > self.max_source_length:
+            cut = cut_source(plain, self.max_source_length, self.chat)
+            if cut is None:
+                return Encoded(counted=["too_long"])
+            encoded.counted += ["history_cut"] * cut.history_cut + ["source_cut"] * cut.text_cut
+            prompt = self.chat.encode_prompt(cut.conversation.asked)
+        encoded.rows.append({"input_ids": prompt, "reference": self.chat.text_of(answered.messages[-1])})
+        return encoded
+
+
+def _left_out(content: Conversation | Document) -> str | None:
+    """Why nothing can be learned of it, if that is so."""
+    learned = isinstance(content, Document) or any(message.loss for message in content.messages)
+    return content.missing_side() or (None if learned else "without_targets")

@@ -1,0 +1,1 @@
+"""Where rows come from: files of every type, folders, patterns and hubs."""

@@ -1,0 +1,129 @@
+"""Data sets on a hub, Hugging Face or ModelScope, as rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+from urllib.parse import parse_qsl
+
+from chatglm_ptuning.data.sources.rows import BadRows, Row, without_nulls
+
+HUBS = ("huggingface", "modelscope")
+_OPTIONS = ("config", "split", "revision")
+
+
+def is_on_hub(name: str) -> bool:
+    """Whether a name stands for a data set on a hub."""
+    return name.partition(":")[0] in HUBS
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """One split of a data set, fetched once and then read from the local cache of the hub's client.
+
+    Attributes:
+        hub: one of `HUBS`.
+        repository: `OWNER/NAME`, or a local copy of such a repository; "" for the place that a task knows.
+        config: name of the subset.
+        split: None if the name does not say.
+    """
+
+    hub: str
+    repository: str
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, name: str) -> HubDataset:
+        """Reads `HUB:OWNER/NAME?config=CONFIG&split=SPLIT&revision=REVISION`; all but the hub may be left out.
+
+        Raises:
+            ValueError: if it has another form.
+        """
+        hub, _, rest = name.partition(":")
+        repository, _, query = rest.partition("?")
+        options = dict(parse_qsl(query, keep_blank_values=True))
+        if hub not in HUBS or any(option not in _OPTIONS for option in options):
+            raise ValueError(
+                f"{name}: a data set on a hub is written {' or '.join(f'{hub}:OWNER/NAME' for hub in HUBS)}, "
+                "optionally with ?config=CONFIG&split=SPLIT&revision=REVISION."
+            )
+        return cls(hub, repository, **options)
+
+    def __str__(self) -> str:
+        return f"{self.hub}:{self.repository}"
+
+    def rows(self, bad_rows: BadRows) -> Iterator[Row]:
+        """Its rows, numbered from 1; class numbers are the names of their classes, and -1, which is none, is None.
+
+        Raises:
+            ValueError: if it cannot be fetched, saying what to do offline.
+            ImportError: if the hub's client is not installed.
+        """
+        data = self._fetched()
+        for number, values in enumerate(data, start=1):
+            yield Row(_decoded(values, data.features), str(self), number, has_lines=False)
+
+    def fingerprint(self) -> str:
+        """What `datasets` knows the content by.
+
+        Raises:
+            ValueError, ImportError: as `rows`.
+        """
+        return str(self._fetched()._fingerprint)
+
+    def _fetched(self) -> Any:
+        try:
+            return self.content
+        except ImportError:
+            raise
+        except Exception as error:  # the clients raise errors of many libraries
+            raise ValueError(
+                f"{self} cannot be had from the hub: {first_line(error)}\nWithout a connection, fetch it elsewhere "
+                f"(`hf download --repo-type dataset {self.repository}`) and name its files or folder instead."
+            ) from error
+
+    @cached_property
+    def content(self) -> Any:
+        """The `datasets.Dataset`.
+
+        Raises:
+            ImportError: if the hub's client is not installed.
+            Exception: whatever the client raises.
+        """
+        split = self.split or "train"
+        if self.hub == "huggingface":
+            import datasets
+
+            return datasets.load_dataset(self.repository, self.config, split=split, revision=self.revision)
+        try:
+            from modelscope.msdatasets import MsDataset
+        except ImportError as error:
+            raise ImportError(
+                f"{error}; install the package with its extra: pip install 'chatglm-ptuning[modelscope]'."
+            ) from error
+        version = {} if self.revision is None else {"version": self.revision}
+        data = MsDataset.load(self.repository, subset_name=self.config or "default", split=split, **version)
+        return data if hasattr(data, "features") else data.to_hf_dataset()
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _decoded(row: Mapping[str, Any], features: Mapping[str, Any]) -> dict[str, Any]:
+    decoded = {name: without_nulls(value) for name, value in row.items()}
+    for name, feature in features.items():
+        inner = getattr(feature, "feature", feature)
+        if not hasattr(inner, "int2str"):
+            continue
+        value = row[name]
+        if isinstance(value, list):
+            decoded[name] = [inner.int2str(entry) for entry in value]
+        else:
+            decoded[name] = None if value is None or value < 0 else inner.int2str(value)
+    return decoded
