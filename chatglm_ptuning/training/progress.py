@@ -45,12 +45,16 @@ class ProgressFile(TrainerCallback):
 
 @contextmanager
 def failure_noted(args: TrainingArguments) -> Iterator[None]:
-    """Adds a line to the progress of the run in `args.output_dir` if the block raises, and lets the exception pass."""
+    """Adds a line to the progress of the run in `args.output_dir` if the block raises, and lets the exception pass.
+
+    A folder that holds a whole model is left alone: the run may have been refused because it is the base's own.
+    """
     try:
         yield
     except Exception as error:
-        if args.should_save and Path(args.output_dir).is_dir():
-            _add(Path(args.output_dir, PROGRESS_FILE), {FAILED: kind_of_failure(error), REASON: str(error)})
+        folder = Path(args.output_dir)
+        if args.should_save and folder.is_dir() and not (folder / "config.json").exists():
+            _add(folder / PROGRESS_FILE, {FAILED: kind_of_failure(error), REASON: str(error)})
         raise
 
 
