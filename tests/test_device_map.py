@@ -129,8 +129,8 @@ def test_each_layer_gets_its_part_of_the_prefix_where_it_is():
 
     def batch_of(selection, *devices):
         names = [selection] if isinstance(selection, str) else selection
-        prefixes = {place: {name: bank.key_values(name, place, torch.float32) for name in names} for place in devices}
-        return assemble(selection, prefixes, devices, bank.versions, {})
+        prefixes = {name: bank.key_values(name, cpu, torch.float32) for name in names}
+        return assemble(selection, prefixes, bank.versions, {}).spread(devices)
 
     for selection, mask in (("a", None), (("b", "a"), True)):
         batch = batch_of(selection, cpu, cpu, other, other)
@@ -139,7 +139,7 @@ def test_each_layer_gets_its_part_of_the_prefix_where_it_is():
         assert {tuple(entry.shape) for entry in layers} == {(2, 2, 3, 4)}
         assert (batch.length, batch.mask is not None) == (3, bool(mask))
     assert torch.equal(layers[3][1], values[:, 3].transpose(0, 1))
-    # Made once for each device: the same memory serves every batch and all of its rows.
+    # Made once: the same memory serves every batch and all of its rows.
     first, second = (batch_of("a", cpu, cpu, cpu, cpu).layer(2, 5)[0] for _ in range(2))
     assert first.data_ptr() == second.data_ptr() and first.stride(0) == 0
 

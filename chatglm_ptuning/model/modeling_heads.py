@@ -98,9 +98,10 @@ class ChatGLMWithHead(ChatGLMPreTrainedModel):
     def _apply_head(self, states: torch.Tensor, prefix: PrefixArgument) -> torch.Tensor:
         """States `[..., hidden_size]` -> float32 `[..., outputs]`, by the head that belongs to the prefix."""
         states, key = self.dropout(states), self.head_key or self.head_name
-        loaded = self._head_parameters(prefix, states.device)
+        loaded = self._heads_of(prefix)
         if f"{key}.weight" in loaded:
-            return _linear_in_float32(states, loaded[f"{key}.weight"], loaded[f"{key}.bias"])
+            weight, bias = (loaded[f"{key}.{part}"].to(states.device) for part in ("weight", "bias"))
+            return _linear_in_float32(states, weight, bias)
         return getattr(self, self.head_name)(states)
 
     @classmethod

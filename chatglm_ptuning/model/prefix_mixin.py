@@ -109,10 +109,9 @@ class PrefixMixin:
         """
         rows = states.shape[0]
         if not isinstance(prefix, PrefixBatch):
-            selection = self.selected_prefix if prefix is None else self._checked(prefix)
             rate = self.config.prefix_dropout if self.training and self._trainable is not None else 0.0
             row_dropout = RowDropout(TRAINABLE_PREFIX, rate, rows) if rate else None
-            prefix = self._make_batch(selection, states.device, states.dtype, row_dropout)
+            prefix = self._make_batch(self._selection(prefix), states.device, states.dtype, row_dropout)
         prefix.check_rows(rows)
         return prefix
 
@@ -123,28 +122,29 @@ class PrefixMixin:
         dtype: torch.dtype,
         row_dropout: RowDropout | None = None,
     ) -> PrefixBatch:
-        devices = layer_devices(self.base_model.encoder.layers) or (device,)
-        names = _distinct(selection)
-        prefixes: dict[torch.device, dict[str, torch.Tensor]] = {place: {} for place in devices}
-        for name in names:
-            whole = self._trainable.key_values().permute(1, 2, 0, 3) if self._is_trainable(name) else None
-            for place, found in prefixes.items():
-                found[name] = self._bank.key_values(name, place, dtype) if whole is None else whole.to(place, dtype)
-        heads = self._loaded_heads(names, devices[0])
-        return assemble(selection, prefixes, devices, self._bank.versions, heads, row_dropout)
+        bank, prefixes = self._bank, {}
+        for name in _distinct(selection):
+            if self._is_trainable(name):
+                prefixes[name] = self._trainable.key_values().permute(1, 2, 0, 3).to(device, dtype)
+            else:
+                prefixes[name] = bank.key_values(name, device, dtype)
+        heads = {name: value.to(device) for name, value in self._loaded_heads(selection).items()}
+        batch = assemble(selection, prefixes, bank.versions, heads, row_dropout)
+        devices = layer_devices(self.base_model.encoder.layers)
+        return batch if devices is None else batch.spread(devices)
 
-    def _loaded_heads(self, names: Sequence[str], device: torch.device) -> Mapping[str, torch.Tensor]:
-        """Parameters of the head that was loaded with the only one of these prefixes; the trainable one has none."""
-        if len(names) != 1 or self._is_trainable(names[0]):
-            return {}
-        return self._bank.heads(names[0], device)
-
-    def _head_parameters(self, prefix: PrefixArgument, device: torch.device) -> Mapping[str, torch.Tensor]:
-        """Parameters of the head that was loaded with what the argument `prefix` stands for; empty if none was."""
+    def _heads_of(self, prefix: PrefixArgument) -> Mapping[str, torch.Tensor]:
+        """Parameters of the head that was loaded with a prefix; empty if the model's own head belongs to it."""
         if isinstance(prefix, PrefixBatch):
             return prefix.heads
-        names = _distinct(self.selected_prefix if prefix is None else self._checked(prefix))
-        return self._loaded_heads(names, device)
+        return self._loaded_heads(self._selection(prefix))
+
+    def _loaded_heads(self, selection: PrefixSelection) -> Mapping[str, torch.Tensor]:
+        names = _distinct(selection)
+        return {} if len(names) != 1 or self._is_trainable(names[0]) else self._bank[names[0]].heads
+
+    def _selection(self, prefix: str | Sequence[str | None] | None) -> PrefixSelection:
+        return self.selected_prefix if prefix is None else self._checked(prefix)
 
     def _checked(self, prefix: str | Sequence[str | None] | None) -> PrefixSelection:
         if prefix is None or isinstance(prefix, str):
@@ -235,16 +235,15 @@ class PrefixMixin:
             raise ValueError(f"save_prefix writes one prefix; select it by set_prefix first (selected: {name}).")
         if self._is_trainable(name):
             parameters, trained = self._trainable.saved_parameters(), not self._trainable.is_untrained
-            loaded_heads: Mapping[str, torch.Tensor] = {}
         else:
             loaded = self._bank[name]
             parameters, trained = {"embedding.weight": loaded.key_values.flatten(1)}, loaded.trained
-            loaded_heads = loaded.heads
         if any(value.numel() == 0 for value in parameters.values()):
             raise ValueError(
                 "The prefix is partitioned among processes (ZeRO-3): call save_prefix within "
                 "deepspeed.zero.GatheredParameters(model.parameters()), on every process."
             )
+        loaded_heads = self._loaded_heads(name)
         metadata = PrefixMetadata(
             len(parameters["embedding.weight"]),
             has_projection(parameters),
@@ -300,10 +299,7 @@ class PrefixMixin:
         Raises:
             ValueError: in that case.
         """
-        if isinstance(prefix, PrefixBatch):
-            names = prefix.names
-        else:
-            names = _distinct(self.selected_prefix if prefix is None else self._checked(prefix))
+        names = prefix.names if isinstance(prefix, PrefixBatch) else _distinct(self._selection(prefix))
         for name in names:
             if self._is_trainable(name) and self._trainable.is_untrained:
                 raise ValueError(
@@ -315,7 +311,7 @@ class PrefixMixin:
                     f"The prefix {name!r} was saved untrained: its values are random. Load a trained one by "
                     "load_prefix(path), or use the plain base by set_prefix(None)."
                 )
-        untrained = self._untrained_heads(self._head_parameters(prefix, torch.device("cpu")))
+        untrained = self._untrained_heads(self._heads_of(prefix))
         if untrained:
             raise ValueError(
                 f"The {', '.join(untrained)} of {type(self).__name__} is untrained: its values are random. Train it, "

@@ -38,7 +38,6 @@ class PrefixBank:
         self.versions: dict[str, int] = {}
         self._prefixes: dict[str, LoadedPrefix] = {}
         self._copies: dict[tuple[str, torch.device, torch.dtype], torch.Tensor] = {}
-        self._heads: dict[tuple[str, torch.device], dict[str, torch.Tensor]] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._prefixes
@@ -67,7 +66,6 @@ class PrefixBank:
         """Removes a prefix, if it is there, and frees its copies."""
         self._prefixes.pop(name, None)
         self._copies = {key: copy for key, copy in self._copies.items() if key[0] != name}
-        self._heads = {key: copy for key, copy in self._heads.items() if key[0] != name}
 
     def key_values(self, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """The prefix for use in attention, `[num_layers * 2, groups, length, kv_channels]`."""
@@ -75,12 +73,3 @@ class PrefixBank:
         if key not in self._copies:
             self._copies[key] = self._prefixes[name].key_values.to(device, dtype).permute(1, 2, 0, 3).contiguous()
         return self._copies[key]
-
-    def heads(self, name: str, device: torch.device) -> Mapping[str, torch.Tensor]:
-        """The parameters of the head that was loaded with the prefix; empty if none was, or for another prefix."""
-        if name not in self._prefixes:
-            return {}
-        key = (name, device)
-        if key not in self._heads:
-            self._heads[key] = {name: value.to(device) for name, value in self._prefixes[name].heads.items()}
-        return self._heads[key]

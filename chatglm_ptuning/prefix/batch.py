@@ -103,6 +103,10 @@ class PrefixBatch:
             owner=tuple(self.owner[place] for place in places),
         )
 
+    def spread(self, devices: Sequence[torch.device]) -> PrefixBatch:
+        """The batch for layers on several devices, given that of each layer."""
+        return replace(self, key_values=tuple(entry.to(devices[i // 2]) for i, entry in enumerate(self.key_values)))
+
     def claim(self, cache: Cache) -> None:
         """Marks a cache as filled under these prefixes; refuses one that was filled under others.
 
@@ -136,8 +140,7 @@ class RowDropout(NamedTuple):
 
 def assemble(
     selection: PrefixSelection,
-    prefixes: Mapping[torch.device, Mapping[str, torch.Tensor]],
-    layer_devices: Sequence[torch.device],
+    prefixes: Mapping[str, torch.Tensor],
     versions: Mapping[str, int],
     heads: Mapping[str, torch.Tensor],
     row_dropout: RowDropout | None = None,
@@ -145,39 +148,28 @@ def assemble(
     """Makes a batch of prefixes by their names.
 
     Args:
-        prefixes: on every device, each selected prefix once, `[num_layers * 2, groups, length, kv_channels]`. A prefix
-            is so small that every device has the whole of it; so no step copies anything between devices.
-        layer_devices: where each layer computes, or the one device of all layers.
+        prefixes: each selected one, `[num_layers * 2, groups, length, kv_channels]`.
         versions: of the prefixes; 0 where there is none.
     """
     names = selection if isinstance(selection, tuple) else (selection,)
     rows = len(names) if isinstance(selection, tuple) else None
     owner = tuple((name, versions.get(name, 0)) for name in names)
-    first = prefixes[layer_devices[0]]
-    if not first:
+    if not prefixes:
         return PrefixBatch(rows=rows, lengths=(0,) * len(names), owner=owner)
-    lengths = tuple(first[name].shape[2] if name is not None else 0 for name in names)
-    length, used = max(lengths), list(first)
+    used = list(prefixes)
+    device = prefixes[used[0]].device
+    lengths = tuple(prefixes[name].shape[2] if name is not None else 0 for name in names)
+    length = max(lengths)
     index = mask = None
     if rows is not None:
-        index = torch.tensor([used.index(name) if name is not None else 0 for name in names], device=layer_devices[0])
+        index = torch.tensor([used.index(name) if name is not None else 0 for name in names], device=device)
         if min(lengths) < length:
-            empty = length - torch.tensor(lengths, device=layer_devices[0])
-            mask = torch.arange(length, device=layer_devices[0]) >= empty[:, None]
-    on = {}
-    for device, of_device in prefixes.items():
-        stacked = _stack(list(of_device.values()), length)
-        if row_dropout is not None and row_dropout.name in used:
-            stacked = _drop(stacked, index, used.index(row_dropout.name), row_dropout)
-        on[device] = stacked.unbind(0)
+            mask = torch.arange(length, device=device) >= length - torch.tensor(lengths, device=device)[:, None]
+    stacked = _stack(list(prefixes.values()), length)
     if row_dropout is not None and row_dropout.name in used:
-        index = None  # there is an entry for each row now
-    key_values = next(iter(on.values()))
-    if len(on) > 1:
-        key_values = tuple(
-            on[device][2 * layer + part] for layer, device in enumerate(layer_devices) for part in (0, 1)
-        )
-    return PrefixBatch(key_values, rows, index, lengths, mask, owner, heads)
+        stacked = _drop(stacked, index, used.index(row_dropout.name), row_dropout)
+        index = None  # every row has an entry now
+    return PrefixBatch(stacked.unbind(0), rows, index, lengths, mask, owner, heads)
 
 
 def _stack(prefixes: Sequence[torch.Tensor], length: int) -> torch.Tensor:
@@ -191,7 +183,6 @@ def _drop(stacked: torch.Tensor, index: torch.Tensor | None, place: int, row_dro
     """Stacked prefixes -> one for each row, `[num_layers * 2, rows, ...]`, with dropout on the prefix at `place`."""
     if index is None:
         return dropout(stacked.expand(-1, row_dropout.rows, -1, -1, -1), row_dropout.rate)
-    index = index.to(stacked.device)
     of_rows = stacked.index_select(1, index)
     dropped = (index == place)[:, None, None, None]
     return torch.where(dropped, dropout(of_rows, row_dropout.rate), of_rows)

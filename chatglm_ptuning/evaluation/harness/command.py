@@ -113,7 +113,7 @@ def run_harness(args: HarnessArguments) -> dict[str, Any]:
     output.mkdir(parents=True, exist_ok=True)
     results = {}
     for name in ("base", "prefix") if args.compare_base else (subject,):
-        prefix = model.prefix_batch(model.selected_prefix if name == "prefix" else None)
+        prefix = None if name == "prefix" else model.prefix_batch(None)
         harness = ChatGLMHarnessModel(model, tokenizer, prefix=prefix, batch_size=args.per_device_eval_batch_size)
         # A task object holds the answers of its run.
         results[name] = _evaluate(harness, tasks or load_harness_tasks(selection, **options), args)
