@@ -168,6 +168,7 @@ def test_glm4_generates_until_any_of_its_end_tokens(tiny_config, ids):
     model = ChatGLMForConditionalGeneration(tiny_config(rope_ratio=500, eos_token_id=[90, 91, 92])).eval()
     assert model.generation_config.eos_token_id == [90, 91, 92]
     free = model.generate(ids[:1], max_new_tokens=8, do_sample=False, eos_token_id=None)[0, 7:].tolist()
-    model.generation_config.eos_token_id = [95, free[3]]
+    never = next(token for token in range(3, 96) if token not in free)
+    model.generation_config.eos_token_id = [never, free[3]]
     stopped = model.generate(ids[:1], max_new_tokens=8, do_sample=False)[0, 7:].tolist()
     assert stopped == free[: free.index(free[3]) + 1]
