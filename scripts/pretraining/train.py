@@ -256,7 +256,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=256, help="a multiple of 64")
     parser.add_argument("--ffn", type=int, default=704)
     parser.add_argument("--row_length", type=int, default=256, help="tokens of a row; longer documents are cut")
-    parser.add_argument("--batch", type=int, default=512, help="rows of a step")
+    parser.add_argument("--batch", type=int, help="rows of a step; 512 on a GPU and 64 on a CPU where not given")
     parser.add_argument("--micro_batch", type=int, help="rows of a forward pass, where memory is short")
     parser.add_argument("--variants", type=int, default=2, help="tries to make an instruction of each document")
     parser.add_argument("--echo_share", type=float, default=0.02, help="documents that are also written twice")
@@ -268,7 +268,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--save_seconds", type=float, default=300)
     parser.add_argument("--save_steps", type=int, default=10**9)
     parser.add_argument("--seed", type=int, default=1)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.batch = arguments.batch or (512 if torch.cuda.is_available() else 64)
+    return arguments
 
 
 def main() -> None:
