@@ -338,6 +338,10 @@ def test_a_loss_that_stays_at_zero_stops_the_run(base, tmp_path):
 def test_what_ends_a_run_is_the_last_line_of_its_progress(tmp_path, error, kind):
     with pytest.raises(type(error)), failure_noted(PrefixTrainingArguments(output_dir=str(tmp_path))):
         raise error
+    assert not list(tmp_path.iterdir())  # a folder without progress may be of something else
+    (tmp_path / "progress.jsonl").touch()
+    with pytest.raises(type(error)), failure_noted(PrefixTrainingArguments(output_dir=str(tmp_path))):
+        raise error
     assert read_progress(tmp_path) == [{"failed": kind, "reason": str(error)}]
 
 

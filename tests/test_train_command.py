@@ -126,6 +126,19 @@ def test_a_run_goes_on_by_itself_or_starts_anew_when_told(base, train_file, tmp_
     assert "holds no whole checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("best", "evaluations"), [("false", [2, 4]), ("true", [2, 4, 4])])
+def test_the_evaluation_at_the_last_step_is_not_repeated_for_the_same_model(
+    base, train_file, tmp_path, best, evaluations
+):
+    more = ["--do_eval", "--validation_file", train_file, "--eval_strategy", "steps", "--eval_steps", 2]
+    more += ["--save_steps", 2, "--load_best_model_at_end", best]
+    main(flags(base, train_file, tmp_path, *more, steps=4))
+    seen = [entry for entry in read_progress(tmp_path) if "eval_loss" in entry]
+    assert [entry["step"] for entry in seen] == evaluations
+    results = json.loads((tmp_path / "all_results.json").read_text("utf-8"))
+    assert results["eval_loss"] == seen[-1]["eval_loss"]
+
+
 def test_a_finished_run_is_not_trained_on(base, train_file, tmp_path, caplog):
     run = tmp_path / "run"
     command = flags(base, train_file, run, "--save_steps", "4", "--lr_scheduler_type", "constant", steps=4)

@@ -279,7 +279,7 @@ class TrainingRun:
 
     def evaluate(self, trainer: PrefixTrainer) -> None:
         """Loss on the validation rows, and with --predict_with_generate the scores of generated answers."""
-        metrics = trainer.evaluate()
+        metrics = trainer.last_evaluation()
         self.under_engine = trainer.deepspeed is not None
         self.keep("eval", metrics, trainer)
 

@@ -45,16 +45,17 @@ class ProgressFile(TrainerCallback):
 
 @contextmanager
 def failure_noted(args: TrainingArguments) -> Iterator[None]:
-    """Adds a line to the progress of the run in `args.output_dir` if the block raises, and lets the exception pass.
+    """Adds a line to the progress in `args.output_dir` if the block raises, and lets the exception pass.
 
-    A folder that holds a whole model is left alone: the run may have been refused because it is the base's own.
+    Nothing is written where there is no progress: the folder may be of something else. Who wants to know of a run that
+    is refused before its training begins puts an empty file there.
     """
+    path = Path(args.output_dir, PROGRESS_FILE)
     try:
         yield
     except Exception as error:
-        folder = Path(args.output_dir)
-        if args.should_save and folder.is_dir() and not (folder / "config.json").exists():
-            _add(folder / PROGRESS_FILE, {FAILED: kind_of_failure(error), REASON: str(error)})
+        if args.should_save and path.exists():
+            _add(path, {FAILED: kind_of_failure(error), REASON: str(error)})
         raise
 
 

@@ -87,6 +87,7 @@ class PrefixTrainer(Trainer):
         self._optimizer_groups: list[dict[str, Any]] = []
         self._trained: list[torch.nn.Parameter] = []
         self._eval_sums: torch.Tensor | None = None
+        self._evaluated: tuple[int, dict[str, float]] | None = None
         self._epoch_sampler: EpochSampler | None = None
         self._finite = FiniteGuard()
         self._signal = StopOnSignal()
@@ -283,7 +284,14 @@ class PrefixTrainer(Trainer):
             generated = {f"{metric_key_prefix}_{name}": value for name, value in self.generation_metrics().items()}
             self.log(generated)
             metrics |= generated
+        self._evaluated = self.state.global_step, metrics
         return metrics
+
+    def last_evaluation(self) -> dict[str, float]:
+        """The metrics of the model as it is now: of the evaluation at the last step, if there was one, else anew."""
+        if self._evaluated is not None and self._evaluated[0] == self.state.global_step:
+            return self._evaluated[1]
+        return self.evaluate()
 
     def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
         """As the Trainer's; adds the loss and its number of tokens up for `evaluation_loop`."""
@@ -511,6 +519,7 @@ class PrefixTrainer(Trainer):
         self.tuning.load(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
+        self._evaluated = None
         self.tuning.load(Path(self.state.best_model_checkpoint))
         if self.is_deepspeed_enabled:
             self._restore_full_precision(Path(self.state.best_model_checkpoint))
