@@ -9,14 +9,14 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "train": ("chatglm_ptuning.training.run", "train a prefix on your data"),
-    "search": ("chatglm_ptuning.training.searching.command", "search prompt length and learning rate for a task"),
+    "search": ("chatglm_ptuning.experiments.search", "search prompt length and learning rate for a task"),
     "evaluate": ("chatglm_ptuning.evaluation.run", "score a prefix, or the plain base"),
     "lm_eval": ("chatglm_ptuning.evaluation.harness.command", "C-Eval, CMMLU and others through lm-evaluation-harness"),
-    "compare": ("chatglm_ptuning.training.comparison.command", "compare ways of tuning on tasks, over seeds"),
+    "compare": ("chatglm_ptuning.experiments.compare", "compare ways of tuning on tasks, over seeds"),
     "data": ("chatglm_ptuning.data.command", "show a row as the model sees it, check data files"),
     "chat": ("chatglm_ptuning.serving.terminal", "chat with the base and its prefixes in a terminal"),
     "estimate": ("chatglm_ptuning.estimation.run", "compute memory and time of a run, without weights"),
-    "tradeoff": ("chatglm_ptuning.evaluation.tradeoff", "draw score against forgetting, over runs of --preserve_base"),
+    "tradeoff": ("chatglm_ptuning.experiments.tradeoff", "draw score against forgetting, over runs of --preserve_base"),
     "tasks": ("chatglm_ptuning.data.tasks.command", "list the Chinese tasks, or show how one's files are read"),
 }
 """Command -> (module with `main(argv)`, one line of help). A module is imported when its command is given."""

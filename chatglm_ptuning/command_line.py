@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import enum
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -113,8 +114,14 @@ def flag_words(flags: Mapping[str, Any]) -> list[str]:
         if value is None:
             continue
         values = value if isinstance(value, list) else [value]
-        words += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in values)]
+        words += [f"--{name}", *map(_word, values)]
     return words
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, enum.Enum):
+        return str(value.value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
 
 
 class FlagChecker:

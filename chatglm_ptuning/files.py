@@ -34,6 +34,17 @@ def write_atomically(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 file by `write_atomically`."""
+    with write_atomically(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file by `write_atomically`, indented, with characters as they are."""
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+
+
 def check_output_folder(path: str | os.PathLike[str]) -> None:
     """Checks before the work that its results can be written to a folder, without making the folder.
 

@@ -17,9 +17,9 @@ import yaml
 from filelock import FileLock
 
 from chatglm_ptuning.cli import main
-from chatglm_ptuning.training.comparison.plan import Plan, check_plan, read_plan
-from chatglm_ptuning.training.comparison.report import MAJORITY, make_rows, write_comparison
-from chatglm_ptuning.training.comparison.runs import Run, runs_of
+from chatglm_ptuning.experiments.comparison import MAJORITY, make_rows, runs_of, write_comparison
+from chatglm_ptuning.experiments.plan import Plan, check_plan, read_plan
+from chatglm_ptuning.experiments.run import Run
 
 TASK = {
     "name": "weather",
@@ -128,7 +128,7 @@ def test_methods_that_would_share_a_folder_are_refused(content, tmp_path):
 
 def test_a_number_that_yaml_reads_as_text_is_a_number(content, tmp_path):
     content["methods"] = {"prefix": {"learning_rate": "3e-2"}}
-    (run, *_) = runs_of(checked(read(content, tmp_path)).cells, (1,), "base", tmp_path)
+    (run,) = runs_of(checked(read(content, tmp_path)).cells[0], (1,), "base", tmp_path)
     assert run.command[run.command.index("--learning_rate") + 1] == "3e-2"
 
 
@@ -146,7 +146,7 @@ def test_heads_by_their_words_and_cells_that_cannot_be_run(content, tmp_path):
     heads = {cell.method: cell.head for cell in found.cells}
     assert heads == {"linear": "sequence_classification", "verbaliser": "generation", "base": "generation"}
     assert {method for _, method in found.left_out} == {"linear base", "head of answers", "not wanted"}
-    base = next(run for run in runs_of(found.cells, (1,), "base", tmp_path) if run.cell.method == "base")
+    (base,) = runs_of(next(cell for cell in found.cells if cell.method == "base"), (1,), "base", tmp_path)
     assert "--do_train" not in base.command and "--do_predict" in base.command
 
 
@@ -182,13 +182,18 @@ def finish(run, score):
     (run.folder / "all_results.json").write_text(json.dumps(results), encoding="utf-8")
 
 
+def all_runs(plan, output):
+    return {(cell.task, cell.method): runs_of(cell, (1, 2, 3), "base", output) for cell in plan.cells}
+
+
 @pytest.fixture
 def finished(content, tmp_path):
     plan = checked(read(content, tmp_path))
-    runs = runs_of(plan.cells, (1, 2, 3), "base", tmp_path)
-    for run in runs:
-        if run.seed in SCORES[run.cell.method]:
-            finish(run, SCORES[run.cell.method][run.seed])
+    runs = all_runs(plan, tmp_path)
+    for (_, method), of_cell in runs.items():
+        for run in of_cell:
+            if run.seed in SCORES[method]:
+                finish(run, SCORES[method][run.seed])
     return plan, runs
 
 
@@ -229,25 +234,26 @@ def test_the_files_hold_the_table(finished, tmp_path):
 
 def test_a_run_counts_only_with_its_own_flags(content, finished, tmp_path):
     content["methods"]["prefix"]["learning_rate"] = 0.5
-    runs = runs_of(checked(read(content, tmp_path)).cells, (1, 2, 3), "base", tmp_path)
-    assert {run.cell.method for run in runs if run.results() is not None} == {"whole"}
-    stale = next(run for run in runs if run.cell.method == "prefix")
+    runs = all_runs(checked(read(content, tmp_path)), tmp_path)
+    assert [method for (_, method), of_cell in runs.items() if any(run.results() for run in of_cell)] == ["whole"]
+    stale = runs["weather", "prefix"][0]
     stale.prepare()
     assert not (stale.folder / "all_results.json").exists()
 
 
 def test_a_run_without_its_predictions_is_not_finished(finished):
-    plan, (run, *others) = finished
+    plan, runs = finished
+    run = runs["weather", "prefix"][0]
     (run.folder / "predict" / "predictions.jsonl").unlink()
-    assert run.results() is None
-    prefix = make_rows(plan, [run, *others], "whole")[1]
+    assert not run.results() and run.is_pending()
+    prefix = make_rows(plan, runs, "whole")[1]
     assert prefix.missing == 1 and 1 not in prefix.seeds
 
 
 def test_a_folder_of_something_else_is_never_emptied(finished):
-    _, (run, *_) = finished
-    (run.folder / "compare_run.json").unlink()
-    with pytest.raises(ValueError, match="no run of a comparison"):
+    run = finished[1]["weather", "prefix"][0]
+    (run.folder / "run.json").unlink()
+    with pytest.raises(ValueError, match="no run of an experiment"):
         run.prepare()
     assert (run.folder / "all_results.json").exists()
 

@@ -25,11 +25,11 @@ from chatglm_ptuning.data.tasks.encode_tags import encode_tokens, tags_of
 from chatglm_ptuning.data.tasks.examples import Answer, QuestionExample, TokenExample
 from chatglm_ptuning.data.tasks.registry import load_task
 from chatglm_ptuning.evaluation.task_predictions import PredictionSettings, predict
+from chatglm_ptuning.experiments.plan import Plan, check_plan
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.modeling_heads import HEAD_CLASSES
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 from chatglm_ptuning.prefix.formats.kit import METADATA_FILE
-from chatglm_ptuning.training.comparison.plan import Plan, check_plan
 
 FORMATS = ("chatglm2", "chatglm3", "base", "glm4")
 TEXT = list("今天天气很好，龘我想去公園散步 abc\n１２岁")

@@ -14,7 +14,7 @@ from torch.distributions import Categorical, kl_divergence
 
 from chatglm_ptuning.cli import main as command
 from chatglm_ptuning.evaluation.drift import kl_from_base, measure_drift
-from chatglm_ptuning.evaluation.tradeoff import read_points
+from chatglm_ptuning.experiments.tradeoff import read_points
 from chatglm_ptuning.model.modeling_heads import ChatGLMForSequenceClassification
 from chatglm_ptuning.training.preservation import Replay
 from chatglm_ptuning.training.run import main

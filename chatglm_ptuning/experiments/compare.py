@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import shlex
-import signal
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from filelock import FileLock, Timeout
 
 from chatglm_ptuning.command_line import fail, parse_arguments
+from chatglm_ptuning.experiments.comparison import make_rows, runs_of, write_comparison
+from chatglm_ptuning.experiments.plan import DEFAULT_SEEDS, Plan, check_plan, read_plan, select
+from chatglm_ptuning.experiments.run import LOG_FILE, Run
+from chatglm_ptuning.experiments.runner import interruptible, run_all
 from chatglm_ptuning.files import check_output_folder
 from chatglm_ptuning.prefix.latest import runs_folder
-from chatglm_ptuning.training.comparison.plan import DEFAULT_SEEDS, Plan, check_plan, read_plan, select
-from chatglm_ptuning.training.comparison.report import make_rows, print_comparison, write_comparison
-from chatglm_ptuning.training.comparison.runs import LOG_FILE, Failure, Run, run_all, runs_of
-from chatglm_ptuning.training.failures import SIGTERM_EXIT_CODE
-
-_INTERRUPTED_EXIT_CODE = 130
 
 
 @dataclass
@@ -83,13 +75,10 @@ def main(argv: Sequence[str]) -> None:
         argv[:place],
     )
     try:
-        with _sigterm_interrupts():
+        with interruptible():
             failed = compare(args, _passed_on(argv[place + 1 :]))
     except (ValueError, OSError) as error:
         fail(str(error))
-    except KeyboardInterrupt as stop:
-        print("Interrupted; the same command goes on with the runs that are left.", file=sys.stderr)
-        raise SystemExit(SIGTERM_EXIT_CODE if stop.args else _INTERRUPTED_EXIT_CODE) from stop
     if failed:
         raise SystemExit(1)
 
@@ -106,27 +95,49 @@ def compare(args: CompareArguments, last: dict[str, Any]) -> bool:
     plan = _plan(args, last)
     checked = check_plan(plan, *select(plan, *((args.tasks, args.methods) if args.plan else (None, None))))
     output = Path(args.output_dir)
-    runs = runs_of(checked.cells, plan.seeds, plan.base, output)
-    console = Console()
+    of_cells = {(cell.task, cell.method): runs_of(cell, plan.seeds, plan.base, output) for cell in checked.cells}
+    # Seed by seed, so that a comparison that is stopped has all methods on the first seeds.
+    runs = [run for of_seed in zip(*of_cells.values(), strict=True) for run in of_seed]
     for (task, method), why in checked.left_out.items():
-        console.print(f"{escape(f'{task} / {method}')}: left out, {why}")
+        print(f"{task} / {method}: left out, {why}")
     if args.dry_run:
         for run in runs:
             print(f"{run.name}{' (finished)' if run.results() else ''}\n  {shlex.join(run.command)}")
         return False
     output.mkdir(parents=True, exist_ok=True)
-    with _locked(output) as lock:
-        failures: list[Failure] = []
-        try:
-            _run_with_progress(runs, args.workers, console, failures, lock)
-        finally:
-            rows = make_rows(checked, runs, plan.reference)
-            write_comparison(output, rows, base=plan.base, reference=plan.reference, checked=checked, failures=failures)
-    print_comparison(rows, plan.reference)
+    failed: list[Run] = []
+    try:
+        with FileLock(output / ".lock", blocking=False):
+            for run in runs:
+                if run.is_at_work():
+                    raise Timeout(run.lock.lock_file)
+                run.try_again()
+            count = sum(bool(run.results()) for run in runs)
+            if count:
+                print(f"{count} of {len(runs)} runs have finished already.")
+            try:
+                run_all(
+                    lambda: filter(Run.is_pending, runs),
+                    workers=args.workers,
+                    total=len(runs) - count,
+                    ended=lambda run: failed.append(run) if run.ending() else None,
+                )
+            finally:
+                rows = make_rows(checked, of_cells, plan.reference)
+                tables = write_comparison(
+                    output, rows, base=plan.base, reference=plan.reference, checked=checked, failed=failed
+                )
+    except Timeout as error:
+        raise ValueError(
+            f"Another comparison is at work in {output}, or a run that a killed one has left behind; wait for it "
+            f"(`fuser {error.lock_file}` names the process), or name another folder."
+        ) from error
+    for table in tables:
+        table.show()
     print(f"The table is in {output}: comparison.md, .csv, .json, .png.")
-    for failure in failures:
-        console.print(f"failed: {escape(failure.run.name)}, see {escape(str(failure.run.folder / LOG_FILE))}")
-    return bool(failures)
+    for run in failed:
+        print(f"failed: {run.name}, see {run.folder / LOG_FILE}")
+    return bool(failed)
 
 
 def _plan(args: CompareArguments, last: dict[str, Any]) -> Plan:
@@ -161,73 +172,3 @@ def _passed_on(words: Sequence[str]) -> dict[str, Any]:
         else:
             values.append(word)
     return {name: (found[0] if len(found) == 1 else found or True) for name, found in flags.items()}
-
-
-@contextmanager
-def _locked(output: Path) -> Iterator[int]:
-    """Holds the folder's lock, and gives its descriptor: it is free when no process has that open any more.
-
-    Raises:
-        ValueError: if another process holds it.
-    """
-    path = output / ".lock"
-    with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"Another comparison is at work in {output}, or a run that a killed one has left behind; wait for it "
-                f"(`fuser {path}` names the process), or name another folder."
-            ) from error
-        except OSError as error:
-            raise ValueError(f"{output} is on storage that cannot be locked ({error}): name another folder.") from error
-        yield file.fileno()
-
-
-def _run_with_progress(runs: Sequence[Run], workers: int, console: Console, failures: list[Failure], lock: int) -> None:
-    left = [run for run in runs if run.results() is None]
-    if len(left) < len(runs):
-        console.print(f"{len(runs) - len(left)} of {len(runs)} runs have finished already.")
-    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
-    running: list[str] = []
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        bar = progress.add_task("runs", total=len(runs), completed=len(runs) - len(left))
-
-        def show() -> None:
-            progress.update(bar, description=escape("runs: " + (", ".join(running) or "-")))
-
-        def started(run: Run) -> None:
-            running.append(run.name)
-            show()
-
-        def ended(run: Run, failure: Failure | None, seconds: float) -> None:
-            running.remove(run.name)
-            progress.advance(bar)
-            show()
-            if failure is None:
-                metric = run.cell.definition.metric
-                score = run.results()[f"predict_{metric}"]
-                progress.console.print(
-                    escape(f"{run.name}: {metric} {score:.2f} after {seconds:.0f} s"), soft_wrap=True
-                )
-                return
-            failures.append(failure)
-            progress.console.print(
-                f"[red]{escape(run.name)}: exit code {failure.code}[/red]\n{escape(failure.log)}", soft_wrap=True
-            )
-
-        run_all(left, workers, started, ended, inherited=(lock,))
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Makes SIGTERM end the block as Ctrl-C does, so that no run is left behind."""
-
-    def interrupt(number: int, frame: Any) -> NoReturn:
-        raise KeyboardInterrupt("SIGTERM")
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-import enum
+import copy
 import itertools
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, dataclass, field, make_dataclass
-from typing import TYPE_CHECKING, Any, get_type_hints
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import Any, Literal, get_type_hints
 
+from chatglm_ptuning.command_line import flag_words
 from chatglm_ptuning.files import check_output_folder
 from chatglm_ptuning.prefix.latest import runs_folder
-from chatglm_ptuning.training.arguments import DataArguments, ModelArguments, PrefixTrainingArguments
 from chatglm_ptuning.training.initialisation import PREFIX_INITS
-from chatglm_ptuning.training.preservation import PreservationArguments
+from chatglm_ptuning.training.run import TRAIN_FLAGS
 
-if TYPE_CHECKING:
-    import optuna
-
-TRAIN_ARGUMENTS = (ModelArguments, DataArguments, PrefixTrainingArguments, PreservationArguments)
 PROJECTIONS = {"false": (False,), "true": (True,), "both": (False, True)}
-LEARNING_RATE_SCALES = ("values", "log", "linear")
-PRUNERS = ("halving", "none")
 _RULED_BY_SEARCH = {
     "seed", "do_train", "do_eval", "do_predict", "predict_split", "max_predict_samples", "compare_base",
     "eval_strategy", "save_strategy", "load_best_model_at_end", "overwrite_output_dir", "resume_from_checkpoint",
@@ -32,31 +24,17 @@ _RULED_BY_SEARCH = {
 """Flags of `train` that `search` sets itself, or that make no sense in it."""
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What one trial tries; the names are those of the flags of `train`."""
-
-    pre_seq_len: int
-    learning_rate: float
-    prefix_projection: bool
-    prefix_init: str
-
-    def flags(self, init_prefix_text: str | None) -> list[str]:
-        """As flags of `train`."""
-        start = ["--init_prefix_text", init_prefix_text] if self.prefix_init == "text" and init_prefix_text else []
-        return [
-            "--pre_seq_len", str(self.pre_seq_len), "--learning_rate", repr(self.learning_rate),
-            "--prefix_projection", str(self.prefix_projection).lower(), *(start or ["--prefix_init", self.prefix_init]),
-        ]  # fmt: skip
+Setting = dict[str, Any]
+"""What one trial tries: `pre_seq_len`, `learning_rate`, `prefix_projection` and `prefix_init`, flags of `train`."""
 
 
 @dataclass
 class SearchArguments:
-    """What is tried, how each trial is judged, and where the study is kept."""
+    """What is tried, how each trial is judged, and where all of it is kept."""
 
     output_dir: str | None = field(
         default=None,
-        metadata={"help": "folder of study and report (default: output/search); another process with the same command "
+        metadata={"help": "folder of runs and report (default: output/search); another process with the same command "
                   "helps, and the command given again goes on"},
     )  # fmt: skip
     pre_seq_len: list[int] = field(
@@ -66,10 +44,12 @@ class SearchArguments:
         default_factory=lambda: [3e-3, 1e-2, 3e-2],
         metadata={"help": "learning rates to try; or with --learning_rate_scale log or linear the two ends of a range"},
     )
-    learning_rate_scale: str = field(
+    learning_rate_scale: Literal["values", "log", "linear"] = field(
         default="values", metadata={"help": "values (a list), or log or linear (draw from a range; needs --trials)"}
     )
-    prefix_projection: str = field(default="false", metadata={"help": "true, false or both"})
+    prefix_projection: Literal["false", "true", "both"] = field(
+        default="false", metadata={"help": "true, false or both"}
+    )
     prefix_init: list[str] = field(
         default_factory=lambda: ["data"], metadata={"help": f"first values to try: {', '.join(PREFIX_INITS)}"}
     )
@@ -90,7 +70,7 @@ class SearchArguments:
     eval_steps: int | None = field(
         default=None, metadata={"help": "steps between evaluations on the dev split (default: a quarter of max_steps)"}
     )
-    pruner: str = field(
+    pruner: Literal["halving", "none"] = field(
         default="halving",
         metadata={"help": "halving: successive halving over the evaluations of a setting's first seed; or none"},
     )
@@ -104,14 +84,6 @@ class SearchArguments:
             self.output_dir = str(runs_folder() / "search")
         check_output_folder(self.output_dir)
         self._check_lists()
-        self._check_choice("prefix_projection", tuple(PROJECTIONS))
-        self._check_choice("learning_rate_scale", LEARNING_RATE_SCALES)
-        self._check_choice("pruner", PRUNERS)
-        for name in self.prefix_init:
-            if name not in PREFIX_INITS:
-                raise ValueError(f"--prefix_init must be among {', '.join(PREFIX_INITS)}, got {name!r}")
-        if ("text" in self.prefix_init) != bool(self.init_prefix_text):
-            raise ValueError("--prefix_init text and --init_prefix_text TEXT belong together: give both")
         if self.eval_steps is None:
             self.eval_steps = max(1, self.max_steps // 4)
         if self.min_resource is None:
@@ -139,11 +111,11 @@ class SearchArguments:
             wrong = [value for value in getattr(self, name) if not value > 0]
             if wrong:
                 raise ValueError(f"--{name} must be above 0, got {wrong[0]}")
-
-    def _check_choice(self, name: str, known: Sequence[str]) -> None:
-        value = getattr(self, name)
-        if value not in known:
-            raise ValueError(f"--{name} must be one of {', '.join(known)}, got {value!r}")
+        for name in self.prefix_init:
+            if name not in PREFIX_INITS:
+                raise ValueError(f"--prefix_init must be among {', '.join(PREFIX_INITS)}, got {name!r}")
+        if ("text" in self.prefix_init) != bool(self.init_prefix_text):
+            raise ValueError("--prefix_init text and --init_prefix_text TEXT belong together: give both")
 
     @property
     def is_grid(self) -> bool:
@@ -154,64 +126,37 @@ class SearchArguments:
         """Every combination of the lists."""
         lists = (self.prefix_init, PROJECTIONS[self.prefix_projection], self.pre_seq_len, self.learning_rate)
         return [
-            Setting(length, rate, projection, start) for start, projection, length, rate in itertools.product(*lists)
+            {"pre_seq_len": length, "learning_rate": rate, "prefix_projection": projection, "prefix_init": start}
+            for start, projection, length, rate in itertools.product(*lists)
         ]
 
-    def suggest(self, trial: optuna.Trial) -> Setting:
-        """The setting of a trial, chosen by its study's sampler."""
-        low, high = min(self.learning_rate), max(self.learning_rate)
-        rate = (
-            trial.suggest_categorical("learning_rate", self.learning_rate)
-            if self.learning_rate_scale == "values"
-            else trial.suggest_float("learning_rate", low, high, log=self.learning_rate_scale == "log")
-        )
-        return Setting(
-            trial.suggest_categorical("pre_seq_len", self.pre_seq_len),
-            rate,
-            trial.suggest_categorical("prefix_projection", PROJECTIONS[self.prefix_projection]),
-            trial.suggest_categorical("prefix_init", self.prefix_init),
-        )
+    def train_arguments(self, common: Sequence[str], setting: Setting, seed: int) -> list[str]:
+        """The arguments of `train`, but for --output_dir, that train a setting.
+
+        Args:
+            common: flags that all settings share.
+        """
+        text = {"init_prefix_text": self.init_prefix_text} if setting["prefix_init"] == "text" else {}
+        steps = {"max_steps": self.max_steps, "eval_strategy": "steps", "eval_steps": self.eval_steps}
+        flags = {"do_train": True, "do_eval": True, **setting, **text, **steps, "seed": seed}
+        return [*common, *flag_words(flags)]
 
 
-def passed_arguments() -> tuple[type, ...]:
-    """The dataclasses of `train` without what `search` has itself, and without their checks."""
-    taken = {part.name for part in dataclasses.fields(SearchArguments)} | _RULED_BY_SEARCH
-    return tuple(_without(dataclass_type, taken) for dataclass_type in TRAIN_ARGUMENTS)
+def passed_flags() -> type:
+    """A dataclass of the flags of `train` that `search` does not have itself, without their checks."""
+    taken = {part.name for part in fields(SearchArguments)} | _RULED_BY_SEARCH
+    passed = []
+    for kind in TRAIN_FLAGS:
+        hints = get_type_hints(kind)
+        passed += [
+            (part.name, hints[part.name], copy.copy(part))
+            for part in fields(kind)
+            if part.init and part.name not in taken
+        ]
+    return make_dataclass("PassedFlags", passed)
 
 
-def _without(dataclass_type: type, taken: Iterable[str]) -> type:
-    hints = get_type_hints(dataclass_type)
-    kept = []
-    for part in dataclasses.fields(dataclass_type):
-        if part.init and part.name not in taken:
-            default = (
-                {"default_factory": part.default_factory}
-                if part.default_factory is not MISSING
-                else {"default": part.default}
-            )
-            kept.append((part.name, hints[part.name], field(**default, metadata=part.metadata)))
-    return make_dataclass(dataclass_type.__name__, kept)
-
-
-def flags_of(values: Sequence[Any], defaults: Sequence[Any]) -> list[str]:
-    """The flags that give dataclasses of `passed_arguments` their values.
-
-    Args:
-        defaults: the same dataclasses as they are parsed from no flags; what is equal to them needs no flag.
-    """
-    flags = []
-    for holder, usual in zip(values, defaults, strict=True):
-        for part in dataclasses.fields(holder):
-            value = getattr(holder, part.name)
-            if value != getattr(usual, part.name) and value is not None:
-                words = value if isinstance(value, list) else [value]
-                flags += [f"--{part.name}", *map(_word, words)]
-    return flags
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, enum.Enum):
-        return str(value.value)
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
+def words_of(flags: Any, defaults: Any) -> list[str]:
+    """The flags that give a dataclass of `passed_flags` its values; what is as in `defaults` needs none."""
+    given = {part.name: getattr(flags, part.name) for part in fields(flags)}
+    return flag_words({name: value for name, value in given.items() if value != getattr(defaults, name)})

@@ -5,7 +5,6 @@ Runs of the same weight (other seeds) are drawn as their mean with its deviation
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,13 +13,13 @@ from typing import Any
 
 from chatglm_ptuning.command_line import fail, parse_arguments
 from chatglm_ptuning.data.tasks.registry import load_task
-from chatglm_ptuning.evaluation.figures import new_figure, save_figure
-from chatglm_ptuning.files import write_atomically
+from chatglm_ptuning.experiments.report import Mark, Table, draw_lines, spread
+from chatglm_ptuning.experiments.run import RESULTS_FILE
+from chatglm_ptuning.files import read_json_object, write_json
 from chatglm_ptuning.metrics.spread import mean_and_deviation
 from chatglm_ptuning.prefix.fingerprint import difference
 from chatglm_ptuning.prefix.formats.kit import METADATA_FILE
 
-RESULTS_FILE = "all_results.json"
 _METRICS = ("accuracy", "micro_f1", "macro_f1", "entity_f1", "cmrc_f1", "exact_match", "rouge-l")
 _SCORES = (*(f"{split}_{name}" for split in ("predict", "eval") for name in _METRICS), "eval_mean", "eval_loss")
 """What is drawn if nothing is named and the task is not of the registry: the first that all runs have."""
@@ -145,11 +144,9 @@ class TradeoffMean:
 
 def mean_of_each_weight(points: Sequence[TradeoffPoint]) -> list[TradeoffMean]:
     """What the runs of every weight have in common, by weight; several are the same training with other seeds."""
-    by_weight: dict[float, list[TradeoffPoint]] = {}
-    for point in points:
-        by_weight.setdefault(point.preserve_base, []).append(point)
     means = []
-    for weight, of_weight in sorted(by_weight.items()):
+    for weight in sorted({point.preserve_base for point in points}):
+        of_weight = [point for point in points if point.preserve_base == weight]
         numbers: dict[str, float] = {}
         for name in ("score", "general_kl", "general_perplexity"):
             mean, deviation = mean_and_deviation(getattr(point, name) for point in of_weight)
@@ -161,30 +158,14 @@ def mean_of_each_weight(points: Sequence[TradeoffPoint]) -> list[TradeoffMean]:
 def draw_tradeoff(path: Path, score: str, points: Sequence[TradeoffPoint]) -> None:
     """Writes a PNG: score against KL, the mean of every weight labelled by it, and the runs where they are several."""
     means = mean_of_each_weight(points)
-    figure, axes = new_figure(7, 4.5)
-    if len(means) < len(points):
-        axes.plot([point.general_kl for point in points], [point.score for point in points], ".", color="#b0b8c0")
-    axes.errorbar(
-        [mean.general_kl for mean in means],
-        [mean.score for mean in means],
-        xerr=[mean.general_kl_deviation for mean in means],
-        yerr=[mean.score_deviation for mean in means],
-        fmt="o-",
-        capsize=3,
-        elinewidth=0.8,
-        color="#4878a8",
-    )
-    for mean in means:
-        axes.annotate(
-            f"W = {mean.preserve_base:g}",
-            (mean.general_kl, mean.score),
-            textcoords="offset points",
-            xytext=(6, 6),
+    marks = [
+        Mark(
+            mean.general_kl, mean.score, mean.score_deviation, mean.general_kl_deviation, f"W = {mean.preserve_base:g}"
         )
-    axes.set(xlabel="KL(base || tuned) on held-out general rows (nats per token)", ylabel=score)
-    axes.margins(0.12)
-    axes.grid(alpha=0.3)
-    save_figure(figure, path)
+        for mean in means
+    ]
+    dots = [(point.general_kl, point.score) for point in points] if len(means) < len(points) else []
+    draw_lines(path, {"": marks}, "KL(base || tuned) on held-out general rows (nats per token)", score, dots=dots)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -199,24 +180,27 @@ def main(argv: Sequence[str]) -> None:
     output = Path(arguments.output)
     try:
         score, points = read_points(arguments.runs, arguments.score)
+        means = mean_of_each_weight(points)
         output.parent.mkdir(parents=True, exist_ok=True)
         draw_tradeoff(output, score, points)
-        with write_atomically(output.with_suffix(".json")) as temporary:
-            means = mean_of_each_weight(points)
-            content = {"score": score, "means": list(map(asdict, means)), "points": list(map(asdict, points))}
-            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        content = {"score": score, "means": list(map(asdict, means)), "points": list(map(asdict, points))}
+        write_json(output.with_suffix(".json"), content)
     except (ValueError, OSError) as error:
         fail(str(error))
-    print(f"{'W':>6} {score:>20} {'KL':>8} {'perplexity':>11}  (base {points[0].general_perplexity_base:.2f})")
-    for point in points:
-        weight, value = f"{point.preserve_base:g}", f"{point.score:.4g}"
-        print(f"{weight:>6} {value:>20} {point.general_kl:>8.4f} {point.general_perplexity:>11.2f}  {point.run}")
+    rows = [
+        [point.run, f"{point.preserve_base:g}", f"{point.score:.4g}", f"{point.general_kl:.4f}",
+         f"{point.general_perplexity:.2f}"]
+        for point in points
+    ]  # fmt: skip
+    perplexity = f"perplexity (base {points[0].general_perplexity_base:.2f})"
+    Table(["run", "W", score, "KL", perplexity], rows).show()
     for mean in means:
         if mean.runs > 1:
             print(
-                f"W {mean.preserve_base:g}, {mean.runs} runs: {score} {mean.score:.4g} ± {mean.score_deviation:.2g}, "
-                f"KL {mean.general_kl:.4f} ± {mean.general_kl_deviation:.4f}, "
-                f"perplexity {mean.general_perplexity:.2f} ± {mean.general_perplexity_deviation:.2f}"
+                f"W {mean.preserve_base:g}, {mean.runs} runs: "
+                f"{score} {spread(mean.score, mean.score_deviation, '.4g', '.2g')}, "
+                f"KL {spread(mean.general_kl, mean.general_kl_deviation, '.4f', '.4f')}, "
+                f"perplexity {spread(mean.general_perplexity, mean.general_perplexity_deviation)}"
             )
     print(f"Written: {output}, {output.with_suffix('.json')}")
 
@@ -226,13 +210,6 @@ def _is_number(value: Any) -> bool:
 
 
 def _read(run: Path, name: str) -> dict[str, Any]:
-    path = run / name
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{run} is no finished run: it has no {name}.") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(found).__name__}.")
-    return found
+    if not (run / name).is_file():
+        raise ValueError(f"{run} is no finished run: it has no {name}.")
+    return read_json_object(run / name)

@@ -18,13 +18,12 @@ from chatglm_ptuning.data.tasks.readers import heads_of
 from chatglm_ptuning.data.tasks.registry import load_task
 from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.evaluation.task_report import score_task
+from chatglm_ptuning.experiments.run import RUN_DEFAULTS
 from chatglm_ptuning.training.arguments import DataArguments, ModelArguments
 from chatglm_ptuning.training.run import TRAIN_FLAGS
 from chatglm_ptuning.training.tuning_arguments import TuningArguments
 
 DEFAULT_SEEDS = (1, 2, 3)
-RUN_DEFAULTS = {"save_strategy": "no", "disable_tqdm": True}
-"""Flags of every run unless the plan says otherwise: a comparison needs no checkpoints to go on from."""
 OWN_FLAGS = (
     "model_name_or_path", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "seed", "do_train",
     "do_predict", "config",

@@ -1,0 +1,1 @@
+"""Many runs of `train`, started, resumed and reported: `search`, `compare`, and `tradeoff` over finished ones."""

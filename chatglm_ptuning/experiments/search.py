@@ -1,0 +1,254 @@
+"""`chatglm-ptuning search`: which prompt length, learning rate and first values suit a task on a base."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from transformers.utils import logging
+
+from chatglm_ptuning.command_line import fail, flag_words, parse_arguments
+from chatglm_ptuning.data.tasks.encode import head_of
+from chatglm_ptuning.data.tasks.readers import reader_of
+from chatglm_ptuning.experiments.proposals import lost_rung, propose, write_study
+from chatglm_ptuning.experiments.run import RUN_DEFAULTS, Ending, Run
+from chatglm_ptuning.experiments.runner import interruptible, run_all
+from chatglm_ptuning.experiments.search_arguments import SearchArguments, Setting, passed_flags, words_of
+from chatglm_ptuning.experiments.search_report import REPORT_FILE, print_report, write_report
+from chatglm_ptuning.metrics.spread import mean_and_deviation
+from chatglm_ptuning.training.arguments import RETIRED_FLAGS
+from chatglm_ptuning.training.progress import DEVICE, DIVERGED, REFUSED
+from chatglm_ptuning.training.run import TRAIN_FLAGS
+
+
+class SearchEnded(Exception):
+    """What makes every run of this process fail; the message is for the user."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A setting and its runs, one for each seed."""
+
+    number: int
+    setting: Setting
+    runs: Sequence[Run]
+
+    def to_run(self) -> list[Run]:
+        """What can be run now: the first seed, and unless that was given up or has failed, the others."""
+        pending = [run for run in self.runs if run.is_pending()]
+        if any(run.ending() for run in self.runs):
+            return []
+        return pending[:1] if self.runs[0] in pending else pending
+
+    def row(self) -> dict[str, Any]:
+        """What is known of it: `state`, the course of each seed, and the mean or the error."""
+        endings = {run.seed: ending for run in self.runs if (ending := run.ending())}
+        errors = [f"seed {seed}: {ending.error}" for seed, ending in endings.items() if ending.error is not None]
+        seeds = {run.seed: course for run in self.runs if (course := _course(run, endings.get(run.seed)))}
+        seconds = round(sum(course["seconds"] for course in seeds.values()), 1)
+        row = {"number": self.number, "setting": self.setting, "seeds": seeds, "seconds": seconds}
+        if endings:
+            return row | ({"state": "failed", "error": errors[0]} if errors else {"state": "pruned"})
+        if len(seeds) < len(self.runs):
+            return row | {"state": "running" if any(run.is_at_work() for run in self.runs) else "waiting"}
+        mean, deviation = mean_and_deviation(course["score"] for course in seeds.values())
+        if not math.isfinite(mean):
+            return row | {"state": "failed", "error": f"its {self.runs[0].scored_by} is {mean}"}
+        return row | {"state": "complete", "mean": mean, "deviation": deviation}
+
+
+def _course(run: Run, ending: Ending | None) -> dict[str, Any]:
+    """Of a run that has finished or was given up; empty for others."""
+    results = run.results()
+    if ending is not None and ending.error is None:
+        return {"points": run.evaluations(), "seconds": round(run.seconds(), 1)}
+    if ending is not None or not results:
+        return {}
+    return {"points": run.evaluations(), "seconds": round(run.seconds(), 1), "score": results[run.scored_by]}
+
+
+class Search:
+    """The settings in a folder, and the work of this process on them.
+
+    The folder's report lists the settings. They are added under a lock, so that workers never try one twice.
+
+    Args:
+        common: flags of `train` that all settings share.
+    """
+
+    def __init__(self, args: SearchArguments, common: Sequence[str], metric: str) -> None:
+        self.args, self.common, self.metric = args, list(common), metric
+        self.lower_is_better = metric == "loss"
+        self.folder = Path(args.output_dir or "")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.folder / ".lock")
+        self._judged: dict[Path, int] = {}
+        """How many evaluations of a run are known not to end it."""
+        with self.lock:
+            self._check_settings()
+            trials = self.trials()
+            # What failed by more than its setting is tried again: the memory of a GPU may have been another program's.
+            for run in (run for trial in trials for run in trial.runs):
+                if (ending := run.ending()) and ending.error is not None and ending.kind != DIVERGED:
+                    run.try_again()
+            if args.is_grid:
+                known = [trial.setting for trial in trials]
+                trials += self._new(len(trials), [setting for setting in args.grid() if setting not in known])
+            self._report(trials)
+
+    def _check_settings(self) -> None:
+        args = self.args
+        now: dict[str, Any] = {name: getattr(args, name) for name in ("seeds", "max_steps", "eval_steps", "pruner",
+                               "min_resource", "reduction_factor", "init_prefix_text")}  # fmt: skip
+        now |= {"metric": self.metric, "flags of train": " ".join(self.common)}
+        if not args.is_grid:
+            now["space"] = [args.learning_rate_scale, args.learning_rate, args.pre_seq_len, args.prefix_projection,
+                            args.prefix_init, args.search_seed]  # fmt: skip
+        self.settings = now
+        before = self._written().get("settings", now)
+        if before != now:
+            other = [f"{name}: {before.get(name)} there, {now.get(name)} here" for name in sorted(before | now)
+                     if before.get(name) != now.get(name)]  # fmt: skip
+            raise ValueError(
+                f"{self.folder / REPORT_FILE} is of a search with other settings ({'; '.join(other)}). Give the same "
+                "ones to go on with it, or another --output_dir."
+            )
+
+    def _written(self) -> dict[str, Any]:
+        path = self.folder / REPORT_FILE
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def trials(self) -> list[Trial]:
+        """All trials so far, in their order."""
+        return self._new(0, [row["setting"] for row in self._written().get("trials", [])])
+
+    def _new(self, number: int, settings: Iterable[Setting]) -> list[Trial]:
+        """Trials of settings, numbered from `number` on."""
+        return [Trial(place, setting, self._runs(place, setting)) for place, setting in enumerate(settings, number)]
+
+    def _runs(self, number: int, setting: Setting) -> list[Run]:
+        return [
+            Run(
+                f"trial {number}, seed {seed} ({', '.join(f'{name} {value}' for name, value in setting.items())})",
+                seed,
+                self.args.train_arguments(self.common, setting, seed) + flag_words(RUN_DEFAULTS),
+                self.folder / "runs" / f"trial-{number}" / f"seed-{seed}",
+                f"eval_{self.metric}",
+            )
+            for seed in self.args.seeds
+        ]
+
+    def _report(self, trials: Iterable[Trial]) -> dict[str, Any]:
+        return write_report(self.folder, self.settings, [trial.row() for trial in trials], self.args, self.common)
+
+    def pending(self) -> Iterator[Run]:
+        """What can be run now, the settings in their order; where all of them are taken, one more is proposed."""
+        for trial in self.trials():
+            yield from trial.to_run()
+        while not self.args.is_grid:
+            with self.lock:
+                trials = self.trials()
+                if len(trials) >= self.args.trials:
+                    return
+                setting = propose(self.args, [trial.row() for trial in trials], self.lower_is_better)
+                trials += self._new(len(trials), [setting])
+                self._report(trials)
+            yield from trials[-1].to_run()
+
+    def give_up(self, run: Run) -> Ending | None:
+        """How a run ends that has lost a halving: the first seed of a setting decides for all."""
+        if self.args.pruner == "none" or run.seed != self.args.seeds[0]:
+            return None
+        points = run.evaluations()
+        while (count := self._judged.get(run.folder, 0) + 1) <= len(points):
+            self._judged[run.folder] = count
+            others = [trial.runs[0] for trial in self.trials() if trial.runs[0].folder != run.folder]
+            rung = lost_rung(points[:count], others, self.args, self.lower_is_better)
+            if rung is not None and points[count - 1].step < self.args.max_steps:
+                return Ending(rung=rung, evaluations=count)
+        return None
+
+    def ended(self, run: Run) -> None:
+        """Keeps what is known of a run, and drops what it has trained.
+
+        Raises:
+            SearchEnded: if flags, files or base are refused before any run has shown a score, or if the GPU fails.
+        """
+        self._judged.pop(run.folder, None)
+        ending = run.ending()
+        if ending is not None and ending.error is not None:
+            if ending.code == 0:
+                error = f"no evaluation has shown {run.scored_by}, which the search goes by; name another --metric."
+                ending = replace(ending, kind=REFUSED, error=error)
+            has_scores = any(trial.row()["state"] in ("complete", "pruned") for trial in self.trials())
+            if ending.kind == DEVICE or (ending.kind == REFUSED and not has_scores):
+                run.try_again()
+                raise SearchEnded(f"{ending.error}\nThe setting is in the queue again: give the same command to go on.")
+            run.end(ending)
+        run.drop_weights()
+        with self.lock:
+            self._report(self.trials())
+
+    def work(self) -> dict[str, Any]:
+        """Tries settings until none are left to this process; returns the report."""
+        run_all(self.pending, ended=self.ended, give_up=self.give_up)
+        with self.lock:
+            report = self._report(self.trials())
+            write_study(self.folder, self.args, report["trials"], self.lower_is_better)
+        return report
+
+
+def _parse(argv: Sequence[str]) -> tuple[SearchArguments, list[str], str]:
+    passed_type = passed_flags()
+    args, passed = parse_arguments(
+        "chatglm-ptuning search",
+        "Search the length of a prefix, its learning rate and its first values for a task, on its dev split. All flags "
+        "of train that are not searched hold for every trial.",
+        (SearchArguments, passed_type),
+        argv,
+        RETIRED_FLAGS,
+    )
+    common = words_of(passed, *parse_arguments("chatglm-ptuning search", "", (passed_type,), []))
+    if passed.task is None:
+        fail("--task is needed: the task whose dev split the search goes by.")
+    if (passed.eval_split or "").startswith("test"):
+        fail(f"--eval_split {passed.eval_split}: a search never looks at a test split; name a dev split.")
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        fail("a search starts its runs itself: start the same command several times instead of a launcher.")
+    # Wrong values of flags show here, not in the first run.
+    first = args.train_arguments(common, args.grid()[0], args.seeds[0])
+    _, data_args, *_ = parse_arguments("chatglm-ptuning search", "", TRAIN_FLAGS, first)
+    try:
+        task = data_args.chosen_task()
+        data_args.echo_of(task, head_of(task, data_args.head))
+    except ValueError as error:
+        fail(str(error))
+    metric, known = args.metric or task.metric, [*reader_of(task).metrics_of(task), "loss"]
+    if metric not in known:
+        fail(f"--metric of {task.name} must be one of {', '.join(known)}, got {metric!r}")
+    return args, common, metric
+
+
+def main(argv: Sequence[str]) -> None:
+    """Entry of the command; what users can mend ends it with exit code 1, SIGTERM with 143, Ctrl-C with 130."""
+    args, common, metric = _parse(argv)
+    try:
+        import optuna
+    except ImportError:
+        fail("search needs optuna: pip install 'chatglm-ptuning[search]', or pip install optuna.")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    logging.set_verbosity_error()
+    try:
+        with interruptible():
+            report = Search(args, common, metric).work()
+    except (ValueError, OSError, SearchEnded) as error:
+        fail(str(error))
+    print_report(report, Path(args.output_dir))
+    if not report["best"]:
+        fail(f"no trial has come to its end; {Path(args.output_dir, REPORT_FILE)} says why.")

@@ -1,1 +1,0 @@
-"""`chatglm-ptuning compare`: ways of tuning on tasks, over seeds."""
