@@ -15,11 +15,11 @@ import pytest
 import tiny_tokenizer
 from instruction_rows import training_rows
 
+from chatglm_ptuning.data.cache import EXAMPLES_FILE, FACTS_FILE, TokenCache, read_examples
 from chatglm_ptuning.data.conversation_encoder import ConversationEncoder
 from chatglm_ptuning.data.formats.registry import Columns
 from chatglm_ptuning.data.prepared import lengths_of, mixture, prepare_training_data, shared_rows
 from chatglm_ptuning.data.sources.files import iterate_rows
-from chatglm_ptuning.data.token_cache import EXAMPLES_FILE, FACTS_FILE, TokenCache, read_examples
 
 DETECT = Columns()
 
@@ -246,7 +246,7 @@ import tiny_tokenizer
 from chatglm_ptuning.data.formats.registry import Columns
 from chatglm_ptuning.data.prepared import prepare_training_data
 from chatglm_ptuning.data.conversation_encoder import ConversationEncoder
-from chatglm_ptuning.data.token_cache import TokenCache
+from chatglm_ptuning.data.cache import TokenCache
 
 def watch():
     global peak

@@ -10,6 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from chatglm_ptuning.data.cache import (
+    RowWriter,
+    TokenCache,
+    code_fingerprint,
+    read_examples,
+    read_facts,
+    tokenizer_fingerprint,
+)
 from chatglm_ptuning.data.check import Checker
 from chatglm_ptuning.data.conversation_encoder import ConversationEncoder
 from chatglm_ptuning.data.conversations import read_conversations
@@ -18,14 +26,6 @@ from chatglm_ptuning.data.formats.registry import Columns
 from chatglm_ptuning.data.report import PreparationReport
 from chatglm_ptuning.data.sources.files import DataSource, find_sources
 from chatglm_ptuning.data.sources.rows import BadRows
-from chatglm_ptuning.data.token_cache import (
-    ExampleWriter,
-    TokenCache,
-    code_fingerprint,
-    read_examples,
-    read_facts,
-    tokenizer_fingerprint,
-)
 from chatglm_ptuning.version import kit_version
 
 if TYPE_CHECKING:
@@ -159,7 +159,8 @@ def _mixed(parts: Sequence[tuple[datasets.Dataset, float]], seed: int) -> datase
     import datasets
 
     examples = [part for part, _ in parts]
-    together = examples[0] if len(examples) == 1 else datasets.concatenate_datasets(examples)
+    filled = [part for part in examples if len(part)]
+    together = filled[0] if len(filled) == 1 else datasets.concatenate_datasets(filled)
     weights = [weight for _, weight in parts]
     if all(weight == 1 for weight in weights):
         return together
@@ -199,7 +200,7 @@ def _make_entry(
     of_source = BadRows(None, whole=bad_rows)
     checker, report = Checker(), PreparationReport()
     examples = checker.watch(read_conversations(source.rows(of_source), columns, of_source, limit))
-    writer = ExampleWriter(folder)
+    writer = RowWriter(folder)
     for example, encoded in encode_examples(encoder.training_rows, examples, report, of_source, **how):
         for row, (source_length, target_length) in zip(encoded.rows, encoded.lengths, strict=True):
             writer.add(row, source_length, target_length, example.digest)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
 
+from chatglm_ptuning.data.cache import TokenCache
 from chatglm_ptuning.data.collate import PaddingCollator
 from chatglm_ptuning.data.conversation_encoder import ConversationEncoder
 from chatglm_ptuning.data.conversations import read_conversations
@@ -16,7 +17,6 @@ from chatglm_ptuning.data.encoding import encode_all
 from chatglm_ptuning.data.prepared import prepare_training_data, shared_rows
 from chatglm_ptuning.data.sources.files import iterate_rows
 from chatglm_ptuning.data.sources.rows import BadRows
-from chatglm_ptuning.data.token_cache import TokenCache
 from chatglm_ptuning.evaluation.parallel import generate_answers_together
 from chatglm_ptuning.evaluation.table import print_scores
 from chatglm_ptuning.evaluation.task_model import described_tasks, recorded_details, tasks_of

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import logging
 
+from chatglm_ptuning.data.cache import TokenCache
 from chatglm_ptuning.data.collate import PaddingCollator
 from chatglm_ptuning.data.conversation_encoder import ConversationEncoder
 from chatglm_ptuning.data.formats.registry import Columns
 from chatglm_ptuning.data.prepared import lengths_of, prepare_training_data, shared_rows
-from chatglm_ptuning.data.token_cache import TokenCache
 from chatglm_ptuning.evaluation.drift import kl_from_base, measure_drift
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMPreTrainedModel
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer

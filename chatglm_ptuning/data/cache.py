@@ -1,4 +1,4 @@
-"""Examples on disk: made once, memory-mapped afterwards, and never seen half-written."""
+"""Rows of token ids on disk: made once, memory-mapped afterwards, and never seen half-written."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import tempfile
-from array import array
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from chatglm_ptuning.files import write_atomically
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow
 
     from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
@@ -114,41 +114,33 @@ def read_examples(folder: Path) -> datasets.Dataset:
     return datasets.Dataset.from_file(str(folder / EXAMPLES_FILE))
 
 
-class ExampleWriter:
-    """Writes examples to disk, a few of them in memory at a time.
+class RowWriter:
+    """Writes rows to disk, a few of them in memory at a time.
 
-    Every example has `input_ids` and `labels` (`[seq_len]`, int32), `length` (of both), `source_length` and
-    `target_length` (before cutting), and `digest`, which tells rows of the same content.
+    Beside its own values (lists of whole or of floating-point numbers, or single whole numbers) every row has `length`
+    (of its `input_ids`), `source_length` and `target_length` (before truncation), and `digest`, which is the same for
+    rows made of the same content.
     """
 
     def __init__(self, folder: Path) -> None:
-        import pyarrow
-
         self.folder = folder
-        self._arrow = pyarrow
-        numbers = pyarrow.int32()
-        self.schema = pyarrow.schema(
-            {"input_ids": pyarrow.list_(numbers), "labels": pyarrow.list_(numbers), "length": numbers,
-             "source_length": numbers, "target_length": numbers, "digest": pyarrow.int64()}
-        )  # fmt: skip
-        self._file = pyarrow.OSFile(str(folder / EXAMPLES_FILE), "wb")
-        self._stream = pyarrow.ipc.new_stream(self._file, self.schema)
-        self._clear()
+        self._rows: list[dict[str, Any]] = []
+        self._tokens = 0
+        self._stream: Any = None
 
-    def add(self, example: Mapping[str, Any], source_length: int, target_length: int, digest: int) -> None:
-        """Appends one example."""
-        self._ids.extend(example["input_ids"])
-        self._labels.extend(example["labels"])
-        self._ends.append(len(self._ids))
-        self._numbers.append((len(example["input_ids"]), source_length, target_length, digest))
-        if len(self._ids) >= _TOKENS_AT_ONCE:
+    def add(self, row: Mapping[str, Any], source_length: int, target_length: int, digest: int) -> None:
+        """Appends one row; all have the same names as the first."""
+        length = len(row["input_ids"])
+        about = {"length": length, "source_length": source_length, "target_length": target_length, "digest": digest}
+        self._rows.append({**row, **about})
+        self._tokens += length
+        if self._tokens >= _TOKENS_AT_ONCE:
             self._flush()
 
     def close(self, facts: Mapping[str, Any]) -> None:
         """Finishes the file and writes the facts beside it, which make it whole."""
         self._flush()
         self._stream.close()
-        self._file.close()
         path = self.folder / EXAMPLES_FILE
         with path.open("rb") as written:
             os.fsync(written.fileno())
@@ -157,24 +149,27 @@ class ExampleWriter:
                 json.dumps({**facts, "bytes": path.stat().st_size}, ensure_ascii=False, indent=1), "utf-8"
             )
 
-    def _clear(self) -> None:
-        self._ids, self._labels, self._ends = array("i"), array("i"), array("i", [0])
-        self._numbers: list[tuple[int, int, int, int]] = []
-
     def _flush(self) -> None:
-        if not self._numbers:
-            return
-        arrow = self._arrow
-        ends = arrow.array(self._ends, arrow.int32())
-        lists = [
-            arrow.ListArray.from_arrays(ends, arrow.array(ids, arrow.int32())) for ids in (self._ids, self._labels)
-        ]
-        numbers = [
-            arrow.array(column, self.schema.field(place + 2).type)
-            for place, column in enumerate(zip(*self._numbers, strict=True))
-        ]
-        self._stream.write_batch(arrow.record_batch([*lists, *numbers], schema=self.schema))
-        self._clear()
+        import pyarrow
+
+        if self._stream is None:
+            columns = {name: _type_of(name, value) for name, value in (self._rows or [_NO_ROW])[0].items()}
+            self._schema = pyarrow.schema(columns)
+            self._stream = pyarrow.ipc.new_stream(str(self.folder / EXAMPLES_FILE), self._schema)
+        if self._rows:
+            self._stream.write_batch(pyarrow.RecordBatch.from_pylist(self._rows, self._schema))
+        self._rows, self._tokens = [], 0
+
+
+_NO_ROW = {"input_ids": [0], "length": 0, "source_length": 0, "target_length": 0, "digest": 0}
+
+
+def _type_of(name: str, value: Any) -> pyarrow.DataType:
+    import pyarrow
+
+    if isinstance(value, list):
+        return pyarrow.list_(pyarrow.float32() if isinstance(value[0], float) else pyarrow.int32())
+    return pyarrow.int64() if name == "digest" else pyarrow.int32()
 
 
 def tokenizer_fingerprint(tokenizer: ChatGLMTokenizer) -> str:
