@@ -76,6 +76,14 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_json_object_or_empty(path: Path) -> dict[str, Any]:
+    """As `read_json_object`, but `{}` for a file that is missing, unreadable, or something else."""
+    try:
+        return read_json_object(path)
+    except (OSError, ValueError):
+        return {}
+
+
 def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
     """Reads the wanted tensors of a `.safetensors` file or of a file written by `torch.save`, onto the CPU.
 

@@ -20,8 +20,8 @@ from pretraining.corpus import read_corpus
 from pretraining.instructions import blank_opinion, judgements, opinion, praise_or_blame
 from pretraining.measure import held_out_loss, loss_by_position
 from pretraining.muon import orthogonalise
-from pretraining.samples import PackedRows, SampleEncoder, pack, write_samples
-from pretraining.train import compute_dtype, learning_rate_factor, packed_labels, packed_mask
+from pretraining.samples import PackedRows, SampleEncoder, check_samples, pack, write_samples
+from pretraining.train import compute_dtype, learning_rate_factor, main, packed_labels, packed_mask
 
 ROOT = Path(__file__).resolve().parents[1]
 GENERAL = ROOT / "data" / "general_prompts" / "train.json"
@@ -159,9 +159,12 @@ def test_rows_hold_every_sample_once_and_whole(tmp_path):
 def test_a_corpus_becomes_samples_of_every_kind(corpus, vocabulary_file, tmp_path):
     read = read_corpus([corpus])
     write_samples(read, vocabulary_file, tmp_path / "samples", 64, variants=1, echo_share=0.5, seed=1)
-    counts = json.loads((tmp_path / "samples" / "counts.json").read_text("utf-8"))
+    counts = json.loads((tmp_path / "samples" / "samples.json").read_text("utf-8"))["counts"]
     assert counts.keys() == {"documents", "made instructions", "conversations", "echo"}
     assert sum(kind["tokens"] for kind in counts.values()) == len(np.load(tmp_path / "samples" / "ids.npy"))
+    assert check_samples(tmp_path / "samples", row_length=64, seed=1) and not check_samples(tmp_path, row_length=64)
+    with pytest.raises(ValueError, match=r"samples.*row_length 64, not 32.*--output"):
+        check_samples(tmp_path / "samples", row_length=32)
 
 
 def test_orthogonalised_matrices_have_singular_values_near_one():
@@ -236,6 +239,12 @@ def test_a_killed_run_resumes_and_ends_with_the_same_weights(corpus, tmp_path):
     scored = len(tokenizer.vocabulary.encode(texts[0])) + 2  # with sop and the end, without [gMASK]
     assert loss.per_token * scored == pytest.approx(loss.per_character * len(texts[0]))
     assert loss_by_position(model, tokenizer.vocabulary, texts, (0, 4, 16))["documents"] == len(texts)
+
+
+def test_a_run_that_cannot_start_says_why(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train", "--corpus", str(tmp_path), "--output", str(tmp_path / "run")])
+    with pytest.raises(SystemExit, match=rf"error: No \*documents.*{tmp_path}"):
+        main()
 
 
 def test_a_run_ends_after_its_seconds_and_continues_another_base(corpus, tmp_path):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from chatglm_ptuning.files import write_atomically
+from chatglm_ptuning.files import write_json
 
 if TYPE_CHECKING:
     import datasets
@@ -144,10 +144,7 @@ class RowWriter:
         path = self.folder / EXAMPLES_FILE
         with path.open("rb") as written:
             os.fsync(written.fileno())
-        with write_atomically(self.folder / FACTS_FILE) as temporary:
-            temporary.write_text(
-                json.dumps({**facts, "bytes": path.stat().st_size}, ensure_ascii=False, indent=1), "utf-8"
-            )
+        write_json(self.folder / FACTS_FILE, {**facts, "bytes": path.stat().st_size})
 
     def _flush(self) -> None:
         import pyarrow

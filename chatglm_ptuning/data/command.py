@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from chatglm_ptuning.data.report import PreparationReport, percentiles
 from chatglm_ptuning.data.show import describe, print_example, print_tokens
 from chatglm_ptuning.data.sources.files import find_sources, iterate_rows
 from chatglm_ptuning.data.sources.rows import BadRows, Row
-from chatglm_ptuning.files import write_atomically
+from chatglm_ptuning.files import write_json
 from chatglm_ptuning.model.hub import DEFAULT_MODEL, HUBS
 from chatglm_ptuning.model.loading import load_tokenizer
 
@@ -201,8 +200,7 @@ def _write_check(args: CheckArguments, report: CheckReport, preparation: Prepara
         draw_lengths(
             lengths.source, lengths.target, args.max_source_length, args.max_target_length, folder / HISTOGRAM_FILE
         )
-    with write_atomically(folder / CHECK_FILE) as temporary:
-        temporary.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CHECK_FILE, content)
     print(f"{CHECK_FILE} is in {folder}{f', with {HISTOGRAM_FILE}' if lengths.example else ''}.")
 
 

@@ -27,7 +27,7 @@ from chatglm_ptuning.evaluation.parallel import (
 )
 from chatglm_ptuning.evaluation.table import print_scores
 from chatglm_ptuning.evaluation.task_run import evaluate_task
-from chatglm_ptuning.files import check_output_folder, write_atomically
+from chatglm_ptuning.files import check_output_folder, write_atomically, write_json
 from chatglm_ptuning.metrics.generation import score
 from chatglm_ptuning.model.hub import DEFAULT_MODEL, InferenceBaseArguments
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
@@ -180,8 +180,7 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
         return results
     prompts = [tokenizer.decode(example["input_ids"]) for example in examples]
     _write_predictions(output / PREDICTIONS_FILE, prompts, references, answers, subject)
-    with write_atomically(output / METRICS_FILE) as temporary:
-        temporary.write_text(json.dumps(results, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    write_json(output / METRICS_FILE, results)
     print_scores(scores)
     print(f"{METRICS_FILE} and {PREDICTIONS_FILE} are in {output}.")
     return results

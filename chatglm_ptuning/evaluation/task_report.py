@@ -23,7 +23,7 @@ from chatglm_ptuning.data.tasks.submission import write_submission
 from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.evaluation.figures import draw_confusion_matrix, draw_entity_table
 from chatglm_ptuning.evaluation.task_predictions import Prediction
-from chatglm_ptuning.files import write_atomically
+from chatglm_ptuning.files import write_json, write_text
 from chatglm_ptuning.metrics.bootstrap import f1_interval, mean_interval
 from chatglm_ptuning.metrics.classification import classification_scores, confusion_matrix, macro_f1_interval
 from chatglm_ptuning.metrics.entities import EntityScore, cluener_f1, entities_of, entity_scores, spans_of
@@ -133,8 +133,7 @@ def write_task_report(
         draw_entity_table(folder / "entities.png", scores.entities, task.labels, task.name)
     _write_lines(folder / "predictions.jsonl", rows)
     _write_lines(folder / "worst_errors.jsonl", worst_errors(rows))
-    with write_atomically(folder / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "metrics.json", content)
     return scores
 
 
@@ -301,5 +300,4 @@ def _readable(task: Task, example: AnyExample, value: Any) -> Any:
 
 
 def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with write_atomically(path) as temporary:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from chatglm_ptuning.files import write_json
+from chatglm_ptuning.files import read_json_object_or_empty, write_json
 from chatglm_ptuning.training.progress import FAILED, OTHER, PROGRESS_FILE, REASON, read_progress
 
 RUN_FILE = "run.json"
@@ -105,7 +104,7 @@ class Run:
 
     def results(self) -> dict[str, Any]:
         """What `train` has written of a finished run; nothing of one that has not finished, or had other flags."""
-        results = _read(self.folder / RESULTS_FILE)
+        results = read_json_object_or_empty(self.folder / RESULTS_FILE)
         whole = self.scored_by in results and all((self.folder / name).is_file() for name in self.files)
         return results if whole and self._was_started() else {}
 
@@ -115,7 +114,7 @@ class Run:
 
     def ending(self) -> Ending | None:
         """How it ended without its results; None if it has them, or has not ended."""
-        noted = _read(self.folder / ENDING_FILE)
+        noted = read_json_object_or_empty(self.folder / ENDING_FILE)
         return Ending(**noted) if noted and self._was_started() else None
 
     def evaluations(self) -> list[Evaluation]:
@@ -177,12 +176,4 @@ class Run:
                 path.unlink()
 
     def _was_started(self) -> bool:
-        return _read(self.folder / RUN_FILE).get("arguments") == list(self.arguments)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        return read_json_object_or_empty(self.folder / RUN_FILE).get("arguments") == list(self.arguments)

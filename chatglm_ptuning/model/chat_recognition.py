@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from transformers.utils import logging
 
 from chatglm_ptuning.chat.formats import formats_of
 from chatglm_ptuning.chat.plain import PlainText
+from chatglm_ptuning.files import read_json_object_or_empty
 from chatglm_ptuning.model.checkpoint_forms import last_part
 from chatglm_ptuning.model.vocabulary import Vocabulary
 
@@ -28,10 +28,10 @@ class FolderSettings:
     """
 
     def __init__(self, folder: Path) -> None:
-        config = self._read(folder / "tokenizer_config.json")
+        config = read_json_object_or_empty(folder / "tokenizer_config.json")
         self.chat_format: str | None = config.get("chat_format")
         self.config_template = config.get("chat_template")
-        named = (self._read(folder / "config.json").get("_name_or_path"), config.get("name_or_path"))
+        named = (read_json_object_or_empty(folder / "config.json").get("_name_or_path"), config.get("name_or_path"))
         self.names = [name for name in named if isinstance(name, str)]
         self._template_file = folder / "chat_template.jinja"
 
@@ -45,14 +45,6 @@ class FolderSettings:
     def has_template(self, template: Any) -> bool:
         """Whether the template is the folder's own."""
         return template is not None and template in (self.template, self.config_template)
-
-    @staticmethod
-    def _read(path: Path) -> dict[str, Any]:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return content if isinstance(content, dict) else {}
 
 
 def recognise_chat_format(

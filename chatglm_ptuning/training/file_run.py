@@ -20,7 +20,7 @@ from chatglm_ptuning.data.sources.rows import BadRows
 from chatglm_ptuning.evaluation.parallel import generate_answers_together
 from chatglm_ptuning.evaluation.table import print_scores
 from chatglm_ptuning.evaluation.task_model import described_tasks, recorded_details, tasks_of
-from chatglm_ptuning.files import write_atomically
+from chatglm_ptuning.files import write_text
 from chatglm_ptuning.metrics.generation import score
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMPreTrainedModel
@@ -330,8 +330,7 @@ class TrainingRun:
             json.dumps({"labels": reference, "predict": answer}, ensure_ascii=False)
             for reference, answer in zip(references, answers, strict=True)
         ]
-        with write_atomically(self.output / "generated_predictions.txt") as temporary:
-            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_text(self.output / "generated_predictions.txt", "\n".join(lines) + "\n")
         print_scores(columns)
         shown = slice(0, _SAMPLES_SHOWN)
         prompts = [

@@ -6,7 +6,6 @@ else; what they call is in modules of its own.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
-from chatglm_ptuning.files import write_atomically
+from chatglm_ptuning.files import write_json
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_ptuning.model.zero3 import gathered, is_partitioned, whole_shape
 from chatglm_ptuning.prefix.checkpoint import PREFIX_KEY
@@ -336,9 +335,7 @@ class PrefixTrainer(Trainer):
         with self._in_full_precision(model):
             if self.args.should_save:
                 self.tuning.save(folder, self.details)
-                with write_atomically(folder / ARGUMENTS_FILE) as temporary:
-                    text = json.dumps(self.args.to_sanitized_dict(), indent=2, ensure_ascii=False)
-                    temporary.write_text(text + "\n", "utf-8")
+                write_json(folder / ARGUMENTS_FILE, self.args.to_sanitized_dict())
 
     @contextmanager
     def _in_full_precision(self, model: torch.nn.Module) -> Iterator[None]:

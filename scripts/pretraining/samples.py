@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,12 +17,13 @@ from tqdm import tqdm
 
 from chatglm_ptuning.chat.chatglm3 import ChatGLM3Roles
 from chatglm_ptuning.chat.message import Message
-from chatglm_ptuning.files import write_atomically
+from chatglm_ptuning.files import read_json_object, write_json
 from chatglm_ptuning.model.vocabulary import SentencePieceVocabulary
 from pretraining import instructions
 from pretraining.corpus import Corpus
 
 EOS_ID = 2
+FACTS_FILE = "samples.json"
 _CHUNK = 2000  # documents that a worker encodes at a time
 _INSTRUCTION_CHARACTERS = 150
 _PACKING_CHUNK = 8192  # samples that are packed together
@@ -131,7 +131,7 @@ class _Work:
 def write_samples(
     corpus: Corpus, vocabulary: Path, folder: Path, row_length: int, variants: int, echo_share: float, seed: int
 ) -> None:
-    """Encodes the corpus into `folder`: `ids.npy`, `lengths.npy`, and `counts.json` with samples and tokens by kind.
+    """Encodes the corpus into `folder`: `ids.npy`, `lengths.npy`, and `samples.json` with settings and counts by kind.
 
     Args:
         variants: how often the program tries to make an instruction of each document.
@@ -160,8 +160,24 @@ def write_samples(
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "ids.npy", np.concatenate([ids for _, ids, _ in parts]))
     np.save(folder / "lengths.npy", np.concatenate([lengths for _, _, lengths in parts]))
-    with write_atomically(folder / "counts.json") as temporary:  # last: the folder is complete once it is there
-        temporary.write_text(json.dumps(counts, indent=1), encoding="utf-8")
+    settings = {"row_length": row_length, "variants": variants, "echo_share": echo_share, "seed": seed}
+    write_json(folder / FACTS_FILE, {"settings": settings, "counts": counts})  # last: it makes the folder complete
+
+
+def check_samples(folder: Path, **settings: float) -> bool:
+    """Whether the samples are there already.
+
+    Raises:
+        ValueError: naming both sides, if they were encoded with other settings.
+    """
+    path = folder / FACTS_FILE
+    if not path.exists():
+        return False
+    before = read_json_object(path)["settings"]
+    other = [f"{name} {before[name]}, not {value}" for name, value in settings.items() if before[name] != value]
+    if other:
+        raise ValueError(f"The samples in {folder} were encoded with {'; '.join(other)}. Name another --output.")
+    return True
 
 
 def pack(lengths: np.ndarray, row_length: int, rng: np.random.Generator) -> list[list[int]]:

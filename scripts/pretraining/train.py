@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -20,7 +21,7 @@ from chatglm_ptuning.model.vocabulary import SentencePieceVocabulary
 from pretraining.corpus import Corpus, read_corpus
 from pretraining.measure import held_out_loss
 from pretraining.muon import Muon
-from pretraining.samples import PackedRows, train_vocabulary, write_samples
+from pretraining.samples import PackedRows, check_samples, train_vocabulary, write_samples
 
 _HELD_OUT = 300
 
@@ -273,9 +274,13 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def main() -> None:
-    """Makes what is not there yet: the vocabulary (unless a base brings its own), the samples, then the weights."""
-    arguments = parse_arguments()
+def run(arguments: argparse.Namespace) -> None:
+    """Makes what is not there yet: the vocabulary (unless a base brings its own), the samples, then the weights.
+
+    Raises:
+        OSError, ValueError: if the folders of text, the base or the run's own folder cannot be used; the message says
+            which file and why.
+    """
     arguments.output.mkdir(parents=True, exist_ok=True)
     corpus = read_corpus(arguments.corpus, arguments.fewclue)
     vocabulary_file = arguments.output / "tokenizer.model"
@@ -285,12 +290,20 @@ def main() -> None:
         texts = [*corpus.documents, *(turn["content"] for turns in corpus.conversations for turn in turns)]
         train_vocabulary(texts, vocabulary_file, arguments.vocabulary)
     samples = arguments.output / "samples"
-    if not (samples / "counts.json").exists():
-        shape = {name: getattr(arguments, name) for name in ("row_length", "variants", "echo_share", "seed")}
-        write_samples(corpus, vocabulary_file, samples, **shape)
-    run = Run(arguments, corpus, SentencePieceVocabulary(vocabulary_file))
-    run.train(PackedRows(samples, arguments.row_length, arguments.seed))
-    run.export()
+    settings = {name: getattr(arguments, name) for name in ("row_length", "variants", "echo_share", "seed")}
+    if not check_samples(samples, **settings):
+        write_samples(corpus, vocabulary_file, samples, **settings)
+    training = Run(arguments, corpus, SentencePieceVocabulary(vocabulary_file))
+    training.train(PackedRows(samples, arguments.row_length, arguments.seed))
+    training.export()
+
+
+def main() -> None:
+    """Pre-trains, or ends with the reason why not and exit code 1."""
+    try:
+        run(parse_arguments())
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from transformers.utils import logging
 from chatglm_ptuning.data.tasks.examples import AnyExample, ChoiceExample, TokenExample, has_gold
 from chatglm_ptuning.data.tasks.readers import reader_of
 from chatglm_ptuning.data.tasks.task import Task
-from chatglm_ptuning.files import write_atomically
+from chatglm_ptuning.files import write_text
 
 logger = logging.get_logger(__name__)
 
@@ -90,8 +90,7 @@ def write_submission(
     write = reader_of(task).submissions[form.format]
     path = Path(folder) / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    with write_atomically(path) as temporary:
-        temporary.write_text(write(examples, predictions), encoding="utf-8")
+    write_text(path, write(examples, predictions))
     return path
 
 

@@ -13,7 +13,7 @@ from chatglm_ptuning.command_line import fail, parse_arguments
 from chatglm_ptuning.evaluation.figures import draw_accuracies
 from chatglm_ptuning.evaluation.table import print_scores
 from chatglm_ptuning.evaluation.task_report import TaskScores, write_task_report
-from chatglm_ptuning.files import check_output_folder, write_atomically
+from chatglm_ptuning.files import check_output_folder, write_text
 from chatglm_ptuning.model.hub import InferenceBaseArguments
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.prefix.latest import runs_folder
@@ -216,5 +216,4 @@ def _write_json(path: Path, content: Any) -> None:
     from lm_eval.utils import handle_non_serializable
 
     text = json.dumps(content, ensure_ascii=False, indent=2, default=handle_non_serializable)
-    with write_atomically(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_text(path, text + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from os import PathLike
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from chatglm_ptuning.files import read_json_object, read_tensors, write_atomically
+from chatglm_ptuning.files import read_json_object, read_tensors, write_atomically, write_json
 from chatglm_ptuning.prefix.checkpoint import (
     PREFIX_KEY,
     PrefixCheckpoint,
@@ -85,9 +84,7 @@ def write(
     tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
     with write_atomically(folder / WEIGHTS_FILE) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-    text = json.dumps({**asdict(metadata), "kit_version": kit_version()}, ensure_ascii=False, indent=2)
-    with write_atomically(folder / METADATA_FILE) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_json(folder / METADATA_FILE, {**asdict(metadata), "kit_version": kit_version()})
 
 
 def _read_metadata(source: Path) -> PrefixMetadata:
