@@ -249,9 +249,11 @@ def test_a_run_that_cannot_start_says_why(tmp_path, monkeypatch, capsys):
 
 def test_a_run_ends_after_its_seconds_and_continues_another_base(corpus, tmp_path):
     begun = time.monotonic()
-    run_command(command(corpus, tmp_path / "first", "--seconds", "3"))
+    tokens = 500_000
+    run_command(command(corpus, tmp_path / "first", "--seconds", "3", "--tokens", str(tokens)))
     log = [json.loads(line) for line in (tmp_path / "first" / "log.jsonl").read_text("utf-8").splitlines()]
     assert 3 <= log[-1]["seconds"] < time.monotonic() - begun
+    assert log[-1]["step"] * 8 * 32 < tokens
     base = tmp_path / "first" / "model"
     run_command(command(corpus, tmp_path / "second", "--initial_model", str(base), "--tokens", "1", "--other_lr", "0"))
     embeddings = [
