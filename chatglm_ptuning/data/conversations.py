@@ -10,19 +10,22 @@ from chatglm_ptuning.chat.message import Conversation, Document
 from chatglm_ptuning.data.formats.fields import names
 from chatglm_ptuning.data.formats.registry import Columns, read_row
 from chatglm_ptuning.data.sources.rows import BadRows, Row, fail
-from chatglm_ptuning.data.tasks.examples import Example
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConversationExample(Example):
+class ConversationExample:
     """A row of an instruction file.
 
     Attributes:
+        id: place of the row in its files, from 0.
+        where: `FILE:LINE`, or the nearest there is to it, for messages.
         dataset_format: one of `FORMATS`.
         content: what the row means.
         digest: 64 bits, the same for rows of the same content.
     """
 
+    id: int
+    where: str
     dataset_format: str
     content: Conversation | Document
     digest: int

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +16,18 @@ from chatglm_ptuning.data.encoding import encode_all
 from chatglm_ptuning.data.prepared import prepare_training_data, shared_rows
 from chatglm_ptuning.data.sources.files import iterate_rows
 from chatglm_ptuning.data.sources.rows import BadRows
-from chatglm_ptuning.evaluation.parallel import generate_answers_together
+from chatglm_ptuning.data.tasks.examples import Example, PromptExample, has_gold
+from chatglm_ptuning.data.tasks.heads.generation import InstructionAnswers
+from chatglm_ptuning.data.tasks.heads.head import Head, Prediction
+from chatglm_ptuning.data.tasks.task import Task
+from chatglm_ptuning.evaluation.inference import InferenceSettings, predict, predict_beside_base
+from chatglm_ptuning.evaluation.recorded import described_tasks, recorded_details, tasks_of
+from chatglm_ptuning.evaluation.report import score_task, write_lines
 from chatglm_ptuning.evaluation.table import print_scores
-from chatglm_ptuning.evaluation.task_model import described_tasks, recorded_details, tasks_of
-from chatglm_ptuning.files import write_atomically
-from chatglm_ptuning.metrics.generation import score
+from chatglm_ptuning.evaluation.test_sets import prompt_examples
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMPreTrainedModel
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
-from chatglm_ptuning.prefix.batch import PrefixArgument
 from chatglm_ptuning.training.arguments import (
     DataArguments,
     ModelArguments,
@@ -87,7 +89,10 @@ class TrainingRun:
         self.under_engine = False
 
     def read_data(self) -> None:
-        """Reads what the flags ask for: `train_examples` and `eval_examples`, and what is to be predicted.
+        """Reads what the flags ask for.
+
+        That is the rows `train_examples` and `eval_examples`, the `head` that predicts, the examples that are `tested`,
+        and those that are `watched` during training.
 
         Raises:
             ValueError: naming file and line of what is wrong.
@@ -99,7 +104,10 @@ class TrainingRun:
         self.train_examples = self._examples("train_file", data_args.max_train_samples) if args.do_train else []
         self.eval_examples = self._examples("validation_file", data_args.max_eval_samples) if args.do_eval else []
         self._warn_of_shared_rows()
-        self.prompts = self._prompts()
+        task = Task.of_files(data_args.train_file or data_args.validation_file or data_args.test_file or [""])
+        self.head: Head = InstructionAnswers(task, self.tokenizer)
+        self.tested: Sequence[Example] = self._test_prompts()
+        self.watched: Sequence[Example] = self.tested if args.do_eval and args.predict_with_generate else []
 
     def _check_goes_on(self, checkpoint: Path) -> None:
         """Refuses to go on from what was trained for other tasks, or for other labels of the same."""
@@ -159,16 +167,16 @@ class TrainingRun:
         if count and self.args.should_save:
             print(f"warning: {count} rows of the validation data are in the training data too")
 
-    def _prompts(self) -> list[dict[str, Any]]:
-        if not self.args.do_predict and not (self.args.do_eval and self.args.predict_with_generate):
+    def _test_prompts(self) -> list[PromptExample]:
+        flags, args = self.data_args, self.args
+        if not args.do_predict and not (args.do_eval and args.predict_with_generate):
             return []
-        data_args = self.data_args
-        flag = "test_file" if self.args.do_predict and data_args.test_file else "validation_file"
-        bad_rows = BadRows(data_args.skip_bad_rows)
+        flag = "test_file" if args.do_predict and flags.test_file else "validation_file"
+        bad_rows = BadRows(flags.skip_bad_rows)
         rows = iterate_rows(self._named(flag), bad_rows)
-        examples = read_conversations(rows, data_args.columns(), bad_rows, data_args.max_predict_samples)
-        workers = data_args.preprocessing_num_workers
-        return encode_all(self.encoder.prompt, examples, bad_rows, num_workers=workers)[0]
+        examples = read_conversations(rows, flags.columns(), bad_rows, flags.max_predict_samples)
+        workers = flags.preprocessing_num_workers
+        return prompt_examples(encode_all(self.encoder.prompt, examples, bad_rows, num_workers=workers)[0])
 
     def _load_model(self) -> ChatGLMPreTrainedModel:
         model_args = self.model_args
@@ -246,8 +254,12 @@ class TrainingRun:
 
     def score_of_evaluation(self) -> Callable[[], dict[str, float]] | None:
         """What gives an evaluation its scores besides the loss."""
-        wants_answers = self.args.predict_with_generate and self.args.do_eval
-        return (lambda: self.answer_and_score()[1]) if wants_answers else None
+        return self._score_watched if self.watched else None
+
+    def _score_watched(self) -> dict[str, float]:
+        settings = inference_settings(self.data_args, self.args)
+        found = predict(self.model, self.head, self.watched, settings, under_engine=self.under_engine)
+        return score_task(self.head.task, self.watched, found).metrics
 
     def init_head(self, trainer: PrefixTrainer) -> None:
         """Gives a linear head its first values; the rows of files are learned by the language model, which has none."""
@@ -296,51 +308,61 @@ class TrainingRun:
             metrics["preserve_base"] = self.preserve_args.preserve_base
         self.keep("general", metrics, trainer)
 
-    def answer_and_score(self, prefix: PrefixArgument = None) -> tuple[list[str], dict[str, float]]:
-        """Answers to the prompts and their scores, under what is tuned or the given prefix."""
-        answers = generate_answers_together(
-            self.model,
-            self.tokenizer,
-            self.prompts,
-            under_engine=self.under_engine,
-            batch_size=self.args.per_device_eval_batch_size,
-            max_new_tokens=self.data_args.val_max_target_length or self.data_args.max_target_length,
-            num_beams=self.data_args.num_beams or self.args.generation_num_beams or 1,
-            prefix=prefix,
-        )
-        return answers, score(answers, [prompt["reference"] for prompt in self.prompts])
-
     def predict(self, trainer: PrefixTrainer) -> None:
-        """Generates answers, writes them as the official script does, and compares with the base if asked to."""
-        answers, scores = self.answer_and_score()
-        name = self.tuning.described
-        columns, texts = {name: scores}, {name: answers}
-        metrics = {f"predict_{name}": value for name, value in scores.items()}
-        if self.data_args.compare_base and self.tuning.method != "none":
-            with self.tuning.plain_base() as prefix:
-                base_answers, base_scores = self.answer_and_score(prefix)
-            columns = {"base": base_scores, **columns}
-            texts = {"base": base_answers, **texts}
-            metrics |= {f"base_{name}": value for name, value in base_scores.items()}
-        self.keep("predict", metrics | {"predict_samples": len(self.prompts)}, trainer)
+        """Predicts the test rows, writes the files about them, and compares with the base if asked to."""
+        labelled = has_gold(self.tested)
+        predictions = predict_beside_base(
+            self.tuning,
+            self.tuning.described,
+            self.head,
+            self.tested,
+            inference_settings(self.data_args, self.args),
+            with_base=self.data_args.compare_base and self.tuning.method != "none" and labelled,
+            under_engine=self.under_engine,
+        )
+        scores = {}
+        if labelled:
+            task = self.head.task
+            scores = {name: score_task(task, self.tested, own).metrics for name, own in predictions.items()}
+        metrics: dict[str, Any] = {"predict_samples": len(self.tested)}
+        for prefix, of_model in zip(("predict", "base"), reversed(scores.values()), strict=False):
+            metrics |= {f"{prefix}_{name}": value for name, value in of_model.items()}
         if not self.args.should_save:
             return
-        references = [prompt["reference"] for prompt in self.prompts]
-        lines = [
-            json.dumps({"labels": reference, "predict": answer}, ensure_ascii=False)
-            for reference, answer in zip(references, answers, strict=True)
+        self.write_predictions(predictions)
+        # Last: whoever finds the scores counts on the files about them.
+        self.keep("predict", metrics, trainer)
+        if scores:
+            print_scores(scores)
+
+    def write_predictions(self, predictions: Mapping[str, Sequence[Prediction]]) -> None:
+        """Writes the answers as the official script does, and shows some.
+
+        Args:
+            predictions: of each model; of what is tuned the last.
+        """
+        texts = {name: [prediction.value for prediction in own] for name, own in predictions.items()}
+        references = [example.reference for example in self.tested]
+        rows = [
+            {"labels": reference, "predict": answer}
+            for reference, answer in zip(references, list(texts.values())[-1], strict=True)
         ]
-        with write_atomically(self.output / "generated_predictions.txt") as temporary:
-            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        print_scores(columns)
+        write_lines(self.output / "generated_predictions.txt", rows)
         shown = slice(0, _SAMPLES_SHOWN)
-        prompts = [
-            self.tokenizer.decode(prompt["input_ids"], skip_special_tokens=True) for prompt in self.prompts[shown]
-        ]
-        print_samples(prompts, references[shown], {name: answer[shown] for name, answer in texts.items()})
+        prompts = [self.tokenizer.decode(example.input_ids, skip_special_tokens=True) for example in self.tested[shown]]
+        print_samples(prompts, references[shown], {name: answers[shown] for name, answers in texts.items()})
 
     def keep(self, split: str, metrics: dict[str, Any], trainer: PrefixTrainer) -> None:
         """Logs the metrics, and writes them into `SPLIT_results.json` and `all_results.json`."""
         if self.args.should_save:
             trainer.log_metrics(split, metrics)
             trainer.save_metrics(split, metrics)
+
+
+def inference_settings(flags: DataArguments, args: PrefixTrainingArguments) -> InferenceSettings:
+    """How the flags want predictions to be made."""
+    return InferenceSettings(
+        batch_size=args.per_device_eval_batch_size,
+        max_new_tokens=flags.val_max_target_length or flags.max_target_length,
+        num_beams=flags.num_beams or args.generation_num_beams or 1,
+    )

@@ -8,18 +8,15 @@ from dataclasses import dataclass, field
 from transformers.utils import logging
 
 from chatglm_ptuning.data.sources.rows import BadRows
-from chatglm_ptuning.data.tasks.encode import ECHO_HEADS, HEADS, TaskEncoder, head_of
-from chatglm_ptuning.data.tasks.encode_tags import DEFAULT_TOKEN_UNIT, TOKEN_UNITS
-from chatglm_ptuning.data.tasks.examples import AnyExample
+from chatglm_ptuning.data.tasks.examples import Example
+from chatglm_ptuning.data.tasks.heads import ECHO_HEADS, HEAD_NAMES, head_of
+from chatglm_ptuning.data.tasks.heads.head import CANDIDATE_SCORES, DEFAULT_TOKEN_UNIT, TOKEN_UNITS, Head
 from chatglm_ptuning.data.tasks.read import read_examples
 from chatglm_ptuning.data.tasks.registry import load_task
 from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
 logger = logging.get_logger(__name__)
-
-CANDIDATE_SCORES = ("sum", "mean", "calibrated")
-"""How candidates are ranked: by their log-likelihood, by it per token, or by what the text adds to it."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,7 @@ class TrainedReading:
 
     Attributes:
         source: the checkpoint, for messages.
-        token_unit, echo: as of `TaskEncoder`; `token_unit` is None if the checkpoint does not say.
+        token_unit, echo: as of `Head`; `token_unit` is None if the checkpoint does not say.
     """
 
     source: str
@@ -48,7 +45,7 @@ class TaskArguments:
         metadata={"help": "folder with the task's published files; or huggingface, modelscope, huggingface:OWNER/NAME"},
     )
     head: str | None = field(
-        default=None, metadata={"help": f"how the task is solved: {', '.join(HEADS)} (default: the task's own)"}
+        default=None, metadata={"help": f"how the task is solved: {', '.join(HEAD_NAMES)} (default: the task's own)"}
     )
     subjects: list[str] | None = field(
         default=None, metadata={"help": "of an examination, these subjects or categories alone"}
@@ -99,30 +96,37 @@ class TaskArguments:
         """
         return load_task(self.task or "")
 
-    def encoder(
+    def make_head(
         self,
         task: Task,
         tokenizer: ChatGLMTokenizer,
         max_source_length: int,
         max_target_length: int,
-        head: str | None = None,
+        name: str | None = None,
         trained: TrainedReading | None = None,
-    ) -> TaskEncoder:
-        """What makes model inputs of the task's examples.
+    ) -> Head:
+        """The head that solves the task.
 
         Args:
-            head: instead of the one that the flags name.
+            name: instead of the one that the flags name.
             trained: of the checkpoint that is used.
 
         Raises:
             ValueError: if the head cannot solve the task, or as `echo_of`.
         """
-        head = head_of(task, head or self.head)
+        chosen = head_of(task, name or self.head)
         recorded = None if trained is None else trained.token_unit
-        return TaskEncoder(
-            task, tokenizer, head, max_source_length, max_target_length, self.doc_stride,
-            self.token_unit or recorded or DEFAULT_TOKEN_UNIT, self.echo_of(task, head, trained),
-        )  # fmt: skip
+        return chosen(
+            task,
+            tokenizer,
+            max_source_length,
+            max_target_length,
+            self.doc_stride,
+            self.token_unit or recorded or DEFAULT_TOKEN_UNIT,
+            self.echo_of(task, chosen.name, trained),
+            self.candidate_scores,
+            self.max_answer_length,
+        )
 
     def echo_of(self, task: Task, head: str, trained: TrainedReading | None = None) -> bool:
         """Whether the text is read twice: as the checkpoint was trained, else as --echo says, else as the task does.
@@ -148,7 +152,7 @@ class TaskArguments:
 
     def examples(
         self, task: Task, split: str, limit: int | None = None, bad_rows: BadRows | None = None
-    ) -> Sequence[AnyExample]:
+    ) -> Sequence[Example]:
         """The first `limit` examples of a split, or all; the log says how many bad rows were skipped.
 
         Args:

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from chatglm_ptuning.data.sources.rows import BadRows
-from chatglm_ptuning.data.tasks.examples import AnyExample, gold_of, has_gold
+from chatglm_ptuning.data.tasks.examples import Example, has_gold
 from chatglm_ptuning.data.tasks.readers import reader_of
 from chatglm_ptuning.data.tasks.source import SplitSource, needs_gold
 from chatglm_ptuning.data.tasks.splits import chosen_subjects, split_sources, subject_of_file
@@ -24,7 +24,7 @@ def read_examples(
     *,
     subjects: Sequence[str] | None = None,
     bad_rows: BadRows | None = None,
-) -> list[AnyExample]:
+) -> list[Example]:
     """All examples of one split, in the order of the files.
 
     Args:
@@ -46,7 +46,7 @@ def read_examples(
         ImportError: if the library for the hub is not installed.
     """
     bad_rows = bad_rows or BadRows()
-    examples: list[AnyExample] = []
+    examples: list[Example] = []
     chosen = chosen_subjects(task, subjects)
     if len(chosen) > 1 and split in task.files and Path(source).is_file():
         chosen = [subject_of_file(task, Path(source), split, chosen)]
@@ -59,8 +59,8 @@ def read_examples(
     return _that_count(task, split, examples)
 
 
-def _check_all_or_none(task: Task, split: str, examples: Sequence[AnyExample]) -> None:
-    without = [example for example in examples if gold_of(example) is None and not example.left_out]
+def _check_all_or_none(task: Task, split: str, examples: Sequence[Example]) -> None:
+    without = [example for example in examples if example.gold is None and not example.left_out]
     if without and has_gold(examples):
         raise ValueError(
             f"{without[0].where}: there is no label or answer, but other rows of {task.name}, split {split}, have one "
@@ -68,7 +68,7 @@ def _check_all_or_none(task: Task, split: str, examples: Sequence[AnyExample]) -
         )
 
 
-def _that_count(task: Task, split: str, examples: list[AnyExample]) -> list[AnyExample]:
+def _that_count(task: Task, split: str, examples: list[Example]) -> list[Example]:
     """The examples, where labels are needed without those that are left out; the log says how many they are.
 
     Raises:

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from chatglm_ptuning.data.tasks.checked_yaml import FieldChecker, nearest, quote_hint
+from chatglm_ptuning.data.tasks.heads import heads_of
 from chatglm_ptuning.data.tasks.readers import READERS, Reader
 from chatglm_ptuning.data.tasks.task import HubSource, Subject, Submission, Task, placeholders
 
@@ -47,9 +48,7 @@ class _Checker(FieldChecker):
             name=self.name(content["name"]),
             title=self.text(content["title"], "title"),
             reader=reader.name,
-            head=self.one_of(
-                content.get("head", reader.heads[0]), reader.heads, f"head (of the reader '{reader.name}')"
-            ),
+            head="",
             prompt=self.text(content["prompt"], "prompt"),
             metric=self.text(content["metric"], "metric"),
             pre_seq_len=self.positive_int(content["pre_seq_len"], "pre_seq_len"),
@@ -74,9 +73,9 @@ class _Checker(FieldChecker):
         )
         self.options(content, reader)
         self.prompt(task, reader)
-        self.label_rules(task, reader)
-        self.metric(task, reader)
-        return task
+        if task.multi_label and task.drop_labels:
+            self.fail("'drop_labels' leaves out rows of one label; with 'multi_label' take them out of the files.")
+        return self.head_and_metric(task, content.get("head"), reader)
 
     def options(self, content: Mapping[str, Any], reader: Reader) -> None:
         for key, form in _OPTIONS.items():
@@ -102,19 +101,13 @@ class _Checker(FieldChecker):
             self.fail("'label_separator' belongs to 'multi_label: true'.")
         return value
 
-    def label_rules(self, task: Task, reader: Reader) -> None:
-        heads = reader.heads_of(task)
-        if task.head not in heads:
-            self.fail(f"with 'multi_label' the head must be {' or '.join(heads)}, found '{task.head}'.")
-        if task.multi_label and task.drop_labels:
-            self.fail("'drop_labels' leaves out rows of one label; with 'multi_label' take them out of the files.")
-
-    def metric(self, task: Task, reader: Reader) -> None:
-        known = reader.metrics_of(task)
-        if task.metric not in known and task.metric in reader.metrics_of(replace(task, multi_label=True)):
+    def head_and_metric(self, task: Task, head: Any, reader: Reader) -> Task:
+        whose = f"(of the reader '{reader.name}'{' with multi_label' if task.multi_label else ''})"
+        heads, metrics = heads_of(task), reader.metrics_of(task)
+        if task.metric not in metrics and task.metric in reader.metrics_of(replace(task, multi_label=True)):
             self.fail(f"the metric '{task.metric}' belongs to 'multi_label: true'.")
-        kind = " with 'multi_label'" if task.multi_label else ""
-        self.one_of(task.metric, known, f"metric (of the reader '{reader.name}'{kind})")
+        self.one_of(task.metric, metrics, f"metric {whose}")
+        return replace(task, head=next(iter(heads)) if head is None else self.one_of(head, heads, f"head {whose}"))
 
     def files(self, value: Any) -> dict[str, tuple[tuple[str, ...], ...]]:
         splits = {}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from string import Formatter
 
 
@@ -113,6 +114,22 @@ class Task:
     def tags(self) -> tuple[str, ...]:
         """The BIO tags of the labels, `O` first; of a task whose labels are types of entities."""
         return ("O", *(f"{side}-{entity}" for entity in self.labels for side in "BI"))
+
+    @classmethod
+    def of_files(cls, files: Sequence[str]) -> Task:
+        """The task of instruction files: to answer as their rows do."""
+        return cls(
+            name=Path(files[0]).stem,
+            title=", ".join(files),
+            reader="conversations",
+            head="generation",
+            prompt="",
+            metric="rouge-l",
+            pre_seq_len=128,
+            learning_rate=1e-2,
+            settings_from="the flags",
+            files={},
+        )
 
 
 def placeholders(template: str) -> list[str]:

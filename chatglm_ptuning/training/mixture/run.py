@@ -9,27 +9,21 @@ from typing import Any
 
 from chatglm_ptuning.data.collate import PaddingCollator
 from chatglm_ptuning.data.tasks.arguments import TaskArguments, TrainedReading, usual_split
-from chatglm_ptuning.data.tasks.encode import ECHO_HEADS, TaskEncoder, label_names
-from chatglm_ptuning.data.tasks.examples import AnyExample
+from chatglm_ptuning.data.tasks.examples import Example
+from chatglm_ptuning.data.tasks.heads import ECHO_HEADS
+from chatglm_ptuning.data.tasks.heads.head import Head
 from chatglm_ptuning.data.tasks.mixture import MixedTask, read_mixture
 from chatglm_ptuning.data.tasks.task import Task
-from chatglm_ptuning.evaluation.task_model import (
-    ECHO,
-    PROMPTS,
-    TOKEN_UNIT,
-    asked_of,
-    recorded_details,
-    recorded_reading,
-)
-from chatglm_ptuning.evaluation.task_predictions import predict_together
-from chatglm_ptuning.evaluation.task_report import score_task
+from chatglm_ptuning.evaluation.inference import predict
+from chatglm_ptuning.evaluation.recorded import record_of, recorded_details, recorded_reading
+from chatglm_ptuning.evaluation.report import score_task
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMPreTrainedModel
-from chatglm_ptuning.model.modeling_tasks import ChatGLMForMultipleTasks, TaskHead
-from chatglm_ptuning.training.file_run import TrainingRun
+from chatglm_ptuning.model.modeling_tasks import ChatGLMForMultipleTasks
+from chatglm_ptuning.training.file_run import TrainingRun, inference_settings
 from chatglm_ptuning.training.head_start import start_head
 from chatglm_ptuning.training.mixture.trainer import MixtureTrainer, OneTaskCollator
 from chatglm_ptuning.training.sampler import TASK_KEY
-from chatglm_ptuning.training.task_run import check_attention, prediction_settings
+from chatglm_ptuning.training.task_run import check_attention
 from chatglm_ptuning.training.trainer import PrefixTrainer
 
 
@@ -38,7 +32,7 @@ class MixtureRun(TrainingRun):
 
     Attributes:
         mixture: what the file says.
-        encoders: of every task, by its name.
+        heads: of every task, by its name.
         watched: examples of every task that the run is watched by.
         probabilities: of drawing each task, in their order.
     """
@@ -66,14 +60,14 @@ class MixtureRun(TrainingRun):
             )
         if self._takes_length_from_tasks():
             self.model_args.pre_seq_len = max(entry.task.pre_seq_len for entry in self.mixture.tasks)
-        self.encoders: dict[str, TaskEncoder] = {}
-        self.watched: dict[str, Sequence[AnyExample]] = {}
+        self.heads: dict[str, Head] = {}
+        self.watched: dict[str, Sequence[Example]] = {}
         self.eval_rows: dict[str, list[dict[str, Any]]] = {}
         self.train_examples: list[dict[str, Any]] = []
         self.train_sizes: dict[str, int] = {}
         for entry in self.mixture.tasks:
             name = entry.task.name
-            self.encoders[name] = self._arguments(entry).encoder(
+            self.heads[name] = self._arguments(entry).make_head(
                 entry.task,
                 self.tokenizer,
                 flags.max_source_length,
@@ -88,7 +82,7 @@ class MixtureRun(TrainingRun):
             if args.do_eval:
                 limit = entry.max_eval_samples or flags.max_eval_samples
                 self.watched[name] = self._examples_of(entry, "dev", entry.eval_split, limit)
-                check_attention(self.model_args, self.encoders[name], self.watched[name])
+                check_attention(self.model_args, self.heads[name], self.watched[name])
                 self.eval_rows[name] = self._rows(name, self.watched[name])
         self.probabilities = self.mixture.probabilities(list(self.train_sizes.values())) if args.do_train else []
         if args.should_save:
@@ -106,22 +100,17 @@ class MixtureRun(TrainingRun):
         return self.args.do_train and given == (None, None, None)
 
     def _arguments(self, entry: MixedTask) -> TaskArguments:
-        own = TaskArguments(task=entry.task.name, task_data=entry.task_data, head=entry.head)
+        """The flags as they hold for one of the tasks."""
         flags = self.data_args
         echo = flags.echo if entry.head in ECHO_HEADS else None
-        return replace(
-            own,
-            token_unit=flags.token_unit,
-            doc_stride=flags.doc_stride,
-            echo=echo,
-            skip_bad_rows=flags.skip_bad_rows,
-        )
+        own = {"task": entry.task.name, "task_data": entry.task_data, "head": entry.head, "echo": echo}
+        return replace(flags, task_mixture=None, **own)
 
-    def _examples_of(self, entry: MixedTask, kind: str, split: str | None, limit: int | None) -> Sequence[AnyExample]:
+    def _examples_of(self, entry: MixedTask, kind: str, split: str | None, limit: int | None) -> Sequence[Example]:
         return self._arguments(entry).examples(entry.task, split or usual_split(entry.task, kind), limit)
 
-    def _rows(self, name: str, examples: Sequence[AnyExample]) -> list[dict[str, Any]]:
-        return [{TASK_KEY: name, **row} for row in self.encoders[name].training_rows(examples)]
+    def _rows(self, name: str, examples: Sequence[Example]) -> list[dict[str, Any]]:
+        return [{TASK_KEY: name, **row} for row in self.heads[name].training_rows(examples)]
 
     def _show(self) -> None:
         for number, entry in enumerate(self.mixture.tasks):
@@ -135,14 +124,7 @@ class MixtureRun(TrainingRun):
 
     def make_model(self, loaded: ChatGLMForConditionalGeneration) -> ChatGLMPreTrainedModel:
         """The base with a head for each task that needs one."""
-        heads = {
-            entry.task.name: TaskHead(
-                entry.head,
-                label_names(entry.task, entry.head),
-                "multi_label_classification" if entry.task.multi_label else None,
-            )
-            for entry in self.mixture.tasks
-        }
+        heads = {name: head.model_settings(head.task) for name, head in self.heads.items()}
         return ChatGLMForMultipleTasks(loaded, heads)
 
     def trainer(self) -> PrefixTrainer:
@@ -194,21 +176,15 @@ class MixtureRun(TrainingRun):
         """What the prefix checkpoint records of this run."""
         details = super().details()
         details["task"] = Path(self.data_args.task_mixture or "").stem
-        details["training"][TOKEN_UNIT] = next(iter(self.encoders.values())).token_unit
-        details["training"][ECHO] = {
-            name: encoder.echo for name, encoder in self.encoders.items() if encoder.head in ECHO_HEADS
-        }
-        details["training"][PROMPTS] = {entry.task.name: asked_of(entry.task) for entry in self.mixture.tasks}
+        details["training"] |= record_of(list(self.heads.values()))
         details["tasks"] = {
-            entry.task.name: {"head": entry.head, "labels": label_names(entry.task, entry.head)}
-            for entry in self.mixture.tasks
+            name: {"head": head.name, "labels": head.outputs(head.task)} for name, head in self.heads.items()
         }
         return details
 
     def _score(self, name: str) -> tuple[dict[str, float], str]:
-        encoder, examples = self.encoders[name], self.watched[name]
-        settings = prediction_settings(self.data_args, self.args)
-        model = self.model.for_task(name)
-        predictions = predict_together(model, encoder, examples, settings, under_engine=self.under_engine)
-        metrics = score_task(encoder.task, examples, [prediction.value for prediction in predictions]).metrics
-        return metrics, encoder.task.metric
+        head, examples = self.heads[name], self.watched[name]
+        settings = inference_settings(self.data_args, self.args)
+        predictions = predict(self.model.for_task(name), head, examples, settings, under_engine=self.under_engine)
+        metrics = score_task(head.task, examples, predictions).metrics
+        return metrics, head.task.metric

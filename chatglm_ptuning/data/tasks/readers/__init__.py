@@ -31,8 +31,3 @@ READERS: dict[str, Reader] = {
 def reader_of(task: Task) -> Reader:
     """The reader of a task's files."""
     return READERS[task.reader]
-
-
-def heads_of(task: Task) -> tuple[str, ...]:
-    """Every head that can solve a task, the usual one first."""
-    return reader_of(task).heads_of(task)

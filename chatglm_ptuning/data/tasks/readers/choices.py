@@ -27,10 +27,9 @@ _LETTERS = ("A", "B", "C", "D")
 
 
 class _ChoiceReader(Reader):
+    example = ChoiceExample
     options = ("letters",)
-    heads = ("multiple_choice", "generation")
     placeholders = ("context", "question", "options")
-    metrics = ("accuracy",)
 
 
 class ChidReader(_ChoiceReader):

@@ -1,0 +1,192 @@
+"""What a head is: one way to solve a task, from an example to ids, and from what a model says to a prediction."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from transformers.utils import logging
+
+from chatglm_ptuning.chat.message import Conversation, Message
+from chatglm_ptuning.data.tasks.examples import Example, has_gold
+from chatglm_ptuning.data.tasks.task import Task
+from chatglm_ptuning.model.modeling_chatglm import ChatGLMPreTrainedModel
+
+if TYPE_CHECKING:
+    import torch
+
+    from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
+
+logger = logging.get_logger(__name__)
+
+TOKEN_UNITS = ("characters", "pieces")
+DEFAULT_TOKEN_UNIT = "pieces"
+CANDIDATE_SCORES = ("sum", "mean", "calibrated")
+"""How candidates are ranked: by their log-likelihood, by it per token, or by what the text adds to it."""
+
+Ids = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model predicts for one example.
+
+    Attributes:
+        value: a label, or the list of all labels of a multi-label task, an index of a candidate, tags, or a text.
+        confidence: its probability, of tags the least of them; None for written texts.
+    """
+
+    value: Any
+    confidence: float | None = None
+
+
+class Inference(Protocol):
+    """What a head may ask of a model; `evaluation/inference.py` answers."""
+
+    def outputs(self, rows: Sequence[Ids], what: str) -> Iterator[tuple[list[int], Any]]:
+        """The outputs of the model in batches, each with the places of its rows; `what` names the progress bar."""
+
+    def log_likelihoods(self, prompts: Sequence[Ids], candidates: Sequence[Sequence[Ids]]) -> list[torch.Tensor]:
+        """For every prompt the log-likelihood of each of its candidates, float32 `[num_candidates]`."""
+
+    def answers(self, prompts: Sequence[Ids]) -> list[str]:
+        """A written answer to every prompt."""
+
+
+@dataclass(frozen=True)
+class Head(ABC):
+    """One way to solve a task, with the settings by which texts are read.
+
+    Attributes:
+        name: what `--head` takes, and a prefix checkpoint records.
+        solves: the kinds of examples that it can solve.
+        model_class: the class of the model.
+        echoes: whether it can read its text twice.
+        splits_tokens: whether it heeds `token_unit`.
+        masks_candidates: whether predictions need an attention implementation that takes a mask of one's own.
+        max_source_length: tokens of a prompt at most. For longer ones the longest texts of the example lose their
+            middle, what the task asks stays whole; texts to tag and contexts to search are read in windows that
+            overlap by `doc_stride` tokens.
+        max_target_length: tokens of an answer to learn at most.
+        token_unit: what a tag stands on: `characters` splits the tokenizer's pieces where a character of the file
+            ends, `pieces` leaves them whole.
+        echo: whether a text to tag or a context to search is read twice. Tags and spans are read off the second copy,
+            whose tokens have seen the whole text though attention is causal (Springer et al. 2024, "Repetition
+            improves language model embeddings"). Both copies of a window fit into `max_source_length`.
+        candidate_scores: one of `CANDIDATE_SCORES`.
+        max_answer_length: characters of an extracted answer at most.
+    """
+
+    name: ClassVar[str]
+    solves: ClassVar[tuple[type[Example], ...]]
+    model_class: ClassVar[type[ChatGLMPreTrainedModel]]
+    echoes: ClassVar[bool] = False
+    splits_tokens: ClassVar[bool] = False
+    masks_candidates: ClassVar[bool] = False
+
+    task: Task
+    tokenizer: ChatGLMTokenizer
+    max_source_length: int = 1024
+    max_target_length: int = 128
+    doc_stride: int = 64
+    token_unit: str = DEFAULT_TOKEN_UNIT
+    echo: bool = False
+    candidate_scores: str = "sum"
+    max_answer_length: int = 50
+
+    @abstractmethod
+    def encode(self, example: Any) -> list[dict[str, Any]]:
+        """The rows to learn an example from, for `PaddingCollator`: `input_ids`, and what is to be learned.
+
+        Raises:
+            ValueError: naming the place in the file, if the prompt without any text is longer than
+                `max_source_length`.
+        """
+
+    @abstractmethod
+    def predict(self, examples: Sequence[Any], model: Inference) -> list[Prediction]:
+        """A prediction for every example, in their order.
+
+        Raises:
+            ValueError: as `encode`.
+        """
+
+    @staticmethod
+    def check(task: Task) -> None:
+        """Refuses to train on a task that the head can solve in its form, but not learn.
+
+        Raises:
+            ValueError: in that case.
+        """
+        return
+
+    @staticmethod
+    def outputs(task: Task) -> list[str] | None:
+        """The names of a linear head's outputs, in their order; None for heads without a fixed number of them."""
+        return None
+
+    @classmethod
+    def model_settings(cls, task: Task) -> dict[str, Any]:
+        """What `load_model` is to be told: the class, and what the outputs of a linear head stand for."""
+        names = cls.outputs(task)
+        if names is None:
+            return {"model_class": cls.model_class}
+        label2id = {name: place for place, name in enumerate(names)}
+        return {"model_class": cls.model_class, "id2label": dict(enumerate(names)), "label2id": label2id}
+
+    def training_rows(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
+        """The rows of all examples but those that are left out (`Example.left_out`).
+
+        Raises:
+            ValueError: as `encode`; naming the place in the file, for an example without gold; if there are examples
+                and none has rows.
+        """
+        rows, without = [], []
+        for example in examples:
+            if example.left_out and has_gold(examples):
+                continue
+            if example.gold is None:
+                raise ValueError(f"{example.where}: the example has no label or answer to learn.")
+            own = self.encode(example)
+            rows += own
+            without += [] if own else [example.where]
+        if without:
+            what = f"{len(without)} questions are left out: no reference stands in the context (first: {without[0]})."
+            if not rows:
+                raise ValueError(f"There is nothing to learn: {what}")
+            logger.warning(what)
+        return rows
+
+
+class PromptHead(Head):
+    """A head whose input is the task's prompt as a question in the chat format."""
+
+    def prompt_ids(self, example: Example) -> list[int]:
+        """The prompt of an example, to where the model answers.
+
+        Raises:
+            ValueError: if the prompt without any text is longer than `max_source_length`.
+        """
+        room = self.max_source_length
+        ids = self._ids_of(example)
+        if len(ids) <= room:
+            return ids
+        longest = max(map(len, example.texts().values()), default=0)
+        # The fewest characters off the longest text, as `cut_source` does it for a conversation.
+        taken = bisect_left(
+            range(longest), True, key=lambda count: len(self._ids_of(example.shortened(longest - count))) <= room
+        )
+        ids = self._ids_of(example.shortened(longest - taken))
+        if len(ids) > room:
+            raise ValueError(f"{example.where}: the prompt does not fit into --max_source_length {room}.")
+        return ids
+
+    def answer_ids(self, text: str) -> list[int]:
+        """An answer as it follows the prompt, with the token that ends it."""
+        return self.tokenizer.chat.encode_answer(Message("assistant", text))
+
+    def _ids_of(self, example: Example) -> list[int]:
+        return self.tokenizer.chat.encode_prompt(Conversation([Message("user", example.prompt(self.task))]))
