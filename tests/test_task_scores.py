@@ -21,9 +21,9 @@ from chatglm_ptuning.data.tasks.heads.head import Prediction
 from chatglm_ptuning.data.tasks.submission import write_submission
 from chatglm_ptuning.evaluation import figures
 from chatglm_ptuning.evaluation.report import score_task, worst_errors, write_report
-from chatglm_ptuning.metrics.bootstrap import bootstrap_interval, f1_interval, mean_interval
 from chatglm_ptuning.metrics.classification import classification_scores, confusion_matrix
 from chatglm_ptuning.metrics.entities import cluener_f1, entities_of, entity_scores, spans_of
+from chatglm_ptuning.metrics.intervals import bootstrap_interval, f1_interval, mean_interval
 from chatglm_ptuning.metrics.multi_label import multi_label_scores
 from chatglm_ptuning.metrics.reading_comprehension import answer_f1, cmrc_scores, exact_match
 

@@ -53,11 +53,14 @@ def predict(
     Raises:
         ValueError: if a prompt is too long for `max_source_length`, or the prefix is untrained.
     """
-    with torch.no_grad():
-        prefix = model.resolve_prefix(prefix)
-    model.check_prefix_is_trained(prefix)
-    inference = ModelInference(model, head.tokenizer, settings, prefix)
-    return do_together(examples, lambda share: head.predict(share, inference), model, under_engine)
+
+    def work(share: Sequence[Example]) -> list[Prediction]:
+        with torch.no_grad():
+            used = model.resolve_prefix(prefix)
+        model.check_prefix_is_trained(used)
+        return head.predict(share, ModelInference(model, head.tokenizer, settings, used))
+
+    return do_together(examples, work, model, under_engine)
 
 
 def predict_beside_base(

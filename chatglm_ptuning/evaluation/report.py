@@ -8,6 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from chatglm_ptuning.data.tasks.examples import Example, has_gold
 from chatglm_ptuning.data.tasks.heads.head import Head, Prediction
 from chatglm_ptuning.data.tasks.task import Task
@@ -99,6 +102,20 @@ def head_settings(head: Head) -> dict[str, Any]:
         "chat_format": head.tokenizer.chat_format,
         "kit_version": kit_version(),
     }
+
+
+def print_scores(columns: Mapping[str, Mapping[str, float]], title: str = "Scores (%)") -> None:
+    """Prints one row per metric and one column per scored model.
+
+    Args:
+        columns: by the column's heading, metric -> score.
+    """
+    table = Table("metric", title=title)
+    for heading in columns:
+        table.add_column(heading, justify="right")
+    for metric in dict.fromkeys(name for scores in columns.values() for name in scores):
+        table.add_row(metric, *(f"{scores[metric]:.2f}" if metric in scores else "" for scores in columns.values()))
+    Console().print(table)
 
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -10,8 +10,7 @@ from chatglm_ptuning.evaluation.arguments import RETIRED_FLAGS, EvaluationArgume
 from chatglm_ptuning.evaluation.chosen_prefix import choose_prefix, load_chosen
 from chatglm_ptuning.evaluation.inference import InferenceSettings, predict_beside_base
 from chatglm_ptuning.evaluation.parallel import is_first_process, joined_processes
-from chatglm_ptuning.evaluation.report import head_settings
-from chatglm_ptuning.evaluation.table import print_scores
+from chatglm_ptuning.evaluation.report import head_settings, print_scores
 from chatglm_ptuning.evaluation.test_sets import Scores, read_file_rows, read_task_split
 from chatglm_ptuning.model.loading import load_model
 from chatglm_ptuning.tuning.tuning import NoTuning, Tuning

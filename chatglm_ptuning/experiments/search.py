@@ -21,7 +21,7 @@ from chatglm_ptuning.experiments.run import RUN_DEFAULTS, Ending, Run
 from chatglm_ptuning.experiments.runner import interruptible, run_all
 from chatglm_ptuning.experiments.search_arguments import SearchArguments, Setting, passed_flags, words_of
 from chatglm_ptuning.experiments.search_report import REPORT_FILE, print_report, write_report
-from chatglm_ptuning.metrics.spread import mean_and_deviation
+from chatglm_ptuning.metrics.intervals import mean_and_deviation
 from chatglm_ptuning.training.arguments import RETIRED_FLAGS
 from chatglm_ptuning.training.progress import DEVICE, DIVERGED, REFUSED
 from chatglm_ptuning.training.run import TRAIN_FLAGS

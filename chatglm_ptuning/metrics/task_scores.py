@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from chatglm_ptuning.metrics.bootstrap import f1_interval, mean_interval
 from chatglm_ptuning.metrics.classification import classification_scores, confusion_matrix, macro_f1_interval
 from chatglm_ptuning.metrics.entities import EntityScore, cluener_f1, entity_scores, spans_of
 from chatglm_ptuning.metrics.generation import score
+from chatglm_ptuning.metrics.intervals import f1_interval, mean_interval
 from chatglm_ptuning.metrics.multi_label import counts_of_texts, multi_label_scores
 from chatglm_ptuning.metrics.reading_comprehension import answer_f1, cmrc_scores, exact_match
 

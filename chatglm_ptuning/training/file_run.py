@@ -22,8 +22,7 @@ from chatglm_ptuning.data.tasks.heads.head import Head, Prediction
 from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.evaluation.inference import InferenceSettings, predict, predict_beside_base
 from chatglm_ptuning.evaluation.recorded import described_tasks, recorded_details, tasks_of
-from chatglm_ptuning.evaluation.report import score_task, write_lines
-from chatglm_ptuning.evaluation.table import print_scores
+from chatglm_ptuning.evaluation.report import print_scores, score_task, write_lines
 from chatglm_ptuning.evaluation.test_sets import prompt_examples
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMPreTrainedModel

@@ -88,12 +88,12 @@ class Task:
     title: str
     reader: str
     head: str
-    prompt: str
-    metric: str
-    pre_seq_len: int
-    learning_rate: float
-    settings_from: str
-    files: Mapping[str, tuple[tuple[str, ...], ...]]
+    prompt: str = ""
+    metric: str = "rouge-l"
+    pre_seq_len: int = 128
+    learning_rate: float = 1e-2
+    settings_from: str = ""
+    files: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     folders: tuple[str, ...] = ()
     fields: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -118,18 +118,7 @@ class Task:
     @classmethod
     def of_files(cls, files: Sequence[str]) -> Task:
         """The task of instruction files: to answer as their rows do."""
-        return cls(
-            name=Path(files[0]).stem,
-            title=", ".join(files),
-            reader="conversations",
-            head="generation",
-            prompt="",
-            metric="rouge-l",
-            pre_seq_len=128,
-            learning_rate=1e-2,
-            settings_from="the flags",
-            files={},
-        )
+        return cls(Path(files[0]).stem, ", ".join(files), "conversations", "generation")
 
 
 def placeholders(template: str) -> list[str]:

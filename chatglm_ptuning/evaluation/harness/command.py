@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from chatglm_ptuning.command_line import fail, parse_arguments
 from chatglm_ptuning.data.tasks.heads.head import Prediction
 from chatglm_ptuning.evaluation.figures import draw_accuracies
-from chatglm_ptuning.evaluation.report import write_report
-from chatglm_ptuning.evaluation.table import print_scores
+from chatglm_ptuning.evaluation.report import print_scores, write_report
 from chatglm_ptuning.files import check_output_folder, write_atomically
 from chatglm_ptuning.metrics.task_scores import TaskScores
 from chatglm_ptuning.model.hub import InferenceBaseArguments
