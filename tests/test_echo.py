@@ -16,6 +16,7 @@ import tiny_glm4
 import tiny_tokenizer
 import torch
 import yaml
+from instruction_rows import rows_of
 from task_runs import evaluate, flags, train, write_tasks
 
 from chatglm_ptuning.cli import main as command
@@ -83,8 +84,8 @@ def test_a_text_to_tag_stands_twice_and_labels_on_the_second_copy_alone(tokenize
     encoder = tagger(tokenizer, unit)
     tags = tuple(random.Random(0).choices(["O", "B-PER", "B-LOC"], k=len(TEXT)))
     example = TokenExample(id=0, tokens=tuple(TEXT), tags=tags)
-    (once,) = replace(encoder, echo=False).training_rows([example])
-    (row,) = encoder.training_rows([example])
+    (once,) = rows_of(replace(encoder, echo=False), [example])
+    (row,) = rows_of(encoder, [example])
     frame = frame_of(tokenizer, "找：", "\n完")
     first, second = copies(row["input_ids"], frame, tokenizer)
     assert first == second == once["input_ids"][len(frame[0]) : len(once["input_ids"]) - len(frame[1])]
@@ -134,7 +135,7 @@ def test_a_context_stands_twice_and_answers_on_the_second_copy_alone(tokenizers,
     windows = encoder.windows(example)
     assert (len(windows) == 1) == (room == 100)
     found = 0
-    for window, row in zip(windows, encoder.training_rows([example]), strict=True):
+    for window, row in zip(windows, rows_of(encoder, [example]), strict=True):
         first, second = copies(window.input_ids, frame, tokenizer)
         assert first == second and len(first) <= room and row["input_ids"] == window.input_ids
         begin = len(frame[0]) + len(first) + len(between(tokenizer))

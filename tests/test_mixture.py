@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import instruction_rows
 import processes
 import pytest
 import tiny_chat_base
@@ -221,7 +222,9 @@ def shared(folder, tmp_path_factory) -> tuple[ChatGLMForMultipleTasks, Path]:
 def batch_of(folder: Path, name: str) -> dict[str, torch.Tensor]:
     tokenizer = ChatGLMTokenizer.from_pretrained(folder / "base")
     task = load_task(folder / f"{name}.yaml")
-    rows = head_of(task, HEADS[name])(task, tokenizer).training_rows(read_examples(task, str(folder / name), "train"))
+    rows = instruction_rows.rows_of(
+        head_of(task, HEADS[name])(task, tokenizer), read_examples(task, str(folder / name), "train")
+    )
     return PaddingCollator(tokenizer.pad_token_id)(rows)
 
 

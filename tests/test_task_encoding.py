@@ -11,7 +11,9 @@ import instruction_rows
 import pytest
 import tiny_glm4
 import tiny_tokenizer
+from instruction_rows import rows_of
 
+from chatglm_ptuning.data.encoding import encode_all
 from chatglm_ptuning.data.formats.registry import Columns
 from chatglm_ptuning.data.tasks.examples import Answer, MultiLabelExample, QuestionExample, TextExample, TokenExample
 from chatglm_ptuning.data.tasks.heads import head_of
@@ -219,9 +221,9 @@ def test_a_row_without_agreement_is_not_learned(tokenizers):
     encoder = SequenceClassification(load_task("cmnli"), tokenizers["chatglm3"])
     left_out = TextExample(id=0, text="今天", text_pair="明天", left_out=True, where="test.json:1")
     good = TextExample(id=1, text="今天", text_pair="明天", label="neutral")
-    assert [row["labels"] for row in encoder.training_rows([left_out, good])] == [2]
-    with pytest.raises(ValueError, match=r"test.json:1: the example has no label or answer to learn"):
-        encoder.training_rows([left_out])
+    assert [row["labels"] for row in rows_of(encoder, [left_out, good])] == [2]
+    with pytest.raises(ValueError, match=r"1 with nothing to learn \(first: test.json:1\)"):
+        rows_of(encoder, [left_out])
 
 
 def test_what_cannot_be_learned_of_questions(tokenizers, caplog):
@@ -229,12 +231,12 @@ def test_what_cannot_be_learned_of_questions(tokenizers, caplog):
     lost = QuestionExample(id=0, context="今天", question="？", answers=(Answer("明天", None),), where="a.json: Q0")
     good = QuestionExample(id=1, context="今天", question="？", answers=(Answer("明天", None), Answer("天", 1)))
     assert encoder.windows(lost)[0].positions(lost.answers) == {"start_positions": 0, "end_positions": 0}
-    assert len(encoder.training_rows([lost, good])) == 1
-    assert "1 questions are left out" in caplog.text and "a.json: Q0" in caplog.text
-    with pytest.raises(ValueError, match="nothing to learn: 1 questions"):
-        encoder.training_rows([lost])
+    rows, report = encode_all(encoder.learn, [lost, good])
+    assert len(rows) == 1 and "1 with nothing to learn (first: a.json: Q0)" in report.summary()
+    with pytest.raises(ValueError, match="1 with nothing to learn"):
+        rows_of(encoder, [lost])
     with pytest.raises(ValueError, match=r"b.json: the example has no label or answer to learn"):
-        encoder.training_rows([QuestionExample(id=0, context="今", question="？", where="b.json")])
+        rows_of(encoder, [QuestionExample(id=0, context="今", question="？", where="b.json")])
 
 
 PAIR = TextExample(id=0, text="甲乙丙丁" * 30, text_pair="今天有雨" * 20, label="蕴含", where="p.json:1")
@@ -260,8 +262,8 @@ def test_long_pairs_lose_the_middle_of_each_text_and_nothing_of_the_question(tok
 def test_a_linear_head_stands_where_the_text_of_the_answer_would_begin(tokenizers, chat_format):
     task, tokenizer = load_task("sentiment"), tokenizers[chat_format]
     example = TextExample(id=0, text="我想去公园", label="差评")
-    (row,) = SequenceClassification(task, tokenizer).training_rows([example])
-    (learned,) = CandidateScoring(task, tokenizer).training_rows([example])
+    (row,) = rows_of(SequenceClassification(task, tokenizer), [example])
+    (learned,) = rows_of(CandidateScoring(task, tokenizer), [example])
     assert row["labels"] == 1
     assert learned["input_ids"][: len(row["input_ids"])] == row["input_ids"]
     rest = learned["input_ids"][len(row["input_ids"]) :]
@@ -275,7 +277,7 @@ def test_generation_learns_what_the_same_rows_in_a_file_would_teach(tokenizers, 
     examples = [TextExample(id=i, text=text, label=label) for i, (text, label) in
                 enumerate([("今天天气", "农业"), ("我想去", "体育"), ("龘 abc", "汽车")])]  # fmt: skip
     head = CandidateScoring(task, tokenizer, 400, target_room)
-    rows = head.training_rows(examples)
+    rows = rows_of(head, examples)
     columns = [{"q": example.prompt(task), "a": example.answer_text(task)} for example in examples]
     expected, _ = instruction_rows.training_rows(tokenizer, columns, 400, target_room, columns=Columns("q", "a"))
     assert rows == [dict(row) for row in expected]
@@ -287,8 +289,9 @@ def test_generation_learns_what_the_same_rows_in_a_file_would_teach(tokenizers, 
 def test_labels_of_texts_with_several(tokenizers):
     task = replace(load_task("news_topic"), multi_label=True)
     encoder = head_of(task, None)(task, tokenizers["chatglm3"])
-    rows = encoder.training_rows(
-        [MultiLabelExample(id=0, text="今", labels=("体育", "农业")), MultiLabelExample(id=1, text="天", labels=())]
+    rows = rows_of(
+        encoder,
+        [MultiLabelExample(id=0, text="今", labels=("体育", "农业")), MultiLabelExample(id=1, text="天", labels=())],
     )
     assert rows[0]["labels"] == [1.0, 0, 0, 0, 0, 1, 0, 0, 0, 0] and rows[1]["labels"] == [0.0] * 10
     with pytest.raises(ValueError, match="--head generation cannot solve news_topic; sequence_classification can"):

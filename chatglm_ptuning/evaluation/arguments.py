@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from chatglm_ptuning.data.cache import TokenCache
+from chatglm_ptuning.data.dataset import Loader
 from chatglm_ptuning.data.formats.registry import FORMATS, Columns
 from chatglm_ptuning.data.tasks.arguments import TaskArguments
 from chatglm_ptuning.evaluation.chosen_prefix import PLAIN_BASE
@@ -84,6 +86,10 @@ class EvaluationArguments(TaskArguments, InferenceBaseArguments):
         if self.task is None:
             self.test_file = self.test_file or [DEFAULT_TEST_FILE]
         self.columns()
+
+    def loader(self) -> Loader:
+        """What reads the examples."""
+        return Loader(TokenCache(), self.skip_bad_rows)
 
     def columns(self) -> Columns:
         """What the flags say about the rows.

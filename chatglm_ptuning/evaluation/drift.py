@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from chatglm_ptuning.data.collate import PaddingCollator
-from chatglm_ptuning.data.prepared import lengths_of
+from chatglm_ptuning.data.dataset import lengths_of
 from chatglm_ptuning.evaluation.batches import evaluating
 from chatglm_ptuning.evaluation.parallel import do_together
 from chatglm_ptuning.model.losses import IGNORED_LABEL

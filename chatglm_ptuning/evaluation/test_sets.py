@@ -8,16 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from chatglm_ptuning.data.conversation_encoder import ConversationEncoder
-from chatglm_ptuning.data.conversations import read_conversations
-from chatglm_ptuning.data.encoding import encode_all
+from chatglm_ptuning.data.dataset import Split
 from chatglm_ptuning.data.report import PreparationReport
-from chatglm_ptuning.data.sources.files import iterate_rows
-from chatglm_ptuning.data.sources.rows import BadRows
 from chatglm_ptuning.data.tasks.arguments import TrainedReading, submission_variant, usual_split
-from chatglm_ptuning.data.tasks.examples import Example, PromptExample
+from chatglm_ptuning.data.tasks.examples import ConversationExample, Example
 from chatglm_ptuning.data.tasks.heads import LINEAR_HEADS, head_of, heads_of
-from chatglm_ptuning.data.tasks.heads.generation import InstructionAnswers
+from chatglm_ptuning.data.tasks.heads.conversations import ConversationAnswers
 from chatglm_ptuning.data.tasks.heads.head import Head, Prediction
 from chatglm_ptuning.data.tasks.submission import can_submit, write_submission
 from chatglm_ptuning.data.tasks.task import Task
@@ -66,13 +62,13 @@ def read_task_split(args: EvaluationArguments, prefix: Path | None) -> TestSet:
     task = args.chosen_task()
     split = args.split or usual_split(task, "test")
     output = Path(args.output_dir) if args.output_dir else results_folder(prefix) / f"{task.name}-{split}"
-    skipped = BadRows(args.skip_bad_rows)
-    examples = args.examples(task, split, args.max_predict_samples, skipped)
-    whole = args.max_predict_samples is None and args.subjects is None and not skipped.count
-    may_submit = whole and can_submit(task, examples)
+    found = args.loader().read(task, args.split_of(split, args.max_predict_samples))
+    whole = args.max_predict_samples is None and args.subjects is None and not found.bad_rows.count
+    may_submit = whole and can_submit(task, found.examples)
     name, trained, variant = _how_to_solve(args, task, prefix)
     tokenizer = load_tokenizer(args.model_name_or_path, hub=args.hub, revision=args.revision)
     head = args.make_head(task, tokenizer, args.max_source_length, args.max_target_length, name, trained)
+    examples, _ = args.loader().make_ready(head, found)
     print_once(f"{task.name} ({task.title}), {split} in {args.task_data}, head {head.name}: {len(examples)} examples")
     write = partial(_write_split, task, examples, output, split, variant, may_submit)
     return TestSet(head, examples, f"{task.name}, {split} (%)", output, write)
@@ -88,20 +84,13 @@ def read_file_rows(args: EvaluationArguments, prefix: Path | None) -> TestSet:
         ValueError, OSError: naming file and line of what is wrong.
     """
     output = Path(args.output_dir) if args.output_dir else results_folder(prefix)
-    bad_rows = BadRows(args.skip_bad_rows)
-    rows = iterate_rows(args.test_file, bad_rows)
-    conversations = list(read_conversations(rows, args.columns(), bad_rows, args.max_predict_samples))
+    task = Task.of_files(args.test_file, args.columns(), args.source_prefix)
+    found = args.loader().read(task, Split(args.test_file, limit=args.max_predict_samples))
     tokenizer = load_tokenizer(args.model_name_or_path, hub=args.hub, revision=args.revision)
-    encoder = ConversationEncoder(tokenizer, args.max_source_length, args.max_target_length, args.source_prefix)
-    prompts, report = encode_all(encoder.prompt, conversations, bad_rows)
+    head = ConversationAnswers(task, tokenizer, args.max_source_length, args.max_target_length)
+    examples, report = args.loader().make_ready(head, found)
     print_once(f"{', '.join(args.test_file)}\n{report.summary()}")
-    head, examples = InstructionAnswers(Task.of_files(args.test_file), tokenizer), prompt_examples(prompts)
     return TestSet(head, examples, "Scores (%)", output, partial(_write_answers, head, examples, output, report))
-
-
-def prompt_examples(prompts: Sequence[Mapping[str, Any]]) -> list[PromptExample]:
-    """Examples of what `ConversationEncoder.prompt` gives."""
-    return [PromptExample(id=place, **prompt) for place, prompt in enumerate(prompts)]
 
 
 def _how_to_solve(
@@ -157,7 +146,7 @@ def _write_split(
 
 def _write_answers(
     head: Head,
-    examples: Sequence[PromptExample],
+    examples: Sequence[ConversationExample],
     output: Path,
     report: PreparationReport,
     predictions: Predictions,
@@ -168,12 +157,12 @@ def _write_answers(
     subject, compared = list(predictions)[-1], len(predictions) > 1
     rows = []
     for place, example in enumerate(examples):
-        prompt = head.tokenizer.decode(example.input_ids)
+        prompt = head.tokenizer.decode(example.prompt_ids)
         row = {"input": prompt, "gold": example.reference, "prediction": predictions[subject][place].value}
         rows.append(row | ({"base_prediction": predictions["base"][place].value} if compared else {}))
     counts = report.as_dict()
-    for of_training in ("without_targets", "target_cut"):
-        counts.pop(of_training, None)
+    for unused in ("without_targets", "target_cut", "places"):
+        counts.pop(unused)
     results = {"metrics": scores[subject]} | ({"base_metrics": scores["base"]} if compared else {})
     output.mkdir(parents=True, exist_ok=True)
     write_lines(output / "predictions.jsonl", rows)

@@ -10,20 +10,14 @@ from transformers.utils import logging
 
 from chatglm_ptuning.data.cache import TokenCache
 from chatglm_ptuning.data.collate import PaddingCollator
-from chatglm_ptuning.data.conversation_encoder import ConversationEncoder
-from chatglm_ptuning.data.conversations import read_conversations
-from chatglm_ptuning.data.encoding import encode_all
-from chatglm_ptuning.data.prepared import prepare_training_data, shared_rows
-from chatglm_ptuning.data.sources.files import iterate_rows
-from chatglm_ptuning.data.sources.rows import BadRows
-from chatglm_ptuning.data.tasks.examples import Example, PromptExample, has_gold
-from chatglm_ptuning.data.tasks.heads.generation import InstructionAnswers
+from chatglm_ptuning.data.dataset import Loader, Split, shared_rows
+from chatglm_ptuning.data.tasks.examples import Example, has_gold
+from chatglm_ptuning.data.tasks.heads.conversations import ConversationAnswers
 from chatglm_ptuning.data.tasks.heads.head import Head, Prediction
 from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.evaluation.inference import InferenceSettings, predict, predict_beside_base
 from chatglm_ptuning.evaluation.recorded import described_tasks, recorded_details, tasks_of
 from chatglm_ptuning.evaluation.report import print_scores, score_task, write_lines
-from chatglm_ptuning.evaluation.test_sets import prompt_examples
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMPreTrainedModel
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
@@ -78,7 +72,12 @@ class TrainingRun:
         self.tokenizer: ChatGLMTokenizer = load_tokenizer(
             model_args.model_name_or_path, hub=model_args.hub, revision=model_args.revision
         )
-        self.cache = TokenCache(data_args.data_cache_dir, data_args.overwrite_cache)
+        self.loader = Loader(
+            TokenCache(data_args.data_cache_dir, data_args.overwrite_cache),
+            data_args.skip_bad_rows,
+            args.seed,
+            data_args.preprocessing_num_workers,
+        )
         # Rows first: what is wrong with a file shows before minutes go into loading the base.
         self.read_data()
         if checkpoint is not None:
@@ -96,17 +95,44 @@ class TrainingRun:
         Raises:
             ValueError: naming file and line of what is wrong.
         """
-        data_args, args = self.data_args, self.args
-        self.encoder = ConversationEncoder(
-            self.tokenizer, data_args.max_source_length, data_args.max_target_length, data_args.source_prefix
-        )
-        self.train_examples = self._examples("train_file", data_args.max_train_samples) if args.do_train else []
-        self.eval_examples = self._examples("validation_file", data_args.max_eval_samples) if args.do_eval else []
+        args = self.args
+        self.head: Head = self.make_head()
+        self.train_examples = self._rows("train") if args.do_train else []
+        self.eval_examples = self._rows("dev") if args.do_eval else []
         self._warn_of_shared_rows()
-        task = Task.of_files(data_args.train_file or data_args.validation_file or data_args.test_file or [""])
-        self.head: Head = InstructionAnswers(task, self.tokenizer)
-        self.tested: Sequence[Example] = self._test_prompts()
-        self.watched: Sequence[Example] = self.tested if args.do_eval and args.predict_with_generate else []
+        self.read_examples()
+
+    def make_head(self) -> Head:
+        """What solves the task of the run."""
+        flags = self.data_args
+        files = flags.train_file or flags.validation_file or flags.test_file or [""]
+        task = Task.of_files(files, flags.columns(), flags.source_prefix)
+        return ConversationAnswers(task, self.tokenizer, flags.max_source_length, flags.max_target_length)
+
+    def split(self, kind: str) -> Split:
+        """The rows to train on (`train`), to watch the training by (`dev`), or to predict (`test`).
+
+        Raises:
+            ValueError: if the flags do not name them.
+        """
+        flags = self.data_args
+        name, limit = {
+            "train": ("train_file", flags.max_train_samples),
+            "dev": ("validation_file", flags.max_eval_samples),
+            "test": ("test_file" if self.args.do_predict and flags.test_file else "validation_file",
+                     flags.max_predict_samples),
+        }[kind]  # fmt: skip
+        files = getattr(flags, name)
+        if not files:
+            raise ValueError(f"--{name} is needed for what the flags ask.")
+        return Split(files, limit=limit, weights=flags.train_weights if kind == "train" else None)
+
+    def read_examples(self) -> None:
+        """Reads the examples that are `tested`, and those that are `watched` during training."""
+        args = self.args
+        watches = args.do_eval and args.predict_with_generate
+        self.tested: Sequence[Example] = self._ready("test") if args.do_predict or watches else []
+        self.watched: Sequence[Example] = self.tested if watches else []
 
     def _check_goes_on(self, checkpoint: Path) -> None:
         """Refuses to go on from what was trained for other tasks, or for other labels of the same."""
@@ -131,33 +157,24 @@ class TrainingRun:
         return read_general_rows(
             preserve_args,
             self.tokenizer,
-            self.cache,
+            self.loader,
             replays=args.do_train and preserve_args.preserve_base > 0,
             measures=preserve_args.report_drift and has_prefix and tuned,
         )
 
-    def _named(self, flag: str) -> list[str]:
-        names = getattr(self.data_args, flag)
-        if not names:
-            raise ValueError(f"--{flag} is needed for what the flags ask.")
-        return names
-
-    def _examples(self, flag: str, limit: int | None) -> datasets.Dataset:
-        names = self._named(flag)
-        data = prepare_training_data(
-            names,
-            self.data_args.columns(),
-            self.encoder,
-            self.cache,
-            weights=self.data_args.train_weights if flag == "train_file" else None,
-            max_rows=limit,
-            skip_bad_rows=self.data_args.skip_bad_rows,
-            seed=self.args.seed,
-            num_workers=self.data_args.preprocessing_num_workers,
-        )
+    def _rows(self, kind: str) -> datasets.Dataset:
+        split = self.split(kind)
+        found = self.loader.rows(self.head, split)
         if self.args.should_save:
-            print(f"{', '.join(names)}\n{data.summary()}")
-        return data.examples
+            print(f"{self.described(split)}\n{found.summary()}")
+        return found.rows
+
+    def described(self, split: Split) -> str:
+        """Which rows these are, for people."""
+        return ", ".join(split.places)
+
+    def _ready(self, kind: str) -> list[Example]:
+        return self.loader.make_ready(self.head, self.loader.read(self.head.task, self.split(kind)))[0]
 
     def _warn_of_shared_rows(self) -> None:
         if not (self.train_examples and self.eval_examples):
@@ -165,17 +182,6 @@ class TrainingRun:
         count = shared_rows(self.train_examples, self.eval_examples)
         if count and self.args.should_save:
             print(f"warning: {count} rows of the validation data are in the training data too")
-
-    def _test_prompts(self) -> list[PromptExample]:
-        flags, args = self.data_args, self.args
-        if not args.do_predict and not (args.do_eval and args.predict_with_generate):
-            return []
-        flag = "test_file" if args.do_predict and flags.test_file else "validation_file"
-        bad_rows = BadRows(flags.skip_bad_rows)
-        rows = iterate_rows(self._named(flag), bad_rows)
-        examples = read_conversations(rows, flags.columns(), bad_rows, flags.max_predict_samples)
-        workers = flags.preprocessing_num_workers
-        return prompt_examples(encode_all(self.encoder.prompt, examples, bad_rows, num_workers=workers)[0])
 
     def _load_model(self) -> ChatGLMPreTrainedModel:
         model_args = self.model_args
@@ -348,7 +354,9 @@ class TrainingRun:
         ]
         write_lines(self.output / "generated_predictions.txt", rows)
         shown = slice(0, _SAMPLES_SHOWN)
-        prompts = [self.tokenizer.decode(example.input_ids, skip_special_tokens=True) for example in self.tested[shown]]
+        prompts = [
+            self.tokenizer.decode(example.prompt_ids, skip_special_tokens=True) for example in self.tested[shown]
+        ]
         print_samples(prompts, references[shown], {name: answers[shown] for name, answers in texts.items()})
 
     def keep(self, split: str, metrics: dict[str, Any], trainer: PrefixTrainer) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from chatglm_ptuning.data.sources.rows import BadRows
+from chatglm_ptuning.data.dataset import Split
 from chatglm_ptuning.data.tasks.arguments import TrainedReading, submission_variant, usual_split
 from chatglm_ptuning.data.tasks.examples import Example
 from chatglm_ptuning.data.tasks.heads import LINEAR_HEADS, head_of
@@ -37,35 +37,46 @@ class TaskRun(TrainingRun):
         may_submit: whether the predictions on the test split make a submission.
     """
 
-    def read_data(self) -> None:
-        """As `TrainingRun.read_data`, from the task's own files."""
-        flags, args = self.data_args, self.args
+    def make_head(self) -> Head:
+        """As `TrainingRun.make_head`, as --head or a checkpoint say."""
+        flags = self.data_args
         self.task = flags.chosen_task()
         self._use_defaults_of_task()
         name, trained = self._head_and_reading()
-        self.head: Head = flags.make_head(
-            self.task, self.tokenizer, flags.max_source_length, flags.max_target_length, name, trained
-        )
-        if flags.compare_base and args.do_predict and name in LINEAR_HEADS:
+        if flags.compare_base and self.args.do_predict and name in LINEAR_HEADS:
             raise ValueError(
                 f"--compare_base: the base has no {name.replace('_', ' ')} head; compare it by --head generation."
             )
-        training = self._split("train", flags.train_split, flags.max_train_samples) if args.do_train else []
-        self.watched = self._split("dev", flags.eval_split, flags.max_eval_samples) if args.do_eval else []
-        skipped = BadRows(flags.skip_bad_rows)
-        self.tested = (
-            self._split("test", flags.predict_split, flags.max_predict_samples, skipped) if args.do_predict else []
+        return flags.make_head(
+            self.task, self.tokenizer, flags.max_source_length, flags.max_target_length, name, trained
         )
-        whole = flags.max_predict_samples is None and flags.subjects is None and not skipped.count
-        self.may_submit = whole and bool(self.tested) and can_submit(self.task, self.tested)
+
+    def split(self, kind: str) -> Split:
+        """As `TrainingRun.split`, from the task's own files."""
+        flags = self.data_args
+        named, limit = {
+            "train": (flags.train_split, flags.max_train_samples),
+            "dev": (flags.eval_split, flags.max_eval_samples),
+            "test": (flags.predict_split, flags.max_predict_samples),
+        }[kind]
+        return flags.split_of(named or usual_split(self.task, kind), limit)
+
+    def described(self, split: Split) -> str:
+        """As `TrainingRun.described`."""
+        return f"{self.task.name} ({self.task.title}), {split.name} in {split.places[0]}, head {self.head.name}"
+
+    def read_examples(self) -> None:
+        """As `TrainingRun.read_examples`; of an evaluation those whose loss it computes."""
+        flags, args = self.data_args, self.args
+        self.watched = self._ready("dev") if args.do_eval else []
+        self.tested, self.may_submit = [], False
+        if args.do_predict:
+            found = self.loader.read(self.task, self.split("test"))
+            whole = flags.max_predict_samples is None and flags.subjects is None and not found.bad_rows.count
+            self.may_submit = whole and can_submit(self.task, found.examples)
+            self.tested = self.loader.make_ready(self.head, found)[0]
         for examples in (self.watched, self.tested):
             check_attention(self.model_args, self.head, examples)
-        self.train_examples = self.head.training_rows(training)
-        self.eval_examples = self.head.training_rows(self.watched)
-        if args.should_save:
-            counts = {"train": training, "evaluate": self.watched, "predict": self.tested}
-            shown = ", ".join(f"{name} {len(examples)}" for name, examples in counts.items() if examples)
-            print(f"{self.task.name} ({self.task.title}) in {flags.task_data}, head {self.head.name}: {shown}")
 
     def _use_defaults_of_task(self) -> None:
         model_args, args = self.model_args, self.args
@@ -86,14 +97,6 @@ class TaskRun(TrainingRun):
         head = recorded_head(details, self.task, self.data_args.head, checkpoint)
         return head, recorded_reading(details, self.task, checkpoint)
 
-    def _split(
-        self, kind: str, named: str | None, limit: int | None, bad_rows: BadRows | None = None
-    ) -> Sequence[Example]:
-        return self.data_args.examples(self.task, self._split_name(kind, named), limit, bad_rows)
-
-    def _split_name(self, kind: str, named: str | None) -> str:
-        return named or usual_split(self.task, kind)
-
     def model_settings(self) -> dict[str, Any]:
         """Class and outputs of the task's head."""
         return self.head.model_settings(self.task)
@@ -102,7 +105,7 @@ class TaskRun(TrainingRun):
         """What the prefix checkpoint records of this run."""
         details = super().details()
         if self.args.do_train:
-            details["training"][TRAIN_SPLIT] = self._split_name("train", self.data_args.train_split)
+            details["training"][TRAIN_SPLIT] = self.split("train").name
         details["training"] |= record_of([self.head])
         return details | {"task": self.task.name, "head": self.head.name, "labels": self.head.outputs(self.task)}
 
@@ -122,7 +125,7 @@ class TaskRun(TrainingRun):
     def write_predictions(self, predictions: Mapping[str, Sequence[Prediction]]) -> None:
         """Writes report and submission into the run's folder `predict`."""
         flags, folder, own = self.data_args, self.output / "predict", list(predictions.values())[-1]
-        split = self._split_name("test", flags.predict_split)
+        split = self.split("test").name
         settings = {
             **asdict(flags),
             **asdict(inference_settings(flags, self.args)),

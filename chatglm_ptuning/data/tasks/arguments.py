@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from transformers.utils import logging
-
+from chatglm_ptuning.data.dataset import Split
 from chatglm_ptuning.data.sources.rows import BadRows
 from chatglm_ptuning.data.tasks.examples import Example
 from chatglm_ptuning.data.tasks.heads import ECHO_HEADS, HEAD_NAMES, head_of
@@ -15,8 +14,6 @@ from chatglm_ptuning.data.tasks.read import read_examples
 from chatglm_ptuning.data.tasks.registry import load_task
 from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -150,25 +147,18 @@ class TaskArguments:
             )
         return trained.echo
 
-    def examples(
-        self, task: Task, split: str, limit: int | None = None, bad_rows: BadRows | None = None
-    ) -> Sequence[Example]:
-        """The first `limit` examples of a split, or all; the log says how many bad rows were skipped.
-
-        Args:
-            bad_rows: counts them; by default anew.
+    def examples(self, task: Task, split: str, limit: int | None = None) -> Sequence[Example]:
+        """The first `limit` examples of a split, or all.
 
         Raises:
             ValueError: naming what is missing or wrong, see `read_examples`.
         """
-        bad_rows = bad_rows or BadRows(self.skip_bad_rows)
-        examples = read_examples(task, self.task_data or "", split, subjects=self.subjects, bad_rows=bad_rows)
-        if bad_rows.count:
-            logger.warning(
-                f"{bad_rows.count} bad rows of {task.name}, split {split}, were skipped, the first:\n"
-                f"{bad_rows.messages[0]}"
-            )
-        return examples[:limit]
+        skipped = BadRows(self.skip_bad_rows)
+        return read_examples(task, self.task_data or "", split, subjects=self.subjects, bad_rows=skipped, limit=limit)
+
+    def split_of(self, name: str, limit: int | None = None) -> Split:
+        """A split of the task, where the flags say that it is."""
+        return Split([self.task_data or ""], name, self.subjects, limit)
 
 
 def submission_variant(task: Task, train_split: str | None) -> str | None:

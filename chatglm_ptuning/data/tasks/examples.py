@@ -6,12 +6,14 @@ what the prompt may show of a row, and how predictions are checked, shown and sc
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from string import ascii_uppercase
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from chatglm_ptuning.chat.message import Conversation, Document
 from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.data.truncation import without_middle
 from chatglm_ptuning.metrics import task_scores
@@ -23,12 +25,27 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+class Said(NamedTuple):
+    """The texts of an example.
+
+    Attributes:
+        source: all that is given to the model.
+        target: all that it is to answer.
+        answers: how often it answers.
+    """
+
+    source: str
+    target: str
+    answers: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Example(ABC):
     """One row.
 
     Attributes:
         metrics: that `score` computes.
+        dataset_format: of a row of an instruction file.
         id: as the benchmark's file has it, for its submission file; where a file has none, the place of the row in its
             split, from 0.
         where: `FILE:LINE`, or the nearest there is to it, for messages.
@@ -38,6 +55,7 @@ class Example(ABC):
     """
 
     metrics: ClassVar[tuple[str, ...]]
+    dataset_format: ClassVar[str] = ""
 
     id: int | str
     where: str = ""
@@ -97,6 +115,23 @@ class Example(ABC):
     def answer_text(self, task: Task) -> str | None:
         """What is to be answered, as text; None in a split without gold."""
         return self.gold
+
+    # What the check of data looks at
+
+    @property
+    def digest(self) -> int:
+        """64 bits that are the same for rows of the same content."""
+        content = repr(replace(self, id=0, where="")).encode("utf-8", "surrogatepass")
+        return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
+
+    @property
+    def left_out_as(self) -> str | None:
+        """The counter of `PreparationReport` that it is left out by; None if something can be learned of it."""
+        return "without_targets" if self.left_out else None
+
+    def said(self) -> Said:
+        """What is said in it, as text."""
+        return Said("\n".join(self.texts().values()), "", 1)
 
     # Reports
 
@@ -229,26 +264,51 @@ class GenerationExample(_RowExample):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptExample(Example):
-    """A row of an instruction file, whose prompt is ids already.
+class ConversationExample(Example):
+    """A row of an instruction file.
 
     Attributes:
-        input_ids: of the prompt, to where the model answers.
-        reference: the answer that the row gives.
+        content: what the row means.
+        dataset_format: in which it is written.
+        row_digest: of all of its fields.
+        prompt_ids: of the prompt of its last answer, made to fit by the head that predicts (`Head.ready`).
+        reference: the text of that answer, likewise.
     """
 
     metrics = ("rouge-l", "bleu-4")
 
-    input_ids: Sequence[int]
-    reference: str
+    content: Conversation | Document
+    dataset_format: str = ""
+    row_digest: int = 0
+    prompt_ids: Sequence[int] = ()
+    reference: str | None = None
 
     @property
-    def gold(self) -> str:
-        return self.reference
+    def gold(self) -> str | Conversation | Document:
+        return self.content if self.reference is None else self.reference
 
     @classmethod
-    def score(cls, task: Task, examples: Sequence[PromptExample], predictions: Sequence[str]) -> TaskScores:
-        return TaskScores(score(predictions, [example.reference for example in examples]), {}, [])
+    def score(cls, task: Task, examples: Sequence[ConversationExample], predictions: Sequence[str]) -> TaskScores:
+        return TaskScores(score(predictions, [example.gold for example in examples]), {}, [])
+
+    @property
+    def digest(self) -> int:
+        return self.row_digest
+
+    @property
+    def left_out_as(self) -> str | None:
+        return self.content.missing_side() or (None if self.content.is_learned else "without_targets")
+
+    def said(self) -> Said:
+        if isinstance(self.content, Document):
+            return Said("", self.content.text, 1)
+        answers = [message for message in self.content.messages if message.role == "assistant"]
+        source = "\n".join(message.content for message in self.content.messages if message.role != "assistant")
+        target = "\n".join(
+            message.content if message.arguments is None else f"{message.metadata} {message.arguments}"
+            for message in answers
+        )
+        return Said(source, target, len(answers))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
+from chatglm_ptuning.data.formats.registry import ALIASES, FORMATS
 from chatglm_ptuning.data.tasks.checked_yaml import FieldChecker, nearest, quote_hint
 from chatglm_ptuning.data.tasks.heads import heads_of
 from chatglm_ptuning.data.tasks.readers import READERS, Reader
@@ -18,6 +19,8 @@ _OPTIONS = {
     "label_separator": "text between labels",
     "letters": "true or false",
     "echo": "true or false",
+    "dataset_format": "the format of instruction rows",
+    "source_prefix": "text in front of every conversation",
     "subjects": "NAME: [Chinese title, category]",
     "groups": "NAME: [subject, ...]",
 }
@@ -40,16 +43,19 @@ class _Checker(FieldChecker):
         content = self.mapping(content, "the task file")
         known = [entry.name for entry in fields(Task) if entry.name != "origin"]
         self.known_keys(content, known, "key")
-        for name in ("name", "title", "reader", "prompt", "metric", "pre_seq_len", "learning_rate", "files"):
+        for name in ("name", "title", "reader", "metric", "pre_seq_len", "learning_rate", "files"):
             if name not in content:
                 self.fail(f"there is no key '{name}'; docs/tasks.md has an example.")
         reader = READERS[self.one_of(content["reader"], READERS, "reader")]
+        if bool(reader.placeholders) != ("prompt" in content):
+            asks = "needs a 'prompt'" if reader.placeholders else "has no 'prompt': its rows ask for themselves"
+            self.fail(f"the reader '{reader.name}' {asks}; docs/tasks.md has an example.")
         task = Task(
             name=self.name(content["name"]),
             title=self.text(content["title"], "title"),
             reader=reader.name,
             head="",
-            prompt=self.text(content["prompt"], "prompt"),
+            prompt=self.text(content["prompt"], "prompt") if reader.placeholders else "",
             metric=self.text(content["metric"], "metric"),
             pre_seq_len=self.positive_int(content["pre_seq_len"], "pre_seq_len"),
             learning_rate=self.positive_float(content["learning_rate"], "learning_rate"),
@@ -63,6 +69,8 @@ class _Checker(FieldChecker):
             label_separator=self.separator(content),
             letters=self.flag(content.get("letters", False), "letters"),
             echo=self.flag(content.get("echo", False), "echo"),
+            dataset_format=self.dataset_format(content),
+            source_prefix=self.text(content["source_prefix"], "source_prefix") if "source_prefix" in content else "",
             subjects=self.subjects(content.get("subjects", {})),
             groups=self.groups(content.get("groups", {}), content.get("subjects", {})),
             hub=self.hub(content.get("hub", {})),
@@ -72,7 +80,8 @@ class _Checker(FieldChecker):
             origin=self.origin,
         )
         self.options(content, reader)
-        self.prompt(task, reader)
+        if reader.placeholders:
+            self.prompt(task, reader)
         if task.multi_label and task.drop_labels:
             self.fail("'drop_labels' leaves out rows of one label; with 'multi_label' take them out of the files.")
         return self.head_and_metric(task, content.get("head"), reader)
@@ -100,6 +109,11 @@ class _Checker(FieldChecker):
         if "label_separator" in content and content.get("multi_label") is not True:
             self.fail("'label_separator' belongs to 'multi_label: true'.")
         return value
+
+    def dataset_format(self, content: Mapping[str, Any]) -> str | None:
+        if "dataset_format" not in content:
+            return None
+        return self.one_of(content["dataset_format"], [*FORMATS, *ALIASES], "dataset_format")
 
     def head_and_metric(self, task: Task, head: Any, reader: Reader) -> Task:
         whose = f"(of the reader '{reader.name}'{' with multi_label' if task.multi_label else ''})"

@@ -29,6 +29,7 @@ class SplitSource:
         fields: role -> column, as in these sources.
         subject: of an examination.
         bad_rows: counts the rows that cannot be understood.
+        limit: so many examples are wanted at most.
     """
 
     task: Task
@@ -37,6 +38,7 @@ class SplitSource:
     fields: Mapping[str, str] = field(default_factory=dict)
     subject: str | None = None
     bad_rows: BadRows = field(default_factory=BadRows)
+    limit: int | None = None
 
     @property
     def needs_gold(self) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chatglm_ptuning.data.collate import PaddingCollator
+from chatglm_ptuning.data.dataset import Split
 from chatglm_ptuning.data.tasks.arguments import TaskArguments, TrainedReading, usual_split
 from chatglm_ptuning.data.tasks.examples import Example
 from chatglm_ptuning.data.tasks.heads import ECHO_HEADS
@@ -22,9 +23,12 @@ from chatglm_ptuning.model.modeling_tasks import ChatGLMForMultipleTasks
 from chatglm_ptuning.training.file_run import TrainingRun, inference_settings
 from chatglm_ptuning.training.head_start import start_head
 from chatglm_ptuning.training.mixture.trainer import MixtureTrainer, OneTaskCollator
-from chatglm_ptuning.training.sampler import TASK_KEY
+from chatglm_ptuning.training.sampler import MixedRows
 from chatglm_ptuning.training.task_run import check_attention
 from chatglm_ptuning.training.trainer import PrefixTrainer
+
+if TYPE_CHECKING:
+    import datasets
 
 
 class MixtureRun(TrainingRun):
@@ -62,9 +66,8 @@ class MixtureRun(TrainingRun):
             self.model_args.pre_seq_len = max(entry.task.pre_seq_len for entry in self.mixture.tasks)
         self.heads: dict[str, Head] = {}
         self.watched: dict[str, Sequence[Example]] = {}
-        self.eval_rows: dict[str, list[dict[str, Any]]] = {}
-        self.train_examples: list[dict[str, Any]] = []
-        self.train_sizes: dict[str, int] = {}
+        training: dict[str, Any] = {}
+        self.eval_rows: dict[str, MixedRows] = {}
         for entry in self.mixture.tasks:
             name = entry.task.name
             self.heads[name] = self._arguments(entry).make_head(
@@ -76,14 +79,16 @@ class MixtureRun(TrainingRun):
             )
             if args.do_train:
                 limit = entry.max_train_samples or flags.max_train_samples
-                rows = self._rows(name, self._examples_of(entry, "train", entry.train_split, limit))
-                self.train_sizes[name] = len(rows)
-                self.train_examples += rows
+                training[name] = self._rows_of(entry, "train", entry.train_split, limit)
             if args.do_eval:
                 limit = entry.max_eval_samples or flags.max_eval_samples
-                self.watched[name] = self._examples_of(entry, "dev", entry.eval_split, limit)
+                split = self._split_of(entry, "dev", entry.eval_split, limit)
+                found = self.loader.read(entry.task, split)
+                self.watched[name] = self.loader.make_ready(self.heads[name], found)[0]
                 check_attention(self.model_args, self.heads[name], self.watched[name])
-                self.eval_rows[name] = self._rows(name, self.watched[name])
+                self.eval_rows[name] = MixedRows({name: self._rows_of(entry, "dev", entry.eval_split, limit)})
+        self.train_examples = MixedRows(training)
+        self.train_sizes = self.train_examples.sizes
         self.probabilities = self.mixture.probabilities(list(self.train_sizes.values())) if args.do_train else []
         if args.should_save:
             self._show()
@@ -106,11 +111,14 @@ class MixtureRun(TrainingRun):
         own = {"task": entry.task.name, "task_data": entry.task_data, "head": entry.head, "echo": echo}
         return replace(flags, task_mixture=None, **own)
 
-    def _examples_of(self, entry: MixedTask, kind: str, split: str | None, limit: int | None) -> Sequence[Example]:
-        return self._arguments(entry).examples(entry.task, split or usual_split(entry.task, kind), limit)
+    def _split_of(self, entry: MixedTask, kind: str, named: str | None, limit: int | None) -> Split:
+        return self._arguments(entry).split_of(named or usual_split(entry.task, kind), limit)
 
-    def _rows(self, name: str, examples: Sequence[Example]) -> list[dict[str, Any]]:
-        return [{TASK_KEY: name, **row} for row in self.heads[name].training_rows(examples)]
+    def _rows_of(self, entry: MixedTask, kind: str, named: str | None, limit: int | None) -> datasets.Dataset:
+        found = self.loader.rows(self.heads[entry.task.name], self._split_of(entry, kind, named, limit))
+        if self.args.should_save:
+            print(f"{entry.task.name} ({entry.task.title}) in {entry.task_data}, {kind}\n{found.summary()}")
+        return found.rows
 
     def _show(self) -> None:
         for number, entry in enumerate(self.mixture.tasks):
@@ -145,10 +153,7 @@ class MixtureRun(TrainingRun):
 
     def init_head(self, trainer: PrefixTrainer) -> None:
         """Gives every linear head that is still random the values that --head_init asks for."""
-        start = 0
-        for name, size in self.train_sizes.items():
-            rows = self.train_examples[start : start + size]
-            start += size
+        for name, rows in self.train_examples.of_task.items():
             count = start_head(
                 self.model.for_task(name),
                 rows,

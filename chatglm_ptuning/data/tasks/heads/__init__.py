@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from chatglm_ptuning.data.tasks.heads.generation import (
-    CandidateScoring,
-    Generation,
-    InstructionAnswers,
-    MultipleChoice,
-)
+from chatglm_ptuning.data.tasks.heads.conversations import ConversationAnswers
+from chatglm_ptuning.data.tasks.heads.generation import CandidateScoring, Generation, MultipleChoice
 from chatglm_ptuning.data.tasks.heads.head import Head
 from chatglm_ptuning.data.tasks.heads.labels import MultiLabelClassification, SequenceClassification
 from chatglm_ptuning.data.tasks.heads.spans import QuestionAnswering
@@ -24,7 +20,7 @@ HEADS: tuple[type[Head], ...] = (
     MultipleChoice,
     CandidateScoring,
     Generation,
-    InstructionAnswers,
+    ConversationAnswers,
 )
 """Of those that solve a task, the first is the usual one."""
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
+from chatglm_ptuning.data.encoding import Encoded
 from chatglm_ptuning.data.tasks.examples import (
     ChoiceExample,
     Example,
     GenerationExample,
-    PromptExample,
     QuestionExample,
     TextExample,
 )
@@ -27,26 +26,20 @@ class Generation(PromptHead):
     solves = (GenerationExample, QuestionExample)
     model_class = ChatGLMForConditionalGeneration
 
-    def encode(self, example: Example) -> list[dict[str, Any]]:
+    def encode(self, example: Example) -> Encoded:
         """The text of the answer is learned; `labels` `[seq_len]` are -100 on the prompt."""
-        prompt = self.prompt_ids(example)
+        prompt, source = self._fitting_prompt(example)
         answer = self.answer_ids(example.answer_text(self.task) or "")
-        if len(answer) > self.max_target_length + 1:
-            answer = answer[: self.max_target_length]
-        return [{"input_ids": prompt + answer, "labels": [IGNORED_LABEL] * len(prompt) + answer}]
+        too_long = len(answer) > self.max_target_length + 1
+        learned = answer[: self.max_target_length] if too_long else answer
+        return Encoded(
+            [{"input_ids": prompt + learned, "labels": [IGNORED_LABEL] * len(prompt) + learned}],
+            ["source_cut"] * (source > len(prompt)) + ["target_cut"] * too_long,
+            [(source, len(answer) - 1)],
+        )
 
     def predict(self, examples: Sequence[Example], model: Inference) -> list[Prediction]:
         return [Prediction(answer) for answer in model.answers([self.prompt_ids(example) for example in examples])]
-
-
-class InstructionAnswers(Generation):
-    """Answers to the rows of instruction files, whose prompts are ids already."""
-
-    solves = (PromptExample,)
-
-    def prompt_ids(self, example: PromptExample) -> list[int]:
-        """The prompt as it is."""
-        return list(example.input_ids)
 
 
 class CandidateScoring(Generation):

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from transformers.utils import logging
-
 from chatglm_ptuning.chat.message import Conversation, Message
-from chatglm_ptuning.data.tasks.examples import Example, has_gold
+from chatglm_ptuning.data.encoding import Encoded
+from chatglm_ptuning.data.tasks.examples import Example
 from chatglm_ptuning.data.tasks.task import Task
+from chatglm_ptuning.data.truncation import longest_that_fits
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMPreTrainedModel
 
 if TYPE_CHECKING:
     import torch
 
     from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
-
-logger = logging.get_logger(__name__)
 
 TOKEN_UNITS = ("characters", "pieces")
 DEFAULT_TOKEN_UNIT = "pieces"
@@ -97,14 +94,51 @@ class Head(ABC):
     candidate_scores: str = "sum"
     max_answer_length: int = 50
 
+    def __post_init__(self) -> None:
+        for name in ("max_source_length", "max_target_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
     @abstractmethod
-    def encode(self, example: Any) -> list[dict[str, Any]]:
-        """The rows to learn an example from, for `PaddingCollator`: `input_ids`, and what is to be learned.
+    def encode(self, example: Any) -> Encoded:
+        """The rows to learn an example from: `input_ids`, and what is to be learned.
 
         Raises:
             ValueError: naming the place in the file, if the prompt without any text is longer than
                 `max_source_length`.
         """
+
+    def learn(self, example: Example) -> Encoded:
+        """As `encode`; an example that is left out has no rows.
+
+        Raises:
+            ValueError: as `encode`; naming the place in the file, for an example without gold.
+        """
+        left_out = example.left_out_as
+        if left_out is not None:
+            return Encoded(counted=[left_out])
+        if example.gold is None:
+            raise ValueError(f"{example.where}: the example has no label or answer to learn.")
+        return self.encode(example)
+
+    def ready(self, example: Example) -> Encoded:
+        """What `predict` has to know of an example beside what was read: the fields to replace, in one row.
+
+        No row, if the example cannot be predicted.
+
+        Raises:
+            ValueError: naming the place in the file, if there is nothing in it to predict.
+        """
+        return Encoded(rows=[{}])
+
+    def settings(self) -> dict[str, Any]:
+        """What the rows of an example depend on, beside the tokenizer; ready for JSON."""
+        names = ("max_source_length", "max_target_length", "doc_stride", "token_unit", "echo")
+        return {
+            "head": type(self).__name__,
+            "task": self.task.meaning(),
+            **{name: getattr(self, name) for name in names},
+        }
 
     @abstractmethod
     def predict(self, examples: Sequence[Any], model: Inference) -> list[Prediction]:
@@ -137,29 +171,6 @@ class Head(ABC):
         label2id = {name: place for place, name in enumerate(names)}
         return {"model_class": cls.model_class, "id2label": dict(enumerate(names)), "label2id": label2id}
 
-    def training_rows(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
-        """The rows of all examples but those that are left out (`Example.left_out`).
-
-        Raises:
-            ValueError: as `encode`; naming the place in the file, for an example without gold; if there are examples
-                and none has rows.
-        """
-        rows, without = [], []
-        for example in examples:
-            if example.left_out and has_gold(examples):
-                continue
-            if example.gold is None:
-                raise ValueError(f"{example.where}: the example has no label or answer to learn.")
-            own = self.encode(example)
-            rows += own
-            without += [] if own else [example.where]
-        if without:
-            what = f"{len(without)} questions are left out: no reference stands in the context (first: {without[0]})."
-            if not rows:
-                raise ValueError(f"There is nothing to learn: {what}")
-            logger.warning(what)
-        return rows
-
 
 class PromptHead(Head):
     """A head whose input is the task's prompt as a question in the chat format."""
@@ -170,19 +181,19 @@ class PromptHead(Head):
         Raises:
             ValueError: if the prompt without any text is longer than `max_source_length`.
         """
-        room = self.max_source_length
-        ids = self._ids_of(example)
-        if len(ids) <= room:
-            return ids
-        longest = max(map(len, example.texts().values()), default=0)
-        # The fewest characters off the longest text, as `cut_source` does it for a conversation.
-        taken = bisect_left(
-            range(longest), True, key=lambda count: len(self._ids_of(example.shortened(longest - count))) <= room
-        )
-        ids = self._ids_of(example.shortened(longest - taken))
+        return self._fitting_prompt(example)[0]
+
+    def _fitting_prompt(self, example: Example) -> tuple[list[int], int]:
+        """As `prompt_ids`, and how long it was before truncation."""
+        room, ids = self.max_source_length, self._ids_of(example)
+        whole = len(ids)
+        if whole > room:
+            longest = max(map(len, example.texts().values()), default=0)
+            length = longest_that_fits(longest, lambda count: len(self._ids_of(example.shortened(count))) <= room)
+            ids = self._ids_of(example.shortened(length))
         if len(ids) > room:
             raise ValueError(f"{example.where}: the prompt does not fit into --max_source_length {room}.")
-        return ids
+        return ids, whole
 
     def answer_ids(self, text: str) -> list[int]:
         """An answer as it follows the prompt, with the token that ends it."""

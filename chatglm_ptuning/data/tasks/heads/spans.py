@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from chatglm_ptuning.data.encoding import Encoded
 from chatglm_ptuning.data.tasks.examples import Answer, QuestionExample
 from chatglm_ptuning.data.tasks.heads.head import Inference, Prediction
 from chatglm_ptuning.data.tasks.heads.windows import WindowHead, window_starts
@@ -103,7 +103,7 @@ class QuestionAnswering(WindowHead):
             windows.append(SpanWindow(*frame.fill(ids[inside], own)))
         return windows
 
-    def encode(self, example: QuestionExample) -> list[dict[str, Any]]:
+    def encode(self, example: QuestionExample) -> Encoded:
         """A row for each window with `start_positions` and `end_positions`.
 
         A question of which no reference stands in the context has no rows: that it has no answer would be wrong to
@@ -111,8 +111,10 @@ class QuestionAnswering(WindowHead):
         """
         answers = example.answers or ()
         if learned_answer(answers) is None:
-            return []
-        return [{"input_ids": window.input_ids} | window.positions(answers) for window in self.windows(example)]
+            return Encoded(counted=["without_targets"])
+        return Encoded.of_sources(
+            {"input_ids": window.input_ids} | window.positions(answers) for window in self.windows(example)
+        )
 
     def predict(self, examples: Sequence[QuestionExample], model: Inference) -> list[Prediction]:
         """The span whose first and last token are likeliest in their window, over all windows.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from chatglm_ptuning.data.encoding import Encoded
 from chatglm_ptuning.data.tasks.examples import TokenExample
 from chatglm_ptuning.data.tasks.heads.head import Inference, Prediction
 from chatglm_ptuning.data.tasks.heads.windows import WindowHead, owner_of, window_starts
@@ -70,12 +71,12 @@ class TokenClassification(WindowHead):
             windows.append(TagWindow(*frame.fill([ids[place] for place in inside], own)))
         return windows
 
-    def encode(self, example: TokenExample) -> list[dict[str, Any]]:
+    def encode(self, example: TokenExample) -> Encoded:
         """A row for each window; `labels` `[seq_len]` are -100 where an id decides no tag."""
-        return [
+        return Encoded.of_sources(
             {"input_ids": window.input_ids, "labels": window.labels(example, self.task.tags)}
             for window in self.windows(example)
-        ]
+        )
 
     def predict(self, examples: Sequence[TokenExample], model: Inference) -> list[Prediction]:
         """The tag of the highest logit for every token of the file."""

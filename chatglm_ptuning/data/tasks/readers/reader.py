@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from chatglm_ptuning.data.sources.rows import Row
@@ -47,6 +48,10 @@ class Reader(ABC):
             ValueError: naming file, line and field of what is missing or unknown; of a single row, question or
                 sentence as `source.bad_rows.add`.
         """
+
+    def beside(self, source: SplitSource) -> list[Path]:
+        """Further files that the examples of a split depend on."""
+        return []
 
     def example_class(self, task: Task) -> type[Example]:
         """The kind of examples that it gives for a task."""
