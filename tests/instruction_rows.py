@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from chatglm_ptuning.data.encoding import encode_all
+from chatglm_ptuning.data.encoding import Encoded, Lengths, encode_examples, nothing_left
 from chatglm_ptuning.data.formats.registry import Columns
 from chatglm_ptuning.data.report import PreparationReport
 from chatglm_ptuning.data.sources.rows import BadRows, Row
@@ -19,6 +19,21 @@ from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
 Prepared = tuple[list[dict[str, Any]], PreparationReport]
 DETECT = Columns()
+
+
+def encode_all(
+    encode: Callable[[Example], Encoded], examples: Iterable[Example], bad_rows: BadRows | None = None, workers: int = 1
+) -> Prepared:
+    report, lengths = PreparationReport(), Lengths()
+    rows: list[dict[str, Any]] = []
+    how = {"num_workers": workers, "progress": False}
+    for _, encoded in encode_examples(encode, examples, report, bad_rows or BadRows(), **how):
+        rows += encoded.rows
+        lengths.add(encoded)
+    if not rows:
+        raise ValueError(nothing_left(report))
+    report.set_lengths(lengths.source, lengths.target, lengths.example)
+    return rows, report
 
 
 class Rows(list):
@@ -49,16 +64,16 @@ def training_rows(
     workers: int = 1,
 ) -> Prepared:
     head = conversation_head(tokenizer, source, target, prefix, columns)
-    return encode_all(head.learn, conversations(rows, head), num_workers=workers, progress=False)
+    return encode_all(head.learn, conversations(rows, head), workers=workers)
 
 
 def prompts(
     tokenizer: ChatGLMTokenizer, rows: Iterable[dict], source: int, target: int, columns: Columns = DETECT
 ) -> Prepared:
     head = conversation_head(tokenizer, source, target, columns=columns)
-    ready, report = encode_all(head.ready, conversations(rows, head), progress=False)
+    ready, report = encode_all(head.ready, conversations(rows, head))
     return [{"input_ids": row["prompt_ids"], "reference": row["reference"]} for row in ready], report
 
 
 def rows_of(head: Head, examples: Sequence[Example]) -> list[dict[str, Any]]:
-    return encode_all(head.learn, examples, progress=False)[0]
+    return encode_all(head.learn, examples)[0]

@@ -13,7 +13,6 @@ import tiny_glm4
 import tiny_tokenizer
 from instruction_rows import rows_of
 
-from chatglm_ptuning.data.encoding import encode_all
 from chatglm_ptuning.data.formats.registry import Columns
 from chatglm_ptuning.data.tasks.examples import Answer, MultiLabelExample, QuestionExample, TextExample, TokenExample
 from chatglm_ptuning.data.tasks.heads import head_of
@@ -231,7 +230,7 @@ def test_what_cannot_be_learned_of_questions(tokenizers, caplog):
     lost = QuestionExample(id=0, context="今天", question="？", answers=(Answer("明天", None),), where="a.json: Q0")
     good = QuestionExample(id=1, context="今天", question="？", answers=(Answer("明天", None), Answer("天", 1)))
     assert encoder.windows(lost)[0].positions(lost.answers) == {"start_positions": 0, "end_positions": 0}
-    rows, report = encode_all(encoder.learn, [lost, good])
+    rows, report = instruction_rows.encode_all(encoder.learn, [lost, good])
     assert len(rows) == 1 and "1 with nothing to learn (first: a.json: Q0)" in report.summary()
     with pytest.raises(ValueError, match="1 with nothing to learn"):
         rows_of(encoder, [lost])

@@ -97,33 +97,6 @@ def encode_examples(
     report.rows += report.bad
 
 
-def encode_all(
-    encode: Callable[[AnyExample], Encoded],
-    examples: Iterable[AnyExample],
-    bad_rows: BadRows | None = None,
-    *,
-    num_workers: int = 1,
-    progress: bool = True,
-) -> tuple[list[dict[str, Any]], PreparationReport]:
-    """All rows in memory, and the report.
-
-    Raises:
-        ValueError: as `encode_examples`; with the report, if there are no rows.
-    """
-    report, lengths = PreparationReport(), Lengths()
-    rows: list[dict[str, Any]] = []
-    of_all = encode_examples(
-        encode, examples, report, bad_rows or BadRows(), num_workers=num_workers, progress=progress
-    )
-    for _, encoded in of_all:
-        rows += encoded.rows
-        lengths.add(encoded)
-    if not rows:
-        raise ValueError(nothing_left(report))
-    report.set_lengths(lengths.source, lengths.target, lengths.example)
-    return rows, report
-
-
 def nothing_left(report: PreparationReport) -> str:
     """The message about data of which nothing can be used."""
     return f"There is nothing to work with in the data:\n{report.summary()}"

@@ -106,13 +106,14 @@ def score_choices(
     return TaskScores(metrics, {"accuracy": _percent(mean_interval(each))}, each, of_groups)
 
 
-def score_texts(predictions: Sequence[str], gold: Sequence[str]) -> TaskScores:
-    """Scores of written texts."""
+def score_texts(predictions: Sequence[str], gold: Sequence[str], *, with_lengths: bool = True) -> TaskScores:
+    """Scores of written texts, and the mean number of characters of both."""
     singles = [score([prediction], [target]) for prediction, target in zip(predictions, gold, strict=True)]
     intervals = {name: mean_interval([single[name] for single in singles]) for name in ("rouge-l", "bleu-4")}
     metrics = score(predictions, gold)
-    metrics["prediction_length"] = sum(map(len, predictions)) / len(predictions)
-    metrics["target_length"] = sum(map(len, gold)) / len(gold)
+    if with_lengths:
+        metrics["prediction_length"] = sum(map(len, predictions)) / len(predictions)
+        metrics["target_length"] = sum(map(len, gold)) / len(gold)
     return TaskScores(metrics, intervals, [single["rouge-l"] / 100 for single in singles])
 
 

@@ -28,6 +28,7 @@ from chatglm_ptuning.training.arguments import (
 )
 from chatglm_ptuning.training.cost import peak_memory, trained_parameters
 from chatglm_ptuning.training.distributed import match_precision
+from chatglm_ptuning.training.head_start import start_head
 from chatglm_ptuning.training.preservation import (
     GeneralRows,
     PreservationArguments,
@@ -211,8 +212,8 @@ class TrainingRun:
         return model
 
     def model_settings(self) -> dict[str, Any]:
-        """What `load_model` is to be told besides the flags: class and outputs of a linear head."""
-        return {}
+        """What `load_model` is to be told besides the flags: class and outputs of the head."""
+        return self.head.model_settings(self.head.task)
 
     def make_model(self, loaded: ChatGLMPreTrainedModel) -> ChatGLMPreTrainedModel:
         """The model to train, of the one that was loaded."""
@@ -267,7 +268,17 @@ class TrainingRun:
         return score_task(self.head.task, self.watched, found).metrics
 
     def init_head(self, trainer: PrefixTrainer) -> None:
-        """Gives a linear head its first values; the rows of files are learned by the language model, which has none."""
+        """Gives a linear head that is still random the values that --head_init asks for."""
+        count = start_head(
+            self.model,
+            self.train_examples,
+            trainer.data_collator,
+            head_init=self.args.head_init,
+            batch_size=self.args.per_device_eval_batch_size,
+            seed=self.args.seed,
+        )
+        if self.args.should_save and count:
+            print(f"The linear head starts from a logistic regression on {count} states (--head_init probe).")
 
     def train(self, trainer: PrefixTrainer) -> None:
         """Trains, saves the prefix into the run's folder, and draws the loss; a run that had finished is left so."""

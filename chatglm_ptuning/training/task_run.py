@@ -23,8 +23,6 @@ from chatglm_ptuning.evaluation.recorded import (
 from chatglm_ptuning.evaluation.report import head_settings, write_report
 from chatglm_ptuning.training.arguments import ModelArguments
 from chatglm_ptuning.training.file_run import TrainingRun, inference_settings
-from chatglm_ptuning.training.head_start import start_head
-from chatglm_ptuning.training.trainer import PrefixTrainer
 from chatglm_ptuning.tuning.methods import PREFIX_METHODS
 
 
@@ -97,10 +95,6 @@ class TaskRun(TrainingRun):
         head = recorded_head(details, self.task, self.data_args.head, checkpoint)
         return head, recorded_reading(details, self.task, checkpoint)
 
-    def model_settings(self) -> dict[str, Any]:
-        """Class and outputs of the task's head."""
-        return self.head.model_settings(self.task)
-
     def details(self) -> dict[str, Any]:
         """What the prefix checkpoint records of this run."""
         details = super().details()
@@ -108,19 +102,6 @@ class TaskRun(TrainingRun):
             details["training"][TRAIN_SPLIT] = self.split("train").name
         details["training"] |= record_of([self.head])
         return details | {"task": self.task.name, "head": self.head.name, "labels": self.head.outputs(self.task)}
-
-    def init_head(self, trainer: PrefixTrainer) -> None:
-        """Gives a linear head that is still random the values that --head_init asks for."""
-        count = start_head(
-            self.model,
-            self.train_examples,
-            trainer.data_collator,
-            head_init=self.args.head_init,
-            batch_size=self.args.per_device_eval_batch_size,
-            seed=self.args.seed,
-        )
-        if self.args.should_save and count:
-            print(f"The linear head starts from a logistic regression on {count} states (--head_init probe).")
 
     def write_predictions(self, predictions: Mapping[str, Sequence[Prediction]]) -> None:
         """Writes report and submission into the run's folder `predict`."""

@@ -18,7 +18,6 @@ from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.data.truncation import without_middle
 from chatglm_ptuning.metrics import task_scores
 from chatglm_ptuning.metrics.entities import entities_of, spans_of
-from chatglm_ptuning.metrics.generation import score
 from chatglm_ptuning.metrics.task_scores import Entities, TaskScores
 
 if TYPE_CHECKING:
@@ -289,7 +288,7 @@ class ConversationExample(Example):
 
     @classmethod
     def score(cls, task: Task, examples: Sequence[ConversationExample], predictions: Sequence[str]) -> TaskScores:
-        return TaskScores(score(predictions, [example.gold for example in examples]), {}, [])
+        return task_scores.score_texts(predictions, [example.gold for example in examples], with_lengths=False)
 
     @property
     def digest(self) -> int:

@@ -130,6 +130,10 @@ class MixtureRun(TrainingRun):
                 shown += f" evaluate {len(self.watched[name])} examples"
             print(shown.rstrip(";"))
 
+    def model_settings(self) -> dict[str, Any]:
+        """The heads come after loading, in `make_model`."""
+        return {}
+
     def make_model(self, loaded: ChatGLMForConditionalGeneration) -> ChatGLMPreTrainedModel:
         """The base with a head for each task that needs one."""
         heads = {name: head.model_settings(head.task) for name, head in self.heads.items()}
