@@ -91,6 +91,8 @@ class PreparationReport:
             if counted:
                 lines.append(f"{heading}: {', '.join(counted)}")
         for name, values in self.lengths.items():
+            if not values["100"]:
+                continue  # what is answered is no text
             when = "after cutting" if name == "example" else "before cutting"
             lines.append(
                 f"tokens of the {name} {when}: half have at most {values['50']}, 90 % {values['90']}, "
