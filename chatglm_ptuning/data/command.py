@@ -14,16 +14,15 @@ from rich.console import Console
 from chatglm_ptuning.command_line import fail, parse_arguments
 from chatglm_ptuning.data.check import Checker, CheckReport
 from chatglm_ptuning.data.encoding import Lengths, encode_examples
-from chatglm_ptuning.data.formats.registry import FORMATS, Columns
 from chatglm_ptuning.data.histogram import draw_lengths
 from chatglm_ptuning.data.report import PreparationReport, percentiles
 from chatglm_ptuning.data.show import describe, print_example, print_tokens
 from chatglm_ptuning.data.sources.files import find_sources, iterate_rows
 from chatglm_ptuning.data.sources.rows import BadRows, Row
+from chatglm_ptuning.data.tasks.arguments import InstructionArguments
 from chatglm_ptuning.data.tasks.heads.conversations import ConversationAnswers
 from chatglm_ptuning.data.tasks.readers.conversations import ConversationReader
 from chatglm_ptuning.data.tasks.source import SplitSource
-from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.files import write_atomically
 from chatglm_ptuning.model.hub import DEFAULT_MODEL, HUBS
 from chatglm_ptuning.model.loading import load_tokenizer
@@ -39,34 +38,18 @@ Flags: chatglm-ptuning data COMMAND --help"""
 
 
 @dataclass
-class _RowArguments:
+class _RowArguments(InstructionArguments):
     """How rows are read and rendered, as in training."""
 
     files: list[str] = field(init=False)
-    dataset_format: str | None = field(
-        default=None, metadata={"help": f"{', '.join(FORMATS)} (default: detected from the field names)"}
-    )
-    prompt_column: str | None = field(default=None, metadata={"help": "column of the source text"})
-    response_column: str | None = field(default=None, metadata={"help": "column of the answer"})
-    history_column: str | None = field(default=None, metadata={"help": "column of earlier turns"})
-    source_prefix: str = field(default="", metadata={"help": "text in front of every source"})
-    max_source_length: int = field(default=1024, metadata={"help": "tokens of the source at most"})
-    max_target_length: int = field(default=128, metadata={"help": "tokens of the answer at most"})
-
     hub: str = field(
         default="huggingface", metadata={"help": f"where a hub name of a base is looked up: {' or '.join(HUBS)}"}
     )
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a hub name"})
 
-    def columns(self) -> Columns:
-        return Columns(self.prompt_column, self.response_column, self.history_column, self.dataset_format)
-
-    def task(self) -> Task:
-        return Task.of_files(self.files, self.columns(), self.source_prefix)
-
     def head(self, model: str) -> ConversationAnswers:
         tokenizer = load_tokenizer(model, hub=self.hub, revision=self.revision)
-        return ConversationAnswers(self.task(), tokenizer, self.max_source_length, self.max_target_length)
+        return self.conversation_head(self.task_of(self.files), tokenizer)
 
 
 @dataclass
@@ -81,6 +64,7 @@ class ShowArguments(_RowArguments):
     tokens: bool = field(default=False, metadata={"help": "one token per line, with its id"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.row < 1 or self.rows < 1:
             raise ValueError(f"--row and --rows count from 1, got {self.row} and {self.rows}")
 
@@ -140,7 +124,7 @@ def check(args: CheckArguments) -> bool:
     bad_rows = BadRows(None)
     checker = Checker()
     unreadable: list[str] = []
-    task = args.task()
+    task = args.task_of(args.files)
     every = [_Readable(name, unreadable) for name in args.files]
     examples = checker.watch(ConversationReader().read(SplitSource(task, "rows", every, task.fields, None, bad_rows)))
     preparation, lengths = PreparationReport(), Lengths()

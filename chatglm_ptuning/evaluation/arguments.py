@@ -7,8 +7,7 @@ from pathlib import Path
 
 from chatglm_ptuning.data.cache import TokenCache
 from chatglm_ptuning.data.dataset import Loader
-from chatglm_ptuning.data.formats.registry import FORMATS, Columns
-from chatglm_ptuning.data.tasks.arguments import TaskArguments
+from chatglm_ptuning.data.tasks.arguments import InstructionArguments, TaskArguments
 from chatglm_ptuning.evaluation.chosen_prefix import PLAIN_BASE
 from chatglm_ptuning.files import check_output_folder
 from chatglm_ptuning.model.hub import DEFAULT_MODEL, InferenceBaseArguments
@@ -29,7 +28,7 @@ RETIRED_FLAGS = {
 
 
 @dataclass
-class EvaluationArguments(TaskArguments, InferenceBaseArguments):
+class EvaluationArguments(TaskArguments, InstructionArguments, InferenceBaseArguments):
     """Flags of the command."""
 
     ptuning_checkpoint: str | None = field(
@@ -40,19 +39,6 @@ class EvaluationArguments(TaskArguments, InferenceBaseArguments):
     test_file: list[str] | None = field(
         default=None, metadata={"help": "data files to score (default: the bundled headlines)"}
     )
-    dataset_format: str | None = field(
-        default=None, metadata={"help": f"{', '.join(FORMATS)} (default: detected from the field names)"}
-    )
-    prompt_column: str | None = field(
-        default=None, metadata={"help": "column of the source text (default: detected from the field names)"}
-    )
-    response_column: str | None = field(
-        default=None, metadata={"help": "column of the answer (default: detected from the field names)"}
-    )
-    history_column: str | None = field(default=None, metadata={"help": "column of earlier turns"})
-    source_prefix: str = field(default="", metadata={"help": "text in front of every source"})
-    max_source_length: int = field(default=1024, metadata={"help": "tokens of the source at most"})
-    max_target_length: int = field(default=128, metadata={"help": "tokens to generate at most"})
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "rows generated together"})
     num_beams: int = field(default=1, metadata={"help": "beams of generation (1: greedy)"})
     max_predict_samples: int | None = field(default=None, metadata={"help": "score the first so many rows"})
@@ -85,16 +71,8 @@ class EvaluationArguments(TaskArguments, InferenceBaseArguments):
             check_output_folder(self.output_dir)
         if self.task is None:
             self.test_file = self.test_file or [DEFAULT_TEST_FILE]
-        self.columns()
+        InstructionArguments.__post_init__(self)
 
     def loader(self) -> Loader:
         """What reads the examples."""
         return Loader(TokenCache(), self.skip_bad_rows)
-
-    def columns(self) -> Columns:
-        """What the flags say about the rows.
-
-        Raises:
-            ValueError: if --dataset_format is unknown.
-        """
-        return Columns(self.prompt_column, self.response_column, self.history_column, self.dataset_format)

@@ -13,7 +13,6 @@ from chatglm_ptuning.data.report import PreparationReport
 from chatglm_ptuning.data.tasks.arguments import TrainedReading, submission_variant, usual_split
 from chatglm_ptuning.data.tasks.examples import ConversationExample, Example
 from chatglm_ptuning.data.tasks.heads import LINEAR_HEADS, head_of, heads_of
-from chatglm_ptuning.data.tasks.heads.conversations import ConversationAnswers
 from chatglm_ptuning.data.tasks.heads.head import Head, Prediction
 from chatglm_ptuning.data.tasks.submission import can_submit, write_submission
 from chatglm_ptuning.data.tasks.task import Task
@@ -84,10 +83,10 @@ def read_file_rows(args: EvaluationArguments, prefix: Path | None) -> TestSet:
         ValueError, OSError: naming file and line of what is wrong.
     """
     output = Path(args.output_dir) if args.output_dir else results_folder(prefix)
-    task = Task.of_files(args.test_file, args.columns(), args.source_prefix)
+    task = args.task_of(args.test_file)
     found = args.loader().read(task, Split(args.test_file, limit=args.max_predict_samples))
     tokenizer = load_tokenizer(args.model_name_or_path, hub=args.hub, revision=args.revision)
-    head = ConversationAnswers(task, tokenizer, args.max_source_length, args.max_target_length)
+    head = args.conversation_head(task, tokenizer)
     examples, report = args.loader().make_ready(head, found)
     print_once(f"{', '.join(args.test_file)}\n{report.summary()}")
     return TestSet(head, examples, "Scores (%)", output, partial(_write_answers, head, examples, output, report))

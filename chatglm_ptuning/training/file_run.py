@@ -12,9 +12,7 @@ from chatglm_ptuning.data.cache import TokenCache
 from chatglm_ptuning.data.collate import PaddingCollator
 from chatglm_ptuning.data.dataset import Loader, Split, shared_rows
 from chatglm_ptuning.data.tasks.examples import Example, has_gold
-from chatglm_ptuning.data.tasks.heads.conversations import ConversationAnswers
 from chatglm_ptuning.data.tasks.heads.head import Head, Prediction
-from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.evaluation.inference import InferenceSettings, predict, predict_beside_base
 from chatglm_ptuning.evaluation.recorded import described_tasks, recorded_details, tasks_of
 from chatglm_ptuning.evaluation.report import print_scores, score_task, write_lines
@@ -107,8 +105,7 @@ class TrainingRun:
         """What solves the task of the run."""
         flags = self.data_args
         files = flags.train_file or flags.validation_file or flags.test_file or [""]
-        task = Task.of_files(files, flags.columns(), flags.source_prefix)
-        return ConversationAnswers(task, self.tokenizer, flags.max_source_length, flags.max_target_length)
+        return flags.conversation_head(flags.task_of(files), self.tokenizer)
 
     def split(self, kind: str) -> Split:
         """The rows to train on (`train`), to watch the training by (`dev`), or to predict (`test`).

@@ -1,4 +1,4 @@
-"""Flags about a task, for every command that trains or scores one."""
+"""Flags about instruction files and about tasks, for every command that reads them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,58 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from chatglm_ptuning.data.dataset import Split
+from chatglm_ptuning.data.formats.registry import FORMATS, Columns
 from chatglm_ptuning.data.sources.rows import BadRows
 from chatglm_ptuning.data.tasks.examples import Example
 from chatglm_ptuning.data.tasks.heads import ECHO_HEADS, HEAD_NAMES, head_of
+from chatglm_ptuning.data.tasks.heads.conversations import ConversationAnswers
 from chatglm_ptuning.data.tasks.heads.head import CANDIDATE_SCORES, DEFAULT_TOKEN_UNIT, TOKEN_UNITS, Head
 from chatglm_ptuning.data.tasks.read import read_examples
 from chatglm_ptuning.data.tasks.registry import load_task
 from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
+
+
+@dataclass
+class InstructionArguments:
+    """How rows of instruction files are read, and how long they may be."""
+
+    dataset_format: str | None = field(
+        default=None, metadata={"help": f"{', '.join(FORMATS)} (default: detected from the field names)"}
+    )
+    prompt_column: str | None = field(
+        default=None, metadata={"help": "column of the source text (default: detected from the field names)"}
+    )
+    response_column: str | None = field(
+        default=None, metadata={"help": "column of the answer (default: detected from the field names)"}
+    )
+    history_column: str | None = field(default=None, metadata={"help": "column of earlier turns"})
+    source_prefix: str = field(default="", metadata={"help": "text in front of every source"})
+    max_source_length: int = field(default=1024, metadata={"help": "tokens of the source at most"})
+    max_target_length: int = field(default=128, metadata={"help": "tokens of the answer at most"})
+
+    def __post_init__(self) -> None:
+        self.columns()
+
+    def columns(self) -> Columns:
+        """What the flags say about the rows.
+
+        Raises:
+            ValueError: if --dataset_format is unknown.
+        """
+        return Columns(self.prompt_column, self.response_column, self.history_column, self.dataset_format)
+
+    def task_of(self, files: Sequence[str]) -> Task:
+        """What is to be learned from instruction files."""
+        return Task.of_files(files, self.columns(), self.source_prefix)
+
+    def conversation_head(self, task: Task, tokenizer: ChatGLMTokenizer) -> ConversationAnswers:
+        """The head that answers as instruction files do.
+
+        Raises:
+            ValueError: if --max_source_length is too small for the chat format.
+        """
+        return ConversationAnswers(task, tokenizer, self.max_source_length, self.max_target_length)
 
 
 @dataclass(frozen=True)
