@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,11 @@ def check_output_folder(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"Results cannot be written to {path}: {there} is a file. Name another folder.")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"Results cannot be written to {path}: {there} is not writable. Name another folder.")
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a file of JSON lines by `write_atomically`, with characters as they are."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -1,20 +1,57 @@
-"""Rows of instruction files as rows of token ids, in memory."""
+"""Rows that heads learn, in memory: of instruction files, and of the examples of any task."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from chatglm_ptuning.data.conversation_encoder import ConversationEncoder
-from chatglm_ptuning.data.conversations import read_conversations
-from chatglm_ptuning.data.encoding import encode_all
+from chatglm_ptuning.data.encoding import Encoded, Lengths, encode_examples, nothing_left
 from chatglm_ptuning.data.formats.registry import Columns
 from chatglm_ptuning.data.report import PreparationReport
-from chatglm_ptuning.data.sources.rows import Row
+from chatglm_ptuning.data.sources.rows import BadRows, Row
+from chatglm_ptuning.data.tasks.examples import ConversationExample, Example
+from chatglm_ptuning.data.tasks.heads.conversations import ConversationAnswers
+from chatglm_ptuning.data.tasks.heads.head import Head
+from chatglm_ptuning.data.tasks.readers.conversations import ConversationReader
+from chatglm_ptuning.data.tasks.source import SplitSource
+from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
 Prepared = tuple[list[dict[str, Any]], PreparationReport]
 DETECT = Columns()
+
+
+def encode_all(
+    encode: Callable[[Example], Encoded], examples: Iterable[Example], bad_rows: BadRows | None = None, workers: int = 1
+) -> Prepared:
+    report, lengths = PreparationReport(), Lengths()
+    rows: list[dict[str, Any]] = []
+    how = {"num_workers": workers, "progress": False}
+    for _, encoded in encode_examples(encode, examples, report, bad_rows or BadRows(), **how):
+        rows += encoded.rows
+        lengths.add(encoded)
+    if not rows:
+        raise ValueError(nothing_left(report))
+    report.set_lengths(lengths.source, lengths.target, lengths.example)
+    return rows, report
+
+
+class Rows(list):
+    """Rows in the place of a file."""
+
+    def rows(self, bad_rows: BadRows) -> Iterator[Row]:
+        for number, row in enumerate(self, start=1):
+            yield row if isinstance(row, Row) else Row(row, "rows", number)
+
+
+def conversation_head(
+    tokenizer: ChatGLMTokenizer, source: int, target: int, prefix: str = "", columns: Columns = DETECT
+) -> ConversationAnswers:
+    return ConversationAnswers(Task.of_files(["rows.json"], columns, prefix), tokenizer, source, target)
+
+
+def conversations(rows: Iterable[dict], head: Head) -> Iterator[ConversationExample]:
+    return ConversationReader().read(SplitSource(head.task, "rows", [Rows(rows)], head.task.fields))
 
 
 def training_rows(
@@ -26,19 +63,17 @@ def training_rows(
     columns: Columns = DETECT,
     workers: int = 1,
 ) -> Prepared:
-    encoder = ConversationEncoder(tokenizer, source, target, prefix)
-    return encode_all(
-        encoder.training_rows, read_conversations(_placed(rows), columns), num_workers=workers, progress=False
-    )
+    head = conversation_head(tokenizer, source, target, prefix, columns)
+    return encode_all(head.learn, conversations(rows, head), workers=workers)
 
 
 def prompts(
     tokenizer: ChatGLMTokenizer, rows: Iterable[dict], source: int, target: int, columns: Columns = DETECT
 ) -> Prepared:
-    encoder = ConversationEncoder(tokenizer, source, target)
-    return encode_all(encoder.prompt, read_conversations(_placed(rows), columns), progress=False)
+    head = conversation_head(tokenizer, source, target, columns=columns)
+    ready, report = encode_all(head.ready, conversations(rows, head))
+    return [{"input_ids": row["prompt_ids"], "reference": row["reference"]} for row in ready], report
 
 
-def _placed(rows: Iterable[dict]) -> Iterator[Row]:
-    for number, row in enumerate(rows, start=1):
-        yield row if isinstance(row, Row) else Row(row, "rows", number)
+def rows_of(head: Head, examples: Sequence[Example]) -> list[dict[str, Any]]:
+    return encode_all(head.learn, examples)[0]

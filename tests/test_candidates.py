@@ -5,13 +5,8 @@ import tiny_base
 import torch
 
 from chatglm_ptuning import ChatGLMForConditionalGeneration, ChatGLMTokenizer
-from chatglm_ptuning.evaluation.candidates import (
-    calibrated,
-    candidate_probabilities,
-    encode_candidates,
-    length_normalised,
-    score_candidates,
-)
+from chatglm_ptuning.chat.message import Message
+from chatglm_ptuning.evaluation.candidates import score_candidates
 
 END = 2
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 11, 12], [20], [30, 31, 32, 33, 34]]
@@ -107,17 +102,11 @@ def test_scores_agree_with_what_a_trained_base_answers(tmp_path):
     tokenizer = ChatGLMTokenizer.from_pretrained(folder)
     answers = list(dict.fromkeys(tiny_base.ANSWERS.values()))
     prompts = [tokenizer.build_chat_input(prompt, [])["input_ids"][0].tolist() for prompt in tiny_base.ANSWERS]
-    candidates = encode_candidates(tokenizer, answers)
+    candidates = [tokenizer.chat.encode_answer(Message("assistant", answer)) for answer in answers]
     assert all(candidate[-1] == tokenizer.eos_token_id for candidate in candidates)
     scores = score_candidates(model, prompts, candidates)
     assert [answers[row.argmax()] for row in scores] == list(tiny_base.ANSWERS.values())
-    assert candidate_probabilities(scores[0]).max() > 0.9
-
-
-def test_normalised_and_calibrated_scores():
-    scores, neutral = torch.tensor([-2.0, -9.0]), torch.tensor([-1.0, -12.0])
-    assert length_normalised(scores, [[1], [1, 2, 3]]).tolist() == [-2.0, -3.0]
-    assert calibrated(scores, neutral).tolist() == [-1.0, 3.0]
+    assert scores[0].softmax(-1).max() > 0.9
 
 
 @pytest.mark.parametrize(

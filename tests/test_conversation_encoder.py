@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from instruction_rows import prompts, training_rows
+from instruction_rows import conversation_head, prompts, training_rows
 from tiny_tokenizer import spell, spell_marked, train
 
-from chatglm_ptuning.data.conversation_encoder import ConversationEncoder
 from chatglm_ptuning.data.formats.registry import Columns
 from chatglm_ptuning.data.sources.rows import Row
 
@@ -58,7 +57,7 @@ def trained(tokenizer, rows: list[Row], source: int, target: int, prefix: str = 
 
 def counted(report) -> dict[str, int]:
     """The counters that are not zero."""
-    return {name: value for name, value in report.as_dict().items() if value and name != "lengths"}
+    return {name: value for name, value in report.as_dict().items() if value and name not in ("lengths", "places")}
 
 
 def test_prompt_columns(chatglm2, chatglm3):
@@ -227,6 +226,7 @@ def test_the_report_in_numbers_and_words(chatglm3):
     assert json.loads(json.dumps(report.as_dict())) == {
         "rows": 102, "used": 101, "examples": 101, "empty": 1, "one_sided": 0, "without_targets": 0, "too_long": 0,
         "bad": 0, "history_cut": 0, "source_cut": 20, "target_cut": 1,
+        "places": {"empty": "rows.json:1", "source_cut": "rows.json:1", "target_cut": "rows.json:1"},
         "lengths": {
             "source": {"50": 57, "90": 97, "99": 106, "100": 107},
             "target": {"50": 4, "90": 4, "99": 4, "100": 12},
@@ -235,9 +235,9 @@ def test_the_report_in_numbers_and_words(chatglm3):
     }  # fmt: skip
     assert report.summary() == (
         "102 rows, 101 used, 101 examples\n"
-        "rows left out: 1 empty\n"
-        "examples cut: 20 without the middle of the source (--max_source_length), "
-        "1 without the end of the answer (--max_target_length)\n"
+        "rows left out: 1 empty (first: rows.json:1)\n"
+        "examples cut: 20 without the middle of the source (--max_source_length) (first: rows.json:1), "
+        "1 without the end of the answer (--max_target_length) (first: rows.json:1)\n"
         "tokens of the source before cutting: half have at most 57, 90 % 97, 99 % 106, the longest has 107\n"
         "tokens of the target before cutting: half have at most 4, 90 % 4, 99 % 4, the longest has 12\n"
         "tokens of the example after cutting: half have at most 62, 90 % 92, 99 % 92, the longest has 92"
@@ -272,17 +272,17 @@ def test_nothing_left_is_an_error_with_the_report(chatglm3):
     message = refusal(chatglm3, [row(prompt="", response=""), row(prompt="甲", response="")], PLAIN)
     assert message == (
         "There is nothing to work with in the data:\n2 rows, 0 used, 0 examples\n"
-        "rows left out: 1 empty, 1 with only a question or only an answer"
+        "rows left out: 1 empty (first: rows.json:1), 1 with only a question or only an answer (first: rows.json:1)"
     )
     assert "0 rows" in refusal(chatglm3, [])
 
 
 def test_limits_too_small_for_the_format(tokenizer):
     shortest = FRAME[tokenizer.chat_format] + 1
-    ConversationEncoder(tokenizer, shortest, 1)
+    conversation_head(tokenizer, shortest, 1)
     with pytest.raises(ValueError, match=f"max_source_length={shortest - 1} is too small.*takes {shortest} tokens"):
-        ConversationEncoder(tokenizer, shortest - 1, 10)
+        conversation_head(tokenizer, shortest - 1, 10)
     with pytest.raises(ValueError, match=f"takes {shortest + 2} tokens with the source prefix"):
-        ConversationEncoder(tokenizer, shortest + 1, 10, "请问")
+        conversation_head(tokenizer, shortest + 1, 10, "请问")
     with pytest.raises(ValueError, match="max_target_length=0 must be at least 1"):
-        ConversationEncoder(tokenizer, 50, 0)
+        conversation_head(tokenizer, 50, 0)

@@ -64,9 +64,9 @@ def test_show_says_what_is_cut_and_what_is_not_there(base, tmp_path, capsys):
     path = data_file(tmp_path, {"prompt": "甲" * 50, "response": "乙"}, {"prompt": "", "response": ""})
     more = ["--model_name_or_path", str(base), "--max_source_length", "20"]
     main(["data", "show", str(path), *more])
-    assert "the middle of the source was cut" in capsys.readouterr().out
+    assert "cut: without the middle of the source" in capsys.readouterr().out
     main(["data", "show", str(path), "--row", "2", *more])
-    assert "left out: it has neither question nor answer" in capsys.readouterr().out
+    assert "left out: empty" in capsys.readouterr().out
     fails("data", "show", path, "--row", "3", *more)
     assert f"There is no row 3: {path} has 2." in capsys.readouterr().err
     fails("data", "show", data_file(tmp_path, {"甲": 1}), *more)

@@ -6,7 +6,7 @@ import torch
 from conftest import TINY
 
 from chatglm_ptuning import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMForSequenceClassification
-from chatglm_ptuning.evaluation.run import EvaluationArguments
+from chatglm_ptuning.evaluation.arguments import EvaluationArguments
 from chatglm_ptuning.model.loading import load_model
 from chatglm_ptuning.model.placement import layer_devices
 from chatglm_ptuning.prefix.bank import LoadedPrefix, PrefixBank

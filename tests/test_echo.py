@@ -16,21 +16,23 @@ import tiny_glm4
 import tiny_tokenizer
 import torch
 import yaml
+from instruction_rows import rows_of
 from task_runs import evaluate, flags, train, write_tasks
 
 from chatglm_ptuning.cli import main as command
-from chatglm_ptuning.data.tasks.encode import TaskEncoder
-from chatglm_ptuning.data.tasks.encode_spans import encode_question
-from chatglm_ptuning.data.tasks.encode_tags import encode_tokens, tags_of
 from chatglm_ptuning.data.tasks.examples import Answer, QuestionExample, TokenExample
+from chatglm_ptuning.data.tasks.heads import HEADS
+from chatglm_ptuning.data.tasks.heads.head import Head
+from chatglm_ptuning.data.tasks.heads.spans import QuestionAnswering
+from chatglm_ptuning.data.tasks.heads.tags import TokenClassification, tags_of
 from chatglm_ptuning.data.tasks.registry import load_task
-from chatglm_ptuning.evaluation.task_predictions import PredictionSettings, predict
+from chatglm_ptuning.evaluation.inference import InferenceSettings, predict
 from chatglm_ptuning.experiments.plan import Plan, check_plan
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
-from chatglm_ptuning.model.modeling_heads import HEAD_CLASSES
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 from chatglm_ptuning.prefix.formats.kit import METADATA_FILE
 
+MODEL_CLASSES = {head.name: head.model_class for head in HEADS}
 FORMATS = ("chatglm2", "chatglm3", "base", "glm4")
 TEXT = list("今天天气很好，龘我想去公園散步 abc\n１２岁")
 
@@ -42,14 +44,14 @@ def tokenizers(tmp_path_factory):
     return made | {"glm4": ChatGLMTokenizer.from_pretrained(tiny_glm4.write_tokenizer(folder / "glm4"))}
 
 
-def tagger(tokenizer, unit="pieces", room=400, prompt="找：{text}\n完") -> TaskEncoder:
+def tagger(tokenizer, unit="pieces", room=400, prompt="找：{text}\n完") -> Head:
     task = replace(load_task("entities"), prompt=prompt)
-    return TaskEncoder(task, tokenizer, "token_classification", room, doc_stride=4, token_unit=unit, echo=True)
+    return TokenClassification(task, tokenizer, room, doc_stride=4, token_unit=unit, echo=True)
 
 
-def searcher(tokenizer, room=400) -> TaskEncoder:
+def searcher(tokenizer, room=400) -> Head:
     task = replace(load_task("cmrc2018"), prompt="问：{question}\n{context}答")
-    return TaskEncoder(task, tokenizer, "question_answering", room, doc_stride=4, echo=True)
+    return QuestionAnswering(task, tokenizer, room, doc_stride=4, echo=True)
 
 
 def between(tokenizer) -> list[int]:
@@ -82,8 +84,8 @@ def test_a_text_to_tag_stands_twice_and_labels_on_the_second_copy_alone(tokenize
     encoder = tagger(tokenizer, unit)
     tags = tuple(random.Random(0).choices(["O", "B-PER", "B-LOC"], k=len(TEXT)))
     example = TokenExample(id=0, tokens=tuple(TEXT), tags=tags)
-    (once,) = replace(encoder, echo=False).training_rows([example])
-    (row,) = encoder.training_rows([example])
+    (once,) = rows_of(replace(encoder, echo=False), [example])
+    (row,) = rows_of(encoder, [example])
     frame = frame_of(tokenizer, "找：", "\n完")
     first, second = copies(row["input_ids"], frame, tokenizer)
     assert first == second == once["input_ids"][len(frame[0]) : len(once["input_ids"]) - len(frame[1])]
@@ -105,7 +107,7 @@ def test_both_copies_of_a_window_to_tag_fit_and_tags_come_back(tokenizers, chat_
         encoder = tagger(tokenizer, unit, fixed + 2 * room + 1)  # one more is not enough for both copies
         tokens = tuple(TEXT * 3)
         example = TokenExample(id=0, tokens=tokens, tags=("B-LOC", "I-LOC", "O") * len(TEXT))
-        windows = encode_tokens(encoder, example)
+        windows = encoder.windows(example)
         assert len(windows) > 3
         for window in windows:
             first, second = copies(window.input_ids, frame, tokenizer)
@@ -130,10 +132,10 @@ def test_a_context_stands_twice_and_answers_on_the_second_copy_alone(tokenizers,
     encoder = searcher(tokenizer, fixed + 2 * room)
     answer = Answer("想去", context.index("想去"))
     example = QuestionExample(id=0, context=context, question="去哪？", answers=(answer,))
-    windows = encode_question(encoder, example)
+    windows = encoder.windows(example)
     assert (len(windows) == 1) == (room == 100)
     found = 0
-    for window, row in zip(windows, encoder.training_rows([example]), strict=True):
+    for window, row in zip(windows, rows_of(encoder, [example]), strict=True):
         first, second = copies(window.input_ids, frame, tokenizer)
         assert first == second and len(first) <= room and row["input_ids"] == window.input_ids
         begin = len(frame[0]) + len(first) + len(between(tokenizer))
@@ -153,8 +155,8 @@ def test_a_prompt_without_room_for_two_copies_is_refused(tokenizers):
     fixed = sum(map(len, frame_of(tokenizer, "找：", "\n完"))) + len(between(tokenizer))
     example = TokenExample(id=0, tokens=("甲",), where="a.json:3")
     with pytest.raises(ValueError, match=r"a.json:3: .*twice.* --max_source_length"):
-        encode_tokens(tagger(tokenizer, room=fixed + 1), example)
-    assert encode_tokens(tagger(tokenizer, room=fixed + 2), example)
+        tagger(tokenizer, room=fixed + 1).windows(example)
+    assert tagger(tokenizer, room=fixed + 2).windows(example)
 
 
 # Predictions
@@ -164,7 +166,7 @@ def test_a_prompt_without_room_for_two_copies_is_refused(tokenizers):
 def model_of(tokenizers):
     def make(head: str, num_labels: int):
         torch.manual_seed(0)
-        model = HEAD_CLASSES[head](
+        model = MODEL_CLASSES[head](
             ChatGLMConfig(
                 num_layers=2, hidden_size=32, ffn_hidden_size=48, kv_channels=8, num_attention_heads=4,
                 multi_query_attention=True, multi_query_group_num=2, seq_length=512, num_labels=num_labels,
@@ -187,7 +189,7 @@ def test_the_second_copy_has_seen_what_follows(tokenizers, model_of):
         logits = []
         for text in ("我想去", "我想吗"):
             example = TokenExample(id=0, tokens=tuple(text))
-            (window,) = encode_tokens(replace(encoder, echo=echo), example)
+            (window,) = replace(encoder, echo=echo).windows(example)
             first = window.spans.index((0, 1))
             logits.append(model(torch.tensor([window.input_ids])).logits[0, first])
         assert torch.allclose(*logits) != echo
@@ -214,7 +216,7 @@ def test_a_model_that_knows_tags_in_the_second_copy_alone_is_read_there(tokenize
     monkeypatch.setattr(model, "forward", forward)
     texts = ["我想去公园散步", "公园", "今天天气很好，请问你我想去公园散步吗"]
     examples = [TokenExample(id=number, tokens=tuple(text)) for number, text in enumerate(texts)]
-    found = predict(model, encoder, examples, PredictionSettings(2))
+    found = predict(model, encoder, examples, InferenceSettings(2))
     for text, prediction in zip(texts, found, strict=True):
         assert prediction.value == [kinds.get(character, "O") for character in text]
 
@@ -240,8 +242,8 @@ def test_spans_of_the_first_copy_are_never_taken(tokenizers, model_of, monkeypat
 
     monkeypatch.setattr(model, "forward", forward)
     example = QuestionExample(id=0, context="今天天气很好，请问你我想去公园散步吗", question="哪？")
-    assert (len(encode_question(encoder, example)) > 1) == (room == 36)
-    (found,) = predict(model, encoder, [example], PredictionSettings(2))
+    assert (len(encoder.windows(example)) > 1) == (room == 36)
+    (found,) = predict(model, encoder, [example], InferenceSettings(2))
     assert found.value == "公园"
 
 

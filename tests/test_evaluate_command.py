@@ -13,7 +13,8 @@ import pytest
 from tiny_base import ANSWERS, make_base, make_prefix
 
 from chatglm_ptuning.data.formats.registry import Columns
-from chatglm_ptuning.evaluation.run import EvaluationArguments, main
+from chatglm_ptuning.evaluation.arguments import EvaluationArguments
+from chatglm_ptuning.evaluation.run import main
 from chatglm_ptuning.metrics.generation import score
 
 ROOT = Path(__file__).resolve().parents[1]

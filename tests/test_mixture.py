@@ -7,7 +7,9 @@ import re
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
+import instruction_rows
 import processes
 import pytest
 import tiny_chat_base
@@ -17,16 +19,18 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import BatchSampler
 
 from chatglm_ptuning.data.collate import PaddingCollator
-from chatglm_ptuning.data.tasks.encode import TaskEncoder, label_names
+from chatglm_ptuning.data.tasks.heads import head_of
 from chatglm_ptuning.data.tasks.mixture import read_mixture
 from chatglm_ptuning.data.tasks.read import read_examples
 from chatglm_ptuning.data.tasks.registry import load_task
 from chatglm_ptuning.evaluation.run import main as evaluate
 from chatglm_ptuning.model.loading import load_model
-from chatglm_ptuning.model.modeling_heads import HEAD_CLASSES
-from chatglm_ptuning.model.modeling_tasks import ChatGLMForMultipleTasks, TaskHead
+from chatglm_ptuning.model.modeling_heads import ChatGLMForQuestionAnswering, ChatGLMForSequenceClassification
+from chatglm_ptuning.model.modeling_tasks import ChatGLMForMultipleTasks
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 from chatglm_ptuning.prefix.formats.kit import METADATA_FILE, WEIGHTS_FILE
+from chatglm_ptuning.training.arguments import DataArguments
+from chatglm_ptuning.training.mixture.run import MixtureRun
 from chatglm_ptuning.training.mixture.sampler import MixtureSampler
 from chatglm_ptuning.training.run import main as train
 
@@ -185,6 +189,15 @@ def test_tasks_are_drawn_by_their_probabilities_and_all_their_rows_come_before_a
     assert len(small) >= 16 and Counter(small[:10]) == Counter(range(10))
 
 
+def test_flags_hold_for_every_task(folder):
+    mixture = read_mixture(folder / "mix.yaml")
+    flags = DataArguments(task_mixture="mix.yaml", candidate_scores="mean", max_answer_length=7, skip_bad_rows=2)
+    for entry in mixture.tasks:
+        own = MixtureRun._arguments(SimpleNamespace(data_args=flags), entry)
+        assert (own.task, own.task_data, own.head) == (entry.task.name, entry.task_data, entry.head)
+        assert (own.candidate_scores, own.max_answer_length, own.skip_bad_rows) == ("mean", 7, 2)
+
+
 # The model
 
 
@@ -192,16 +205,16 @@ def test_tasks_are_drawn_by_their_probabilities_and_all_their_rows_come_before_a
 def shared(folder, tmp_path_factory) -> tuple[ChatGLMForMultipleTasks, Path]:
     """A model of all four tasks whose prefix and heads have values, and its prefix checkpoint."""
     torch.manual_seed(1)
-    tasks = {name: load_task(folder / f"{name}.yaml") for name in TASKS}
-    heads = {name: TaskHead(HEADS[name], label_names(tasks[name], HEADS[name])) for name in TASKS}
-    model = ChatGLMForMultipleTasks(load_model(str(folder / "base"), pre_seq_len=3), heads)
+    model = ChatGLMForMultipleTasks(load_model(str(folder / "base"), pre_seq_len=3), _heads_of(folder))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.copy_(torch.randn(parameter.shape))
     model.transformer.prefix_encoder.set_key_values(model.transformer.prefix_encoder.key_values())
     path = tmp_path_factory.mktemp("shared")
-    recorded = {name: {"head": head.kind, "labels": head.labels} for name, head in heads.items()}
+    tasks = {name: load_task(folder / f"{name}.yaml") for name in TASKS}
+    recorded = {name: {"head": HEADS[name], "labels": head_of(task, HEADS[name]).outputs(task)}
+                for name, task in tasks.items()}  # fmt: skip
     model.save_prefix(path, tasks=recorded)
     return model, path
 
@@ -209,7 +222,9 @@ def shared(folder, tmp_path_factory) -> tuple[ChatGLMForMultipleTasks, Path]:
 def batch_of(folder: Path, name: str) -> dict[str, torch.Tensor]:
     tokenizer = ChatGLMTokenizer.from_pretrained(folder / "base")
     task = load_task(folder / f"{name}.yaml")
-    rows = TaskEncoder(task, tokenizer, HEADS[name]).training_rows(read_examples(task, str(folder / name), "train"))
+    rows = instruction_rows.rows_of(
+        head_of(task, HEADS[name])(task, tokenizer), read_examples(task, str(folder / name), "train")
+    )
     return PaddingCollator(tokenizer.pad_token_id)(rows)
 
 
@@ -217,9 +232,8 @@ def batch_of(folder: Path, name: str) -> dict[str, torch.Tensor]:
 def test_losses_and_gradients_are_those_of_the_class_for_one_task(folder, shared, name):
     model, path = shared
     task = load_task(folder / f"{name}.yaml")
-    names = label_names(task, HEADS[name])
-    outputs = {} if names is None else {"id2label": dict(enumerate(names))}
-    alone = load_model(str(folder / "base"), pre_seq_len=3, model_class=HEAD_CLASSES[HEADS[name]], **outputs)
+    settings = head_of(task, HEADS[name]).model_settings(task)
+    alone = load_model(str(folder / "base"), pre_seq_len=3, **settings)
     alone.load_prefix(path, task=name)
     batch = batch_of(folder, name)
     model.train()
@@ -242,13 +256,13 @@ def test_a_checkpoint_holds_every_head_and_says_whose(folder, shared):
     assert set(load_file(path / WEIGHTS_FILE)) == {
         PREFIX, *(f"heads.{name}.{part}" for name in METRICS for part in ("weight", "bias"))
     }  # fmt: skip
-    again = ChatGLMForMultipleTasks(load_model(str(folder / "base"), pre_seq_len=3), _heads_of(path))
+    again = ChatGLMForMultipleTasks(load_model(str(folder / "base"), pre_seq_len=3), _heads_of(folder))
     again.load_prefix(path)
     ours, theirs = model.state_dict(), again.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     with pytest.raises(KeyError, match="mood, names, spans, reply"):
         again.for_task("moods")
-    inference = ChatGLMForMultipleTasks(load_model(str(folder / "base")), _heads_of(path)).eval()
+    inference = ChatGLMForMultipleTasks(load_model(str(folder / "base")), _heads_of(folder)).eval()
     inference.load_prefix(path, "shared")
     for name in TASKS:
         rows = {key: value for key, value in batch_of(folder, name).items() if key in ("input_ids", "attention_mask")}
@@ -260,7 +274,7 @@ def test_a_checkpoint_holds_every_head_and_says_whose(folder, shared):
                 torch.testing.assert_close(found[key], wanted[key])
                 assert torch.equal(passed[key], found[key])
         inference.for_task(name).check_prefix_is_trained()
-    single = load_model(str(folder / "base"), model_class=HEAD_CLASSES["sequence_classification"])
+    single = load_model(str(folder / "base"), model_class=ChatGLMForSequenceClassification)
     with pytest.raises(ValueError, match=r"shared by mood, names, spans, reply\..*task="):
         single.load_prefix(path)
     with pytest.raises(ValueError, match=r"shared by mood, names, spans, reply, not by moods\."):
@@ -268,20 +282,22 @@ def test_a_checkpoint_holds_every_head_and_says_whose(folder, shared):
     with pytest.raises(ValueError, match=r"trained with the head token_classification \(task names\)"):
         single.load_prefix(path, task="names")
     with pytest.raises(ValueError, match="cannot have the name 'keys'"):
-        ChatGLMForMultipleTasks(load_model(str(folder / "base")), {"keys": TaskHead("question_answering")})
+        heads = {"keys": {"model_class": ChatGLMForQuestionAnswering}}
+        ChatGLMForMultipleTasks(load_model(str(folder / "base")), heads)
 
 
 def test_heads_leave_the_devices_of_the_base_as_they_are(folder):
     base = load_model(str(folder / "base"))
     base.transformer.encoder.layers[1].to("meta")  # stands for another device, from which nothing may be moved
-    model = ChatGLMForMultipleTasks(base, {"mood": TaskHead("sequence_classification", ["good", "bad"])})
+    head = {"model_class": ChatGLMForSequenceClassification, "id2label": {0: "good", 1: "bad"}}
+    model = ChatGLMForMultipleTasks(base, {"mood": head})
     assert {parameter.device.type for parameter in model.transformer.encoder.layers[1].parameters()} == {"meta"}
     assert model.heads["mood"].weight.device == base.device
 
 
-def _heads_of(path: Path) -> dict[str, TaskHead]:
-    recorded = json.loads((path / METADATA_FILE).read_text(encoding="utf-8"))["tasks"]
-    return {name: TaskHead(entry["head"], entry["labels"]) for name, entry in recorded.items()}
+def _heads_of(folder: Path) -> dict[str, dict]:
+    tasks = {name: load_task(folder / f"{name}.yaml") for name in TASKS}
+    return {name: head_of(task, HEADS[name]).model_settings(task) for name, task in tasks.items()}
 
 
 # A run

@@ -13,12 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_tokenizer
-from instruction_rows import training_rows
+from instruction_rows import conversation_head, training_rows
 
-from chatglm_ptuning.data.cache import EXAMPLES_FILE, FACTS_FILE, TokenCache, read_examples
-from chatglm_ptuning.data.conversation_encoder import ConversationEncoder
+from chatglm_ptuning.data.cache import FACTS_FILE, ROWS_FILE, TokenCache, open_rows
+from chatglm_ptuning.data.dataset import Loader, Split, lengths_of, mixture, shared_rows
 from chatglm_ptuning.data.formats.registry import Columns
-from chatglm_ptuning.data.prepared import lengths_of, mixture, prepare_training_data, shared_rows
 from chatglm_ptuning.data.sources.files import iterate_rows
 
 DETECT = Columns()
@@ -32,14 +31,15 @@ def tokenizers(tmp_path_factory):
 
 @pytest.fixture
 def encoder(tokenizers):
-    def make(chat_format="chatglm3", source=40, target=20, prefix=""):
-        return ConversationEncoder(tokenizers[chat_format], source, target, prefix)
+    def make(chat_format="chatglm3", source=40, target=20, prefix="", columns=DETECT):
+        return conversation_head(tokenizers[chat_format], source, target, prefix, columns)
 
     return make
 
 
-def prepare(names, encoder, cache, columns=DETECT, **how):
-    return prepare_training_data(names, columns, encoder, cache, progress=False, **how)
+def prepare(names, head, cache, *, weights=None, max_rows=None, **how):
+    loader = Loader(cache, progress=False, **how)
+    return loader.rows(head, Split(names, limit=max_rows, weights=weights))
 
 
 @pytest.fixture
@@ -73,9 +73,9 @@ def test_examples_are_those_of_the_encoder(tmp_path, encoder, cache, workers):
     path = data_file(tmp_path, *map(pair, range(60)), {"messages": conversation * 2}, {"text": "丙" * 150})
     expected, report = training_rows(encoder().tokenizer, iterate_rows([path]), 40, 20)
     data = prepare([path], encoder(), cache, num_workers=workers)
-    assert [{name: row[name] for name in ("input_ids", "labels")} for row in data.examples] == expected
+    assert [{name: row[name] for name in ("input_ids", "labels")} for row in data.rows] == expected
     assert data.report == report
-    assert lengths_of(data.examples) == lengths_of(expected) == [len(example["input_ids"]) for example in expected]
+    assert lengths_of(data.rows) == lengths_of(expected) == [len(example["input_ids"]) for example in expected]
     assert not data.reused
 
 
@@ -83,17 +83,16 @@ def test_what_is_there_is_used_until_something_changes(tmp_path, encoder, cache)
     path = data_file(tmp_path, *map(pair, range(5)))
     first = prepare([path], encoder(), cache)
     (entry,) = entries(cache)
-    made = (entry / EXAMPLES_FILE).stat().st_ino
+    made = (entry / ROWS_FILE).stat().st_ino
     again = prepare([path], encoder(), TokenCache(cache.folder))
-    assert again.reused and again.report == first.report and again.examples[:] == first.examples[:]
-    assert (entry / EXAMPLES_FILE).stat().st_ino == made
+    assert again.reused and again.report == first.report and again.rows[:] == first.rows[:]
+    assert (entry / ROWS_FILE).stat().st_ino == made
     changed = [
-        (encoder("chatglm2"), DETECT), (encoder(source=39), DETECT), (encoder(target=19), DETECT),
-        (encoder(prefix="问"), DETECT), (encoder(), Columns("response", "prompt")),
-        (encoder(), Columns(dataset_format="columns")),
+        encoder("chatglm2"), encoder(source=39), encoder(target=19), encoder(prefix="问"),
+        encoder(columns=Columns("response", "prompt")), encoder(columns=Columns(dataset_format="columns")),
     ]  # fmt: skip
-    for count, (other, columns) in enumerate(changed, start=2):
-        assert not prepare([path], other, cache, columns).reused
+    for count, other in enumerate(changed, start=2):
+        assert not prepare([path], other, cache).reused
         assert len(entries(cache)) == count
     assert not prepare([path], encoder(), cache, max_rows=3).reused
     Path(path).write_text(Path(path).read_text("utf-8") + json.dumps(pair(8)), "utf-8")
@@ -112,12 +111,12 @@ def test_several_files_in_a_folder_each_have_their_entry(tmp_path, encoder, cach
     data_file(folder, pair(1), pair(2), name="a.json")
     data_file(folder, {"instruction": "甲", "output": "乙乙乙"}, name="b.json")
     data = prepare([str(folder)], encoder(), cache)
-    assert answers(data.examples) == [1, 2, 3] and data.report.rows == 3
+    assert answers(data.rows) == [1, 2, 3] and data.report.rows == 3
     assert len(entries(cache)) == 2
-    assert answers(prepare([str(folder)], encoder(), cache, max_rows=1).examples) == [1]
+    assert answers(prepare([str(folder)], encoder(), cache, max_rows=1).rows) == [1]
     empty = data_file(tmp_path, {"prompt": "", "response": ""}, name="empty.json")
     data = prepare([empty, str(folder)], encoder(), cache, weights=[1, 2])
-    assert answers(data.examples) == [1, 1, 2, 2, 3, 3] and data.report.empty == 1
+    assert answers(data.rows) == [1, 1, 2, 2, 3, 3] and data.report.empty == 1
 
 
 def test_mixing_by_weight(tmp_path, encoder, cache):
@@ -125,7 +124,7 @@ def test_mixing_by_weight(tmp_path, encoder, cache):
     two = data_file(tmp_path, *map(pair, (3, 4, 5, 6)), name="two.json")
 
     def mixed(weights, seed=1):
-        return answers(prepare([one, two], encoder(), cache, weights=weights, seed=seed).examples)
+        return answers(prepare([one, two], encoder(), cache, weights=weights, seed=seed).rows)
 
     assert mixed([1, 1]) == mixed(None) == [1, 2, 3, 4, 5, 6]
     assert mixed([3, 1]) == [1, 1, 1, 2, 2, 2, 3, 4, 5, 6]
@@ -173,13 +172,13 @@ def test_warnings_and_rows_in_both_sets(tmp_path, encoder, cache):
         f"1 rows that spell special tokens (they are learned as ordinary text): {train}:4",
     ]
     other = prepare([dev], encoder(), cache)
-    assert shared_rows(data.examples, other.examples) == 1
+    assert shared_rows(data.rows, other.rows) == 1
     with pytest.raises(ValueError, match="There is nothing to work with in the data:\n1 rows, 0 used"):
         prepare([data_file(tmp_path, {"prompt": "", "response": ""}, name="no.json")], encoder(), cache)
 
 
 def fill(folder: Path, text: str = "whole") -> None:
-    (folder / EXAMPLES_FILE).write_text(text)
+    (folder / ROWS_FILE).write_text(text)
     (folder / FACTS_FILE).write_text(json.dumps({"bytes": len(text), "text": text}))
 
 
@@ -195,13 +194,13 @@ def run_all(targets: list) -> list[int]:
 
 def test_a_process_that_is_killed_leaves_nothing_half_written(cache):
     def die(folder: Path) -> None:
-        (folder / EXAMPLES_FILE).write_text("half")
+        (folder / ROWS_FILE).write_text("half")
         os.kill(os.getpid(), 9)
 
     assert run_all([lambda: cache.entry({"a": 1}, die)]) == [-9]
     assert entries(cache) == [] and len(list(cache.folder.glob(".*"))) == 1
     entry, was_there = cache.entry({"a": 1}, fill)
-    assert not was_there and (entry / EXAMPLES_FILE).read_text() == "whole"
+    assert not was_there and (entry / ROWS_FILE).read_text() == "whole"
     assert not list(cache.folder.glob(".*"))
 
 
@@ -216,7 +215,7 @@ def test_of_several_processes_one_makes_it_and_the_others_wait(cache, tmp_path):
 
     def want() -> None:
         entry, _ = cache.entry({"a": 1}, make)
-        assert (entry / EXAMPLES_FILE).read_text() == "whole"
+        assert (entry / ROWS_FILE).read_text() == "whole"
 
     assert run_all([want] * 4) == [0] * 4
     assert log.read_text() == "made\n"
@@ -226,10 +225,10 @@ def test_a_damaged_entry_is_made_anew(tmp_path, encoder, cache):
     path = data_file(tmp_path, *map(pair, range(1, 6)))
     prepare([path], encoder(), cache)
     (entry,) = entries(cache)
-    examples = entry / EXAMPLES_FILE
+    examples = entry / ROWS_FILE
     os.truncate(examples, examples.stat().st_size - 1)
     assert not prepare([path], encoder(), cache).reused
-    assert len(read_examples(entry)) == 5 and prepare([path], encoder(), cache).reused
+    assert len(open_rows(entry)) == 5 and prepare([path], encoder(), cache).reused
 
 
 def test_a_cache_that_cannot_be_written_names_the_way_out(tmp_path, encoder):
@@ -243,9 +242,8 @@ PEAK = """
 import sys, threading, time
 from pathlib import Path
 import tiny_tokenizer
-from chatglm_ptuning.data.formats.registry import Columns
-from chatglm_ptuning.data.prepared import prepare_training_data
-from chatglm_ptuning.data.conversation_encoder import ConversationEncoder
+from instruction_rows import conversation_head
+from chatglm_ptuning.data.dataset import Loader, Split
 from chatglm_ptuning.data.cache import TokenCache
 
 def watch():
@@ -259,13 +257,13 @@ small, big, folder = sys.argv[1:]
 peak = 0
 threading.Thread(target=watch, daemon=True).start()
 tokenizer = tiny_tokenizer.train(Path(folder), "chatglm3")
-encoder = ConversationEncoder(tokenizer, 1000, 1000)
+head = conversation_head(tokenizer, 1000, 1000)
 peaks = []
 for path in (small, big):
-    data = prepare_training_data([path], Columns(), encoder, TokenCache(Path(folder) / "cache"), progress=False)
-    sum(data.examples[index]["length"] for index in range(0, len(data.examples), 100))
+    data = Loader(TokenCache(Path(folder) / "cache"), progress=False).rows(head, Split([path]))
+    sum(data.rows[index]["length"] for index in range(0, len(data.rows), 100))
     peaks.append(peak)
-print(len(data.examples), *peaks)
+print(len(data.rows), *peaks)
 """
 
 

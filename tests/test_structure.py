@@ -47,7 +47,15 @@ def test_prefix_is_the_ground_floor(imports):
             assert all(name.startswith(allowed) for name in names), (module, names)
 
 
-@pytest.mark.parametrize("room", ["prefix", "model"])
+def test_no_import_goes_up(imports):
+    floors = ["prefix", "chat", "model", "metrics", "data", "tuning", "evaluation", "training", "experiments"]
+    floor_of = {name: floors.index(part) for name in imports for part in name.split(".")[1:2] if part in floors}
+    for module, names in imports.items():
+        own = floor_of.get(module, len(floors))
+        assert [name for name in names if floor_of.get(name, 0) > own] == [], module
+
+
+@pytest.mark.parametrize("room", ["prefix", "model", "metrics", "data", "evaluation"])
 def test_no_circle_of_modules(imports, room):
     own = [name for name in imports if name.startswith(f"chatglm_ptuning.{room}.")]
     assert [name for name in own if name in reachable(imports, name)] == []

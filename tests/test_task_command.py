@@ -46,7 +46,7 @@ def test_scores_are_kept_only_with_their_files(base, data, tmp_path, monkeypatch
     def no_room(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("chatglm_ptuning.training.task_run.write_results", no_room)
+    monkeypatch.setattr("chatglm_ptuning.training.task_run.write_report", no_room)
     asked = flags(base, data, "mood.yaml", "--tuning", "none", "--head", "generation", "--do_predict")
     with pytest.raises(SystemExit):
         training.main([*asked, "--predict_split", "dev", "--output_dir", str(tmp_path / "run")])

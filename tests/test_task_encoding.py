@@ -11,17 +11,18 @@ import instruction_rows
 import pytest
 import tiny_glm4
 import tiny_tokenizer
+from instruction_rows import rows_of
 
 from chatglm_ptuning.data.formats.registry import Columns
-from chatglm_ptuning.data.tasks.encode import TaskEncoder, check_order, head_of
-from chatglm_ptuning.data.tasks.encode_spans import encode_question
-from chatglm_ptuning.data.tasks.encode_tags import encode_tokens, tags_of
-from chatglm_ptuning.data.tasks.encode_windows import owner_of, window_starts
-from chatglm_ptuning.data.tasks.examples import Answer, QuestionExample, TextExample, TokenExample
-from chatglm_ptuning.data.tasks.prompt import answer_text, render_prompt
+from chatglm_ptuning.data.tasks.examples import Answer, MultiLabelExample, QuestionExample, TextExample, TokenExample
+from chatglm_ptuning.data.tasks.heads import head_of
+from chatglm_ptuning.data.tasks.heads.generation import CandidateScoring
+from chatglm_ptuning.data.tasks.heads.labels import SequenceClassification
+from chatglm_ptuning.data.tasks.heads.spans import QuestionAnswering
+from chatglm_ptuning.data.tasks.heads.tags import TokenClassification, tags_of
+from chatglm_ptuning.data.tasks.heads.windows import owner_of, window_starts
 from chatglm_ptuning.data.tasks.read import read_examples
 from chatglm_ptuning.data.tasks.registry import load_task
-from chatglm_ptuning.evaluation.candidates import encode_candidates
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
 FORMATS = ("chatglm2", "chatglm3", "base", "glm4")
@@ -46,7 +47,7 @@ def tokenizers(tmp_path_factory):
 
 def tagger(tokenizer, unit, room=400, stride=16, prompt="找出下面句子里的{labels}：{text}"):
     task = replace(load_task("entities"), prompt=prompt)
-    return TaskEncoder(task, tokenizer, "token_classification", room, doc_stride=stride, token_unit=unit)
+    return TokenClassification(task, tokenizer, room, doc_stride=stride, token_unit=unit)
 
 
 def random_tags(count: int, seed: int) -> tuple[str, ...]:
@@ -62,7 +63,7 @@ def random_tags(count: int, seed: int) -> tuple[str, ...]:
 
 def round_trip(encoder, example) -> list[str]:
     """The tags that come out if every id is predicted as it is labelled."""
-    windows, names = encode_tokens(encoder, example), encoder.task.tags
+    windows, names = encoder.windows(example), encoder.task.tags
     for window in windows:
         assert len(window.input_ids) == len(window.spans) <= encoder.max_source_length
     labels = [window.labels(example, names) for window in windows]
@@ -81,7 +82,7 @@ def test_characters_come_back_exactly(tokenizers, chat_format, room):
     for number, tokens in enumerate(SENTENCES):
         for seed in range(4):
             example = TokenExample(id=0, tokens=tuple(tokens * 3), tags=random_tags(3 * len(tokens), seed))
-            assert decided(encode_tokens(encoder, example)) == list(range(len(example.tokens))), number
+            assert decided(encoder.windows(example)) == list(range(len(example.tokens))), number
             assert round_trip(encoder, example) == list(example.tags), number
 
 
@@ -93,7 +94,7 @@ def test_pieces_come_back_but_for_boundaries_inside_one(tokenizers, chat_format,
         for seed in range(4):
             tokens = tuple(tokens)
             example = TokenExample(id=0, tokens=tokens, tags=random_tags(len(tokens), seed))
-            windows = encode_tokens(encoder, example)
+            windows = encoder.windows(example)
             assert decided(windows) == list(range(len(tokens))), number
             expected = list(example.tags)
             for first, end in {span for window in windows for span in window.spans if span}:
@@ -104,9 +105,7 @@ def test_pieces_come_back_but_for_boundaries_inside_one(tokenizers, chat_format,
 
 def test_a_text_of_characters_that_are_pieces_is_the_same_in_both_units(tokenizers):
     example = TokenExample(id=0, tokens=tuple(SENTENCES[0]), tags=random_tags(len(SENTENCES[0]), 1))
-    windows = {
-        unit: encode_tokens(tagger(tokenizers["chatglm3"], unit), example)[0] for unit in ("pieces", "characters")
-    }
+    windows = {unit: tagger(tokenizers["chatglm3"], unit).windows(example)[0] for unit in ("pieces", "characters")}
     ids = tokenizers["chatglm3"].vocabulary.encode(example.text)
     assert windows["pieces"].input_ids[-len(ids) :] == ids
     assert windows["characters"].input_ids[-len(ids) + 1 :] == ids[1:]  # without the space in front of a text
@@ -114,9 +113,8 @@ def test_a_text_of_characters_that_are_pieces_is_the_same_in_both_units(tokenize
 
 
 def test_the_id_that_has_seen_a_whole_character_decides_it(tokenizers):
-    window = encode_tokens(
-        tagger(tokenizers["chatglm3"], "pieces", prompt="{text}"), TokenExample(id=0, tokens=("龘", "甲"))
-    )[0]
+    encoder = tagger(tokenizers["chatglm3"], "pieces", prompt="{text}")
+    window = encoder.windows(TokenExample(id=0, tokens=("龘", "甲")))[0]
     assert window.spans[-4:] == [None, None, (0, 1), (1, 2)]  # three bytes and a piece
 
 
@@ -137,17 +135,17 @@ def test_windows_cover_overlap_and_are_owned_by_the_one_with_most_around():
 def test_the_prompt_around_a_text_is_decided_by_nobody(tokenizers):
     tokenizer = tokenizers["glm4"]
     encoder = tagger(tokenizer, "pieces", prompt="找出{labels}：{text}\n完")
-    (window,) = encode_tokens(encoder, TokenExample(id=0, tokens=tuple("春天来了")))
+    (window,) = encoder.windows(TokenExample(id=0, tokens=tuple("春天来了")))
     text = tokenizer.decode(window.input_ids, skip_special_tokens=True)
     assert text.strip() == "找出人名、地名、机构名：春天来了\n完"
     assert window.spans[0] is None and window.spans[-1] is None
     braces = tagger(tokenizer, "pieces", prompt="{{{text}}}是{text}，{{text}}是{{")
-    (window,) = encode_tokens(braces, TokenExample(id=0, tokens=tuple("春天{text}")))
+    (window,) = braces.windows(TokenExample(id=0, tokens=tuple("春天{text}")))
     assert tokenizer.decode(window.input_ids, skip_special_tokens=True).strip() == (
         "{春天{text}}是春天{text}，{text}是{"
     )
     with pytest.raises(ValueError, match=r"a.json:3: the prompt does not fit into --max_source_length 5"):
-        encode_tokens(tagger(tokenizer, "pieces", 5), TokenExample(id=0, tokens=("甲",), where="a.json:3"))
+        tagger(tokenizer, "pieces", 5).windows(TokenExample(id=0, tokens=("甲",), where="a.json:3"))
 
 
 CONTEXT = "今天天气很好，\n我想去公园散步。  公園裡有龘字，New York 12 岁；我想去公园"
@@ -186,11 +184,11 @@ def smallest_around(window, start: int, end: int) -> int | None:
 @pytest.mark.parametrize("chat_format", ["chatglm2", "chatglm3", "glm4"])
 @pytest.mark.parametrize("room", [1000, 60])
 def test_answers_come_back_from_their_positions(tokenizers, tmp_path, chat_format, room):
-    encoder = TaskEncoder(load_task("cmrc2018"), tokenizers[chat_format], "question_answering", room, doc_stride=20)
+    encoder = QuestionAnswering(load_task("cmrc2018"), tokenizers[chat_format], room, doc_stride=20)
     encoder = replace(encoder, task=replace(encoder.task, prompt="{question}{context}答"))
     found_all = set()
     for example in questions(tmp_path):
-        windows = encode_question(encoder, example)
+        windows = encoder.windows(example)
         assert (len(windows) > 1) == (room == 60)
         covered = {place for window in windows for span in window.offsets if span for place in range(*span)}
         assert covered == set(range(len(CONTEXT)))
@@ -210,10 +208,8 @@ def test_answers_come_back_from_their_positions(tokenizers, tmp_path, chat_forma
 
 
 def test_a_character_shared_by_two_ids_is_taken_from_the_shorter(tokenizers):
-    window = encode_question(
-        TaskEncoder(load_task("cmrc2018"), tokenizers["chatglm3"], "question_answering"),
-        QuestionExample(id=0, context="甲", question="？"),
-    )[0]
+    encoder = QuestionAnswering(load_task("cmrc2018"), tokenizers["chatglm3"])
+    window = encoder.windows(QuestionExample(id=0, context="甲", question="？"))[0]
     shared = replace(window, input_ids=[1] * 5, offsets=[None, (0, 1), (0, 2), (1, 2), (1, 3)])
     assert shared.positions([Answer("乙", 1)]) == {"start_positions": 3, "end_positions": 3}
     crossed = replace(window, input_ids=[1] * 3, offsets=[None, (0, 2), (1, 3)])
@@ -221,25 +217,25 @@ def test_a_character_shared_by_two_ids_is_taken_from_the_shorter(tokenizers):
 
 
 def test_a_row_without_agreement_is_not_learned(tokenizers):
-    encoder = TaskEncoder(load_task("cmnli"), tokenizers["chatglm3"], "sequence_classification")
+    encoder = SequenceClassification(load_task("cmnli"), tokenizers["chatglm3"])
     left_out = TextExample(id=0, text="今天", text_pair="明天", left_out=True, where="test.json:1")
     good = TextExample(id=1, text="今天", text_pair="明天", label="neutral")
-    assert [row["labels"] for row in encoder.training_rows([left_out, good])] == [2]
-    with pytest.raises(ValueError, match=r"test.json:1: the example has no label or answer to learn"):
-        encoder.training_rows([left_out])
+    assert [row["labels"] for row in rows_of(encoder, [left_out, good])] == [2]
+    with pytest.raises(ValueError, match=r"1 with nothing to learn \(first: test.json:1\)"):
+        rows_of(encoder, [left_out])
 
 
 def test_what_cannot_be_learned_of_questions(tokenizers, caplog):
-    encoder = TaskEncoder(load_task("cmrc2018"), tokenizers["chatglm3"], "question_answering")
+    encoder = QuestionAnswering(load_task("cmrc2018"), tokenizers["chatglm3"])
     lost = QuestionExample(id=0, context="今天", question="？", answers=(Answer("明天", None),), where="a.json: Q0")
     good = QuestionExample(id=1, context="今天", question="？", answers=(Answer("明天", None), Answer("天", 1)))
-    assert encode_question(encoder, lost)[0].positions(lost.answers) == {"start_positions": 0, "end_positions": 0}
-    assert len(encoder.training_rows([lost, good])) == 1
-    assert "1 questions are left out" in caplog.text and "a.json: Q0" in caplog.text
-    with pytest.raises(ValueError, match="nothing to learn: 1 questions"):
-        encoder.training_rows([lost])
+    assert encoder.windows(lost)[0].positions(lost.answers) == {"start_positions": 0, "end_positions": 0}
+    rows, report = instruction_rows.encode_all(encoder.learn, [lost, good])
+    assert len(rows) == 1 and "1 with nothing to learn (first: a.json: Q0)" in report.summary()
+    with pytest.raises(ValueError, match="1 with nothing to learn"):
+        rows_of(encoder, [lost])
     with pytest.raises(ValueError, match=r"b.json: the example has no label or answer to learn"):
-        encoder.training_rows([QuestionExample(id=0, context="今", question="？", where="b.json")])
+        rows_of(encoder, [QuestionExample(id=0, context="今", question="？", where="b.json")])
 
 
 PAIR = TextExample(id=0, text="甲乙丙丁" * 30, text_pair="今天有雨" * 20, label="蕴含", where="p.json:1")
@@ -249,24 +245,24 @@ PAIR = TextExample(id=0, text="甲乙丙丁" * 30, text_pair="今天有雨" * 20
 @pytest.mark.parametrize("head", ["sequence_classification", "generation"])
 def test_long_pairs_lose_the_middle_of_each_text_and_nothing_of_the_question(tokenizers, chat_format, head):
     task, tokenizer = load_task("inference"), tokenizers[chat_format]
-    whole = TaskEncoder(task, tokenizer, head).prompt_ids(PAIR)
+    whole = head_of(task, head)(task, tokenizer).prompt_ids(PAIR)
     room = len(whole) - 130 if chat_format != "glm4" else len(whole) // 2
-    ids = TaskEncoder(task, tokenizer, head, room).prompt_ids(PAIR)
+    ids = head_of(task, head)(task, tokenizer, room).prompt_ids(PAIR)
     assert room - 12 < len(ids) <= room
     text = tokenizer.decode(ids, skip_special_tokens=True)
     assert "前提：甲乙" in text and "\n假设：今天" in text and "前提与假设的关系是（蕴含、矛盾、中立）：" in text
     assert "丙丁\n假设" in text and "有雨\n前提与" in text
-    assert TaskEncoder(task, tokenizer, head, len(whole)).prompt_ids(PAIR) == whole
+    assert head_of(task, head)(task, tokenizer, len(whole)).prompt_ids(PAIR) == whole
     with pytest.raises(ValueError, match=r"p.json:1: the prompt does not fit into --max_source_length 20"):
-        TaskEncoder(task, tokenizer, head, 20).prompt_ids(PAIR)
+        head_of(task, head)(task, tokenizer, 20).prompt_ids(PAIR)
 
 
 @pytest.mark.parametrize("chat_format", FORMATS)
 def test_a_linear_head_stands_where_the_text_of_the_answer_would_begin(tokenizers, chat_format):
     task, tokenizer = load_task("sentiment"), tokenizers[chat_format]
     example = TextExample(id=0, text="我想去公园", label="差评")
-    (row,) = TaskEncoder(task, tokenizer, "sequence_classification").training_rows([example])
-    (learned,) = TaskEncoder(task, tokenizer, "generation").training_rows([example])
+    (row,) = rows_of(SequenceClassification(task, tokenizer), [example])
+    (learned,) = rows_of(CandidateScoring(task, tokenizer), [example])
     assert row["labels"] == 1
     assert learned["input_ids"][: len(row["input_ids"])] == row["input_ids"]
     rest = learned["input_ids"][len(row["input_ids"]) :]
@@ -279,20 +275,22 @@ def test_generation_learns_what_the_same_rows_in_a_file_would_teach(tokenizers, 
     task, tokenizer = load_task("news_topic"), tokenizers[chat_format]
     examples = [TextExample(id=i, text=text, label=label) for i, (text, label) in
                 enumerate([("今天天气", "农业"), ("我想去", "体育"), ("龘 abc", "汽车")])]  # fmt: skip
-    rows = TaskEncoder(task, tokenizer, "generation", 400, target_room).training_rows(examples)
-    columns = [{"q": render_prompt(task, example), "a": answer_text(task, example)} for example in examples]
+    head = CandidateScoring(task, tokenizer, 400, target_room)
+    rows = rows_of(head, examples)
+    columns = [{"q": example.prompt(task), "a": example.answer_text(task)} for example in examples]
     expected, _ = instruction_rows.training_rows(tokenizer, columns, 400, target_room, columns=Columns("q", "a"))
     assert rows == [dict(row) for row in expected]
     if target_room == 32:
         learned = [[label for label in row["labels"] if label != -100] for row in rows]
-        assert learned == encode_candidates(tokenizer, [answer_text(task, example) for example in examples])
+        assert learned == [head.answer_ids(example.answer_text(task)) for example in examples]
 
 
 def test_labels_of_texts_with_several(tokenizers):
     task = replace(load_task("news_topic"), multi_label=True)
-    encoder = TaskEncoder(task, tokenizers["chatglm3"], head_of(task, None))
-    rows = encoder.training_rows(
-        [TextExample(id=0, text="今", labels=("体育", "农业")), TextExample(id=1, text="天", labels=())]
+    encoder = head_of(task, None)(task, tokenizers["chatglm3"])
+    rows = rows_of(
+        encoder,
+        [MultiLabelExample(id=0, text="今", labels=("体育", "农业")), MultiLabelExample(id=1, text="天", labels=())],
     )
     assert rows[0]["labels"] == [1.0, 0, 0, 0, 0, 1, 0, 0, 0, 0] and rows[1]["labels"] == [0.0] * 10
     with pytest.raises(ValueError, match="--head generation cannot solve news_topic; sequence_classification can"):
@@ -302,7 +300,7 @@ def test_labels_of_texts_with_several(tokenizers):
 def test_a_context_is_not_searched_before_its_question_is_read():
     task = replace(load_task("cmrc2018"), prompt="{context}问：{question}")
     with pytest.raises(ValueError, match=r"cmrc2018.yaml: .* must have {question} before {context}: "):
-        check_order(task, "question_answering")
-    check_order(task, "generation")
+        head_of(task, "question_answering").check(task)
+    head_of(task, "generation").check(task)
     for prompt in ("{context}问：{question}{context}", "谁被起诉？{context}"):
-        check_order(replace(task, prompt=prompt), "question_answering")
+        QuestionAnswering.check(replace(task, prompt=prompt))

@@ -5,7 +5,6 @@ import pyarrow.parquet
 import pytest
 
 from chatglm_ptuning.data.tasks import load_task, read_examples
-from chatglm_ptuning.data.tasks.prompt import answer_text
 
 
 def test_a_hub_data_set_is_read_by_its_columns(tmp_path):
@@ -74,7 +73,7 @@ def test_flat_rows_of_a_hub(tmp_path, name):
     }  # fmt: skip
     datasets.Dataset.from_list([rows[name]]).to_parquet(tmp_path / "train.parquet")
     examples = read_examples(load_task(name), f"huggingface:{tmp_path}", "train")
-    found = [answer_text(load_task(name), example) for example in examples]
+    found = [example.answer_text(load_task(name)) for example in examples]
     assert found == {"cmrc2018": ["他"], "chid": ["乙", "甲"], "c3": ["她"]}[name]
 
 

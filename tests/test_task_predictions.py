@@ -9,19 +9,24 @@ import pytest
 import tiny_tokenizer
 import torch
 
-from chatglm_ptuning.data.tasks.encode import TaskEncoder
 from chatglm_ptuning.data.tasks.examples import (
     ChoiceExample,
     GenerationExample,
+    MultiLabelExample,
     QuestionExample,
     TextExample,
     TokenExample,
 )
+from chatglm_ptuning.data.tasks.heads import HEADS, head_of
+from chatglm_ptuning.data.tasks.heads.generation import CandidateScoring, Generation, MultipleChoice
+from chatglm_ptuning.data.tasks.heads.labels import MultiLabelClassification, SequenceClassification
+from chatglm_ptuning.data.tasks.heads.spans import QuestionAnswering
+from chatglm_ptuning.data.tasks.heads.tags import TokenClassification
 from chatglm_ptuning.data.tasks.registry import load_task
-from chatglm_ptuning.evaluation.task_predictions import PredictionSettings, predict
+from chatglm_ptuning.evaluation.inference import InferenceSettings, predict
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
-from chatglm_ptuning.model.modeling_heads import HEAD_CLASSES
 
+MODEL_CLASSES = {head.name: head.model_class for head in HEADS}
 TEXTS = ["今天有雨", "我想去公园散步。你好吗？", "问", "天气很好，请问你今天想去公园散步吗", "甲乙丙丁戊己"]
 
 
@@ -36,7 +41,7 @@ def make(tokenizer):
 
     def model_for(head: str, num_labels: int = 2, **config):
         torch.manual_seed(0)
-        model = HEAD_CLASSES[head](
+        model = MODEL_CLASSES[head](
             ChatGLMConfig(
                 num_layers=2, hidden_size=32, ffn_hidden_size=48, kv_channels=8, num_attention_heads=4,
                 multi_query_attention=True, multi_query_group_num=2, add_qkv_bias=True, seq_length=512,
@@ -64,8 +69,8 @@ def alone(model, ids):
 
 def test_sequence_classification(make, tokenizer):
     task = load_task("news_topic")
-    encoder = TaskEncoder(task, tokenizer, "sequence_classification", 400)
-    model = make(encoder.head, len(task.labels)).train()
+    encoder = SequenceClassification(task, tokenizer, 400)
+    model = make(encoder.name, len(task.labels)).train()
     examples = [TextExample(id=i, text=text) for i, text in enumerate(TEXTS)]
     expected = []
     model.eval()
@@ -74,7 +79,7 @@ def test_sequence_classification(make, tokenizer):
         expected.append((list(task.labels)[int(row.argmax())], float(row.max())))
     model.train()
     for size in (1, 2, 8):
-        found = predict(model, encoder, examples, PredictionSettings(size))
+        found = predict(model, encoder, examples, InferenceSettings(size))
         assert [prediction.value for prediction in found] == [label for label, _ in expected]
         assert [prediction.confidence for prediction in found] == pytest.approx(
             [sure for _, sure in expected], abs=1e-5
@@ -84,10 +89,10 @@ def test_sequence_classification(make, tokenizer):
 
 def test_any_number_of_labels(make, tokenizer):
     task = replace(load_task("news_topic"), multi_label=True)
-    encoder = TaskEncoder(task, tokenizer, "sequence_classification", 400)
-    model = make(encoder.head, len(task.labels), problem_type="multi_label_classification")
-    examples = [TextExample(id=i, text=text) for i, text in enumerate(TEXTS)]
-    found = predict(model, encoder, examples, PredictionSettings(3))
+    encoder = MultiLabelClassification(task, tokenizer, 400)
+    model = make(encoder.name, len(task.labels), problem_type="multi_label_classification")
+    examples = [MultiLabelExample(id=i, text=text) for i, text in enumerate(TEXTS)]
+    found = predict(model, encoder, examples, InferenceSettings(3))
     for example, prediction in zip(examples, found, strict=True):
         logits = alone(model, encoder.prompt_ids(example)).logits[0]
         assert prediction.value == [name for name, logit in zip(task.labels, logits, strict=True) if logit > 0]
@@ -106,8 +111,8 @@ def test_any_number_of_labels(make, tokenizer):
 @pytest.mark.parametrize("unit", ["characters", "pieces"])
 def test_token_classification(make, tokenizer, unit, echo):
     task = replace(load_task("entities"), prompt="{text}")
-    encoder = TaskEncoder(task, tokenizer, "token_classification", 400, token_unit=unit, echo=echo)
-    model = make(encoder.head, len(task.tags))
+    encoder = TokenClassification(task, tokenizer, 400, token_unit=unit, echo=echo)
+    model = make(encoder.name, len(task.tags))
     examples = [TokenExample(id=i, tokens=tuple(text)) for i, text in enumerate(TEXTS)]
     start = tokenizer.build_inputs_with_special_tokens([])
     expected = []
@@ -117,7 +122,7 @@ def test_token_classification(make, tokenizer, unit, echo):
         rows = alone(model, [*start, *twice(tokenizer, ids, echo)]).logits[0].softmax(-1)[-len(text) :]
         expected.append(([task.tags[int(row.argmax())] for row in rows], float(rows.max(-1).values.min())))
     for size in (1, 2, 8):
-        found = predict(model, encoder, examples, PredictionSettings(size))
+        found = predict(model, encoder, examples, InferenceSettings(size))
         assert [prediction.value for prediction in found] == [tags for tags, _ in expected]
         assert [prediction.confidence for prediction in found] == pytest.approx(
             [sure for _, sure in expected], abs=1e-5
@@ -132,7 +137,7 @@ def test_tags_of_a_long_text_are_each_from_the_window_that_shows_most_around(mak
     start = tokenizer.build_inputs_with_special_tokens([])
     ids, room, overlap = tokenizer.vocabulary.encode(text)[1:], 12, 5
     length = len(start) + len(twice(tokenizer, ids[:room], echo))
-    encoder = TaskEncoder(task, tokenizer, "token_classification", length, token_unit="characters", echo=echo)
+    encoder = TokenClassification(task, tokenizer, length, token_unit="characters", echo=echo)
     encoder = replace(encoder, doc_stride=overlap)
     begins = sorted({*range(0, len(ids) - room, room - overlap), len(ids) - room})
     rows = {
@@ -143,7 +148,7 @@ def test_tags_of_a_long_text_are_each_from_the_window_that_shows_most_around(mak
     for place in range(len(ids)):
         begin = max((b for b in begins if b <= place < b + room), key=lambda b: min(place - b, b + room - 1 - place))
         expected.append(task.tags[int(rows[begin][place - begin].argmax())])
-    (found,) = predict(model, encoder, [TokenExample(id=0, tokens=tuple(text))], PredictionSettings(2))
+    (found,) = predict(model, encoder, [TokenExample(id=0, tokens=tuple(text))], InferenceSettings(2))
     assert found.value == expected
 
 
@@ -174,9 +179,9 @@ def test_the_best_span_of_all_spans_and_windows(make, tokenizer, echo):
                         spans.append((float(starts[left + at] * ends[right + at]), context[first:end]))
             expected.append(max(spans))
         length = len(start) + len(twice(tokenizer, range(room), echo))
-        encoder = TaskEncoder(task, tokenizer, "question_answering", length, doc_stride=overlap, echo=echo)
+        encoder = QuestionAnswering(task, tokenizer, length, doc_stride=overlap, echo=echo, max_answer_length=longest)
         for size in (1, 3):
-            found = predict(model, encoder, examples, PredictionSettings(size, max_answer_length=longest))
+            found = predict(model, encoder, examples, InferenceSettings(size))
             assert [prediction.value for prediction in found] == [text for _, text in expected]
             sure = [prediction.confidence for prediction in found]
             assert sure == pytest.approx([value for value, _ in expected], rel=1e-3)
@@ -198,7 +203,7 @@ def test_candidates_by_hand(make, tokenizer, kind, how):
         examples = [TextExample(id=i, text=text) for i, text in enumerate(TEXTS)]
         empty = [replace(example, text="") for example in examples]
         texts = [list(task.labels.values())] * len(examples)
-        encoder = TaskEncoder(task, tokenizer, "generation", 400)
+        encoder = CandidateScoring(task, tokenizer, 400)
     else:
         task = load_task("c3")
         texts = [["今天", "有雨", "我想去公园"], ["甲", "甲乙丙丁"], ["问", "答", "你好吗", "雨"]]
@@ -206,8 +211,8 @@ def test_candidates_by_hand(make, tokenizer, kind, how):
             ChoiceExample(id=i, candidates=tuple(row), context=TEXTS[i], question="请问") for i, row in enumerate(texts)
         ]
         empty = [replace(example, context="", question="") for example in examples]
-        encoder = TaskEncoder(task, tokenizer, "multiple_choice", 400)
-    model = make(encoder.head)
+        encoder = MultipleChoice(task, tokenizer, 400)
+    model = make(encoder.name)
     header = tokenizer.vocabulary.encode("\n")
     expected = []
     for example, without, answers in zip(examples, empty, texts, strict=True):
@@ -225,7 +230,7 @@ def test_candidates_by_hand(make, tokenizer, kind, how):
         best = int(row.argmax())
         expected.append((list(task.labels)[best] if kind == "labels" else best, float(row[best])))
     for size in (1, 2):
-        found = predict(model, encoder, examples, PredictionSettings(size, candidate_scores=how))
+        found = predict(model, replace(encoder, candidate_scores=how), examples, InferenceSettings(size))
         assert [prediction.value for prediction in found] == [value for value, _ in expected]
         assert [prediction.confidence for prediction in found] == pytest.approx(
             [sure for _, sure in expected], rel=1e-3
@@ -233,10 +238,10 @@ def test_candidates_by_hand(make, tokenizer, kind, how):
 
 
 def test_written_answers_are_those_of_generate(make, tokenizer):
-    encoder = TaskEncoder(load_task("adgen"), tokenizer, "generation", 400)
+    encoder = Generation(load_task("adgen"), tokenizer, 400)
     model = make("generation")
     examples = [GenerationExample(id=i, text=text) for i, text in enumerate(TEXTS[:3])]
-    found = predict(model, encoder, examples, PredictionSettings(2, max_new_tokens=6))
+    found = predict(model, encoder, examples, InferenceSettings(2, max_new_tokens=6))
     for example, prediction in zip(examples, found, strict=True):
         prompt = encoder.prompt_ids(example)
         for _ in range(6):
@@ -254,16 +259,16 @@ def test_a_head_of_random_values_predicts_nothing(make, tokenizer, head, tmp_pat
     task = load_task(name)
     trained = make(head, max(len(task.labels), 2))
     torch.manual_seed(1)
-    model = HEAD_CLASSES[head](trained.config)
+    model = MODEL_CLASSES[head](trained.config)
     encoder_values = model.transformer.prefix_encoder
     encoder_values.set_key_values(torch.randn(3, *encoder_values.kv_shape))
     with pytest.raises(
         ValueError, match=r"The (classifier_head|qa_outputs) of ChatGLMFor\w+ is untrained: its values are"
     ):
-        predict(model, TaskEncoder(task, tokenizer, head), [], PredictionSettings())
+        predict(model, head_of(task, head)(task, tokenizer), [], InferenceSettings())
     model.save_prefix(tmp_path / "random")
     torch.manual_seed(1)
-    plain = HEAD_CLASSES[head](trained.config)
+    plain = MODEL_CLASSES[head](trained.config)
     plain.load_prefix(tmp_path / "random", name="random")
     with pytest.raises(ValueError, match="was saved untrained"):
         plain.check_prefix_is_trained()

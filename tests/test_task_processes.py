@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 from task_runs import TASKS, evaluate, flags, lines, read, train, write_tasks
 
 from chatglm_ptuning.data.collate import PaddingCollator
+from chatglm_ptuning.data.tasks.heads import HEADS
 from chatglm_ptuning.evaluation import run as evaluation
-from chatglm_ptuning.model.modeling_heads import HEAD_CLASSES
 from chatglm_ptuning.training.sampler import nothing_to_learn_like
+
+MODEL_CLASSES = {head.name: head.model_class for head in HEADS}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,8 @@ def test_a_head_run_that_goes_on_equals_one_without_a_break(base, data, head, tm
 def test_rows_that_fill_up_a_batch_add_nothing(head, tiny_config):
     torch.manual_seed(0)
     kind = {"problem_type": "multi_label_classification"} if head == "multi_label" else {}
-    model = HEAD_CLASSES["sequence_classification" if kind else head](tiny_config(num_labels=3, **kind)).eval()
+    model_class = MODEL_CLASSES["sequence_classification" if kind else head]
+    model = model_class(tiny_config(num_labels=3, **kind)).eval()
     labels = {"generation": [-100, 5, 6, 7], "sequence_classification": 1, "token_classification": [0, 1, 2, 1],
               "multi_label": [1.0, 0.0, 1.0]}  # fmt: skip
     row = {"input_ids": [5, 6, 7, 8]} | (

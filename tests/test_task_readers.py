@@ -8,7 +8,6 @@ import pytest
 
 from chatglm_ptuning.data.tasks import load_task, read_examples
 from chatglm_ptuning.data.tasks.examples import Answer
-from chatglm_ptuning.data.tasks.prompt import answer_text, candidate_answers, render_prompt
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 if not SHARED.is_dir():  # the tests may run in a worktree one folder deeper
@@ -45,8 +44,8 @@ def test_clue_classification(tmp_path, name, folder):
     lines(base / "test.json", {"id": 9} | {key: value for key, value in row.items() if key not in ("label", "id")})
     task = load_task(name)
     (example,) = read_examples(task, tmp_path, "train")
-    assert answer_text(task, example) == ANSWERS[name] in candidate_answers(task, example)
-    assert example.text in render_prompt(task, example)
+    assert example.answer_text(task) == ANSWERS[name] in example.candidate_answers(task)
+    assert example.text in example.prompt(task)
     (blind,) = read_examples(task, tmp_path, "test")
     assert (blind.id, blind.label) == (9, None)
 
@@ -81,7 +80,7 @@ def test_rows_without_agreement_are_left_out(tmp_path, caplog):
 def test_csl_joins_its_keywords(tmp_path):
     lines(tmp_path / "train.json", CLUE_ROWS["csl"])
     (example,) = read_examples(load_task("csl"), tmp_path, "train")
-    assert "关键词：稻谷、研究\n" in render_prompt(load_task("csl"), example)
+    assert "关键词：稻谷、研究\n" in example.prompt(load_task("csl"))
 
 
 def wsc(start: int = 5, **more: object) -> dict:
@@ -95,8 +94,8 @@ def test_winograd_marks_the_spans_that_are_meant(tmp_path, name):
     lines(tmp_path / "train_0.json", wsc())
     task = load_task(name)
     (example,) = read_examples(task, tmp_path, "train" if name == "cluewsc2020" else "train_0")
-    assert (example.id, example.text, answer_text(task, example)) == (3, "[猫]看见它，_它_跑了", "是")
-    assert "“它”指的是“猫”" in render_prompt(task, example)
+    assert (example.id, example.text, example.answer_text(task)) == (3, "[猫]看见它，_它_跑了", "是")
+    assert "“它”指的是“猫”" in example.prompt(task)
     with pytest.raises(ValueError, match=r"json:1: span2_index must be the place of a character, found 'x'"):
         lines(tmp_path / "train.json", wsc(start="x"))
         read_examples(load_task("cluewsc2020"), tmp_path, "train")
@@ -211,7 +210,7 @@ def test_cmrc_in_squad_form(tmp_path):
     assert first.context[4:].startswith("1900年")
     # What does not stand where the file says is found, or has no place.
     assert second.answers == (Answer("1999年", 12), Answer("2000年", None))
-    prompt = render_prompt(load_task("cmrc2018"), first)
+    prompt = first.prompt(load_task("cmrc2018"))
     assert prompt.index("问题：他生于哪年？") < prompt.index(first.context)  # a causal base reads the question first
 
 
@@ -245,7 +244,7 @@ def test_chid_takes_its_answers_from_their_own_file(tmp_path):
         read_examples(task, tmp_path, "train")
     whole(tmp_path / "train_answer.json", {"#idiom000378#": 0, "#idiom000379#": 1, "#idiom000380#": 2})
     examples = read_examples(task, tmp_path, "train")
-    assert [(example.id, answer_text(task, example)) for example in examples] == [
+    assert [(example.id, example.answer_text(task)) for example in examples] == [
         ("#idiom000378#", "百尺竿头"), ("#idiom000379#", "随波逐流"), ("#idiom000380#", "方兴未艾"),
     ]  # fmt: skip
     assert examples[1].context == "模式____，诚然〇〇〇〇辛苦"
@@ -359,7 +358,7 @@ def test_chnsenticorp_is_an_unquoted_table(tmp_path):
     (tmp_path / "train.tsv").write_text('label\ttext_a\n1\t"很好\n0\t差 "差"\n', "utf-8")
     task = load_task("chnsenticorp")
     examples = read_examples(task, tmp_path, "train")
-    assert [(example.text, answer_text(task, example)) for example in examples] == [
+    assert [(example.text, example.answer_text(task)) for example in examples] == [
         ('"很好', "正面"),
         ('差 "差"', "负面"),
     ]
@@ -402,10 +401,10 @@ def test_examinations_by_subject_and_category(tmp_path):
     assert [(example.subject, example.category, example.answer) for example in examples] == [
         ("logic", "Humanities", 2), ("law", "Humanities", 2),
     ]  # fmt: skip
-    assert render_prompt(task, examples[1]) == (
+    assert examples[1].prompt(task) == (
         "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\n\nlaw，哪个？\nA. 甲\nB. 乙\nC. 丙\nD. 丁\n答案："
     )
-    assert candidate_answers(task, examples[0]) == ["A", "B", "C", "D"] and answer_text(task, examples[0]) == "C"
+    assert examples[0].candidate_answers(task) == ["A", "B", "C", "D"] and examples[0].answer_text(task) == "C"
     with pytest.raises(ValueError, match=r"modern_chinese_history_val.csv"):
         read_examples(task, tmp_path, "val", subjects=["Humanities"])
     with pytest.raises(ValueError, match="no subject or category Law"):
@@ -430,8 +429,8 @@ def test_choices_of_ones_own(tmp_path):
     lines(tmp_path / "t.jsonl", {"q": "谜", "c": ["日", "月"], "a": "月"}, {"q": "谜", "c": ["日", "月"], "a": 0})
     task = load_task(tmp_path / "mine.yaml")
     examples = read_examples(task, tmp_path, "train")
-    assert [answer_text(task, example) for example in examples] == ["B", "A"]
-    assert render_prompt(task, examples[0]) == "谜\nA. 日\nB. 月\n"
+    assert [example.answer_text(task) for example in examples] == ["B", "A"]
+    assert examples[0].prompt(task) == "谜\nA. 日\nB. 月\n"
 
 
 def test_wrong_files_are_named(tmp_path):
@@ -478,8 +477,8 @@ def test_real_fewclue_files(name, sizes):
     for split, size in zip(("train_0", "train_few_all"), sizes, strict=True):
         examples = read_examples(task, SHARED / "fewclue", split)
         assert len(examples) == size
-        assert all(answer_text(task, example) in candidate_answers(task, example) for example in examples)
-        assert len({render_prompt(task, example) for example in examples}) > 0.8 * size
+        assert all(example.answer_text(task) in example.candidate_answers(task) for example in examples)
+        assert len({example.prompt(task) for example in examples}) > 0.8 * size
 
 
 @pytest.mark.skipif(not (SHARED / "corpus").is_dir(), reason="the corpora are not at hand")

@@ -10,8 +10,8 @@ import yaml
 
 from chatglm_ptuning.cli import main
 from chatglm_ptuning.data.tasks import load_task, read_examples, task_names
-from chatglm_ptuning.data.tasks.prompt import answer_text, candidate_answers, render_prompt
-from chatglm_ptuning.data.tasks.readers import READERS, heads_of
+from chatglm_ptuning.data.tasks.heads import heads_of
+from chatglm_ptuning.data.tasks.readers import READERS
 
 CLUE = ["tnews", "iflytek", "afqmc", "cmnli", "ocnli", "csl", "cluewsc2020", "cmrc2018", "drcd", "chid", "c3"]
 FEWCLUE = [
@@ -74,8 +74,8 @@ def test_a_task_is_added_by_a_file_alone(tmp_path):
     (tmp_path / "b.csv").write_text('number,message\n3,"好，\n真好"\n', "utf-8")
     (example,) = read_examples(task, tmp_path, "train")
     assert (example.id, example.text, example.label) == (7, "下雨了", "0")
-    assert render_prompt(task, example) == "消息：下雨了\n心情是难过、高兴里的哪一个？"
-    assert candidate_answers(task, example) == ["难过", "高兴"] and answer_text(task, example) == "难过"
+    assert example.prompt(task) == "消息：下雨了\n心情是难过、高兴里的哪一个？"
+    assert example.candidate_answers(task) == ["难过", "高兴"] and example.answer_text(task) == "难过"
     (unlabelled,) = read_examples(task, tmp_path, "test")
     assert (unlabelled.text, unlabelled.label) == ("好，\n真好", None)
 
@@ -122,8 +122,16 @@ def test_groups_across_categories_are_those_the_benchmarks_publish(tmp_path):
         ("labels: {", "labels: [", "not valid YAML"),
         ("metric:", "label_separator: /\nmetric:", "'label_separator' belongs to 'multi_label: true'"),
         ("metric: macro_f1", "metric: micro_f1", "'micro_f1' belongs to 'multi_label: true'"),
-        ("metric: macro_f1", "multi_label: true\nmetric: accuracy", "with 'multi_label'. 'accuracy'"),
-        ("metric:", "multi_label: true\nhead: generation\nmetric:", "the head must be sequence_classification"),
+        (
+            "metric: macro_f1",
+            "multi_label: true\nmetric: accuracy",
+            "metric .of the reader 'rows' with multi_label. 'accuracy'",
+        ),
+        (
+            "metric:",
+            "multi_label: true\nhead: generation\nmetric:",
+            "head .of the reader 'rows' with multi_label. 'generation'; known are sequence_classification",
+        ),
         ("metric:", "multi_label: true\ndrop_labels: [x]\nmetric:", "'drop_labels' leaves out rows of one label"),
         ("metric:", "echo: true\nmetric:", "'echo' belongs to the readers bio, cluener, squad, not to 'rows'"),
         ("metric:", "echo: twice\nmetric:", "'echo' must be true or false, found 'twice'"),

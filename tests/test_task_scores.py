@@ -17,12 +17,13 @@ from chatglm_ptuning.data.tasks.examples import (
     TextExample,
     TokenExample,
 )
+from chatglm_ptuning.data.tasks.heads.head import Prediction
+from chatglm_ptuning.data.tasks.submission import write_submission
 from chatglm_ptuning.evaluation import figures
-from chatglm_ptuning.evaluation.task_predictions import Prediction
-from chatglm_ptuning.evaluation.task_report import score_task, worst_errors, write_results, write_task_report
-from chatglm_ptuning.metrics.bootstrap import bootstrap_interval, f1_interval, mean_interval
+from chatglm_ptuning.evaluation.report import score_task, worst_errors, write_report
 from chatglm_ptuning.metrics.classification import classification_scores, confusion_matrix
 from chatglm_ptuning.metrics.entities import cluener_f1, entities_of, entity_scores, spans_of
+from chatglm_ptuning.metrics.intervals import bootstrap_interval, f1_interval, mean_interval
 from chatglm_ptuning.metrics.multi_label import multi_label_scores
 from chatglm_ptuning.metrics.reading_comprehension import answer_f1, cmrc_scores, exact_match
 
@@ -100,7 +101,7 @@ def test_cluener_counts_entities_inside_each_other(tmp_path):
     (tmp_path / "dev.json").write_text("\n".join(map(json.dumps, rows)), "utf-8")
     task = load_task("cluener")
     examples = read_examples(task, tmp_path, "dev")
-    metrics = score_task(task, examples, [list(example.tags) for example in examples]).metrics
+    metrics = score_task(task, examples, [Prediction(list(example.tags)) for example in examples]).metrics
     # Tags find all but 中国: three of the ten types are whole, address has one of two, six are not there.
     assert metrics["cluener_f1"] == pytest.approx(100 * (3 + 2 / 3) / 10)
     assert metrics["entity_f1"] == 100
@@ -157,7 +158,7 @@ def test_worst_errors_are_the_surest_first():
 def test_report_of_a_classification(tmp_path):
     task = load_task("bustm")
     examples = [TextExample(id=i, text="甲", text_pair="乙", label=label) for i, label in enumerate("1101")]
-    scores = write_task_report(tmp_path, task, examples, list("1001"), [0.9, 0.8, 0.7, 0.6])
+    scores = write_report(tmp_path, task, examples, list(map(Prediction, "1001", [0.9, 0.8, 0.7, 0.6])))
     assert scores.metrics["accuracy"] == 75 and scores.metrics["macro_f1"] == pytest.approx(100 * (4 / 5 + 2 / 3) / 2)
     low, high = scores.intervals["macro_f1"]
     assert low < scores.metrics["macro_f1"] < high
@@ -173,7 +174,7 @@ def test_report_of_a_classification(tmp_path):
 def test_report_of_entities(tmp_path):
     task = load_task("entities")
     examples = [TokenExample(id=0, tokens=("海", "上"), tags=("B-LOC", "O"))]
-    scores = write_task_report(tmp_path, task, examples, [["B-LOC", "B-PER"]])
+    scores = write_report(tmp_path, task, examples, [Prediction(["B-LOC", "B-PER"])])
     assert scores.metrics["entity_precision"] == 50 and scores.intervals["entity_f1"][1] == pytest.approx(200 / 3)
     (row,) = map(json.loads, (tmp_path / "predictions.jsonl").read_text("utf-8").splitlines())
     assert row["gold"] == [{"type": "LOC", "text": "海", "start": 0}] and row["score"] == pytest.approx(2 / 3)
@@ -182,13 +183,13 @@ def test_report_of_entities(tmp_path):
 
 def test_reports_of_the_other_kinds(tmp_path):
     question = QuestionExample(id="Q", context="他来", question="谁？", answers=(Answer("他", 0), Answer("他来", 0)))
-    assert score_task(load_task("cmrc2018"), [question], ["他来"]).metrics["cmrc_em"] == 100
+    assert score_task(load_task("cmrc2018"), [question], [Prediction("他来")]).metrics["cmrc_em"] == 100
     subjects = [("law", "Humanities"), ("law", "Humanities"), ("logic", "Humanities"), ("marxism", "Social Science")]
     exam = [
         ChoiceExample(id=place, candidates=tuple("甲乙丙丁"), answer=0, subject=subject, category=category)
         for place, (subject, category) in enumerate(subjects)
     ]
-    scores = write_task_report(tmp_path, load_task("ceval"), exam, [0, 1, 0, 1])
+    scores = write_report(tmp_path, load_task("ceval"), exam, list(map(Prediction, [0, 1, 0, 1])))
     assert scores.groups == {"law": 50, "logic": 100, "marxism": 0, "Humanities": 75, "Social Science": 0,
                              "mean of subjects": 50}  # fmt: skip
     assert scores.metrics["accuracy"] == 50
@@ -196,7 +197,7 @@ def test_reports_of_the_other_kinds(tmp_path):
         GenerationExample(id=0, text="类型#裤", target="宽松的裤子"),
         GenerationExample(id=1, text="裙", target="长裙"),
     ]
-    scores = write_task_report(tmp_path, load_task("adgen"), texts, ["宽松的裤子", ""])
+    scores = write_report(tmp_path, load_task("adgen"), texts, list(map(Prediction, ["宽松的裤子", ""])))
     assert scores.metrics["rouge-l"] == pytest.approx(50, abs=0.01) and scores.metrics["prediction_length"] == 2.5
 
 
@@ -208,7 +209,8 @@ def test_a_row_without_agreement_is_submitted_and_not_scored(tmp_path):
     task = load_task("cmnli")
     examples = read_examples(task, tmp_path, "test")
     predictions = [Prediction("neutral", confidence) for confidence in (0.9, 0.8, 0.7)]
-    scores = write_results(tmp_path / "out", task, examples, predictions, "test")
+    scores = write_report(tmp_path / "out", task, examples, predictions)
+    write_submission(task, examples, predictions, tmp_path / "out", "test")
     assert scores.metrics["accuracy"] == 50
     written = {
         name: [json.loads(line) for line in (tmp_path / "out" / name).read_text("utf-8").splitlines()]
@@ -227,7 +229,7 @@ def test_scores_of_choices_follow_from_their_rows(tmp_path):
             ChoiceExample(id=place, candidates=tuple(candidates), answer=2, subject=subject)
             for place in range(len(predictions))
         ]
-        scores = write_task_report(tmp_path / name, load_task(name), examples, predictions)
+        scores = write_report(tmp_path / name, load_task(name), examples, list(map(Prediction, predictions)))
         lines = (tmp_path / name / "predictions.jsonl").read_text("utf-8").splitlines()
         return [json.loads(line) for line in lines], scores.metrics["accuracy"]
 
@@ -246,7 +248,7 @@ def test_scores_of_choices_follow_from_their_rows(tmp_path):
 
 def test_what_cannot_be_scored_is_refused():
     with pytest.raises(ValueError, match=r"b.json:2: there is nothing to score against"):
-        score_task(load_task("bustm"), [TextExample(id=0, text="甲", where="b.json:2")], ["1"])
+        score_task(load_task("bustm"), [TextExample(id=0, text="甲", where="b.json:2")], [Prediction("1")])
     with pytest.raises(ValueError, match="0 predictions for 0 examples"):
         score_task(load_task("bustm"), [], [])
 

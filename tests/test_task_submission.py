@@ -7,7 +7,13 @@ import pytest
 from chatglm_ptuning.data.tasks import load_task
 from chatglm_ptuning.data.tasks.arguments import submission_variant
 from chatglm_ptuning.data.tasks.examples import ChoiceExample, QuestionExample, TextExample, TokenExample
-from chatglm_ptuning.data.tasks.submission import write_submission
+from chatglm_ptuning.data.tasks.heads.head import Prediction
+from chatglm_ptuning.data.tasks.submission import write_submission as write_predictions
+
+
+def write_submission(task, examples, values, *more, **settings):
+    return write_predictions(task, examples, list(map(Prediction, values)), *more, **settings)
+
 
 TEXTS = [TextExample(id=7, text="甲"), TextExample(id=8, text="乙")]
 CHOICES = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 ROLES = ("system", "user", "assistant", "observation")
 
@@ -85,6 +85,11 @@ class Conversation:
         """The conversation without its last message if that is an answer."""
         return replace(self, messages=self.messages[:-1]) if self.answer else self
 
+    @property
+    def is_learned(self) -> bool:
+        """Whether any of it is learned."""
+        return any(message.loss for message in self.messages)
+
     def until_last_learned(self) -> Conversation:
         """The conversation up to the last answer that is learned; without messages if none is learned."""
         end = max((index + 1 for index, message in enumerate(self.messages) if message.loss), default=0)
@@ -120,6 +125,7 @@ class Document:
     """A plain text, all of which is learned (language modelling)."""
 
     text: str
+    is_learned: ClassVar[bool] = True
 
     def missing_side(self) -> str | None:
         """`empty` if it holds nothing but white space, else None."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
-EXAMPLES_FILE = "examples.arrow"
+ROWS_FILE = "rows.arrow"
 FACTS_FILE = "facts.json"
 _TOKENS_AT_ONCE = 1 << 19
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -57,7 +57,7 @@ class TokenCache:
         """The folder of an entry, and whether it was there already.
 
         Args:
-            make: fills an empty folder with an EXAMPLES_FILE and a FACTS_FILE.
+            make: fills an empty folder with a ROWS_FILE and a FACTS_FILE.
 
         Raises:
             OSError: if the cache cannot be written to, naming it.
@@ -97,7 +97,7 @@ class TokenCache:
 def _is_whole(folder: Path) -> bool:
     try:
         facts = read_facts(folder)
-        return (folder / EXAMPLES_FILE).stat().st_size == facts["bytes"]
+        return (folder / ROWS_FILE).stat().st_size == facts["bytes"]
     except (OSError, ValueError, KeyError):
         return False
 
@@ -107,11 +107,11 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return json.loads((folder / FACTS_FILE).read_text("utf-8"))
 
 
-def read_examples(folder: Path) -> datasets.Dataset:
-    """The examples of an entry, memory-mapped."""
+def open_rows(folder: Path) -> datasets.Dataset:
+    """The rows of an entry, memory-mapped."""
     import datasets
 
-    return datasets.Dataset.from_file(str(folder / EXAMPLES_FILE))
+    return datasets.Dataset.from_file(str(folder / ROWS_FILE))
 
 
 class RowWriter:
@@ -141,7 +141,7 @@ class RowWriter:
         """Finishes the file and writes the facts beside it, which make it whole."""
         self._flush()
         self._stream.close()
-        path = self.folder / EXAMPLES_FILE
+        path = self.folder / ROWS_FILE
         with path.open("rb") as written:
             os.fsync(written.fileno())
         write_json(self.folder / FACTS_FILE, {**facts, "bytes": path.stat().st_size})
@@ -152,7 +152,7 @@ class RowWriter:
         if self._stream is None:
             columns = {name: _type_of(name, value) for name, value in (self._rows or [_NO_ROW])[0].items()}
             self._schema = pyarrow.schema(columns)
-            self._stream = pyarrow.ipc.new_stream(str(self.folder / EXAMPLES_FILE), self._schema)
+            self._stream = pyarrow.ipc.new_stream(str(self.folder / ROWS_FILE), self._schema)
         if self._rows:
             self._stream.write_batch(pyarrow.RecordBatch.from_pylist(self._rows, self._schema))
         self._rows, self._tokens = [], 0

@@ -8,10 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from chatglm_ptuning.chat.message import Conversation, Document
-from chatglm_ptuning.data.conversations import ConversationExample
 from chatglm_ptuning.data.report import percentiles
 from chatglm_ptuning.data.sources.rows import BadRows
+from chatglm_ptuning.data.tasks.examples import Example
 from chatglm_ptuning.data.writing import SCRIPTS, count_scripts, is_mojibake, special_spellings
 
 _PLACES = 5
@@ -97,7 +96,7 @@ class Checker:
         self.letters: Counter[str] = Counter()
         self.rows_with: Counter[str] = Counter()
 
-    def watch(self, examples: Iterable[ConversationExample]) -> Iterator[ConversationExample]:
+    def watch(self, examples: Iterable[Example]) -> Iterator[Example]:
         """The examples, each noted before it is passed on."""
         for example in examples:
             self._note(example)
@@ -121,49 +120,32 @@ class Checker:
         }
         return report
 
-    def _note(self, example: ConversationExample) -> None:
-        report, found = self.report_so_far, example.content
+    def _note(self, example: Example) -> None:
+        report, digest, left_out = self.report_so_far, example.digest, example.left_out_as
         report.rows += 1
         report.formats[example.dataset_format] = report.formats.get(example.dataset_format, 0) + 1
-        source, target, turns = _texts(found)
-        self.turns.append(turns)
+        source, target, answers = example.said()
+        self.turns.append(answers)
         self.source.append(len(source))
         self.target.append(len(target))
         text = f"{source}\n{target}"
         scripts = count_scripts(text)
         self.letters.update(scripts)
         self.rows_with.update(name for name, count in scripts.items() if count)
-        missing = found.missing_side()
-        learned = isinstance(found, Document) or any(message.loss for message in found.messages)
         findings = {
-            "duplicates": example.digest in self.seen,
-            "empty": missing == "empty",
-            "one_sided": missing == "one_sided",
-            "without_targets": missing is None and not learned,
+            "duplicates": digest in self.seen,
+            **{name: left_out == name for name in ("empty", "one_sided", "without_targets")},
             "replacement_characters": "\ufffd" in text,
             "mojibake": is_mojibake(text),
             "special_tokens": bool(special_spellings(text)),
         }
-        self.seen.add(example.digest)
+        self.seen.add(digest)
         for name, is_so in findings.items():
             if is_so:
                 report.counts[name] = report.counts.get(name, 0) + 1
                 places = report.places.setdefault(name, [])
                 if len(places) < _PLACES:
                     places.append(example.where)
-
-
-def _texts(found: Conversation | Document) -> tuple[str, str, int]:
-    """All that is said to the model, all that it says, and how often it says something."""
-    if isinstance(found, Document):
-        return "", found.text, 1
-    answers = [message for message in found.messages if message.role == "assistant"]
-    source = "\n".join(message.content for message in found.messages if message.role != "assistant")
-    target = "\n".join(
-        message.content if message.arguments is None else f"{message.metadata} {message.arguments}"
-        for message in answers
-    )
-    return source, target, len(answers)
 
 
 def _in_words(values: Mapping[str, int]) -> str:

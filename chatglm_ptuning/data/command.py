@@ -12,15 +12,16 @@ from rich.console import Console
 
 from chatglm_ptuning.command_line import fail, parse_arguments
 from chatglm_ptuning.data.check import Checker, CheckReport
-from chatglm_ptuning.data.conversation_encoder import ConversationEncoder
-from chatglm_ptuning.data.conversations import read_conversation, read_conversations
 from chatglm_ptuning.data.encoding import Lengths, encode_examples
-from chatglm_ptuning.data.formats.registry import FORMATS, Columns
 from chatglm_ptuning.data.histogram import draw_lengths
 from chatglm_ptuning.data.report import PreparationReport, percentiles
 from chatglm_ptuning.data.show import describe, print_example, print_tokens
 from chatglm_ptuning.data.sources.files import find_sources, iterate_rows
 from chatglm_ptuning.data.sources.rows import BadRows, Row
+from chatglm_ptuning.data.tasks.arguments import InstructionArguments
+from chatglm_ptuning.data.tasks.heads.conversations import ConversationAnswers
+from chatglm_ptuning.data.tasks.readers.conversations import ConversationReader
+from chatglm_ptuning.data.tasks.source import SplitSource
 from chatglm_ptuning.files import write_json
 from chatglm_ptuning.model.hub import DEFAULT_MODEL, HUBS
 from chatglm_ptuning.model.loading import load_tokenizer
@@ -36,31 +37,18 @@ Flags: chatglm-ptuning data COMMAND --help"""
 
 
 @dataclass
-class _RowArguments:
+class _RowArguments(InstructionArguments):
     """How rows are read and rendered, as in training."""
 
     files: list[str] = field(init=False)
-    dataset_format: str | None = field(
-        default=None, metadata={"help": f"{', '.join(FORMATS)} (default: detected from the field names)"}
-    )
-    prompt_column: str | None = field(default=None, metadata={"help": "column of the source text"})
-    response_column: str | None = field(default=None, metadata={"help": "column of the answer"})
-    history_column: str | None = field(default=None, metadata={"help": "column of earlier turns"})
-    source_prefix: str = field(default="", metadata={"help": "text in front of every source"})
-    max_source_length: int = field(default=1024, metadata={"help": "tokens of the source at most"})
-    max_target_length: int = field(default=128, metadata={"help": "tokens of the answer at most"})
-
     hub: str = field(
         default="huggingface", metadata={"help": f"where a hub name of a base is looked up: {' or '.join(HUBS)}"}
     )
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a hub name"})
 
-    def columns(self) -> Columns:
-        return Columns(self.prompt_column, self.response_column, self.history_column, self.dataset_format)
-
-    def encoder(self, model: str) -> ConversationEncoder:
+    def head(self, model: str) -> ConversationAnswers:
         tokenizer = load_tokenizer(model, hub=self.hub, revision=self.revision)
-        return ConversationEncoder(tokenizer, self.max_source_length, self.max_target_length, self.source_prefix)
+        return self.conversation_head(self.task_of(self.files), tokenizer)
 
 
 @dataclass
@@ -75,6 +63,7 @@ class ShowArguments(_RowArguments):
     tokens: bool = field(default=False, metadata={"help": "one token per line, with its id"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.row < 1 or self.rows < 1:
             raise ValueError(f"--row and --rows count from 1, got {self.row} and {self.rows}")
 
@@ -98,14 +87,14 @@ def show(args: ShowArguments) -> None:
     Raises:
         ValueError: naming file and line, if a row cannot be understood, or there are fewer rows.
     """
-    encoder = args.encoder(args.model_name_or_path)
-    chat_format = encoder.tokenizer.chat_format
+    head = args.head(args.model_name_or_path)
+    chat_format = head.tokenizer.chat_format
     console = Console(highlight=False, soft_wrap=True)
     found = 0
     for source_row in itertools.islice(iterate_rows(args.files), args.row - 1, args.row - 1 + args.rows):
         found += 1
-        example = read_conversation(source_row, args.columns())
-        encoded = encoder.training_rows(example)
+        example = ConversationReader().read_row(source_row, args.columns())
+        encoded = head.learn(example)
         console.print(
             f"{example.where}: dataset format {example.dataset_format}, chat format {chat_format}", markup=False
         )
@@ -116,7 +105,7 @@ def show(args: ShowArguments) -> None:
             learned = sum(label >= 0 for label in labels)
             which = f"example {number} of {len(encoded.rows)}: " if len(encoded.rows) > 1 else ""
             console.print(f"{which}{len(ids)} tokens, {learned} learned", markup=False)
-            (print_tokens if args.tokens else print_example)(encoder.tokenizer, ids, labels, console)
+            (print_tokens if args.tokens else print_example)(head.tokenizer, ids, labels, console)
     if not found:
         count = sum(1 for _ in iterate_rows(args.files))
         raise ValueError(f"There is no row {args.row}: {', '.join(args.files)} has {count}.")
@@ -134,16 +123,16 @@ def check(args: CheckArguments) -> bool:
     bad_rows = BadRows(None)
     checker = Checker()
     unreadable: list[str] = []
-    rows = _rows_of_all(args.files, bad_rows, unreadable)
-    examples = checker.watch(read_conversations(rows, args.columns(), bad_rows))
+    task = args.task_of(args.files)
+    every = [_Readable(name, unreadable) for name in args.files]
+    examples = checker.watch(ConversationReader().read(SplitSource(task, "rows", every, task.fields, None, bad_rows)))
     preparation, lengths = PreparationReport(), Lengths()
     if args.model_name_or_path is None:
         for _ in examples:
             pass
     else:
-        encode = args.encoder(args.model_name_or_path).training_rows
-        workers = args.preprocessing_num_workers
-        for _, encoded in encode_examples(encode, examples, preparation, bad_rows, num_workers=workers):
+        learn, workers = args.head(args.model_name_or_path).learn, args.preprocessing_num_workers
+        for _, encoded in encode_examples(learn, examples, preparation, bad_rows, num_workers=workers):
             lengths.add(encoded)
     report = checker.report(bad_rows)
     report.errors += unreadable
@@ -157,14 +146,19 @@ def check(args: CheckArguments) -> bool:
     return not report.errors
 
 
-def _rows_of_all(names: Sequence[str], bad_rows: BadRows, unreadable: list[str]) -> Iterator[Row]:
-    """The rows of all files; what ends the reading of one is noted, and the next is read."""
-    for name in names:
+@dataclass(frozen=True)
+class _Readable:
+    """What a name stands for; what ends the reading is noted, so that the next name is read."""
+
+    name: str
+    unreadable: list[str]
+
+    def rows(self, bad_rows: BadRows) -> Iterator[Row]:
         try:
-            for source in find_sources(name):
+            for source in find_sources(self.name):
                 yield from source.rows(bad_rows)
         except ValueError as error:
-            unreadable.append(str(error))
+            self.unreadable.append(str(error))
 
 
 def _print_check(args: CheckArguments, report: CheckReport, preparation: PreparationReport) -> None:

@@ -17,7 +17,8 @@ from chatglm_ptuning.data.sources.rows import BadRows
 
 _EXAMPLES_AT_ONCE = 512  # for each process: few enough to stay in memory, enough to keep it busy
 
-AnyExample = TypeVar("AnyExample")
+AnyExample = TypeVar("AnyExample", bound=Any)
+"""Has a place, `where`."""
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Encoded:
     """What becomes of one example.
 
     Attributes:
-        rows: model inputs, as `PaddingCollator` takes them.
+        rows: model inputs, as `PaddingCollator` takes them (or see `Head.ready`).
         counted: the counters of the report that the example adds to.
         lengths: of every row, the tokens of source and target before truncation.
         fault: what is wrong with the example, if it cannot be encoded.
@@ -35,6 +36,12 @@ class Encoded:
     counted: list[str] = field(default_factory=list)
     lengths: list[tuple[int, int]] = field(default_factory=list)
     fault: str | None = None
+
+    @classmethod
+    def of_sources(cls, rows: Iterable[dict[str, Any]]) -> Encoded:
+        """Rows of which nothing was truncated, and whose answers are no text."""
+        made = list(rows)
+        return cls(made, lengths=[(len(row["input_ids"]), 0) for row in made])
 
 
 @dataclass
@@ -49,7 +56,7 @@ class Lengths:
         """Adds those of the rows of an example."""
         self.source.extend(source for source, _ in encoded.lengths)
         self.target.extend(target for _, target in encoded.lengths)
-        self.example.extend(len(row["input_ids"]) for row in encoded.rows)
+        self.example.extend(len(row.get("input_ids", ())) for row in encoded.rows)
 
 
 def encode_examples(
@@ -81,40 +88,13 @@ def encode_examples(
                 continue
             report.rows += 1
             for name in encoded.counted:
-                setattr(report, name, getattr(report, name) + 1)
+                report.count(name, example.where)
             report.used += bool(encoded.rows)
             report.examples += len(encoded.rows)
             yield example, encoded
         bar.close()
     report.bad = bad_rows.count
     report.rows += report.bad
-
-
-def encode_all(
-    encode: Callable[[AnyExample], Encoded],
-    examples: Iterable[AnyExample],
-    bad_rows: BadRows | None = None,
-    *,
-    num_workers: int = 1,
-    progress: bool = True,
-) -> tuple[list[dict[str, Any]], PreparationReport]:
-    """All rows in memory, and the report.
-
-    Raises:
-        ValueError: as `encode_examples`; with the report, if there are no rows.
-    """
-    report, lengths = PreparationReport(), Lengths()
-    rows: list[dict[str, Any]] = []
-    of_all = encode_examples(
-        encode, examples, report, bad_rows or BadRows(), num_workers=num_workers, progress=progress
-    )
-    for _, encoded in of_all:
-        rows += encoded.rows
-        lengths.add(encoded)
-    if not rows:
-        raise ValueError(nothing_left(report))
-    report.set_lengths(lengths.source, lengths.target, lengths.example)
-    return rows, report
 
 
 def nothing_left(report: PreparationReport) -> str:

@@ -8,6 +8,20 @@ from typing import Any
 
 _PERCENTILES = (50, 90, 99, 100)
 
+LEFT_OUT = {
+    "empty": "empty",
+    "one_sided": "with only a question or only an answer",
+    "without_targets": "with nothing to learn",
+    "too_long": "too long to be cut to the limit",
+    "bad": "that could not be understood (--skip_bad_rows)",
+}
+CUT = {
+    "history_cut": "without their oldest turns",
+    "source_cut": "without the middle of the source (--max_source_length)",
+    "target_cut": "without the end of the answer (--max_target_length)",
+}
+"""Counters of `PreparationReport` in words: of rows, and of examples."""
+
 
 @dataclass
 class PreparationReport:
@@ -25,6 +39,7 @@ class PreparationReport:
         bad: rows left out because they could not be understood.
         history_cut, source_cut, target_cut: examples whose oldest turns, middle of the source, or end of the answer
             had to go. A cut answer has no end token.
+        places: where the first one is, of each counter of rows left out and examples cut.
         lengths: percentiles (`50`, `90`, `99`, `100`) of the tokens of `source` and `target` before any cutting, and
             of the `example` after it.
     """
@@ -40,16 +55,23 @@ class PreparationReport:
     history_cut: int = 0
     source_cut: int = 0
     target_cut: int = 0
+    places: dict[str, str] = field(default_factory=dict)
     lengths: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def count(self, name: str, where: str) -> None:
+        """Adds one to a counter of rows left out or examples cut."""
+        setattr(self, name, getattr(self, name) + 1)
+        self.places.setdefault(name, where)
 
     def as_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
         return asdict(self)
 
     def add_counts(self, other: PreparationReport) -> None:
-        """Adds the counters of another part of the data; lengths stay."""
+        """Adds the counters of another part of the data, which is behind this one; lengths stay."""
+        self.places = other.places | self.places
         for counter in fields(self):
-            if counter.name != "lengths":
+            if counter.name not in ("lengths", "places"):
                 setattr(self, counter.name, getattr(self, counter.name) + getattr(other, counter.name))
 
     def set_lengths(self, source: Sequence[int], target: Sequence[int], example: Sequence[int]) -> None:
@@ -60,22 +82,17 @@ class PreparationReport:
     def summary(self) -> str:
         """The report in a few lines for people; without the lines that have nothing to say."""
         lines = [f"{self.rows} rows, {self.used} used, {self.examples} examples"]
-        left_out = {
-            "empty": self.empty,
-            "with only a question or only an answer": self.one_sided,
-            "with nothing to learn": self.without_targets,
-            "too long to be cut to the limit": self.too_long,
-            "that could not be understood (--skip_bad_rows)": self.bad,
-        }
-        cut = {
-            "without their oldest turns": self.history_cut,
-            "without the middle of the source (--max_source_length)": self.source_cut,
-            "without the end of the answer (--max_target_length)": self.target_cut,
-        }
-        for name, counts in (("rows left out", left_out), ("examples cut", cut)):
-            if any(counts.values()):
-                lines.append(f"{name}: " + ", ".join(f"{count} {what}" for what, count in counts.items() if count))
+        for heading, meanings in (("rows left out", LEFT_OUT), ("examples cut", CUT)):
+            counted = [
+                f"{getattr(self, name)} {what}" + (f" (first: {self.places[name]})" if name in self.places else "")
+                for name, what in meanings.items()
+                if getattr(self, name)
+            ]
+            if counted:
+                lines.append(f"{heading}: {', '.join(counted)}")
         for name, values in self.lengths.items():
+            if not values["100"]:
+                continue  # what is answered is no text
             when = "after cutting" if name == "example" else "before cutting"
             lines.append(
                 f"tokens of the {name} {when}: half have at most {values['50']}, 90 % {values['90']}, "

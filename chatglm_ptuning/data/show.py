@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from chatglm_ptuning.data.encoding import Encoded
+from chatglm_ptuning.data.report import CUT, LEFT_OUT
 from chatglm_ptuning.model.losses import IGNORED_LABEL
 
 if TYPE_CHECKING:
@@ -48,15 +49,8 @@ def print_tokens(
 
 def describe(encoded: Encoded) -> str:
     """What was cut off a row, or why nothing was made of it."""
-    meanings = {
-        "empty": "left out: it has neither question nor answer",
-        "one_sided": "left out: it has only a question or only an answer",
-        "without_targets": "left out: nothing in it is to be learned",
-        "too_long": "left out: too long to be cut to the limit",
-        "history_cut": "the oldest turns were cut",
-        "source_cut": "the middle of the source was cut",
-        "target_cut": "the end of the answer was cut",
-    }
+    meanings = {name: f"left out: {what}" for name, what in LEFT_OUT.items()}
+    meanings |= {name: f"cut: {what}" for name, what in CUT.items()}
     return "; ".join(meanings[name] for name in dict.fromkeys(encoded.counted))
 
 

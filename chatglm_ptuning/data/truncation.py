@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from chatglm_ptuning.chat.format import ChatFormat
@@ -58,12 +59,22 @@ def cut_source(conversation: Conversation, room: int, chat_format: ChatFormat) -
     def with_texts_of(length: int) -> Conversation:
         return replace(shortened, messages=[_without_middle(message, length) for message in shortened.messages])
 
-    # The smallest number of characters taken off the longest text. A new seam may cost a token more, so that it is not
-    # always the very smallest, but what bisection ends with was tried, or is no text at all.
     longest = max((len(message.content) for message in shortened.messages if message.role != "assistant"), default=0)
-    taken = bisect_left(range(longest), True, key=lambda count: fits(with_texts_of(longest - count)))
-    cut = with_texts_of(longest - taken)
+    cut = with_texts_of(longest_that_fits(longest, lambda length: fits(with_texts_of(length))))
     return CutSource(cut, history_cut=dropped > 0, text_cut=True) if fits(cut) else None
+
+
+def longest_that_fits(longest: int, fits: Callable[[int], bool]) -> int:
+    """To how many characters texts have to be shortened.
+
+    A new seam may cost a token more, so that this is not always the very largest number, but what bisection ends with
+    was tried, or is no text at all.
+
+    Args:
+        longest: characters of the longest text, which is too long.
+        fits: whether all fits with each text so long at most.
+    """
+    return longest - bisect_left(range(longest), True, key=lambda taken: fits(longest - taken))
 
 
 def without_middle(text: str, length: int) -> str:

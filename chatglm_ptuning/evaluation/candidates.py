@@ -9,25 +9,16 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.cache_utils import Cache
 
-from chatglm_ptuning.chat.message import Message
 from chatglm_ptuning.data.collate import PaddingCollator
+from chatglm_ptuning.evaluation.batches import evaluating, in_batches
 from chatglm_ptuning.model.zero3 import most_of_processes
 from chatglm_ptuning.prefix.batch import PrefixArgument, PrefixBatch
 
 if TYPE_CHECKING:
     from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
-    from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
 CANDIDATE_ATTENTIONS = ("sdpa", "eager")
 """Attention implementations that take the mask of a tree of candidates."""
-
-
-def encode_candidates(tokenizer: ChatGLMTokenizer, answers: Sequence[str]) -> list[list[int]]:
-    """Each answer's ids as they follow a prompt of the chat format, with the token that ends an answer.
-
-    They are the very ids that training learns for such an answer.
-    """
-    return [tokenizer.chat.encode_answer(Message("assistant", answer)) for answer in answers]
 
 
 def score_candidates(
@@ -38,6 +29,7 @@ def score_candidates(
     batch_size: int = 8,
     chunk_size: int = 512,
     prefix: PrefixArgument = None,
+    progress: bool = False,
 ) -> list[torch.Tensor]:
     """The log-likelihood of every candidate behind every prompt.
 
@@ -53,6 +45,7 @@ def score_candidates(
         chunk_size: tokens of a prompt's tree that run through the model at once, and rows of logits that are held at
             once. Results do not depend on it.
         prefix: as for a forward pass, for all prompts or one for each; by default the selected one.
+        progress: whether to show a bar on stderr.
 
     Returns:
         For every prompt, float32 `[num_candidates]` on the CPU.
@@ -72,48 +65,14 @@ def score_candidates(
         prefix = model.resolve_prefix(prefix)
     prefix.check_rows(len(prompts))
     model.check_prefix_is_trained(prefix)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     scores: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            batch = _score_batch(
-                model,
-                [prompts[row] for row in rows],
-                [per_prompt[row] for row in rows],
-                prefix.select(rows),
-                chunk_size,
-            )
+    with evaluating(model):
+        for rows in in_batches(model, prompts, batch_size, "scoring candidates", progress):
+            own = [[of_all[row] for row in rows] for of_all in (prompts, per_prompt)]
+            batch = _score_batch(model, *own, prefix.select(rows), chunk_size)
             for row, values in zip(rows, batch, strict=True):
                 scores[row] = values
-    finally:
-        for module in training:
-            module.training = True
     return scores
-
-
-def length_normalised(scores: torch.Tensor, candidates: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Log-likelihood per token, float32 `[num_candidates]`: long candidates are no longer at a disadvantage."""
-    return scores / torch.tensor([len(candidate) for candidate in candidates], dtype=scores.dtype)
-
-
-def calibrated(scores: torch.Tensor, neutral_scores: torch.Tensor) -> torch.Tensor:
-    """How much more likely the prompt makes each candidate than a prompt without content does.
-
-    That is the pointwise mutual information of Holtzman et al. 2021, section 3.1. It takes away what a candidate has
-    from being a frequent text.
-
-    Args:
-        neutral_scores: `[num_candidates]`, of the same candidates behind the prompt of an empty text.
-    """
-    return scores - neutral_scores
-
-
-def candidate_probabilities(scores: torch.Tensor) -> torch.Tensor:
-    """Probabilities among the candidates alone, float32 `[num_candidates]`."""
-    return torch.softmax(scores.float(), dim=-1)
 
 
 @dataclass

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import distributed
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from chatglm_ptuning.data.collate import PaddingCollator
-from chatglm_ptuning.data.prepared import lengths_of
+from chatglm_ptuning.data.dataset import lengths_of
+from chatglm_ptuning.evaluation.batches import evaluating
+from chatglm_ptuning.evaluation.parallel import do_together
 from chatglm_ptuning.model.losses import IGNORED_LABEL
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMModel, ChatGLMPreTrainedModel
-from chatglm_ptuning.model.zero3 import gathering_modules
 from chatglm_ptuning.prefix.batch import PrefixArgument, PrefixBatch
 
 _POSITIONS_AT_ONCE = 256
@@ -64,7 +63,7 @@ def measure_drift(
 ) -> dict[str, float]:
     """How far a prefix has moved the model from its base on some examples.
 
-    Processes of `torch.distributed` share the examples, and all get the same numbers.
+    Several processes share the batches, and all get the same numbers.
 
     Args:
         examples: with `input_ids` and `labels`, as for training.
@@ -75,31 +74,22 @@ def measure_drift(
         `kl`: KL(base || tuned) in nats per token, over every position. `perplexity_base` and `perplexity`: per token,
         over the tokens that have labels (texts and answers), of the base and with the prefix. `tokens`: positions.
     """
-    several = distributed.is_available() and distributed.is_initialized()
-    world, rank = (distributed.get_world_size(), distributed.get_rank()) if several else (1, 0)
-    share = list(range(rank, len(examples), world))
-    # With a partitioned base (ZeRO-3) all processes have to call every layer equally often.
-    filling = -(-len(examples) // world) - len(share)
-    rows = [examples[place] for place in share] + [examples[0]] * filling
-    counts = torch.tensor([True] * len(share) + [False] * filling)
+    batches = [
+        [examples[place] for place in range(start, min(start + batch_size, len(examples)))]
+        for start in range(0, len(examples), batch_size)
+    ]
+    # With a partitioned base (ZeRO-3) all processes have to call the output layer equally often.
     chunks = -(-batch_size * max(lengths_of(examples)) // _POSITIONS_AT_ONCE)
     collate = PaddingCollator(pad_token_id, "right")
-    sums = torch.zeros(5, dtype=torch.float64)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), nullcontext() if under_engine else gathering_modules(model):
-            prefix = model.resolve_prefix(prefix)
-            for start in range(0, len(rows), batch_size):
-                part = slice(start, start + batch_size)
-                batch = {name: value.to(model.device) for name, value in collate(rows[part]).items()}
-                sums += _sums(model.base_model, batch, counts[part].to(model.device), chunks, prefix).cpu()
-    finally:
-        model.train(was_training)
-    if several:
-        shares: list[Any] = [None] * world
-        distributed.all_gather_object(shares, sums)
-        sums = sum(shares)
+
+    @torch.no_grad()
+    def work(share: Sequence[Sequence[Mapping[str, Any]]]) -> list[torch.Tensor]:
+        used = model.resolve_prefix(prefix)
+        on_device = ({name: value.to(model.device) for name, value in collate(rows).items()} for rows in share)
+        return [_sums(model.base_model, batch, chunks, used).cpu() for batch in on_device]
+
+    with evaluating(model):
+        sums = sum(do_together(batches, work, model, under_engine))
     divergence, positions, base_loss, tuned_loss, labels = sums.tolist()
     return {
         "kl": divergence / positions,
@@ -120,16 +110,13 @@ def _chunk_divergence(base: ChatGLMModel, theirs: torch.Tensor, ours: torch.Tens
     return functional.kl_div(found, expected, reduction="sum", log_target=True)
 
 
-def _sums(
-    base: ChatGLMModel, batch: Mapping[str, torch.Tensor], counts: torch.Tensor, chunks: int, prefix: PrefixBatch
-) -> torch.Tensor:
+def _sums(base: ChatGLMModel, batch: Mapping[str, torch.Tensor], chunks: int, prefix: PrefixBatch) -> torch.Tensor:
     """Sums of a batch, float64: divergence, positions, loss of the base and of the tuned model, labels.
 
     Args:
-        counts: `[batch]`, False for rows that only fill up.
         chunks: in how many parts logits are computed.
     """
-    real = batch["attention_mask"].bool() & counts[:, None]
+    real = batch["attention_mask"].bool()
     labels = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED_LABEL)[real]
     theirs, ours = (_states(base, batch, used)[real] for used in (base.prefix_batch(None), prefix))
     sums = torch.zeros(5, dtype=torch.float64, device=labels.device)

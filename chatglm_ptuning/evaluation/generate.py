@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from chatglm_ptuning.data.collate import PaddingCollator
+from chatglm_ptuning.evaluation.batches import evaluating, in_batches
 from chatglm_ptuning.prefix.batch import PrefixArgument
 
 if TYPE_CHECKING:
@@ -37,8 +37,7 @@ def generate_answers(
     """Generates one answer per prompt, greedily by default.
 
     The settings are those given here and no others: `generation_config.json` of the base, which may ask for sampling
-    or limit the whole length, has no part in it. The longest prompts come first, so that a batch that does not fit in
-    memory shows at once; the answers are in the order of the examples.
+    or limit the whole length, has no part in it. The answers are in the order of the examples.
 
     Args:
         examples: each with `input_ids`, the prompt alone, as `ConversationEncoder.prompt` makes them.
@@ -70,18 +69,16 @@ def generate_answers(
     prefix.check_rows(len(examples))
     model.check_prefix_is_trained(prefix)
     pad = PaddingCollator(tokenizer.pad_token_id, "left")
-    order = sorted(range(len(examples)), key=lambda index: len(examples[index]["input_ids"]), reverse=True)
+    prompts = [list(example["input_ids"]) for example in examples]
     answers = [""] * len(examples)
-    with _ready_to_generate(model), tqdm(total=len(examples), desc="generating", disable=not progress) as bar:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            batch = pad([{"input_ids": list(examples[row]["input_ids"])} for row in rows])
+    with evaluating(model), _without_own_settings(model):
+        for rows in in_batches(model, prompts, batch_size, "generating", progress):
+            batch = pad([{"input_ids": prompts[row]} for row in rows])
             del batch["position_ids"]  # `generate` makes its own
             inputs = {name: value.to(model.device) for name, value in batch.items()}
             output = model.generate(**inputs, prefix=prefix.select(rows), generation_config=settings)
             for row, new in zip(rows, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
                 answers[row] = tokenizer.chat.answer_text(new)
-            bar.update(len(rows))
     return answers
 
 
@@ -107,19 +104,13 @@ def _generation_settings(
 
 
 @contextmanager
-def _ready_to_generate(model: ChatGLMForConditionalGeneration) -> Iterator[None]:
-    """Evaluation mode without the base's own generation settings; everything is put back afterwards."""
-    settings = model.generation_config
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    # `generate` fills what its argument leaves open from these.
-    model.generation_config = GenerationConfig()
+def _without_own_settings(model: ChatGLMForConditionalGeneration) -> Iterator[None]:
+    """Inside, the base has no generation settings of its own, from which `generate` fills what its argument leaves."""
+    settings, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield
     finally:
         model.generation_config = settings
-        for module in training:
-            module.training = True
 
 
 def _check_arguments(

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import distributed
 
-from chatglm_ptuning.evaluation.generate import generate_answers
 from chatglm_ptuning.model.zero3 import gathering_modules
 
 if TYPE_CHECKING:
-    from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMPreTrainedModel
-    from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
+    from chatglm_ptuning.model.modeling_chatglm import ChatGLMPreTrainedModel
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -80,21 +78,3 @@ def do_together(
         distributed.all_gather_object(gathered, list(zip(places, work(share), strict=False)))
     results = dict(pair for part in gathered for pair in part or ())
     return [results[place] for place in range(len(items))]
-
-
-def generate_answers_together(
-    model: ChatGLMForConditionalGeneration,
-    tokenizer: ChatGLMTokenizer,
-    examples: Sequence[Mapping[str, Any]],
-    *,
-    under_engine: bool = False,
-    **settings: Any,
-) -> list[str]:
-    """As `generate_answers`, with the examples shared among the processes."""
-    progress = settings.pop("progress", True) and is_first_process()
-    return do_together(
-        examples,
-        lambda share: generate_answers(model, tokenizer, share, progress=progress, **settings),
-        model,
-        under_engine,
-    )

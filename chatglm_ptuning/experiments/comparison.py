@@ -16,8 +16,7 @@ from chatglm_ptuning.experiments.plan import Cell, CheckedPlan
 from chatglm_ptuning.experiments.report import Bars, Table, draw_bars, spread
 from chatglm_ptuning.experiments.run import Run
 from chatglm_ptuning.files import write_atomically, write_json, write_text
-from chatglm_ptuning.metrics.bootstrap import mean_interval
-from chatglm_ptuning.metrics.spread import mean_and_deviation
+from chatglm_ptuning.metrics.intervals import mean_and_deviation, mean_interval
 
 MAJORITY = "majority class"
 MEAN_OF_EXAMPLES = ("accuracy", "cmrc_f1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,12 +13,12 @@ from typing import Any
 from chatglm_ptuning.command_line import FlagChecker
 from chatglm_ptuning.data.tasks.arguments import usual_split
 from chatglm_ptuning.data.tasks.checked_yaml import read_yaml
-from chatglm_ptuning.data.tasks.encode import ANSWERING_HEADS, head_of
-from chatglm_ptuning.data.tasks.examples import AnyExample, TextExample, gold_of, has_gold
-from chatglm_ptuning.data.tasks.readers import heads_of
+from chatglm_ptuning.data.tasks.examples import Example, has_gold
+from chatglm_ptuning.data.tasks.heads import LINEAR_HEADS, head_of, heads_of
+from chatglm_ptuning.data.tasks.heads.head import Prediction
 from chatglm_ptuning.data.tasks.registry import load_task
 from chatglm_ptuning.data.tasks.task import Task
-from chatglm_ptuning.evaluation.task_report import score_task
+from chatglm_ptuning.evaluation.report import score_task
 from chatglm_ptuning.experiments.run import RUN_DEFAULTS
 from chatglm_ptuning.training.arguments import DataArguments, ModelArguments
 from chatglm_ptuning.training.run import TRAIN_FLAGS
@@ -284,9 +285,9 @@ def _check_cell(
     definition = load_task(str(flags["task"]))
     tuning = flags.get("tuning", "ptuning_v2")
     head = _head(definition, flags.get("head"), tuning != "none")
-    if tuning == "none" and head not in ANSWERING_HEADS:
+    if tuning == "none" and head in LINEAR_HEADS:
         return f"the plain base has no {head.replace('_', ' ')} head"
-    if tuning == "head_only" and head in ANSWERING_HEADS:
+    if tuning == "head_only" and head not in LINEAR_HEADS:
         return f"{head} has no head to train alone"
     flags = {**flags, "head": head}
     kinds = (ModelArguments, DataArguments, TuningArguments)
@@ -298,8 +299,8 @@ def _check_cell(
 
 def _head(task: Task, asked: Any, trains: bool) -> str:
     """The head's name, of what a plan calls it."""
-    linear = [head for head in heads_of(task) if head not in ANSWERING_HEADS]
-    answering = [head for head in heads_of(task) if head in ANSWERING_HEADS]
+    linear = [head for head in heads_of(task) if head in LINEAR_HEADS]
+    answering = [head for head in heads_of(task) if head not in LINEAR_HEADS]
     if asked in HEAD_WORDS:
         heads = linear if asked == "linear" else answering
         if not heads:
@@ -307,14 +308,14 @@ def _head(task: Task, asked: Any, trains: bool) -> str:
         return heads[0]
     if asked is None and not trains and answering:
         return task.head if task.head in answering else answering[0]
-    return head_of(task, asked)
+    return head_of(task, asked).name
 
 
 class _Rows:
     """The rows of every task that is compared, each split read once."""
 
     def __init__(self) -> None:
-        self._splits: dict[tuple[Any, ...], Sequence[AnyExample]] = {}
+        self._splits: dict[tuple[Any, ...], Sequence[Example]] = {}
         self._trained: dict[str, tuple[Task, DataArguments]] = {}
 
     def read(self, name: str, task: Task, data: DataArguments, trains: bool) -> str:
@@ -342,21 +343,17 @@ class _Rows:
         task, data = self._trained[name]
         split = self._split_of(task, data, "test")
         tested = self._examples(task, data, split, data.max_predict_samples)
-        if task.multi_label or not isinstance(tested[0], TextExample):
+        if all(example.gold not in list(task.labels) for example in tested):
             return None
         training = self._examples(task, data, self._split_of(task, data, "train"), data.max_train_samples)
-        counts = {label: 0 for label in task.labels}
-        for example in training:
-            if example.left_out:
-                continue
-            counts[gold_of(example)] += 1
-        most = max(counts, key=counts.__getitem__)
-        return split, score_task(task, tested, [most] * len(tested)).metrics
+        counts = Counter(example.gold for example in training if not example.left_out)
+        most = max(task.labels, key=counts.__getitem__)
+        return split, score_task(task, tested, [Prediction(most)] * len(tested)).metrics
 
     def _split_of(self, task: Task, data: DataArguments, kind: str) -> str:
         return (data.predict_split if kind == "test" else data.train_split) or usual_split(task, kind)
 
-    def _examples(self, task: Task, data: DataArguments, split: str, limit: int | None) -> Sequence[AnyExample]:
+    def _examples(self, task: Task, data: DataArguments, split: str, limit: int | None) -> Sequence[Example]:
         key = (task.origin, data.task_data, split, tuple(data.subjects or ()))
         if key not in self._splits:
             self._splits[key] = data.examples(task, split)

@@ -14,14 +14,14 @@ from filelock import FileLock
 from transformers.utils import logging
 
 from chatglm_ptuning.command_line import fail, flag_words, parse_arguments
-from chatglm_ptuning.data.tasks.encode import head_of
+from chatglm_ptuning.data.tasks.heads import head_of
 from chatglm_ptuning.data.tasks.readers import reader_of
 from chatglm_ptuning.experiments.proposals import lost_rung, propose, write_study
 from chatglm_ptuning.experiments.run import RUN_DEFAULTS, Ending, Run
 from chatglm_ptuning.experiments.runner import interruptible, run_all
 from chatglm_ptuning.experiments.search_arguments import SearchArguments, Setting, passed_flags, words_of
 from chatglm_ptuning.experiments.search_report import REPORT_FILE, print_report, write_report
-from chatglm_ptuning.metrics.spread import mean_and_deviation
+from chatglm_ptuning.metrics.intervals import mean_and_deviation
 from chatglm_ptuning.training.arguments import RETIRED_FLAGS
 from chatglm_ptuning.training.progress import DEVICE, DIVERGED, REFUSED
 from chatglm_ptuning.training.run import TRAIN_FLAGS
@@ -226,7 +226,7 @@ def _parse(argv: Sequence[str]) -> tuple[SearchArguments, list[str], str]:
     _, data_args, *_ = parse_arguments("chatglm-ptuning search", "", TRAIN_FLAGS, first)
     try:
         task = data_args.chosen_task()
-        data_args.echo_of(task, head_of(task, data_args.head))
+        data_args.echo_of(task, head_of(task, data_args.head).name)
     except ValueError as error:
         fail(str(error))
     metric, known = args.metric or task.metric, [*reader_of(task).metrics_of(task), "loss"]

@@ -10,7 +10,7 @@ from typing import Any
 from chatglm_ptuning.experiments.report import Mark, Table, draw_lines, spread
 from chatglm_ptuning.experiments.search_arguments import SearchArguments
 from chatglm_ptuning.files import write_json, write_text
-from chatglm_ptuning.metrics.spread import mean_and_deviation
+from chatglm_ptuning.metrics.intervals import mean_and_deviation
 
 REPORT_FILE = "search.json"
 

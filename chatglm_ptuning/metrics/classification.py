@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from chatglm_ptuning.metrics.bootstrap import bootstrap_interval
+from chatglm_ptuning.metrics.intervals import bootstrap_interval
 
 
 def confusion_matrix(predicted: Sequence[str], expected: Sequence[str], labels: Sequence[str]) -> np.ndarray:

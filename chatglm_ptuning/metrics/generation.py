@@ -11,6 +11,8 @@ import jieba
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_chinese import Rouge
 
+from chatglm_ptuning.metrics.classification import classification_scores
+
 jieba.setLogLevel(logging.WARNING)
 
 MAX_LABEL_LENGTH = 20
@@ -45,8 +47,7 @@ def score(predictions: Sequence[str], references: Sequence[str]) -> dict[str, fl
     means["exact_match"] = 100 * fmean(left == right for left, right in zip(predicted, expected, strict=True))
     labels = label_set(expected)
     if labels is not None:
-        means["accuracy"] = means["exact_match"]
-        means["macro_f1"] = 100 * fmean(_f1(label, predicted, expected) for label in labels)
+        means |= classification_scores(predicted, expected, labels)
     return means
 
 
@@ -79,9 +80,3 @@ def _score_texts(prediction: str, reference: str) -> dict[str, float]:
 
 def _bleu_4(predicted: list[str], expected: list[str]) -> float:
     return sentence_bleu([expected], predicted, smoothing_function=SmoothingFunction().method3)
-
-
-def _f1(label: str, predicted: Sequence[str], expected: Sequence[str]) -> float:
-    hits = sum(left == right == label for left, right in zip(predicted, expected, strict=True))
-    # 2PR / (P + R), with the precision's and the recall's denominators added up.
-    return 2 * hits / (predicted.count(label) + expected.count(label))

@@ -82,7 +82,7 @@ def load_model(
             for inference.
         offload_folder: for layers on the disk; by default a temporary folder that goes when the process ends.
         max_memory: of each device, as accelerate takes it; by default what is free.
-        model_class: the language model, or one of the classes with a linear head (`modeling_heads.HEAD_CLASSES`).
+        model_class: the language model, or one of the classes with a linear head (`modeling_heads.py`).
         config_overrides: fields of ChatGLMConfig to set.
 
     Raises:

@@ -28,7 +28,6 @@ from chatglm_ptuning.model.first_values import FirstValues
 from chatglm_ptuning.model.float32_module import Float32Module
 from chatglm_ptuning.model.losses import IGNORED_LABEL, cross_entropy
 from chatglm_ptuning.model.modeling_chatglm import (
-    ChatGLMForConditionalGeneration,
     ChatGLMModel,
     ChatGLMPreTrainedModel,
 )
@@ -79,7 +78,7 @@ class ChatGLMWithHead(ChatGLMPreTrainedModel):
     head_name: ClassVar[str] = "classifier_head"
     """The attribute that holds the head; in front of its parameters' names in a prefix checkpoint."""
     head_kind: ClassVar[str]
-    """The key of `HEAD_CLASSES`, by which a prefix checkpoint says what its head is for."""
+    """By which a prefix checkpoint says what its head is for; the `--head` of a task."""
 
     def __init__(self, config: ChatGLMConfig, transformer: ChatGLMModel | None = None) -> None:
         super().__init__(config)
@@ -279,16 +278,6 @@ class ChatGLMForQuestionAnswering(ChatGLMWithHead):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-
-HEAD_CLASSES: dict[str, type[ChatGLMPreTrainedModel]] = {
-    "generation": ChatGLMForConditionalGeneration,
-    "multiple_choice": ChatGLMForConditionalGeneration,
-    "sequence_classification": ChatGLMForSequenceClassification,
-    "token_classification": ChatGLMForTokenClassification,
-    "question_answering": ChatGLMForQuestionAnswering,
-}
-"""The class that solves a task with a head of that name; the first two are the language model itself."""
 
 
 def _on_real_tokens(logits: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

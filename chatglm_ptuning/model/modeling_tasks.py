@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,26 +11,11 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMPreTrainedModel
-from chatglm_ptuning.model.modeling_heads import HEAD_CLASSES, ChatGLMWithHead
+from chatglm_ptuning.model.modeling_heads import ChatGLMWithHead
 from chatglm_ptuning.prefix.checkpoint import HEADS_KEY
 
 _OF_LOADING = ("hf_device_map", "hf_quantizer", "is_quantized", "quantization_method")
 """Attributes of a loaded model that the Trainer asks for."""
-
-
-@dataclass(frozen=True)
-class TaskHead:
-    """How one of the tasks is solved.
-
-    Attributes:
-        kind: a key of `HEAD_CLASSES`.
-        labels: what the outputs of a linear head stand for, in their order.
-        problem_type: of a sequence classification, as in the configuration.
-    """
-
-    kind: str
-    labels: Sequence[str] | None = None
-    problem_type: str | None = None
 
 
 class ChatGLMForMultipleTasks(ChatGLMPreTrainedModel):
@@ -42,29 +26,26 @@ class ChatGLMForMultipleTasks(ChatGLMPreTrainedModel):
 
     Args:
         language_model: a loaded base; it solves the tasks without a linear head.
-        heads: of every task, by its name.
+        heads: of every task by its name, `model_class` and what else its configuration says of its outputs
+            (`id2label`, `label2id`, `problem_type`).
 
     Raises:
         ValueError: if a task's name cannot stand in the name of a parameter.
     """
 
-    def __init__(self, language_model: ChatGLMForConditionalGeneration, heads: Mapping[str, TaskHead]) -> None:
+    def __init__(self, language_model: ChatGLMForConditionalGeneration, heads: Mapping[str, Mapping[str, Any]]) -> None:
         super().__init__(language_model.config)
         self.transformer = language_model.transformer
         self.heads = nn.ModuleDict()
         self._of_task: dict[str, ChatGLMPreTrainedModel] = {}  # no submodules: their parameters are all here already
         for name, head in heads.items():
-            model_class = HEAD_CLASSES[head.kind]
+            model_class, config = head["model_class"], copy(self.config)
             if not issubclass(model_class, ChatGLMWithHead):
                 self._of_task[name] = language_model
                 continue
             if "." in name or hasattr(self.heads, name):
                 raise ValueError(f"A task with a linear head cannot have the name '{name}'.")
-            config = copy(self.config)
-            config.problem_type = head.problem_type
-            if head.labels is not None:
-                config.id2label = dict(enumerate(head.labels))
-                config.label2id = {label: place for place, label in enumerate(head.labels)}
+            config.update({key: value for key, value in head.items() if key != "model_class"})
             model = model_class(config, self.transformer)
             # Not the whole model, whose transformer may be spread over several devices.
             self.heads[name] = getattr(model, model.head_name).to(language_model.device)
@@ -81,7 +62,7 @@ class ChatGLMForMultipleTasks(ChatGLMPreTrainedModel):
         return list(self._of_task)
 
     def for_task(self, task: str) -> ChatGLMPreTrainedModel:
-        """The model of one task, of the class that `HEAD_CLASSES` has for its head.
+        """The model of one task, of the class of its head.
 
         Raises:
             KeyError: naming the tasks there are.

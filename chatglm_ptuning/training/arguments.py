@@ -8,8 +8,7 @@ import torch
 from transformers import Seq2SeqTrainingArguments
 from transformers.utils import logging
 
-from chatglm_ptuning.data.formats.registry import FORMATS, Columns
-from chatglm_ptuning.data.tasks.arguments import TaskArguments
+from chatglm_ptuning.data.tasks.arguments import InstructionArguments, TaskArguments
 from chatglm_ptuning.files import check_output_folder
 from chatglm_ptuning.model.hub import BaseArguments
 from chatglm_ptuning.prefix.latest import runs_folder
@@ -85,7 +84,7 @@ class ModelArguments(BaseArguments):
 
 
 @dataclass
-class DataArguments(TaskArguments):
+class DataArguments(TaskArguments, InstructionArguments):
     """Files, columns and lengths; or a task instead of files."""
 
     train_file: list[str] | None = field(
@@ -98,19 +97,6 @@ class DataArguments(TaskArguments):
     test_file: list[str] | None = field(
         default=None, metadata={"help": "rows for --do_predict (default: validation_file)"}
     )
-    dataset_format: str | None = field(
-        default=None, metadata={"help": f"{', '.join(FORMATS)} (default: detected from the field names)"}
-    )
-    prompt_column: str | None = field(
-        default=None, metadata={"help": "column of the source text (default: detected from the field names)"}
-    )
-    response_column: str | None = field(
-        default=None, metadata={"help": "column of the answer (default: detected from the field names)"}
-    )
-    history_column: str | None = field(default=None, metadata={"help": "column of earlier turns"})
-    source_prefix: str = field(default="", metadata={"help": "text in front of every source"})
-    max_source_length: int = field(default=1024, metadata={"help": "tokens of the source at most"})
-    max_target_length: int = field(default=128, metadata={"help": "tokens of the answer at most"})
     val_max_target_length: int | None = field(
         default=None, metadata={"help": "tokens to generate at most (default: max_target_length)"}
     )
@@ -137,7 +123,8 @@ class DataArguments(TaskArguments):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        TaskArguments.__post_init__(self)
+        InstructionArguments.__post_init__(self)
         if self.task_mixture is not None and (self.task or self.train_file or self.validation_file or self.test_file):
             raise ValueError("--task_mixture names its own tasks and files: give no --task, --train_file, "
                              "--validation_file or --test_file")  # fmt: skip
@@ -155,15 +142,6 @@ class DataArguments(TaskArguments):
             limit = getattr(self, name)
             if limit is not None and limit < 1:
                 raise ValueError(f"--{name} must be at least 1 (leave it out for all rows), got {limit}")
-        self.columns()
-
-    def columns(self) -> Columns:
-        """What the flags say about the rows.
-
-        Raises:
-            ValueError: if --dataset_format is unknown.
-        """
-        return Columns(self.prompt_column, self.response_column, self.history_column, self.dataset_format)
 
 
 @dataclass

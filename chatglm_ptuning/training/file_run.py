@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,21 +10,16 @@ from transformers.utils import logging
 
 from chatglm_ptuning.data.cache import TokenCache
 from chatglm_ptuning.data.collate import PaddingCollator
-from chatglm_ptuning.data.conversation_encoder import ConversationEncoder
-from chatglm_ptuning.data.conversations import read_conversations
-from chatglm_ptuning.data.encoding import encode_all
-from chatglm_ptuning.data.prepared import prepare_training_data, shared_rows
-from chatglm_ptuning.data.sources.files import iterate_rows
-from chatglm_ptuning.data.sources.rows import BadRows
-from chatglm_ptuning.evaluation.parallel import generate_answers_together
-from chatglm_ptuning.evaluation.table import print_scores
-from chatglm_ptuning.evaluation.task_model import described_tasks, recorded_details, tasks_of
-from chatglm_ptuning.files import write_text
-from chatglm_ptuning.metrics.generation import score
+from chatglm_ptuning.data.dataset import Loader, Split, shared_rows
+from chatglm_ptuning.data.tasks.examples import Example, has_gold
+from chatglm_ptuning.data.tasks.heads.head import Head, Prediction
+from chatglm_ptuning.evaluation.inference import InferenceSettings, predict, predict_beside_base
+from chatglm_ptuning.evaluation.recorded import described_tasks, recorded_details, tasks_of
+from chatglm_ptuning.evaluation.report import print_scores, score_task
+from chatglm_ptuning.files import write_lines
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMPreTrainedModel
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
-from chatglm_ptuning.prefix.batch import PrefixArgument
 from chatglm_ptuning.training.arguments import (
     DataArguments,
     ModelArguments,
@@ -33,6 +27,7 @@ from chatglm_ptuning.training.arguments import (
 )
 from chatglm_ptuning.training.cost import peak_memory, trained_parameters
 from chatglm_ptuning.training.distributed import match_precision
+from chatglm_ptuning.training.head_start import start_head
 from chatglm_ptuning.training.preservation import (
     GeneralRows,
     PreservationArguments,
@@ -77,7 +72,12 @@ class TrainingRun:
         self.tokenizer: ChatGLMTokenizer = load_tokenizer(
             model_args.model_name_or_path, hub=model_args.hub, revision=model_args.revision
         )
-        self.cache = TokenCache(data_args.data_cache_dir, data_args.overwrite_cache)
+        self.loader = Loader(
+            TokenCache(data_args.data_cache_dir, data_args.overwrite_cache),
+            data_args.skip_bad_rows,
+            args.seed,
+            data_args.preprocessing_num_workers,
+        )
         # Rows first: what is wrong with a file shows before minutes go into loading the base.
         self.read_data()
         if checkpoint is not None:
@@ -87,19 +87,51 @@ class TrainingRun:
         self.under_engine = False
 
     def read_data(self) -> None:
-        """Reads what the flags ask for: `train_examples` and `eval_examples`, and what is to be predicted.
+        """Reads what the flags ask for.
+
+        That is the rows `train_examples` and `eval_examples`, the `head` that predicts, the examples that are `tested`,
+        and those that are `watched` during training.
 
         Raises:
             ValueError: naming file and line of what is wrong.
         """
-        data_args, args = self.data_args, self.args
-        self.encoder = ConversationEncoder(
-            self.tokenizer, data_args.max_source_length, data_args.max_target_length, data_args.source_prefix
-        )
-        self.train_examples = self._examples("train_file", data_args.max_train_samples) if args.do_train else []
-        self.eval_examples = self._examples("validation_file", data_args.max_eval_samples) if args.do_eval else []
+        args = self.args
+        self.head: Head = self.make_head()
+        self.train_examples = self._rows("train") if args.do_train else []
+        self.eval_examples = self._rows("dev") if args.do_eval else []
         self._warn_of_shared_rows()
-        self.prompts = self._prompts()
+        self.read_examples()
+
+    def make_head(self) -> Head:
+        """What solves the task of the run."""
+        flags = self.data_args
+        files = flags.train_file or flags.validation_file or flags.test_file or [""]
+        return flags.conversation_head(flags.task_of(files), self.tokenizer)
+
+    def split(self, kind: str) -> Split:
+        """The rows to train on (`train`), to watch the training by (`dev`), or to predict (`test`).
+
+        Raises:
+            ValueError: if the flags do not name them.
+        """
+        flags = self.data_args
+        name, limit = {
+            "train": ("train_file", flags.max_train_samples),
+            "dev": ("validation_file", flags.max_eval_samples),
+            "test": ("test_file" if self.args.do_predict and flags.test_file else "validation_file",
+                     flags.max_predict_samples),
+        }[kind]  # fmt: skip
+        files = getattr(flags, name)
+        if not files:
+            raise ValueError(f"--{name} is needed for what the flags ask.")
+        return Split(files, limit=limit, weights=flags.train_weights if kind == "train" else None)
+
+    def read_examples(self) -> None:
+        """Reads the examples that are `tested`, and those that are `watched` during training."""
+        args = self.args
+        watches = args.do_eval and args.predict_with_generate
+        self.tested: Sequence[Example] = self._ready("test") if args.do_predict or watches else []
+        self.watched: Sequence[Example] = self.tested if watches else []
 
     def _check_goes_on(self, checkpoint: Path) -> None:
         """Refuses to go on from what was trained for other tasks, or for other labels of the same."""
@@ -124,33 +156,24 @@ class TrainingRun:
         return read_general_rows(
             preserve_args,
             self.tokenizer,
-            self.cache,
+            self.loader,
             replays=args.do_train and preserve_args.preserve_base > 0,
             measures=preserve_args.report_drift and has_prefix and tuned,
         )
 
-    def _named(self, flag: str) -> list[str]:
-        names = getattr(self.data_args, flag)
-        if not names:
-            raise ValueError(f"--{flag} is needed for what the flags ask.")
-        return names
-
-    def _examples(self, flag: str, limit: int | None) -> datasets.Dataset:
-        names = self._named(flag)
-        data = prepare_training_data(
-            names,
-            self.data_args.columns(),
-            self.encoder,
-            self.cache,
-            weights=self.data_args.train_weights if flag == "train_file" else None,
-            max_rows=limit,
-            skip_bad_rows=self.data_args.skip_bad_rows,
-            seed=self.args.seed,
-            num_workers=self.data_args.preprocessing_num_workers,
-        )
+    def _rows(self, kind: str) -> datasets.Dataset:
+        split = self.split(kind)
+        found = self.loader.rows(self.head, split)
         if self.args.should_save:
-            print(f"{', '.join(names)}\n{data.summary()}")
-        return data.examples
+            print(f"{self.described(split)}\n{found.summary()}")
+        return found.rows
+
+    def described(self, split: Split) -> str:
+        """Which rows these are, for people."""
+        return ", ".join(split.places)
+
+    def _ready(self, kind: str) -> list[Example]:
+        return self.loader.make_ready(self.head, self.loader.read(self.head.task, self.split(kind)))[0]
 
     def _warn_of_shared_rows(self) -> None:
         if not (self.train_examples and self.eval_examples):
@@ -158,17 +181,6 @@ class TrainingRun:
         count = shared_rows(self.train_examples, self.eval_examples)
         if count and self.args.should_save:
             print(f"warning: {count} rows of the validation data are in the training data too")
-
-    def _prompts(self) -> list[dict[str, Any]]:
-        if not self.args.do_predict and not (self.args.do_eval and self.args.predict_with_generate):
-            return []
-        data_args = self.data_args
-        flag = "test_file" if self.args.do_predict and data_args.test_file else "validation_file"
-        bad_rows = BadRows(data_args.skip_bad_rows)
-        rows = iterate_rows(self._named(flag), bad_rows)
-        examples = read_conversations(rows, data_args.columns(), bad_rows, data_args.max_predict_samples)
-        workers = data_args.preprocessing_num_workers
-        return encode_all(self.encoder.prompt, examples, bad_rows, num_workers=workers)[0]
 
     def _load_model(self) -> ChatGLMPreTrainedModel:
         model_args = self.model_args
@@ -198,8 +210,8 @@ class TrainingRun:
         return model
 
     def model_settings(self) -> dict[str, Any]:
-        """What `load_model` is to be told besides the flags: class and outputs of a linear head."""
-        return {}
+        """What `load_model` is to be told besides the flags: class and outputs of the head."""
+        return self.head.model_settings(self.head.task)
 
     def make_model(self, loaded: ChatGLMPreTrainedModel) -> ChatGLMPreTrainedModel:
         """The model to train, of the one that was loaded."""
@@ -246,11 +258,25 @@ class TrainingRun:
 
     def score_of_evaluation(self) -> Callable[[], dict[str, float]] | None:
         """What gives an evaluation its scores besides the loss."""
-        wants_answers = self.args.predict_with_generate and self.args.do_eval
-        return (lambda: self.answer_and_score()[1]) if wants_answers else None
+        return self._score_watched if self.watched else None
+
+    def _score_watched(self) -> dict[str, float]:
+        settings = inference_settings(self.data_args, self.args)
+        found = predict(self.model, self.head, self.watched, settings, under_engine=self.under_engine)
+        return score_task(self.head.task, self.watched, found).metrics
 
     def init_head(self, trainer: PrefixTrainer) -> None:
-        """Gives a linear head its first values; the rows of files are learned by the language model, which has none."""
+        """Gives a linear head that is still random the values that --head_init asks for."""
+        count = start_head(
+            self.model,
+            self.train_examples,
+            trainer.data_collator,
+            head_init=self.args.head_init,
+            batch_size=self.args.per_device_eval_batch_size,
+            seed=self.args.seed,
+        )
+        if self.args.should_save and count:
+            print(f"The linear head starts from a logistic regression on {count} states (--head_init probe).")
 
     def train(self, trainer: PrefixTrainer) -> None:
         """Trains, saves the prefix into the run's folder, and draws the loss; a run that had finished is left so."""
@@ -296,50 +322,63 @@ class TrainingRun:
             metrics["preserve_base"] = self.preserve_args.preserve_base
         self.keep("general", metrics, trainer)
 
-    def answer_and_score(self, prefix: PrefixArgument = None) -> tuple[list[str], dict[str, float]]:
-        """Answers to the prompts and their scores, under what is tuned or the given prefix."""
-        answers = generate_answers_together(
-            self.model,
-            self.tokenizer,
-            self.prompts,
-            under_engine=self.under_engine,
-            batch_size=self.args.per_device_eval_batch_size,
-            max_new_tokens=self.data_args.val_max_target_length or self.data_args.max_target_length,
-            num_beams=self.data_args.num_beams or self.args.generation_num_beams or 1,
-            prefix=prefix,
-        )
-        return answers, score(answers, [prompt["reference"] for prompt in self.prompts])
-
     def predict(self, trainer: PrefixTrainer) -> None:
-        """Generates answers, writes them as the official script does, and compares with the base if asked to."""
-        answers, scores = self.answer_and_score()
-        name = self.tuning.described
-        columns, texts = {name: scores}, {name: answers}
-        metrics = {f"predict_{name}": value for name, value in scores.items()}
-        if self.data_args.compare_base and self.tuning.method != "none":
-            with self.tuning.plain_base() as prefix:
-                base_answers, base_scores = self.answer_and_score(prefix)
-            columns = {"base": base_scores, **columns}
-            texts = {"base": base_answers, **texts}
-            metrics |= {f"base_{name}": value for name, value in base_scores.items()}
-        self.keep("predict", metrics | {"predict_samples": len(self.prompts)}, trainer)
+        """Predicts the test rows, writes the files about them, and compares with the base if asked to."""
+        labelled = has_gold(self.tested)
+        predictions = predict_beside_base(
+            self.tuning,
+            self.tuning.described,
+            self.head,
+            self.tested,
+            inference_settings(self.data_args, self.args),
+            with_base=self.data_args.compare_base and self.tuning.method != "none" and labelled,
+            under_engine=self.under_engine,
+        )
+        scores = {}
+        if labelled:
+            task = self.head.task
+            scores = {name: score_task(task, self.tested, own).metrics for name, own in predictions.items()}
+        metrics: dict[str, Any] = {"predict_samples": len(self.tested)}
+        for prefix, of_model in zip(("predict", "base"), reversed(scores.values()), strict=False):
+            metrics |= {f"{prefix}_{name}": value for name, value in of_model.items()}
         if not self.args.should_save:
             return
-        references = [prompt["reference"] for prompt in self.prompts]
-        lines = [
-            json.dumps({"labels": reference, "predict": answer}, ensure_ascii=False)
-            for reference, answer in zip(references, answers, strict=True)
+        self.write_predictions(predictions)
+        # Last: whoever finds the scores counts on the files about them.
+        self.keep("predict", metrics, trainer)
+        if scores:
+            print_scores(scores)
+
+    def write_predictions(self, predictions: Mapping[str, Sequence[Prediction]]) -> None:
+        """Writes the answers as the official script does, and shows some.
+
+        Args:
+            predictions: of each model; of what is tuned the last.
+        """
+        texts = {name: [prediction.value for prediction in own] for name, own in predictions.items()}
+        references = [example.reference for example in self.tested]
+        rows = [
+            {"labels": reference, "predict": answer}
+            for reference, answer in zip(references, list(texts.values())[-1], strict=True)
         ]
-        write_text(self.output / "generated_predictions.txt", "\n".join(lines) + "\n")
-        print_scores(columns)
+        write_lines(self.output / "generated_predictions.txt", rows)
         shown = slice(0, _SAMPLES_SHOWN)
         prompts = [
-            self.tokenizer.decode(prompt["input_ids"], skip_special_tokens=True) for prompt in self.prompts[shown]
+            self.tokenizer.decode(example.prompt_ids, skip_special_tokens=True) for example in self.tested[shown]
         ]
-        print_samples(prompts, references[shown], {name: answer[shown] for name, answer in texts.items()})
+        print_samples(prompts, references[shown], {name: answers[shown] for name, answers in texts.items()})
 
     def keep(self, split: str, metrics: dict[str, Any], trainer: PrefixTrainer) -> None:
         """Logs the metrics, and writes them into `SPLIT_results.json` and `all_results.json`."""
         if self.args.should_save:
             trainer.log_metrics(split, metrics)
             trainer.save_metrics(split, metrics)
+
+
+def inference_settings(flags: DataArguments, args: PrefixTrainingArguments) -> InferenceSettings:
+    """How the flags want predictions to be made."""
+    return InferenceSettings(
+        batch_size=args.per_device_eval_batch_size,
+        max_new_tokens=flags.val_max_target_length or flags.max_target_length,
+        num_beams=flags.num_beams or args.generation_num_beams or 1,
+    )

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import logging
 
-from chatglm_ptuning.data.cache import TokenCache
 from chatglm_ptuning.data.collate import PaddingCollator
-from chatglm_ptuning.data.conversation_encoder import ConversationEncoder
+from chatglm_ptuning.data.dataset import Loader, Split, lengths_of, shared_rows
 from chatglm_ptuning.data.formats.registry import Columns
-from chatglm_ptuning.data.prepared import lengths_of, prepare_training_data, shared_rows
+from chatglm_ptuning.data.tasks.heads.conversations import ConversationAnswers
+from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.evaluation.drift import kl_from_base, measure_drift
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMPreTrainedModel
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
@@ -94,7 +94,7 @@ class GeneralRows:
 def read_general_rows(
     arguments: PreservationArguments,
     tokenizer: ChatGLMTokenizer,
-    cache: TokenCache,
+    loader: Loader,
     *,
     replays: bool,
     measures: bool,
@@ -109,11 +109,12 @@ def read_general_rows(
         ValueError: naming file and line, for rows that cannot be understood; if a row stands in both.
     """
     half = arguments.preserve_max_length // 2
-    encoder = ConversationEncoder(tokenizer, arguments.preserve_max_length - half, half)
+    lengths = arguments.preserve_max_length - half, half
 
     def read(names: Sequence[str] | None, bundled: str, limit: int | None = None) -> datasets.Dataset:
         wanted = names or [str(_BUNDLED / bundled)]
-        return prepare_training_data(wanted, Columns(), encoder, cache, max_rows=limit, progress=False).examples
+        head = ConversationAnswers(Task.of_files(wanted, Columns()), tokenizer, *lengths)
+        return loader.rows(head, Split(wanted, limit=limit)).rows
 
     replayed = read(arguments.preserve_file, "train.json") if replays else None
     held_out = None

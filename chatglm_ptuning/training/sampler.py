@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from chatglm_ptuning.data.prepared import lengths_of
+from chatglm_ptuning.data.dataset import lengths_of
 from chatglm_ptuning.model.losses import IGNORED_LABEL
 
 SAMPLING_STRATEGIES = ("group_by_length", "random", "sequential")
@@ -72,6 +74,30 @@ class EpochSampler(Sampler[int]):
         return iter(order + list(range(rows, self.total)))
 
 
+class MixedRows(Dataset):
+    """The rows of several tasks one behind the other, each with the task that it belongs to.
+
+    Attributes:
+        of_task: the rows of every task, by its name.
+        sizes: how many they are.
+    """
+
+    def __init__(self, of_task: Mapping[str, Any]) -> None:
+        self.of_task = of_task
+        self.sizes = {name: len(rows) for name, rows in of_task.items()}
+        self._ends = list(itertools.accumulate(self.sizes.values()))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index >= len(self):
+            raise IndexError(index)
+        place = bisect_right(self._ends, index)
+        name = list(self.of_task)[place]
+        return {TASK_KEY: name, **self.of_task[name][index - self._ends[place] + self.sizes[name]]}
+
+
 class PaddedRows(Dataset):
     """Rows, and after them as many without anything to learn as make a multiple of `multiple_of`.
 
@@ -111,7 +137,9 @@ def nothing_to_learn_like(row: dict[str, Any]) -> dict[str, Any]:
 
 def row_lengths(dataset: Any) -> list[int]:
     """Tokens of every row, those that fill it up included, without reading prepared rows."""
+    if isinstance(dataset, MixedRows):
+        return [length for rows in dataset.of_task.values() for length in lengths_of(rows)]
     if not isinstance(dataset, PaddedRows):
         return lengths_of(dataset)
-    lengths = lengths_of(dataset.rows)
+    lengths = row_lengths(dataset.rows)
     return lengths + [_FILLING_TOKENS] * (len(dataset) - len(lengths))

@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from chatglm_ptuning.files import write_atomically
+from chatglm_ptuning.files import write_json
 from chatglm_ptuning.prefix.formats.kit import METADATA_FILE, WEIGHTS_FILE
 from chatglm_ptuning.tuning.methods import TUNING_METHODS
 from chatglm_ptuning.version import kit_version
@@ -86,8 +86,7 @@ def write_together(folder: Path, record: TuningRecord) -> Iterator[Path]:
         for name in files:
             (temporary / name).replace(folder / name)
     content = {**asdict(record), "files": files, "kit_version": kit_version()}
-    with write_atomically(folder / RECORD_FILE) as path:
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    write_json(folder / RECORD_FILE, content)
 
 
 def clear(folder: Path) -> None:

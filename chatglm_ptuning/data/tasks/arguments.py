@@ -1,25 +1,63 @@
-"""Flags about a task, for every command that trains or scores one."""
+"""Flags about instruction files and about tasks, for every command that reads them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from transformers.utils import logging
-
+from chatglm_ptuning.data.dataset import Split
+from chatglm_ptuning.data.formats.registry import FORMATS, Columns
 from chatglm_ptuning.data.sources.rows import BadRows
-from chatglm_ptuning.data.tasks.encode import ECHO_HEADS, HEADS, TaskEncoder, head_of
-from chatglm_ptuning.data.tasks.encode_tags import DEFAULT_TOKEN_UNIT, TOKEN_UNITS
-from chatglm_ptuning.data.tasks.examples import AnyExample
+from chatglm_ptuning.data.tasks.examples import Example
+from chatglm_ptuning.data.tasks.heads import ECHO_HEADS, HEAD_NAMES, head_of
+from chatglm_ptuning.data.tasks.heads.conversations import ConversationAnswers
+from chatglm_ptuning.data.tasks.heads.head import CANDIDATE_SCORES, DEFAULT_TOKEN_UNIT, TOKEN_UNITS, Head
 from chatglm_ptuning.data.tasks.read import read_examples
 from chatglm_ptuning.data.tasks.registry import load_task
 from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
-logger = logging.get_logger(__name__)
 
-CANDIDATE_SCORES = ("sum", "mean", "calibrated")
-"""How candidates are ranked: by their log-likelihood, by it per token, or by what the text adds to it."""
+@dataclass
+class InstructionArguments:
+    """How rows of instruction files are read, and how long they may be."""
+
+    dataset_format: str | None = field(
+        default=None, metadata={"help": f"{', '.join(FORMATS)} (default: detected from the field names)"}
+    )
+    prompt_column: str | None = field(
+        default=None, metadata={"help": "column of the source text (default: detected from the field names)"}
+    )
+    response_column: str | None = field(
+        default=None, metadata={"help": "column of the answer (default: detected from the field names)"}
+    )
+    history_column: str | None = field(default=None, metadata={"help": "column of earlier turns"})
+    source_prefix: str = field(default="", metadata={"help": "text in front of every source"})
+    max_source_length: int = field(default=1024, metadata={"help": "tokens of the source at most"})
+    max_target_length: int = field(default=128, metadata={"help": "tokens of the answer at most"})
+
+    def __post_init__(self) -> None:
+        self.columns()
+
+    def columns(self) -> Columns:
+        """What the flags say about the rows.
+
+        Raises:
+            ValueError: if --dataset_format is unknown.
+        """
+        return Columns(self.prompt_column, self.response_column, self.history_column, self.dataset_format)
+
+    def task_of(self, files: Sequence[str]) -> Task:
+        """What is to be learned from instruction files."""
+        return Task.of_files(files, self.columns(), self.source_prefix)
+
+    def conversation_head(self, task: Task, tokenizer: ChatGLMTokenizer) -> ConversationAnswers:
+        """The head that answers as instruction files do.
+
+        Raises:
+            ValueError: if --max_source_length is too small for the chat format.
+        """
+        return ConversationAnswers(task, tokenizer, self.max_source_length, self.max_target_length)
 
 
 @dataclass(frozen=True)
@@ -28,7 +66,7 @@ class TrainedReading:
 
     Attributes:
         source: the checkpoint, for messages.
-        token_unit, echo: as of `TaskEncoder`; `token_unit` is None if the checkpoint does not say.
+        token_unit, echo: as of `Head`; `token_unit` is None if the checkpoint does not say.
     """
 
     source: str
@@ -48,7 +86,7 @@ class TaskArguments:
         metadata={"help": "folder with the task's published files; or huggingface, modelscope, huggingface:OWNER/NAME"},
     )
     head: str | None = field(
-        default=None, metadata={"help": f"how the task is solved: {', '.join(HEADS)} (default: the task's own)"}
+        default=None, metadata={"help": f"how the task is solved: {', '.join(HEAD_NAMES)} (default: the task's own)"}
     )
     subjects: list[str] | None = field(
         default=None, metadata={"help": "of an examination, these subjects or categories alone"}
@@ -99,30 +137,37 @@ class TaskArguments:
         """
         return load_task(self.task or "")
 
-    def encoder(
+    def make_head(
         self,
         task: Task,
         tokenizer: ChatGLMTokenizer,
         max_source_length: int,
         max_target_length: int,
-        head: str | None = None,
+        name: str | None = None,
         trained: TrainedReading | None = None,
-    ) -> TaskEncoder:
-        """What makes model inputs of the task's examples.
+    ) -> Head:
+        """The head that solves the task.
 
         Args:
-            head: instead of the one that the flags name.
+            name: instead of the one that the flags name.
             trained: of the checkpoint that is used.
 
         Raises:
             ValueError: if the head cannot solve the task, or as `echo_of`.
         """
-        head = head_of(task, head or self.head)
+        chosen = head_of(task, name or self.head)
         recorded = None if trained is None else trained.token_unit
-        return TaskEncoder(
-            task, tokenizer, head, max_source_length, max_target_length, self.doc_stride,
-            self.token_unit or recorded or DEFAULT_TOKEN_UNIT, self.echo_of(task, head, trained),
-        )  # fmt: skip
+        return chosen(
+            task,
+            tokenizer,
+            max_source_length,
+            max_target_length,
+            self.doc_stride,
+            self.token_unit or recorded or DEFAULT_TOKEN_UNIT,
+            self.echo_of(task, chosen.name, trained),
+            self.candidate_scores,
+            self.max_answer_length,
+        )
 
     def echo_of(self, task: Task, head: str, trained: TrainedReading | None = None) -> bool:
         """Whether the text is read twice: as the checkpoint was trained, else as --echo says, else as the task does.
@@ -146,25 +191,18 @@ class TaskArguments:
             )
         return trained.echo
 
-    def examples(
-        self, task: Task, split: str, limit: int | None = None, bad_rows: BadRows | None = None
-    ) -> Sequence[AnyExample]:
-        """The first `limit` examples of a split, or all; the log says how many bad rows were skipped.
-
-        Args:
-            bad_rows: counts them; by default anew.
+    def examples(self, task: Task, split: str, limit: int | None = None) -> Sequence[Example]:
+        """The first `limit` examples of a split, or all.
 
         Raises:
             ValueError: naming what is missing or wrong, see `read_examples`.
         """
-        bad_rows = bad_rows or BadRows(self.skip_bad_rows)
-        examples = read_examples(task, self.task_data or "", split, subjects=self.subjects, bad_rows=bad_rows)
-        if bad_rows.count:
-            logger.warning(
-                f"{bad_rows.count} bad rows of {task.name}, split {split}, were skipped, the first:\n"
-                f"{bad_rows.messages[0]}"
-            )
-        return examples[:limit]
+        skipped = BadRows(self.skip_bad_rows)
+        return read_examples(task, self.task_data or "", split, subjects=self.subjects, bad_rows=skipped, limit=limit)
+
+    def split_of(self, name: str, limit: int | None = None) -> Split:
+        """A split of the task, where the flags say that it is."""
+        return Split([self.task_data or ""], name, self.subjects, limit)
 
 
 def submission_variant(task: Task, train_split: str | None) -> str | None:

@@ -12,13 +12,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from chatglm_ptuning.command_line import fail
-from chatglm_ptuning.data.tasks.examples import AnyExample, ChoiceExample, TextExample, TokenExample, has_gold
-from chatglm_ptuning.data.tasks.prompt import answer_text, render_prompt
+from chatglm_ptuning.data.tasks.examples import Example, has_gold
+from chatglm_ptuning.data.tasks.heads import heads_of
 from chatglm_ptuning.data.tasks.read import read_examples
-from chatglm_ptuning.data.tasks.readers import heads_of
 from chatglm_ptuning.data.tasks.registry import load_task, task_names
 from chatglm_ptuning.data.tasks.task import Task
-from chatglm_ptuning.metrics.entities import spans_of
 
 
 def main(argv: Sequence[str]) -> None:
@@ -67,7 +65,7 @@ def show_task(
         return
     if Path(folder).is_file() and not splits and len(task.files) > 1:
         raise ValueError(f"{folder} is one file: say by --split which it is, {', '.join(task.files)}.")
-    read: dict[str, list[AnyExample]] = {}
+    read: dict[str, list[Example]] = {}
     missing = ""
     for split in splits or task.files:
         try:
@@ -90,11 +88,8 @@ def show_task(
     console.print(table)
     first = next(iter(read.values()))[0]
     console.print(f"\nThe first example ({first.where}):", markup=False)
-    console.print(render_prompt(task, first), markup=False, style="cyan")
-    answer = answer_text(task, first)
-    if answer is None and isinstance(first, TokenExample) and first.tags is not None:
-        found = (f"{first.text_of(a, b)} ({kind})" for kind, a, b in spans_of(first.tags))
-        answer = "、".join(found) or "no entity"
+    console.print(first.prompt(task), markup=False, style="cyan")
+    answer = first.answer_text(task)
     console.print(f"answer: {answer if answer is not None else 'not in this split'}", markup=False, style="green")
 
 
@@ -119,17 +114,10 @@ def _describe(task: Task) -> None:
     Console().print(table)
 
 
-def _gold_counts(task: Task, examples: Sequence[AnyExample]) -> str:
+def _gold_counts(task: Task, examples: Sequence[Example]) -> str:
     if not has_gold(examples):
         return "none"
-    counts: Counter[str] = Counter()
-    for example in examples:
-        if isinstance(example, TextExample):
-            counts.update(task.labels[key] for key in example.labels or [example.label] if key is not None)
-        elif isinstance(example, TokenExample):
-            counts.update(kind for kind, _, _ in spans_of(example.tags or ()))
-        elif isinstance(example, ChoiceExample):
-            counts[f"candidate {(example.answer or 0) + 1}"] += 1
+    counts = Counter(name for example in examples for name in example.counted(task))
     if not counts:
         return "all"
     shown = [f"{name} {count}" for name, count in counts.most_common(12)]

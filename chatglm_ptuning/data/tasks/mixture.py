@@ -11,8 +11,7 @@ from transformers.utils import logging
 
 from chatglm_ptuning.data.sources.hub import is_on_hub
 from chatglm_ptuning.data.tasks.checked_yaml import FieldChecker, nearest, read_yaml
-from chatglm_ptuning.data.tasks.encode import check_order, head_of
-from chatglm_ptuning.data.tasks.readers import heads_of
+from chatglm_ptuning.data.tasks.heads import head_of, heads_of
 from chatglm_ptuning.data.tasks.registry import load_task
 from chatglm_ptuning.data.tasks.task import Task
 
@@ -137,8 +136,8 @@ class _MixtureChecker(FieldChecker):
         if named is not None:
             self.one_of(named, heads_of(task), f"{what}.head")
         head = head_of(task, named)
-        check_order(task, head)
-        return head
+        head.check(task)
+        return head.name
 
     def split(self, task: Task, value: Mapping[str, Any], key: str, what: str) -> str | None:
         if key not in value:

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
+from chatglm_ptuning.data.formats.registry import ALIASES, FORMATS
 from chatglm_ptuning.data.tasks.checked_yaml import FieldChecker, nearest, quote_hint
+from chatglm_ptuning.data.tasks.heads import heads_of
 from chatglm_ptuning.data.tasks.readers import READERS, Reader
 from chatglm_ptuning.data.tasks.task import HubSource, Subject, Submission, Task, placeholders
 
@@ -17,6 +19,8 @@ _OPTIONS = {
     "label_separator": "text between labels",
     "letters": "true or false",
     "echo": "true or false",
+    "dataset_format": "the format of instruction rows",
+    "source_prefix": "text in front of every conversation",
     "subjects": "NAME: [Chinese title, category]",
     "groups": "NAME: [subject, ...]",
 }
@@ -39,18 +43,19 @@ class _Checker(FieldChecker):
         content = self.mapping(content, "the task file")
         known = [entry.name for entry in fields(Task) if entry.name != "origin"]
         self.known_keys(content, known, "key")
-        for name in ("name", "title", "reader", "prompt", "metric", "pre_seq_len", "learning_rate", "files"):
+        for name in ("name", "title", "reader", "metric", "pre_seq_len", "learning_rate", "files"):
             if name not in content:
                 self.fail(f"there is no key '{name}'; docs/tasks.md has an example.")
         reader = READERS[self.one_of(content["reader"], READERS, "reader")]
+        if bool(reader.placeholders) != ("prompt" in content):
+            asks = "needs a 'prompt'" if reader.placeholders else "has no 'prompt': its rows ask for themselves"
+            self.fail(f"the reader '{reader.name}' {asks}; docs/tasks.md has an example.")
         task = Task(
             name=self.name(content["name"]),
             title=self.text(content["title"], "title"),
             reader=reader.name,
-            head=self.one_of(
-                content.get("head", reader.heads[0]), reader.heads, f"head (of the reader '{reader.name}')"
-            ),
-            prompt=self.text(content["prompt"], "prompt"),
+            head="",
+            prompt=self.text(content["prompt"], "prompt") if reader.placeholders else "",
             metric=self.text(content["metric"], "metric"),
             pre_seq_len=self.positive_int(content["pre_seq_len"], "pre_seq_len"),
             learning_rate=self.positive_float(content["learning_rate"], "learning_rate"),
@@ -64,6 +69,8 @@ class _Checker(FieldChecker):
             label_separator=self.separator(content),
             letters=self.flag(content.get("letters", False), "letters"),
             echo=self.flag(content.get("echo", False), "echo"),
+            dataset_format=self.dataset_format(content),
+            source_prefix=self.text(content["source_prefix"], "source_prefix") if "source_prefix" in content else "",
             subjects=self.subjects(content.get("subjects", {})),
             groups=self.groups(content.get("groups", {}), content.get("subjects", {})),
             hub=self.hub(content.get("hub", {})),
@@ -73,10 +80,11 @@ class _Checker(FieldChecker):
             origin=self.origin,
         )
         self.options(content, reader)
-        self.prompt(task, reader)
-        self.label_rules(task, reader)
-        self.metric(task, reader)
-        return task
+        if reader.placeholders:
+            self.prompt(task, reader)
+        if task.multi_label and task.drop_labels:
+            self.fail("'drop_labels' leaves out rows of one label; with 'multi_label' take them out of the files.")
+        return self.head_and_metric(task, content.get("head"), reader)
 
     def options(self, content: Mapping[str, Any], reader: Reader) -> None:
         for key, form in _OPTIONS.items():
@@ -102,19 +110,18 @@ class _Checker(FieldChecker):
             self.fail("'label_separator' belongs to 'multi_label: true'.")
         return value
 
-    def label_rules(self, task: Task, reader: Reader) -> None:
-        heads = reader.heads_of(task)
-        if task.head not in heads:
-            self.fail(f"with 'multi_label' the head must be {' or '.join(heads)}, found '{task.head}'.")
-        if task.multi_label and task.drop_labels:
-            self.fail("'drop_labels' leaves out rows of one label; with 'multi_label' take them out of the files.")
+    def dataset_format(self, content: Mapping[str, Any]) -> str | None:
+        if "dataset_format" not in content:
+            return None
+        return self.one_of(content["dataset_format"], [*FORMATS, *ALIASES], "dataset_format")
 
-    def metric(self, task: Task, reader: Reader) -> None:
-        known = reader.metrics_of(task)
-        if task.metric not in known and task.metric in reader.metrics_of(replace(task, multi_label=True)):
+    def head_and_metric(self, task: Task, head: Any, reader: Reader) -> Task:
+        whose = f"(of the reader '{reader.name}'{' with multi_label' if task.multi_label else ''})"
+        heads, metrics = heads_of(task), reader.metrics_of(task)
+        if task.metric not in metrics and task.metric in reader.metrics_of(replace(task, multi_label=True)):
             self.fail(f"the metric '{task.metric}' belongs to 'multi_label: true'.")
-        kind = " with 'multi_label'" if task.multi_label else ""
-        self.one_of(task.metric, known, f"metric (of the reader '{reader.name}'{kind})")
+        self.one_of(task.metric, metrics, f"metric {whose}")
+        return replace(task, head=next(iter(heads)) if head is None else self.one_of(head, heads, f"head {whose}"))
 
     def files(self, value: Any) -> dict[str, tuple[tuple[str, ...], ...]]:
         splits = {}

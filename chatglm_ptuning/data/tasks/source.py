@@ -13,7 +13,7 @@ from chatglm_ptuning.data.sources.json_rows import json_document
 from chatglm_ptuning.data.sources.rows import BadRows, Row, fail
 from chatglm_ptuning.data.sources.text import data_suffix
 from chatglm_ptuning.data.tasks.checked_yaml import nearest
-from chatglm_ptuning.data.tasks.examples import AnyExample
+from chatglm_ptuning.data.tasks.examples import Example
 from chatglm_ptuning.data.tasks.task import Task
 
 Unit = TypeVar("Unit")
@@ -29,6 +29,7 @@ class SplitSource:
         fields: role -> column, as in these sources.
         subject: of an examination.
         bad_rows: counts the rows that cannot be understood.
+        limit: so many examples are wanted at most.
     """
 
     task: Task
@@ -37,6 +38,7 @@ class SplitSource:
     fields: Mapping[str, str] = field(default_factory=dict)
     subject: str | None = None
     bad_rows: BadRows = field(default_factory=BadRows)
+    limit: int | None = None
 
     @property
     def needs_gold(self) -> bool:
@@ -59,8 +61,8 @@ class SplitSource:
             yield from source.rows(self.bad_rows)
 
     def each(
-        self, units: Iterable[Unit], read: Callable[[Unit, int], Iterable[AnyExample]], first: int = 0
-    ) -> Iterator[AnyExample]:
+        self, units: Iterable[Unit], read: Callable[[Unit, int], Iterable[Example]], first: int = 0
+    ) -> Iterator[Example]:
         """The examples of rows, or of whatever else a file holds; what cannot be understood is a bad row.
 
         Args:

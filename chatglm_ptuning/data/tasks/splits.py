@@ -32,6 +32,8 @@ def split_sources(
     if is_on_hub(str(place)):
         dataset, fields = _dataset_on_hub(task, HubDataset.parse(str(place)), split, subject, is_only_subject)
         return [dataset], {**task.fields, **fields}
+    if not task.files:
+        return find_sources(place), task.fields
     if split not in task.files:
         near = difflib.get_close_matches(split, task.files, n=1, cutoff=0.4)
         hint = f" (did you mean '{near[0]}'?)" if near else ""

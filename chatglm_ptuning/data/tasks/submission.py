@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers.utils import logging
 
-from chatglm_ptuning.data.tasks.examples import AnyExample, ChoiceExample, TokenExample, has_gold
+from chatglm_ptuning.data.tasks.examples import Example, has_gold
+from chatglm_ptuning.data.tasks.heads.head import Prediction
 from chatglm_ptuning.data.tasks.readers import reader_of
 from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.files import write_text
 
 logger = logging.get_logger(__name__)
 
-PredictedValue = Any
-"""A label, an index of a candidate, a list of tags, or a text, as the task has it."""
 
-
-def can_submit(task: Task, examples: Sequence[AnyExample]) -> bool:
+def can_submit(task: Task, examples: Sequence[Example]) -> bool:
     """Whether predictions on these examples make a submission: the benchmark takes one, and every id stands once.
 
     Ask before predicting. Of a split with gold that repeats an id, a warning says that there will be none.
@@ -39,11 +36,11 @@ def can_submit(task: Task, examples: Sequence[AnyExample]) -> bool:
     return False
 
 
-def _repeated_id(examples: Sequence[AnyExample]) -> str | None:
+def _repeated_id(examples: Sequence[Example]) -> str | None:
     """What to say of the first id that stands twice; those of an examination are counted in every subject."""
     places: dict[tuple[str | None, str], str] = {}
     for example in examples:
-        key = (example.subject if isinstance(example, ChoiceExample) else None, str(example.id))
+        key = (example.subject, str(example.id))
         if key in places:
             return f"{example.where}: the id {example.id!r} stands twice, first at {places[key]}"
         places[key] = example.where
@@ -52,8 +49,8 @@ def _repeated_id(examples: Sequence[AnyExample]) -> str | None:
 
 def write_submission(
     task: Task,
-    examples: Sequence[AnyExample],
-    predictions: Sequence[PredictedValue],
+    examples: Sequence[Example],
+    predictions: Sequence[Prediction],
     folder: str | Path,
     split: str = "test",
     variant: str | None = None,
@@ -62,8 +59,7 @@ def write_submission(
 
     Args:
         examples: of the whole split, in the order of its files.
-        predictions: one for each: a key of the labels (of a multi-label task a list of them), an index of a candidate,
-            tags, or a text.
+        predictions: one for each.
         variant: goes into the name of the file, for benchmarks that take a file for each training split: FewCLUE calls
             the predictions of a model trained on train_0 `bustm_predict_0.json` (see `submission_variant`).
 
@@ -83,34 +79,14 @@ def write_submission(
     if repeated is not None:
         raise ValueError(f"{repeated}.")
     for example, prediction in zip(examples, predictions, strict=True):
-        _check(task, example, prediction)
+        fault = example.fault_of(task, prediction.value)
+        if fault is not None:
+            raise ValueError(f"the prediction for {example.id!r} ({example.where}) {fault}")
     name = form.file_of(split)
     if variant is not None:
         name = f"{Path(name).stem}_{variant}{Path(name).suffix}"
     write = reader_of(task).submissions[form.format]
     path = Path(folder) / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, write(examples, predictions))
+    write_text(path, write(examples, [prediction.value for prediction in predictions]))
     return path
-
-
-def _check(task: Task, example: AnyExample, prediction: PredictedValue) -> None:
-    where = f"the prediction for {example.id!r} ({example.where})"
-    if isinstance(example, ChoiceExample):
-        if isinstance(prediction, bool) or not isinstance(prediction, int):
-            raise ValueError(f"{where} must be the index of a candidate, found {prediction!r}.")
-        if not 0 <= prediction < len(example.candidates):
-            raise ValueError(f"{where} is {prediction}, and there are {len(example.candidates)} candidates.")
-    elif isinstance(example, TokenExample):
-        if len(prediction) != len(example.tokens):
-            raise ValueError(f"{where} has {len(prediction)} tags for {len(example.tokens)} tokens.")
-        unknown = [tag for tag in prediction if tag not in task.tags]
-        if unknown:
-            raise ValueError(f"{where} has the unknown tag {unknown[0]!r}; known are {', '.join(task.tags)}.")
-    elif task.multi_label:
-        if not isinstance(prediction, list) or any(key not in task.labels for key in prediction):
-            raise ValueError(f"{where} must be a list of labels of {task.name}, found {prediction!r}.")
-    elif task.labels and prediction not in task.labels:
-        raise ValueError(f"{where} is {prediction!r}, which is no label of {task.name}.")
-    elif not isinstance(prediction, str):
-        raise ValueError(f"{where} must be text, found {prediction!r}.")

@@ -7,21 +7,21 @@ from collections.abc import Callable, Sequence
 from string import ascii_uppercase
 from typing import Any
 
-from chatglm_ptuning.data.tasks.examples import AnyExample, ChoiceExample, TokenExample
+from chatglm_ptuning.data.tasks.examples import ChoiceExample, Example, TokenExample
 from chatglm_ptuning.metrics.entities import spans_of
 
 
-def id_lines(key: str) -> Callable[[Sequence[AnyExample], Sequence[Any]], str]:
+def id_lines(key: str) -> Callable[[Sequence[Example], Sequence[Any]], str]:
     """`{"id": ID, KEY: PREDICTION}` a line."""
 
-    def write(examples: Sequence[AnyExample], predictions: Sequence[Any]) -> str:
+    def write(examples: Sequence[Example], predictions: Sequence[Any]) -> str:
         rows = ({"id": example.id, key: value} for example, value in zip(examples, predictions, strict=True))
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     return write
 
 
-def id_map(examples: Sequence[AnyExample], predictions: Sequence[Any]) -> str:
+def id_map(examples: Sequence[Example], predictions: Sequence[Any]) -> str:
     """One object, `{"ID": PREDICTION}`."""
     answers = {str(example.id): prediction for example, prediction in zip(examples, predictions, strict=True)}
     return json.dumps(answers, ensure_ascii=False, indent=2) + "\n"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from string import Formatter
+from typing import Any
+
+from chatglm_ptuning.data.formats.registry import Columns
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,8 @@ class Task:
         multi_label: a text has any number of labels; its column is a list of them, or a text.
         label_separator: between the labels of such a text.
         letters: the prompt lists candidates as A, B, C, ..., and the letter is the answer.
+        dataset_format: of instruction rows; None to detect it from the field names.
+        source_prefix: text in front of every conversation.
         echo: whether the text that is tagged or searched is read twice, unless told otherwise.
         subjects: of an examination, by their names in its files.
         groups: of an examination, further sets of subjects that the benchmark reports, across its categories.
@@ -87,12 +93,12 @@ class Task:
     title: str
     reader: str
     head: str
-    prompt: str
-    metric: str
-    pre_seq_len: int
-    learning_rate: float
-    settings_from: str
-    files: Mapping[str, tuple[tuple[str, ...], ...]]
+    prompt: str = ""
+    metric: str = "rouge-l"
+    pre_seq_len: int = 128
+    learning_rate: float = 1e-2
+    settings_from: str = ""
+    files: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     folders: tuple[str, ...] = ()
     fields: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -100,6 +106,8 @@ class Task:
     multi_label: bool = False
     label_separator: str = ","
     letters: bool = False
+    dataset_format: str | None = None
+    source_prefix: str = ""
     echo: bool = False
     subjects: Mapping[str, Subject] = field(default_factory=dict)
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -113,6 +121,30 @@ class Task:
     def tags(self) -> tuple[str, ...]:
         """The BIO tags of the labels, `O` first; of a task whose labels are types of entities."""
         return ("O", *(f"{side}-{entity}" for entity in self.labels for side in "BI"))
+
+    @classmethod
+    def of_files(cls, files: Sequence[str], columns: Columns, source_prefix: str = "") -> Task:
+        """The task of instruction files, which is to answer as their rows do; a place of its data is the data."""
+        fields = {"prompt": columns.prompt, "response": columns.response, "history": columns.history}
+        return cls(
+            Path(files[0]).stem,
+            ", ".join(files),
+            "conversations",
+            "generation",
+            fields={role: column for role, column in fields.items() if column is not None},
+            dataset_format=columns.dataset_format,
+            source_prefix=source_prefix,
+        )
+
+    def meaning(self) -> dict[str, Any]:
+        """What decides how its rows are read and asked, ready for JSON."""
+        return {name: value for name, value in asdict(self).items() if name in _MEANING}
+
+
+_MEANING = (
+    "reader", "prompt", "fields", "labels", "drop_labels", "multi_label", "label_separator", "letters", "subjects",
+    "dataset_format", "source_prefix",
+)  # fmt: skip
 
 
 def placeholders(template: str) -> list[str]:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatglm_ptuning.command_line import fail, parse_arguments
+from chatglm_ptuning.data.tasks.heads.head import Prediction
 from chatglm_ptuning.evaluation.figures import draw_accuracies
-from chatglm_ptuning.evaluation.table import print_scores
-from chatglm_ptuning.evaluation.task_report import TaskScores, write_task_report
+from chatglm_ptuning.evaluation.report import print_scores, write_report
 from chatglm_ptuning.files import check_output_folder, write_text
+from chatglm_ptuning.metrics.task_scores import TaskScores
 from chatglm_ptuning.model.hub import InferenceBaseArguments
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.prefix.latest import runs_folder
@@ -80,7 +81,7 @@ def run_harness(args: HarnessArguments) -> dict[str, Any]:
     """Evaluates, prints and writes; returns what `metrics.json` holds.
 
     In the output folder: `metrics.json`; `EXAM.png`, a bar for each subject and category; and for `prefix` and `base`
-    a folder with lm-eval's own results and a report for each examination (`write_task_report`).
+    a folder with lm-eval's own results and a report for each examination (`write_report`).
 
     Raises:
         ValueError, OSError, ImportError: for what is wrong with a file, a flag or the installation.
@@ -204,12 +205,10 @@ def _write_exam_report(exam: Exam, result: Mapping[str, Any], folder: Path) -> T
 
     from chatglm_ptuning.evaluation.harness.tasks import scored_examples
 
-    scored = list(scored_examples(exam, result["samples"]))
-    likelihoods = torch.tensor([scores for _, scores in scored])
-    confidences = likelihoods.softmax(-1).max(-1).values.tolist()
-    examples = [example for example, _ in scored]
-    predictions = likelihoods.argmax(-1).tolist()
-    return write_task_report(folder / exam.task.name, exam.task, examples, predictions, confidences)
+    examples, scores = zip(*scored_examples(exam, result["samples"]), strict=True)
+    probabilities, places = torch.tensor(scores).softmax(-1).max(-1)
+    predictions = list(map(Prediction, places.tolist(), probabilities.tolist()))
+    return write_report(folder / exam.task.name, exam.task, examples, predictions)
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -203,7 +203,7 @@ def _rows(exam: Exam, subject: str, data_dir: str, split: str) -> datasets.Datas
     """A split of one subject with the columns that lm-eval's definition names, all of them text but the id."""
     rows = []
     for example in read_examples(exam.task, data_dir, split, subjects=[subject]):
-        if not isinstance(example, ChoiceExample) or example.answer is None:
+        if example.gold is None:
             raise ValueError(f"{example.where}: there is no answer, and lm-eval scores against them.")
         options = dict(zip("ABCD", example.candidates, strict=True))
         rows.append(

@@ -5,32 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chatglm_ptuning.data.collate import PaddingCollator
+from chatglm_ptuning.data.dataset import Split
 from chatglm_ptuning.data.tasks.arguments import TaskArguments, TrainedReading, usual_split
-from chatglm_ptuning.data.tasks.encode import ECHO_HEADS, TaskEncoder, label_names
-from chatglm_ptuning.data.tasks.examples import AnyExample
+from chatglm_ptuning.data.tasks.examples import Example
+from chatglm_ptuning.data.tasks.heads import ECHO_HEADS
+from chatglm_ptuning.data.tasks.heads.head import Head
 from chatglm_ptuning.data.tasks.mixture import MixedTask, read_mixture
 from chatglm_ptuning.data.tasks.task import Task
-from chatglm_ptuning.evaluation.task_model import (
-    ECHO,
-    PROMPTS,
-    TOKEN_UNIT,
-    asked_of,
-    recorded_details,
-    recorded_reading,
-)
-from chatglm_ptuning.evaluation.task_predictions import predict_together
-from chatglm_ptuning.evaluation.task_report import score_task
+from chatglm_ptuning.evaluation.inference import predict
+from chatglm_ptuning.evaluation.recorded import record_of, recorded_details, recorded_reading
+from chatglm_ptuning.evaluation.report import score_task
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMPreTrainedModel
-from chatglm_ptuning.model.modeling_tasks import ChatGLMForMultipleTasks, TaskHead
-from chatglm_ptuning.training.file_run import TrainingRun
+from chatglm_ptuning.model.modeling_tasks import ChatGLMForMultipleTasks
+from chatglm_ptuning.training.file_run import TrainingRun, inference_settings
 from chatglm_ptuning.training.head_start import start_head
 from chatglm_ptuning.training.mixture.trainer import MixtureTrainer, OneTaskCollator
-from chatglm_ptuning.training.sampler import TASK_KEY
-from chatglm_ptuning.training.task_run import check_attention, prediction_settings
+from chatglm_ptuning.training.sampler import MixedRows
+from chatglm_ptuning.training.task_run import check_attention
 from chatglm_ptuning.training.trainer import PrefixTrainer
+
+if TYPE_CHECKING:
+    import datasets
 
 
 class MixtureRun(TrainingRun):
@@ -38,7 +36,7 @@ class MixtureRun(TrainingRun):
 
     Attributes:
         mixture: what the file says.
-        encoders: of every task, by its name.
+        heads: of every task, by its name.
         watched: examples of every task that the run is watched by.
         probabilities: of drawing each task, in their order.
     """
@@ -66,14 +64,13 @@ class MixtureRun(TrainingRun):
             )
         if self._takes_length_from_tasks():
             self.model_args.pre_seq_len = max(entry.task.pre_seq_len for entry in self.mixture.tasks)
-        self.encoders: dict[str, TaskEncoder] = {}
-        self.watched: dict[str, Sequence[AnyExample]] = {}
-        self.eval_rows: dict[str, list[dict[str, Any]]] = {}
-        self.train_examples: list[dict[str, Any]] = []
-        self.train_sizes: dict[str, int] = {}
+        self.heads: dict[str, Head] = {}
+        self.watched: dict[str, Sequence[Example]] = {}
+        training: dict[str, Any] = {}
+        self.eval_rows: dict[str, MixedRows] = {}
         for entry in self.mixture.tasks:
             name = entry.task.name
-            self.encoders[name] = self._arguments(entry).encoder(
+            self.heads[name] = self._arguments(entry).make_head(
                 entry.task,
                 self.tokenizer,
                 flags.max_source_length,
@@ -82,14 +79,16 @@ class MixtureRun(TrainingRun):
             )
             if args.do_train:
                 limit = entry.max_train_samples or flags.max_train_samples
-                rows = self._rows(name, self._examples_of(entry, "train", entry.train_split, limit))
-                self.train_sizes[name] = len(rows)
-                self.train_examples += rows
+                training[name] = self._rows_of(entry, "train", entry.train_split, limit)
             if args.do_eval:
                 limit = entry.max_eval_samples or flags.max_eval_samples
-                self.watched[name] = self._examples_of(entry, "dev", entry.eval_split, limit)
-                check_attention(self.model_args, self.encoders[name], self.watched[name])
-                self.eval_rows[name] = self._rows(name, self.watched[name])
+                split = self._split_of(entry, "dev", entry.eval_split, limit)
+                found = self.loader.read(entry.task, split)
+                self.watched[name] = self.loader.make_ready(self.heads[name], found)[0]
+                check_attention(self.model_args, self.heads[name], self.watched[name])
+                self.eval_rows[name] = MixedRows({name: self._rows_of(entry, "dev", entry.eval_split, limit)})
+        self.train_examples = MixedRows(training)
+        self.train_sizes = self.train_examples.sizes
         self.probabilities = self.mixture.probabilities(list(self.train_sizes.values())) if args.do_train else []
         if args.should_save:
             self._show()
@@ -106,22 +105,20 @@ class MixtureRun(TrainingRun):
         return self.args.do_train and given == (None, None, None)
 
     def _arguments(self, entry: MixedTask) -> TaskArguments:
-        own = TaskArguments(task=entry.task.name, task_data=entry.task_data, head=entry.head)
+        """The flags as they hold for one of the tasks."""
         flags = self.data_args
         echo = flags.echo if entry.head in ECHO_HEADS else None
-        return replace(
-            own,
-            token_unit=flags.token_unit,
-            doc_stride=flags.doc_stride,
-            echo=echo,
-            skip_bad_rows=flags.skip_bad_rows,
-        )
+        own = {"task": entry.task.name, "task_data": entry.task_data, "head": entry.head, "echo": echo}
+        return replace(flags, task_mixture=None, **own)
 
-    def _examples_of(self, entry: MixedTask, kind: str, split: str | None, limit: int | None) -> Sequence[AnyExample]:
-        return self._arguments(entry).examples(entry.task, split or usual_split(entry.task, kind), limit)
+    def _split_of(self, entry: MixedTask, kind: str, named: str | None, limit: int | None) -> Split:
+        return self._arguments(entry).split_of(named or usual_split(entry.task, kind), limit)
 
-    def _rows(self, name: str, examples: Sequence[AnyExample]) -> list[dict[str, Any]]:
-        return [{TASK_KEY: name, **row} for row in self.encoders[name].training_rows(examples)]
+    def _rows_of(self, entry: MixedTask, kind: str, named: str | None, limit: int | None) -> datasets.Dataset:
+        found = self.loader.rows(self.heads[entry.task.name], self._split_of(entry, kind, named, limit))
+        if self.args.should_save:
+            print(f"{entry.task.name} ({entry.task.title}) in {entry.task_data}, {kind}\n{found.summary()}")
+        return found.rows
 
     def _show(self) -> None:
         for number, entry in enumerate(self.mixture.tasks):
@@ -133,16 +130,13 @@ class MixtureRun(TrainingRun):
                 shown += f" evaluate {len(self.watched[name])} examples"
             print(shown.rstrip(";"))
 
+    def model_settings(self) -> dict[str, Any]:
+        """The heads come after loading, in `make_model`."""
+        return {}
+
     def make_model(self, loaded: ChatGLMForConditionalGeneration) -> ChatGLMPreTrainedModel:
         """The base with a head for each task that needs one."""
-        heads = {
-            entry.task.name: TaskHead(
-                entry.head,
-                label_names(entry.task, entry.head),
-                "multi_label_classification" if entry.task.multi_label else None,
-            )
-            for entry in self.mixture.tasks
-        }
+        heads = {name: head.model_settings(head.task) for name, head in self.heads.items()}
         return ChatGLMForMultipleTasks(loaded, heads)
 
     def trainer(self) -> PrefixTrainer:
@@ -163,10 +157,7 @@ class MixtureRun(TrainingRun):
 
     def init_head(self, trainer: PrefixTrainer) -> None:
         """Gives every linear head that is still random the values that --head_init asks for."""
-        start = 0
-        for name, size in self.train_sizes.items():
-            rows = self.train_examples[start : start + size]
-            start += size
+        for name, rows in self.train_examples.of_task.items():
             count = start_head(
                 self.model.for_task(name),
                 rows,
@@ -194,21 +185,15 @@ class MixtureRun(TrainingRun):
         """What the prefix checkpoint records of this run."""
         details = super().details()
         details["task"] = Path(self.data_args.task_mixture or "").stem
-        details["training"][TOKEN_UNIT] = next(iter(self.encoders.values())).token_unit
-        details["training"][ECHO] = {
-            name: encoder.echo for name, encoder in self.encoders.items() if encoder.head in ECHO_HEADS
-        }
-        details["training"][PROMPTS] = {entry.task.name: asked_of(entry.task) for entry in self.mixture.tasks}
+        details["training"] |= record_of(list(self.heads.values()))
         details["tasks"] = {
-            entry.task.name: {"head": entry.head, "labels": label_names(entry.task, entry.head)}
-            for entry in self.mixture.tasks
+            name: {"head": head.name, "labels": head.outputs(head.task)} for name, head in self.heads.items()
         }
         return details
 
     def _score(self, name: str) -> tuple[dict[str, float], str]:
-        encoder, examples = self.encoders[name], self.watched[name]
-        settings = prediction_settings(self.data_args, self.args)
-        model = self.model.for_task(name)
-        predictions = predict_together(model, encoder, examples, settings, under_engine=self.under_engine)
-        metrics = score_task(encoder.task, examples, [prediction.value for prediction in predictions]).metrics
-        return metrics, encoder.task.metric
+        head, examples = self.heads[name], self.watched[name]
+        settings = inference_settings(self.data_args, self.args)
+        predictions = predict(self.model.for_task(name), head, examples, settings, under_engine=self.under_engine)
+        metrics = score_task(head.task, examples, predictions).metrics
+        return metrics, head.task.metric

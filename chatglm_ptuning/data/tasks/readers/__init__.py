@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from chatglm_ptuning.data.tasks.readers.choices import C3Reader, ChidReader, ChoicesReader, ExamReader
+from chatglm_ptuning.data.tasks.readers.conversations import ConversationReader
 from chatglm_ptuning.data.tasks.readers.questions import SquadReader
 from chatglm_ptuning.data.tasks.readers.reader import Reader
 from chatglm_ptuning.data.tasks.readers.texts import LcstsReader, PairsReader, RowsReader, WinogradReader
@@ -23,6 +24,7 @@ READERS: dict[str, Reader] = {
         C3Reader(),
         ChoicesReader(),
         ExamReader(),
+        ConversationReader(),
     )
 }
 """By the name that a task file gives as `reader`."""
@@ -31,8 +33,3 @@ READERS: dict[str, Reader] = {
 def reader_of(task: Task) -> Reader:
     """The reader of a task's files."""
     return READERS[task.reader]
-
-
-def heads_of(task: Task) -> tuple[str, ...]:
-    """Every head that can solve a task, the usual one first."""
-    return reader_of(task).heads_of(task)

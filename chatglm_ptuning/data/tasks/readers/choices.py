@@ -27,10 +27,9 @@ _LETTERS = ("A", "B", "C", "D")
 
 
 class _ChoiceReader(Reader):
+    example = ChoiceExample
     options = ("letters",)
-    heads = ("multiple_choice", "generation")
     placeholders = ("context", "question", "options")
-    metrics = ("accuracy",)
 
 
 class ChidReader(_ChoiceReader):
@@ -46,9 +45,7 @@ class ChidReader(_ChoiceReader):
         a file of their own, `train_answer.json` beside `train.json`. FewCLUE's: `content` is one passage with one
         `#idiom#`, and `answer` the index.
         """
-        answers: dict[str, Any] = {}
-        for path in source.paths:
-            answers |= _idiom_answers(path)
+        answers = {tag: answer for path in self.beside(source) for tag, answer in _idiom_answers(path).items()}
 
         def read_row(row: Row, index: int) -> Iterable[ChoiceExample]:
             candidates, content = row.get("candidates"), row.get("content")
@@ -62,17 +59,18 @@ class ChidReader(_ChoiceReader):
 
         return source.each(source.rows(), read_row)
 
+    def beside(self, source: SplitSource) -> list[Path]:
+        """As `Reader.beside`: CLUE's answers."""
+        beside = [spellings(path.with_name(_answers_beside(path))) for path in source.paths]
+        return [path for either in beside for path in either if path.is_file()]
 
-def _idiom_answers(path: Path) -> dict[str, Any]:
-    beside = path.with_name(_answers_beside(path))
-    beside = next((found for found in spellings(beside) if found.is_file()), None)
-    if beside is not None:
-        expected = "one JSON object, idiom tag -> index of the right candidate"
-        content = json_document(beside, expected)
-        if isinstance(content, Mapping):
-            return dict(content)
-        raise ValueError(f"{beside} must be {expected}.")
-    return {}
+
+def _idiom_answers(path: Path) -> Mapping[str, Any]:
+    expected = "one JSON object, idiom tag -> index of the right candidate"
+    content = json_document(path, expected)
+    if isinstance(content, Mapping):
+        return content
+    raise ValueError(f"{path} must be {expected}.")
 
 
 def _answers_beside(path: Path) -> str:

@@ -23,10 +23,9 @@ class SquadReader(Reader):
     """Questions about a context, and the answers that stand in it."""
 
     name = "squad"
+    example = QuestionExample
     options = ("echo",)
-    heads = ("question_answering", "generation")
     placeholders = ("context", "question")
-    metrics = ("cmrc_f1", "cmrc_em")
     submissions: ClassVar = {"answer_map": id_map}
 
     def read(self, source: SplitSource) -> Iterator[QuestionExample]:

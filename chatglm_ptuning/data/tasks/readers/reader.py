@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from chatglm_ptuning.data.sources.rows import Row
-from chatglm_ptuning.data.tasks.examples import AnyExample
+from chatglm_ptuning.data.tasks.examples import Example
 from chatglm_ptuning.data.tasks.source import SplitSource
 from chatglm_ptuning.data.tasks.task import Task
 
-SubmissionFormat = Callable[[Sequence[AnyExample], Sequence[Any]], str]
+SubmissionFormat = Callable[[Sequence[Example], Sequence[Any]], str]
 """Examples and their predictions -> the content of a submission file."""
 
 
@@ -24,9 +25,8 @@ class Reader(ABC):
         optional_fields: roles that may have one.
         takes_extra_fields: whether further columns may be named, for the prompt.
         needs, options: keys of a task file that only some readers take: those that it must have, and may have.
-        heads: that can solve the task, the usual one first.
+        example: the kind of examples that it gives.
         placeholders: names that the prompt may use besides `labels` and extra fields.
-        metrics: that can score the task.
         submissions: formats of a submission file by their names.
     """
 
@@ -36,13 +36,12 @@ class Reader(ABC):
     takes_extra_fields: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ()
     options: ClassVar[tuple[str, ...]] = ()
-    heads: ClassVar[tuple[str, ...]]
+    example: ClassVar[type[Example]]
     placeholders: ClassVar[tuple[str, ...]]
-    metrics: ClassVar[tuple[str, ...]]
     submissions: ClassVar[Mapping[str, SubmissionFormat]] = {}
 
     @abstractmethod
-    def read(self, source: SplitSource) -> Iterator[AnyExample]:
+    def read(self, source: SplitSource) -> Iterator[Example]:
         """The examples of one split, in the order of its files.
 
         Raises:
@@ -50,13 +49,17 @@ class Reader(ABC):
                 sentence as `source.bad_rows.add`.
         """
 
-    def heads_of(self, task: Task) -> tuple[str, ...]:
-        """Every head that can solve a task, the usual one first."""
-        return self.heads
+    def beside(self, source: SplitSource) -> list[Path]:
+        """Further files that the examples of a split depend on."""
+        return []
+
+    def example_class(self, task: Task) -> type[Example]:
+        """The kind of examples that it gives for a task."""
+        return self.example
 
     def metrics_of(self, task: Task) -> tuple[str, ...]:
         """The metrics that can score a task."""
-        return self.metrics
+        return self.example_class(task).metrics
 
     def extra_fields(self, task: Task) -> dict[str, str]:
         """Columns of a task that only its prompt uses."""
@@ -67,12 +70,11 @@ class Reader(ABC):
 class RowReader(Reader):
     """Reads files in which every row is an example."""
 
-    def read(self, source: SplitSource) -> Iterator[AnyExample]:
-        """As `Reader.read`."""
+    def read(self, source: SplitSource) -> Iterator[Example]:
         return source.each(source.rows(), lambda row, index: [self.read_row(source, row, index)])
 
     @abstractmethod
-    def read_row(self, source: SplitSource, row: Row, index: int) -> AnyExample:
+    def read_row(self, source: SplitSource, row: Row, index: int) -> Example:
         """The example of a row.
 
         Args:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from chatglm_ptuning.data.sources.rows import Row, fail
 from chatglm_ptuning.data.sources.text import data_suffix, read_text
-from chatglm_ptuning.data.tasks.examples import GenerationExample, TextExample
+from chatglm_ptuning.data.tasks.examples import GenerationExample, MultiLabelExample, TextExample
 from chatglm_ptuning.data.tasks.readers.reader import RowReader
 from chatglm_ptuning.data.tasks.source import SplitSource, nearest_place
 from chatglm_ptuning.data.tasks.submission_formats import id_lines
@@ -25,9 +25,8 @@ _LCSTS_RELEVANT = 3
 
 
 class _LabelledTextReader(RowReader):
+    example = TextExample
     needs = ("labels",)
-    heads = ("sequence_classification", "generation")
-    metrics = ("accuracy", "macro_f1")
     submissions: ClassVar = {"label_lines": id_lines("label")}
 
 
@@ -41,29 +40,22 @@ class RowsReader(_LabelledTextReader):
     options = ("drop_labels", "multi_label", "label_separator")
     placeholders = ("text", "text_pair")
 
-    def heads_of(self, task: Task) -> tuple[str, ...]:
-        """As `Reader.heads_of`; any number of labels takes a linear head."""
-        return ("sequence_classification",) if task.multi_label else self.heads
+    def example_class(self, task: Task) -> type[TextExample]:
+        return MultiLabelExample if task.multi_label else TextExample
 
-    def metrics_of(self, task: Task) -> tuple[str, ...]:
-        """As `Reader.metrics_of`."""
-        return ("micro_f1", "macro_f1", "subset_accuracy") if task.multi_label else self.metrics
-
-    def read_row(self, source: SplitSource, row: Row, index: int) -> TextExample:
-        """As `RowReader.read_row`."""
-        several = source.task.multi_label
-        label = None if several else source.label(row)
+    def read_row(self, source: SplitSource, row: Row, index: int) -> TextExample | MultiLabelExample:
+        shared: dict[str, Any] = {
+            "id": source.example_id(row, index),
+            "where": row.where,
+            "text": source.text(row, "text"),
+            "text_pair": source.text(row, "text_pair") if "text_pair" in source.fields else None,
+            "fields": {role: source.text(row, role) for role in self.extra_fields(source.task)},
+        }
+        if source.task.multi_label:
+            return MultiLabelExample(**shared, labels=source.labels(row))
+        label = source.label(row)
         left_out = label in source.task.drop_labels
-        return TextExample(
-            id=source.example_id(row, index),
-            where=row.where,
-            text=source.text(row, "text"),
-            text_pair=source.text(row, "text_pair") if "text_pair" in source.fields else None,
-            label=None if left_out else label,
-            left_out=left_out,
-            labels=source.labels(row) if several else None,
-            fields={role: source.text(row, role) for role in self.extra_fields(source.task)},
-        )
+        return TextExample(**shared, label=None if left_out else label, left_out=left_out)
 
 
 class WinogradReader(_LabelledTextReader):
@@ -126,15 +118,13 @@ class PairsReader(RowReader):
     """Rows with a source text and a target."""
 
     name = "pairs"
+    example = GenerationExample
     fields = ("text", "target")
     optional_fields = ("id",)
     takes_extra_fields = True
-    heads = ("generation",)
     placeholders = ("text",)
-    metrics = ("rouge-l", "bleu-4")
 
     def read_row(self, source: SplitSource, row: Row, index: int) -> GenerationExample:
-        """As `RowReader.read_row`."""
         return GenerationExample(
             id=source.example_id(row, index),
             where=row.where,

@@ -16,6 +16,7 @@ from chatglm_ptuning.data.tasks.examples import TokenExample
 from chatglm_ptuning.data.tasks.readers.reader import Reader, RowReader
 from chatglm_ptuning.data.tasks.source import SplitSource
 from chatglm_ptuning.data.tasks.submission_formats import entity_lines
+from chatglm_ptuning.data.tasks.task import Task
 
 _JOINT = "\x02"
 """Between the tokens, and between the tags, of a row of the table that Baidu published MSRA's corpus in."""
@@ -30,12 +31,11 @@ class BioReader(Reader):
     """Sentences with a BIO tag for each token."""
 
     name = "bio"
+    example = TokenExample
     optional_fields = ("tokens", "tags", "id")
     needs = ("labels",)
     options = ("echo",)
-    heads = ("token_classification",)
     placeholders = ("text",)
-    metrics = ("entity_f1",)
 
     def read(self, source: SplitSource) -> Iterator[TokenExample]:
         """As `Reader.read`, from any of these forms:
@@ -193,12 +193,15 @@ class CluenerReader(RowReader):
     """CLUENER2020: rows of `text` and `label`."""
 
     name = "cluener"
+    example = TokenExample
     needs = ("labels",)
     options = ("echo",)
-    heads = ("token_classification",)
     placeholders = ("text",)
-    metrics = ("entity_f1", "cluener_f1")
     submissions: ClassVar = {"entity_lines": entity_lines}
+
+    def metrics_of(self, task: Task) -> tuple[str, ...]:
+        """As `Reader.metrics_of`, with the corpus's own, for which its files have the entities."""
+        return (*super().metrics_of(task), "cluener_f1")
 
     def read_row(self, source: SplitSource, row: Row, index: int) -> TokenExample:
         """As `RowReader.read_row`; `label` is entity type -> surface -> list of `[start, end]`, both ends inclusive.

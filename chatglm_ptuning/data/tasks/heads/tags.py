@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from chatglm_ptuning.data.tasks.encode_windows import frame_of, owner_of, window_starts
+from chatglm_ptuning.data.encoding import Encoded
 from chatglm_ptuning.data.tasks.examples import TokenExample
+from chatglm_ptuning.data.tasks.heads.head import Inference, Prediction
+from chatglm_ptuning.data.tasks.heads.windows import WindowHead, owner_of, window_starts
+from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.model.losses import IGNORED_LABEL
+from chatglm_ptuning.model.modeling_heads import ChatGLMForTokenClassification
 
 if TYPE_CHECKING:
-    from chatglm_ptuning.data.tasks.encode import TaskEncoder
     from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
-TOKEN_UNITS = ("characters", "pieces")
-DEFAULT_TOKEN_UNIT = "pieces"
 _NOTHING = " "
 """What is read in the place of a token of the file that has no ids, so that there is one to decide its tag."""
 
@@ -39,23 +41,64 @@ class TagWindow:
         return [IGNORED_LABEL if span is None else tags.index(gold[span[0]]) for span in self.spans]
 
 
-def encode_tokens(encoder: TaskEncoder, example: TokenExample) -> list[TagWindow]:
-    """The windows of a text.
+class TokenClassification(WindowHead):
+    """A linear head on every token, which says the BIO tag of what the token stands for."""
 
-    Raises:
-        ValueError: if the prompt leaves no room for the text.
-    """
-    values = {"labels": "、".join(encoder.task.labels.values()), "text": example.text}
-    frame = frame_of(encoder, "text", values, example.where)
-    split = _by_characters if encoder.token_unit == "characters" else _by_pieces
-    ids, spans = split(encoder.tokenizer, example.tokens)
-    starts = window_starts(len(ids), frame.room, encoder.doc_stride)
-    windows = []
-    for window, start in enumerate(starts):
-        inside = range(start, min(start + frame.room, len(ids)))
-        own = [spans[place] if owner_of(place, starts, frame.room) == window else None for place in inside]
-        windows.append(TagWindow(*frame.fill([ids[place] for place in inside], own)))
-    return windows
+    name = "token_classification"
+    solves = (TokenExample,)
+    model_class = ChatGLMForTokenClassification
+    splits_tokens = True
+
+    @staticmethod
+    def outputs(task: Task) -> list[str]:
+        """The tags."""
+        return list(task.tags)
+
+    def windows(self, example: TokenExample) -> list[TagWindow]:
+        """The windows of a text.
+
+        Raises:
+            ValueError: if the prompt leaves no room for the text.
+        """
+        frame = self.frame_around("text", example)
+        split = _by_characters if self.token_unit == "characters" else _by_pieces
+        ids, spans = split(self.tokenizer, example.tokens)
+        starts = window_starts(len(ids), frame.room, self.doc_stride)
+        windows = []
+        for window, start in enumerate(starts):
+            inside = range(start, min(start + frame.room, len(ids)))
+            own = [spans[place] if owner_of(place, starts, frame.room) == window else None for place in inside]
+            windows.append(TagWindow(*frame.fill([ids[place] for place in inside], own)))
+        return windows
+
+    def encode(self, example: TokenExample) -> Encoded:
+        """A row for each window; `labels` `[seq_len]` are -100 where an id decides no tag."""
+        return Encoded.of_sources(
+            {"input_ids": window.input_ids, "labels": window.labels(example, self.task.tags)}
+            for window in self.windows(example)
+        )
+
+    def predict(self, examples: Sequence[TokenExample], model: Inference) -> list[Prediction]:
+        """The tag of the highest logit for every token of the file."""
+        windows = [self.windows(example) for example in examples]
+        rows = [window.input_ids for own in windows for window in own]
+        found: list[tuple[list[str], list[float]]] = [([], [])] * len(rows)
+        for places, output in model.outputs(rows, "tagging"):
+            probabilities, best = output.logits.softmax(-1).max(-1)
+            for place, numbers, sure in zip(places, best.tolist(), probabilities.tolist(), strict=True):
+                found[place] = [self.task.tags[number] for number in numbers[: len(rows[place])]], sure
+        predictions, of_windows = [], iter(found)
+        for example, own in zip(examples, windows, strict=True):
+            chosen, sure = zip(*itertools.islice(of_windows, len(own)), strict=True)
+            decided = [
+                value
+                for window, values in zip(own, sure, strict=True)
+                for span, value in zip(window.spans, values, strict=False)
+                if span is not None
+            ]
+            tags = tags_of(own, chosen, len(example.tokens))
+            predictions.append(Prediction(tags, min(decided, default=1.0)))
+        return predictions
 
 
 def tags_of(windows: Sequence[TagWindow], predicted: Sequence[Sequence[str]], number_of_tokens: int) -> list[str]:

@@ -1,20 +1,19 @@
-"""Which class of model a task needs, and whether a prefix was trained for the same labels."""
+"""What a checkpoint records of the tasks it was trained on, and whether that suits the task at hand."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
 from chatglm_ptuning.data.tasks.arguments import TrainedReading
-from chatglm_ptuning.data.tasks.encode import ANSWERING_HEADS, ECHO_HEADS, head_of, label_names
-from chatglm_ptuning.data.tasks.readers import heads_of
+from chatglm_ptuning.data.tasks.heads import ECHO_HEADS, LINEAR_HEADS, heads_of
+from chatglm_ptuning.data.tasks.heads.head import Head
 from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.hub import find_base
-from chatglm_ptuning.model.modeling_heads import HEAD_CLASSES
 from chatglm_ptuning.prefix.formats import read_prefix
 from chatglm_ptuning.prefix.formats.peft import adapter_type
 from chatglm_ptuning.tuning.record import read_record
@@ -24,22 +23,11 @@ logger = logging.get_logger(__name__)
 TOKEN_UNIT = "token_unit"
 """Key of `PrefixMetadata.training`: what a tag stood on, of a prefix for tags."""
 ECHO = "echo"
-"""Key of `PrefixMetadata.training`: whether the text was read twice (`TaskEncoder.echo`), by task."""
+"""Key of `PrefixMetadata.training`: whether the text was read twice (`Head.echo`), by task."""
 TRAIN_SPLIT = "split"
 """Key of `PrefixMetadata.training`: the split of the task that it was trained on."""
 PROMPTS = "prompts"
-"""Key of `PrefixMetadata.training`: what each task asked, by its name (`asked_of`)."""
-
-
-def model_settings(task: Task, head: str) -> dict[str, Any]:
-    """What `load_model` is to be told: the class, and what the outputs of a linear head stand for."""
-    settings: dict[str, Any] = {"model_class": HEAD_CLASSES[head]}
-    names = label_names(task, head)
-    if names is not None:
-        settings |= {"id2label": dict(enumerate(names)), "label2id": {name: place for place, name in enumerate(names)}}
-    if task.multi_label:
-        settings["problem_type"] = "multi_label_classification"
-    return settings
+"""Key of `PrefixMetadata.training`: what each task asked, by its name."""
 
 
 def recorded_details(
@@ -63,9 +51,12 @@ def recorded_details(
             "tasks": metadata.tasks, "training": metadata.training}  # fmt: skip
 
 
-def asked_of(task: Task) -> str:
-    """The prompt of a task with the verbalisers of its labels in their place."""
-    return task.prompt.replace("{labels}", "、".join(task.labels.values()))
+def record_of(heads: Sequence[Head]) -> dict[str, Any]:
+    """What `PrefixMetadata.training` is to say of the heads of a run, one for each task."""
+    record: dict[str, Any] = {PROMPTS: {head.task.name: _asked(head.task) for head in heads}}
+    echo = {head.task.name: head.echo for head in heads if head.echoes}
+    units = [head.token_unit for head in heads if head.splits_tokens]
+    return record | ({ECHO: echo} if echo else {}) | ({TOKEN_UNIT: units[0]} if units else {})
 
 
 def tasks_of(details: Mapping[str, Any]) -> dict[str, tuple[str, list[str] | None, bool]]:
@@ -99,27 +90,27 @@ def recorded_head(details: Mapping[str, Any], task: Task, asked: str | None, sou
     if task.name in shared:
         details = {**details, **shared[task.name], "task": task.name}
     recorded, labels = details.get("head"), details.get("labels")
-    if recorded is None or recorded in ANSWERING_HEADS:
-        answering = [head for head in heads_of(task) if head in ANSWERING_HEADS]
+    known = heads_of(task)
+    if recorded not in LINEAR_HEADS:
+        answering = [head for head in known if head not in LINEAR_HEADS]
         own = [head for head in (recorded, task.head) if head in answering]
         head = asked or (own or answering or [task.head])[0]
     else:
         head = recorded
     if asked is not None and asked != head:
         raise ValueError(f"--head {asked}: what is in {source} was trained with the head {head}.")
-    if head not in heads_of(task):
+    if head not in known:
         raise ValueError(
             f"What is in {source} was trained with the head {head}, for {details.get('task') or 'an unnamed task'}; "
-            f"{task.name} takes {' or '.join(heads_of(task))}."
+            f"{task.name} takes {' or '.join(known)}."
         )
-    head = head_of(task, head)
     before = details.get("task")
     if details.get("head") is not None and before not in (None, task.name):
         logger.warning(f"What is in {source} was trained for the task {before}, and is used for {task.name}.")
     prompt = details.get("training", {}).get(PROMPTS, {}).get(task.name)
-    if prompt not in (None, asked_of(task)):
-        logger.warning(f"What is in {source} was trained with the prompt {prompt!r}; now it is {asked_of(task)!r}.")
-    names = label_names(task, head)
+    if prompt not in (None, _asked(task)):
+        logger.warning(f"What is in {source} was trained with the prompt {prompt!r}; now it is {_asked(task)!r}.")
+    names = known[head].outputs(task)
     if names is not None and labels is None:
         raise ValueError(
             f"The prefix in {source} has no linear head for {task.name}{_of_tasks(shared)}, and --head {head} needs "
@@ -139,6 +130,11 @@ def recorded_reading(details: Mapping[str, Any], task: Task, source: str | Path)
     training = details.get("training", {})
     name = task.name if task.name in (details.get("tasks") or {}) else details.get("task")
     return TrainedReading(str(source), training.get(TOKEN_UNIT), training.get(ECHO, {}).get(name, False))
+
+
+def _asked(task: Task) -> str:
+    """The prompt with the verbalisers of the labels in their place."""
+    return task.prompt.replace("{labels}", "、".join(task.labels.values()))
 
 
 def _of_tasks(shared: Mapping[str, Any]) -> str:

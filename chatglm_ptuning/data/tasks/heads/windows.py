@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from string import Formatter
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
-if TYPE_CHECKING:
-    from chatglm_ptuning.data.tasks.encode import TaskEncoder
+from chatglm_ptuning.data.tasks.examples import Example
+from chatglm_ptuning.data.tasks.heads.head import Head
 
 Mark = TypeVar("Mark")
 
@@ -22,7 +22,7 @@ class Frame:
     Attributes:
         before: in front of the window, with those that every sequence starts with.
         behind: behind the window.
-        between: between the two copies of the window, if it is read twice (`TaskEncoder.echo`); else None.
+        between: between the two copies of the window, if it is read twice (`Head.echo`); else None.
         room: ids of a window at most.
     """
 
@@ -46,31 +46,37 @@ class Frame:
         return [*before, *ids, *self.behind], [None] * len(before) + [*marks] + [None] * len(self.behind)
 
 
-def frame_of(encoder: TaskEncoder, name: str, values: Mapping[str, str], where: str) -> Frame:
-    """The task's prompt around the last `{name}` in it; an earlier one is text like any other.
+class WindowHead(Head):
+    """A linear head that reads a text inside the task's prompt, without the chat's roles."""
 
-    Raises:
-        ValueError: if the prompt does not have it, or leaves no room for the text.
-    """
-    parts = [(text, field) for text, field, _, _ in Formatter().parse(encoder.task.prompt)]
-    places = [place for place, (_, field) in enumerate(parts) if field == name]
-    if not places:
-        raise ValueError(f"{where}: the task's prompt has no {{{name}}} to read.")
-    last = places[-1]
-    filled = [text + (values[field] if field else "") for text, field in parts]
-    encode = encoder.tokenizer.vocabulary.encode
-    before = [*encoder.tokenizer.start_ids, *encode("".join(filled[:last]) + parts[last][0])]
-    text_behind = "".join(filled[last + 1 :])
-    behind = encode(text_behind) if text_behind else []
-    between = encode(_BETWEEN_COPIES) if encoder.echo else None
-    free = encoder.max_source_length - len(before) - len(behind)
-    room = free if between is None else (free - len(between)) // 2
-    if room < 1:
-        twice = "" if between is None else " with the text twice (echo)"
-        raise ValueError(
-            f"{where}: the prompt{twice} does not fit into --max_source_length {encoder.max_source_length}."
-        )
-    return Frame(before, behind, between, room)
+    echoes = True
+
+    def frame_around(self, name: str, example: Example) -> Frame:
+        """The prompt around the last `{name}` in it; an earlier one is text like any other.
+
+        Raises:
+            ValueError: if the prompt does not have it, or leaves no room for the text.
+        """
+        parts = [(text, field) for text, field, _, _ in Formatter().parse(self.task.prompt)]
+        places = [place for place, (_, field) in enumerate(parts) if field == name]
+        if not places:
+            raise ValueError(f"{example.where}: the task's prompt has no {{{name}}} to read.")
+        last = places[-1]
+        values = example.placeholders(self.task) | {"labels": "、".join(self.task.labels.values())}
+        filled = [text + (values[field] if field else "") for text, field in parts]
+        encode = self.tokenizer.vocabulary.encode
+        before = [*self.tokenizer.start_ids, *encode("".join(filled[:last]) + parts[last][0])]
+        text_behind = "".join(filled[last + 1 :])
+        behind = encode(text_behind) if text_behind else []
+        between = encode(_BETWEEN_COPIES) if self.echo else None
+        free = self.max_source_length - len(before) - len(behind)
+        room = free if between is None else (free - len(between)) // 2
+        if room < 1:
+            twice = "" if between is None else " with the text twice (echo)"
+            raise ValueError(
+                f"{example.where}: the prompt{twice} does not fit into --max_source_length {self.max_source_length}."
+            )
+        return Frame(before, behind, between, room)
 
 
 def window_starts(length: int, room: int, stride: int) -> list[int]:

@@ -1,8 +1,9 @@
-"""Confidence intervals of scores by resampling the examples."""
+"""How sure a score is: intervals by resampling the examples, deviations over runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean, stdev
 
 import numpy as np
 
@@ -49,3 +50,9 @@ def f1_interval(counts: Sequence[tuple[int, int, int]], **options: float) -> tup
         return float(200 * right / max(predicted + expected, 1))
 
     return bootstrap_interval(score, len(array), **options)
+
+
+def mean_and_deviation(values: Iterable[float]) -> tuple[float | None, float | None]:
+    """Mean and standard deviation of a sample; None where there are too few values for them."""
+    values = list(values)
+    return fmean(values) if values else None, stdev(values) if len(values) > 1 else None

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from chatglm_ptuning.chat.message import Conversation, Document, Message
-from chatglm_ptuning.data.conversations import ConversationExample
 from chatglm_ptuning.data.encoding import Encoded
 from chatglm_ptuning.data.formats.registry import FORMATS
+from chatglm_ptuning.data.tasks.examples import ConversationExample
+from chatglm_ptuning.data.tasks.heads.generation import Generation
 from chatglm_ptuning.data.truncation import cut_source
 from chatglm_ptuning.model.losses import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from chatglm_ptuning.chat.format import ChatFormat
-    from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
 
-@dataclass(frozen=True)
-class ConversationEncoder:
-    """Makes rows to train on and prompts of conversations, in the chat format of the tokenizer.
+class ConversationAnswers(Generation):
+    """The answers of conversations are written by the language model; of plain texts everything is learned.
 
     For rows with prompt and response columns the limits have the meaning of the official flags: `max_source_length`
     counts all ids in front of the answer, `[gMASK] sop` included, and `max_target_length` those of the answer, the end
@@ -27,29 +26,21 @@ class ConversationEncoder:
     sources are truncated as `cut_source` says, and answers at their end; a truncated answer gets no end token. Plain
     texts are split into pieces, of which only the last has an end token.
 
-    Attributes:
-        source_prefix: text in front of every source.
-
     Raises:
-        ValueError: if a limit is not positive, or `max_source_length` is too small for the chat format itself.
+        ValueError: if `max_source_length` is too small for the chat format itself.
     """
 
-    tokenizer: ChatGLMTokenizer
-    max_source_length: int
-    max_target_length: int
-    source_prefix: str = ""
+    solves = (ConversationExample,)
 
     def __post_init__(self) -> None:
-        for name in ("max_source_length", "max_target_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        asked = Conversation([Message("user", "？")], self.source_prefix)
+        super().__post_init__()
+        asked = self._prefixed(Conversation([Message("user", "？")]))
         shortest = len(self.chat.encode_prompt(asked))
         if shortest > self.max_source_length:
             raise ValueError(
                 f"max_source_length={self.max_source_length} is too small: in the {self.tokenizer.chat_format} format "
                 f"a question of one character takes {shortest} tokens"
-                f"{' with the source prefix' if self.source_prefix else ''}; set --max_source_length higher."
+                f"{' with the source prefix' if self.task.source_prefix else ''}; set --max_source_length higher."
             )
 
     @property
@@ -57,20 +48,20 @@ class ConversationEncoder:
         """The chat format of the tokenizer."""
         return self.tokenizer.chat
 
-    def training_rows(self, example: ConversationExample) -> Encoded:
-        """Rows `{"input_ids", "labels"}`, two lists of `[seq_len]`; labels are -100 where nothing is learned.
+    def _prefixed(self, conversation: Conversation) -> Conversation:
+        return replace(conversation, source_prefix=self.task.source_prefix)
+
+    def encode(self, example: ConversationExample) -> Encoded:
+        """A row for each answer, or piece of a text; `labels` `[seq_len]` are -100 where nothing is learned.
 
         Raises:
             ValueError: naming file and line, if the chat format cannot write the conversation.
         """
-        left_out = _left_out(example.content)
-        if left_out:
-            return Encoded(counted=[left_out])
         if isinstance(example.content, Document):
             return self._pieces(example.content)
         encoded = Encoded()
-        conversation = replace(example.content, source_prefix=self.source_prefix)
-        for part in self.chat.training_parts(conversation.until_last_learned()):
+        conversation = self._prefixed(example.content).until_last_learned()
+        for part in self.chat.training_parts(conversation):
             try:
                 self._add_row(part, FORMATS[example.dataset_format].has_messages, encoded)
             except ValueError as error:
@@ -81,7 +72,7 @@ class ConversationEncoder:
 
     def _pieces(self, document: Document) -> Encoded:
         vocabulary, start = self.chat.vocabulary, self.chat.start_ids
-        ids = [*vocabulary.encode(self.source_prefix + document.text), vocabulary.end_id]
+        ids = [*vocabulary.encode(self.task.source_prefix + document.text), vocabulary.end_id]
         room = self.max_source_length + self.max_target_length - len(start)
         encoded = Encoded()
         for begin in range(0, len(ids), room):
@@ -122,25 +113,24 @@ class ConversationEncoder:
         encoded.rows.append({"input_ids": ids, "labels": labels})
         encoded.lengths.append((source, target))
 
-    def prompt(self, example: ConversationExample) -> Encoded:
-        """One row `{"input_ids", "reference"}`: the prompt of the last answer to be learned, and that answer's text.
+    def ready(self, example: ConversationExample) -> Encoded:
+        """The prompt of the last answer to be learned (`prompt_ids`), and the text of that answer (`reference`).
 
         The prompt is truncated to `max_source_length`, also of rows with messages, so that there is room for an
         answer; the reference is never truncated.
 
         Raises:
-            ValueError: as `training_rows`; also for plain texts, which hold no question.
+            ValueError: as `encode`; also for plain texts, which hold no question.
         """
-        left_out = _left_out(example.content)
-        if left_out:
+        left_out = example.left_out_as
+        if left_out is not None:
             return Encoded(counted=[left_out])
         if isinstance(example.content, Document):
             raise ValueError(
                 f"{example.where}: a plain text has no question to answer; name two columns, or score it by its loss "
                 "(--do_eval)."
             )
-        answered = replace(example.content, source_prefix=self.source_prefix).until_last_learned()
-        plain = answered.not_learned()
+        plain = self._prefixed(example.content).until_last_learned().not_learned()
         try:
             whole = self.chat.encode(plain)
         except ValueError as error:
@@ -153,11 +143,9 @@ class ConversationEncoder:
                 return Encoded(counted=["too_long"])
             encoded.counted += ["history_cut"] * cut.history_cut + ["source_cut"] * cut.text_cut
             prompt = self.chat.encode_prompt(cut.conversation.asked)
-        encoded.rows.append({"input_ids": prompt, "reference": self.chat.text_of(answered.messages[-1])})
+        encoded.rows.append({"prompt_ids": prompt, "reference": self.chat.text_of(plain.messages[-1])})
         return encoded
 
-
-def _left_out(content: Conversation | Document) -> str | None:
-    """Why nothing can be learned of it, if that is so."""
-    learned = isinstance(content, Document) or any(message.loss for message in content.messages)
-    return content.missing_side() or (None if learned else "without_targets")
+    def prompt_ids(self, example: ConversationExample) -> list[int]:
+        """The prompt of an example that is ready."""
+        return list(example.prompt_ids)

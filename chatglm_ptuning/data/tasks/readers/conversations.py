@@ -1,0 +1,57 @@
+"""Reader of instruction files: rows of conversations and plain texts, in any dataset format."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from chatglm_ptuning.data.formats.fields import names
+from chatglm_ptuning.data.formats.registry import Columns, read_row
+from chatglm_ptuning.data.sources.rows import Row, fail
+from chatglm_ptuning.data.tasks.examples import ConversationExample
+from chatglm_ptuning.data.tasks.readers.reader import Reader
+from chatglm_ptuning.data.tasks.source import SplitSource
+
+
+class ConversationReader(Reader):
+    """Conversations and plain texts; what is learned stands in the rows themselves."""
+
+    name = "conversations"
+    example = ConversationExample
+    optional_fields = ("prompt", "response", "history")
+    options = ("dataset_format", "source_prefix")
+    placeholders = ()
+
+    def read(self, source: SplitSource) -> Iterator[ConversationExample]:
+        """As `Reader.read`; at the end refuses rows of which none has the history column."""
+        columns = Columns(**source.fields, dataset_format=source.task.dataset_format)
+        # A single row may do without history; if no row has the column, its name must be wrong.
+        without: Row | None = None
+        has_history = columns.history is None
+
+        def read(row: Row, index: int) -> list[ConversationExample]:
+            nonlocal has_history, without
+            example = self.read_row(row, columns, index)
+            has_history = has_history or columns.history in row
+            if not has_history and without is None and example.dataset_format in ("columns", "alpaca"):
+                without = row
+            return [example]
+
+        yield from itertools.islice(source.each(source.rows(), read), source.limit)
+        if not has_history and without is not None:
+            fail(
+                without,
+                f"no row has the column {columns.history!r} (this one has {names(without)}); name the right one with "
+                "--history_column, or leave that out.",
+            )
+
+    def read_row(self, row: Row, columns: Columns, index: int = 0) -> ConversationExample:
+        """What a row means.
+
+        Raises:
+            ValueError: naming file and line, if it cannot be understood.
+        """
+        name, content = read_row(row, columns)
+        return ConversationExample(
+            id=index, where=row.where, dataset_format=name, content=content, row_digest=row.digest()
+        )

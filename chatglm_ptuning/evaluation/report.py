@@ -1,0 +1,146 @@
+"""Scores of predictions, and the files that show what went wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from chatglm_ptuning.data.tasks.examples import Example, has_gold
+from chatglm_ptuning.data.tasks.heads.head import Head, Prediction
+from chatglm_ptuning.data.tasks.task import Task
+from chatglm_ptuning.evaluation.figures import draw_confusion_matrix, draw_entity_table
+from chatglm_ptuning.files import write_json, write_lines
+from chatglm_ptuning.metrics.task_scores import TaskScores
+from chatglm_ptuning.version import kit_version
+
+WORST_ERRORS = 20
+
+
+def score_task(task: Task, examples: Sequence[Example], predictions: Sequence[Prediction]) -> TaskScores:
+    """Scores predictions, one for each example; examples that are left out (`Example.left_out`) do not count.
+
+    Raises:
+        ValueError: if there is nothing to score, the numbers differ, or an example has no gold answer.
+    """
+    if not examples or len(predictions) != len(examples):
+        raise ValueError(f"There are {len(predictions)} predictions for {len(examples)} examples.")
+    examples, predictions = _that_count(examples, predictions)
+    without = next((example for example in examples if example.gold is None), None)
+    if without is not None:
+        raise ValueError(f"{without.where}: there is nothing to score against, the split is unlabelled.")
+    return type(examples[0]).score(task, examples, [prediction.value for prediction in predictions])
+
+
+def write_report(
+    folder: str | Path,
+    task: Task,
+    examples: Sequence[Example],
+    predictions: Sequence[Prediction],
+    settings: Mapping[str, Any] | None = None,
+) -> TaskScores | None:
+    """Scores, and writes into the folder:
+
+    - `predictions.jsonl`: input, gold, prediction, score, the subject of an examination, and the confidence if there is
+      one;
+    - `metrics.json`: scores, intervals, groups, the label of each number in the picture;
+    - `worst_errors.jsonl`: the 20 worst, the surest first, or where there is no confidence those of lowest score;
+    - `confusion_matrix.png`, or a table with a bar for each: `entities.png` for tags, `labels.png` for a multi-label
+      task.
+
+    Args:
+        settings: how the predictions were made; goes into `metrics.json`.
+
+    Returns:
+        The scores; None for a split without gold, of which `predictions.jsonl` alone is written, without scores.
+
+    Raises:
+        ValueError: as `score_task`.
+    """
+    folder = Path(folder)
+    scores = score_task(task, examples, predictions) if has_gold(examples) else None
+    rows = _rows(task, *_that_count(examples, predictions), scores)
+    folder.mkdir(parents=True, exist_ok=True)
+    if scores is None:
+        write_lines(folder / "predictions.jsonl", rows)
+        return None
+    content: dict[str, Any] = {"task": task.name, "examples": len(rows), **asdict(scores)}
+    del content["of_examples"], content["confusion"]
+    if settings is not None:
+        content["settings"] = dict(settings)
+    if scores.confusion is not None:
+        names = list(task.labels.values())
+        shown = draw_confusion_matrix(folder / "confusion_matrix.png", scores.confusion, names, task.name)
+        content["labels_in_picture"] = dict(zip(shown, names, strict=True))
+        content["confusion_matrix"] = scores.confusion.tolist()
+    for name, table in (("labels", scores.labels), ("entities", scores.entities)):
+        if table:
+            draw_entity_table(folder / f"{name}.png", table, task.labels, task.name)
+    write_lines(folder / "predictions.jsonl", rows)
+    write_lines(folder / "worst_errors.jsonl", worst_errors(rows))
+    write_json(folder / "metrics.json", content)
+    return scores
+
+
+def worst_errors(rows: Sequence[dict[str, Any]], number: int = WORST_ERRORS) -> list[dict[str, Any]]:
+    """The wrong rows (`score` below 1): the lowest scores first, and among equals the surest (`confidence`)."""
+    wrong = [row for row in rows if row["score"] < 1]
+    return sorted(wrong, key=lambda row: (row["score"], -row.get("confidence", 0.0)))[:number]
+
+
+def head_settings(head: Head) -> dict[str, Any]:
+    """What `metrics.json` says of a head among the settings."""
+    return {
+        "head": head.name,
+        "token_unit": head.token_unit,
+        "echo": head.echo,
+        "chat_format": head.tokenizer.chat_format,
+        "kit_version": kit_version(),
+    }
+
+
+def print_scores(columns: Mapping[str, Mapping[str, float]], title: str = "Scores (%)") -> None:
+    """Prints one row per metric and one column per scored model.
+
+    Args:
+        columns: by the column's heading, metric -> score.
+    """
+    table = Table("metric", title=title)
+    for heading in columns:
+        table.add_column(heading, justify="right")
+    for metric in dict.fromkeys(name for scores in columns.values() for name in scores):
+        table.add_row(metric, *(f"{scores[metric]:.2f}" if metric in scores else "" for scores in columns.values()))
+    Console().print(table)
+
+
+def _that_count(
+    examples: Sequence[Example], predictions: Sequence[Prediction]
+) -> tuple[list[Example], list[Prediction]]:
+    """Examples and predictions without what is left out; all of them if there is no gold."""
+    scored = has_gold(examples)
+    kept = [place for place, example in enumerate(examples) if not (scored and example.left_out)]
+    return [examples[place] for place in kept], [predictions[place] for place in kept]
+
+
+def _rows(
+    task: Task, examples: Sequence[Example], predictions: Sequence[Prediction], scores: TaskScores | None
+) -> list[dict[str, Any]]:
+    rows = []
+    for place, (example, prediction) in enumerate(zip(examples, predictions, strict=True)):
+        row = {
+            "id": example.id,
+            **({"subject": example.subject} if example.subject else {}),
+            "input": example.shown_input(task),
+            "gold": example.readable(task, example.gold),
+            "prediction": example.readable(task, prediction.value),
+        }
+        if scores is not None:
+            row["score"] = scores.of_examples[place]
+        if prediction.confidence is not None:
+            row["confidence"] = float(prediction.confidence)
+        rows.append(row)
+    return rows
