@@ -76,8 +76,8 @@ def checked(plan):
 
 def test_the_more_particular_flag_overrides_the_more_general():
     plan = Plan(
-        "base", (1,), {"a": 1, "b": 1, "c": 1, "d": 1, "e": 1, "f": 1}, {"t": {"b": 2, "c": 2, "d": 2, "e": 2}},
-        {"m": {"c": 3, "d": 3, "e": 3}}, {("t", "m"): {"d": 4, "e": 4, "f": None}}, {"e": 5},
+        "base", common={"a": 1, "b": 1, "c": 1, "d": 1, "e": 1, "f": 1}, methods={"m": {"c": 3, "d": 3, "e": 3}},
+        tasks={"t": {"b": 2, "c": 2, "d": 2, "e": 2, "methods": {"m": {"d": 4, "e": 4, "f": None}}}}, last={"e": 5},
     )  # fmt: skip
     flags = plan.flags_of("t", "m")
     assert {name: flags.get(name) for name in "abcdef"} == {"a": 1, "b": 2, "c": 3, "d": 4, "e": 5, "f": None}
@@ -88,12 +88,13 @@ def test_the_more_particular_flag_overrides_the_more_general():
     ("change", "message"),
     [
         ({"metods": {}}, "unknown key 'metods' .did you mean 'methods'"),
-        ({"methods": {}}, "there is no key 'methods'"),
-        ({"seeds": [1, 1]}, "'seeds' has a number twice"),
-        ({"seeds": [1, "two"]}, "'seeds' must be a list of whole numbers"),
+        ({"methods": {}}, "plan.yaml:6: 'methods' .*, found {}"),
+        ({"seeds": [1, 1]}, "'seeds' names 1 twice"),
+        ({"seeds": [1, "two"]}, "'seeds.1' should be a valid integer, found 'two'"),
         ({"methods": ["lora", "lora"]}, "'methods' names lora twice"),
         ({"tasks": {"weather": {"methods": {"prefx": {}}}}}, "unknown method in tasks.weather.methods 'prefx' .did"),
-        ({"common": 5}, "'common' must be a mapping"),
+        ({"base": None}, "'base' should be a valid string, found None"),
+        ({"common": 5}, "'common' should be a valid dictionary, found 5"),
     ],
 )  # fmt: skip
 def test_a_malformed_plan_is_refused_with_the_place(content, tmp_path, change, message):
@@ -116,8 +117,14 @@ def test_a_malformed_plan_is_refused_with_the_place(content, tmp_path, change, m
 )
 def test_wrong_flags_are_refused_before_any_run(content, tmp_path, flags, message):
     content["methods"]["prefix"] = flags
-    with pytest.raises(ValueError, match=f"plan.yaml: {message}"):
+    with pytest.raises(ValueError, match=rf"plan.yaml:\d+: {message}"):
         checked(read(content, tmp_path))
+
+
+def test_a_key_that_is_missing_is_named(content, tmp_path):
+    del content["methods"]
+    with pytest.raises(ValueError, match=r"plan.yaml:1: there is no key 'methods': docs/compare.md"):
+        read(content, tmp_path)
 
 
 def test_methods_that_would_share_a_folder_are_refused(content, tmp_path):

@@ -351,8 +351,8 @@ def test_heads_that_read_no_text_twice_refuse_it(base, data, tmp_path, capsys):
     said = refused(capsys, command, [*search, "--output_dir", str(tmp_path / "search")])
     assert "--echo true is for the heads" in said and not (tmp_path / "search").exists()
     plan = Plan(
-        str(base), (1,), {"task_data": str(data), "head": "linear", "echo": True, "predict_split": "dev"},
-        {"tags": {"task": "cluener"}, "moods": {"task": str(data / "mood.yaml")}}, {"prefix": {}},
+        str(base), {"tags": {"task": "cluener"}, "moods": {"task": str(data / "mood.yaml")}}, {"prefix": {}},
+        common={"task_data": str(data), "head": "linear", "echo": True, "predict_split": "dev"},
     )  # fmt: skip
     with pytest.raises(ValueError, match="moods by prefix: --echo true is for the heads"):
         check_plan(plan, list(plan.tasks), list(plan.methods))

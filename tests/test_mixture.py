@@ -117,19 +117,30 @@ def task_at(folder: Path, name: str, *more: str) -> list[str]:
     [
         ("tasks: {mood: {task_data: mood}}", "no task 'mood'"),
         ("tasks: {eprstm: {task_data: x}}", "did you mean eprstmt"),
-        ("tasks: {eprstmt: {}}", r"'tasks.eprstmt' has no 'task_data'"),
+        ("tasks: {eprstmt: {}}", "no key 'task_data' in tasks.eprstmt: the folder"),
         ("tasks: {}", "names no task"),
         ("temprature: 2\ntasks: {eprstmt: {task_data: x}}", r"'temprature' \(did you mean 'temperature'\?\)"),
-        ("temperature: 0\ntasks: {eprstmt: {task_data: x}}", "'temperature' must be a number above 0, found 0"),
-        ("tasks: {eprstmt: {task_data: x, heads: generation}}", r"'heads' \(did you mean 'head'\?\)"),
-        ("tasks: {eprstmt: {task_data: x, head: token_classification}}", "tasks.eprstmt.head 'token_classification'"),
+        ("temperature: 0\ntasks: {eprstmt: {task_data: x}}", "yaml:1: 'temperature' should be greater than 0, found 0"),
+        ("tasks: {eprstmt: {task_data: x, heads: generation}}", "'heads' of tasks.eprstmt .did you mean 'head'"),
+        (
+            "tasks: {eprstmt: {task_data: x, head: token_classification}}",
+            "'tasks.eprstmt.head' is no head of .*, found 'token_",
+        ),
         ("tasks: {eprstmt: {task_data: x, train_split: train_few}}", "did you mean 'train_few_all'"),
-        ("tasks: {eprstmt: {task_data: x, max_train_samples: all}}", "max_train_samples' must be a whole number"),
+        (
+            "tasks: {eprstmt: {task_data: x, max_train_samples: all}}",
+            "max_train_samples' should be a valid integer, found 'all'",
+        ),
         ("tasks: {eprstmt: {task_data: x, weight: 1}, bustm: {task_data: x}}", "fewclue_bustm has none"),
         ("temperature: 2\ntasks: {eprstmt: {task_data: x, weight: 1}}", "there is no 'temperature'"),
         ("tasks: {eprstmt: {task_data: x}, fewclue_eprstmt: {task_data: x}}", "fewclue_eprstmt stands twice"),
         ("tasks: {eprstmt: {task_data: x}, eprstmt: {task_data: x}}", "stands twice"),
         ("- eprstmt", "must be a mapping"),
+        ("tasks: [eprstmt]", "'tasks' should be a valid dictionary, found .'eprstmt'"),
+        (
+            "temperature: 1\ntasks:\n  eprstmt: {task_data: x}\n  bustm: {task_data: 3}",
+            "yaml:4: 'tasks.bustm.task_data'",
+        ),
     ],
 )
 def test_wrong_files_are_refused_by_name(tmp_path, text, message):

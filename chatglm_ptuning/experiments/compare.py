@@ -145,13 +145,7 @@ def _plan(args: CompareArguments, last: dict[str, Any]) -> Plan:
     if args.plan is not None:
         plan = read_plan(Path(args.plan))
     else:
-        plan = Plan(
-            base=args.model_name_or_path,
-            seeds=DEFAULT_SEEDS,
-            common={},
-            tasks={task: {} for task in args.tasks},
-            methods={method: {"tuning": method} for method in args.methods},
-        )
+        plan = Plan(args.model_name_or_path, dict.fromkeys(args.tasks), dict.fromkeys(args.methods))
     given = {"base": args.model_name_or_path, "reference": args.reference, "seeds": args.seeds and tuple(args.seeds)}
     changes = {name: value for name, value in given.items() if value is not None}
     if args.task_data is not None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NoReturn
+
+from pydantic import AfterValidator, BeforeValidator, Field, InstanceOf
+from pydantic.dataclasses import dataclass
 
 from chatglm_ptuning.command_line import FlagChecker
 from chatglm_ptuning.data.tasks.arguments import usual_split
-from chatglm_ptuning.data.tasks.checked_yaml import read_yaml
+from chatglm_ptuning.data.tasks.checked_yaml import FORBID, Text, YamlFile, nearest, read_yaml
 from chatglm_ptuning.data.tasks.examples import Example, has_gold
 from chatglm_ptuning.data.tasks.heads import LINEAR_HEADS, head_of, heads_of
 from chatglm_ptuning.data.tasks.heads.head import Prediction
@@ -32,51 +34,78 @@ OWN_FLAGS = (
 """Flags that the comparison itself gives to every run."""
 HEAD_WORDS = ("linear", "verbaliser")
 """What `head` may be besides a head's name: the task's linear head, or its head that scores answers."""
+_EXAMPLE = "docs/compare.md has an example"
 
-_KEYS = ("base", "seeds", "common", "tasks", "methods", "reference")
+
+def _distinct(values: Sequence[Any]) -> Any:
+    twice = sorted({str(value) for value in values if list(values).count(value) > 1})
+    if twice:
+        raise ValueError(f"names {', '.join(twice)} twice")
+    return values
 
 
-@dataclass(frozen=True)
+def _by_name(value: Any) -> Any:
+    """Name -> flags, or None where there are none; also of a list of names."""
+    if isinstance(value, list):
+        value = dict.fromkeys(_distinct(value))
+    return {str(name): flags for name, flags in value.items()} if isinstance(value, Mapping) else value
+
+
+Flags = Mapping[str, Any]
+Named = Annotated[Mapping[str, Flags | None], BeforeValidator(_by_name), Field(min_length=1, description=_EXAMPLE)]
+Seeds = Annotated[
+    tuple[Annotated[int, Field(strict=True, ge=0)], ...],
+    BeforeValidator(lambda value: [value] if isinstance(value, int) else value),
+    Field(min_length=1),
+    AfterValidator(_distinct),
+]
+
+
+@dataclass(frozen=True, config=FORBID)
 class Plan:
     """What a comparison is to run.
 
     Attributes:
         base: what every run tunes.
+        tasks: name in the table -> flags of its runs; `task` is the name itself where it is not given, and under
+            `methods` are flags of its cells, or None for a cell that is not run.
+        methods: name in the table -> flags of its runs; None stands for a way of tuning of that name.
         seeds: of every task and method.
         common: flags of every run.
-        tasks: name in the table -> flags of its runs; `task` is the name itself where it is not given.
-        methods: name in the table -> flags of its runs.
-        overrides: (task, method) -> flags of that cell, or None for a cell that is not run.
-        last: flags that override all others.
         reference: the method that all others are compared with.
-        origin: the file that the plan was read from; empty if it is of flags.
+        last: flags that override all others.
+        file: that the plan was read from; None if it is of flags.
     """
 
-    base: str
-    seeds: tuple[int, ...]
-    common: Mapping[str, Any]
-    tasks: Mapping[str, Mapping[str, Any]]
-    methods: Mapping[str, Mapping[str, Any]]
-    overrides: Mapping[tuple[str, str], Mapping[str, Any] | None] = field(default_factory=dict)
-    last: Mapping[str, Any] = field(default_factory=dict)
+    base: Annotated[Text, Field(description=_EXAMPLE)]
+    tasks: Named
+    methods: Named
+    seeds: Seeds = DEFAULT_SEEDS
+    common: Flags = field(default_factory=dict)
     reference: str | None = None
-    origin: str = ""
+    last: Flags = field(default_factory=dict)
+    file: InstanceOf[YamlFile] | None = None
 
-    def place(self, words: str) -> str:
-        """A place in the plan, for a message: with the file, if there is one."""
-        return f"{self.origin}: {words}" if self.origin else words
+    def refuse(self, place: Sequence[str], text: str) -> NoReturn:
+        """Refuses what stands at a place in the plan; the message names the file and the line, if there is a file."""
+        raise ValueError(text) if self.file is None else self.file.error(tuple(place), text)
+
+    def cells_of(self, task: str) -> Mapping[str, Flags | None]:
+        """Method -> flags of its cell of a task, or None if that is not run."""
+        return (self.tasks[task] or {}).get("methods") or {}
 
     def flags_of(self, task: str, method: str) -> dict[str, Any] | None:
         """All flags of a cell's runs but those in `OWN_FLAGS`; None if it is not run.
 
         What is more particular overrides what is more general: common flags, the task's, the method's, the cell's.
         """
-        own = self.overrides.get((task, method), {})
+        own = self.cells_of(task).get(method, {})
         if own is None:
             return None
-        flags = {**RUN_DEFAULTS, **self.common, "task": task, **self.tasks[task], **self.methods[method], **own,
-                 **self.last}  # fmt: skip
-        return {name: value for name, value in flags.items() if value is not None}
+        of_method = self.methods[method]
+        flags = {**RUN_DEFAULTS, **self.common, "task": task, **(self.tasks[task] or {}),
+                 **({"tuning": method} if of_method is None else of_method), **own, **self.last}  # fmt: skip
+        return {name: value for name, value in flags.items() if value is not None and name != "methods"}
 
 
 @dataclass(frozen=True)
@@ -129,79 +158,25 @@ def read_plan(path: Path) -> Plan:
     """The plan in a YAML file.
 
     Raises:
-        ValueError: naming the file and the key that is unknown, missing or malformed.
+        ValueError: naming the file, the line and the key that is unknown, missing or malformed.
     """
-    content = read_yaml(path, "plan")
-    try:
-        return replace(_parse(content), origin=str(path))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    file = read_yaml(path, "plan")
+    plan = file.read(Plan, file=file, last={})
+    for task in plan.tasks:
+        cells = plan.cells_of(task)
+        place = ("tasks", task, "methods")
+        if not isinstance(cells, Mapping):
+            file.fail(place, f"tasks.{task}.methods must be a mapping of methods to flags, found {cells!r}.")
+        for method in cells:
+            file.one_of((*place, method), method, plan.methods, f"method in tasks.{task}.methods")
+    return plan
 
 
-def _parse(content: Any) -> Plan:
-    content = _mapping(content, "the plan")
-    _known(content, _KEYS, "key")
-    for key in ("base", "tasks", "methods"):
-        if not content.get(key):
-            raise ValueError(f"there is no key '{key}'; docs/compare.md has an example.")
-    if not isinstance(content["base"], str):
-        raise ValueError(f"'base' must be a folder or a name, found {content['base']!r}.")
-    methods = _named(content["methods"], "methods", lambda name: {"tuning": name})
-    tasks = {name: dict(flags) for name, flags in _named(content["tasks"], "tasks", lambda name: {}).items()}
-    overrides: dict[tuple[str, str], Mapping[str, Any] | None] = {}
-    for task, flags in tasks.items():
-        own = _mapping(flags.pop("methods", None) or {}, f"tasks.{task}.methods")
-        _known(own, methods, f"method in tasks.{task}.methods")
-        for method, values in own.items():
-            place = f"tasks.{task}.methods.{method}"
-            overrides[task, method] = None if values is None else _mapping(values, place)
-    return Plan(
-        base=content["base"],
-        seeds=_seeds(content.get("seeds", list(DEFAULT_SEEDS))),
-        common=_mapping(content.get("common") or {}, "'common'"),
-        tasks=tasks,
-        methods=methods,
-        overrides=overrides,
-        reference=content.get("reference"),
-    )
-
-
-def _named(value: Any, key: str, default: Any) -> dict[str, Mapping[str, Any]]:
-    """Name -> flags, of a mapping, or of a list of names."""
-    if isinstance(value, list):
-        repeated = {name for name in map(str, value) if list(map(str, value)).count(name) > 1}
-        if repeated:
-            raise ValueError(f"'{key}' names {', '.join(sorted(repeated))} twice.")
-        value = dict.fromkeys(map(str, value))
-    entries = _mapping(value, f"'{key}'")
-    return {
-        str(name): default(str(name)) if flags is None else _mapping(flags, f"{key}.{name}")
-        for name, flags in entries.items()
-    }
-
-
-def _seeds(value: Any) -> tuple[int, ...]:
-    values = value if isinstance(value, list) else [value]
-    if not values or any(isinstance(seed, bool) or not isinstance(seed, int) or seed < 0 for seed in values):
-        raise ValueError(f"'seeds' must be a list of whole numbers from 0, found {value!r}.")
-    if len(set(values)) < len(values):
-        raise ValueError(f"'seeds' has a number twice: {value!r}.")
-    return tuple(values)
-
-
-def _mapping(value: Any, what: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{what} must be a mapping of keys to values, found {value!r}.")
-    return value
-
-
-def _known(names: Iterable[Any], known: Iterable[str], what: str) -> None:
+def _known(names: Iterable[str], known: Iterable[str], what: str) -> None:
     known = list(known)
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-            hint = f" (did you mean '{near[0]}'?)" if near else ""
-            raise ValueError(f"unknown {what} {name!r}{hint}; known are {', '.join(known)}.")
+            raise ValueError(f"unknown {what} {name!r}{nearest(name, known)}; known are {', '.join(known)}.")
 
 
 def select(plan: Plan, tasks: Sequence[str] | None, methods: Sequence[str] | None) -> tuple[list[str], list[str]]:
@@ -227,7 +202,11 @@ def check_plan(plan: Plan, tasks: Sequence[str], methods: Sequence[str]) -> Chec
     if plan.reference is not None:
         _known([plan.reference], plan.methods, "reference")
     for what, names in (("tasks", plan.tasks), ("methods", plan.methods)):
-        _refuse_same_folder(what, names)
+        folders = {folder_name(name): name for name in reversed(names)}
+        for name in names:
+            if (other := folders[folder_name(name)]) != name:
+                text = f"the {what} {other!r} and {name!r} would share the folder {folder_name(name)}."
+                plan.refuse((what, name), text)
     checker = FlagChecker(TRAIN_FLAGS)
     _check_flag_names(plan, checker)
     rows = _Rows()
@@ -235,13 +214,10 @@ def check_plan(plan: Plan, tasks: Sequence[str], methods: Sequence[str]) -> Chec
     for task in tasks:
         for method in methods:
             flags = plan.flags_of(task, method)
-            if flags is None:
-                left_out[task, method] = "the plan says so"
-                continue
             try:
-                cell = _check_cell(plan, task, method, flags, checker, rows)
+                cell = "the plan says so" if flags is None else _check_cell(plan, task, method, flags, checker, rows)
             except ValueError as error:
-                raise ValueError(f"{plan.place(f'{task} by {method}')}: {error}") from error
+                plan.refuse(("tasks", task), f"{task} by {method}: {error}")
             if isinstance(cell, str):
                 left_out[task, method] = cell
             else:
@@ -254,28 +230,22 @@ def check_plan(plan: Plan, tasks: Sequence[str], methods: Sequence[str]) -> Chec
     return CheckedPlan(tuple(cells), left_out, majority)
 
 
-def _refuse_same_folder(what: str, names: Iterable[str]) -> None:
-    folders: dict[str, str] = {}
-    for name in names:
-        other = folders.setdefault(folder_name(name), name)
-        if other != name:
-            raise ValueError(f"the {what} {other!r} and {name!r} would share the folder {folder_name(name)}.")
-
-
 def _check_flag_names(plan: Plan, checker: FlagChecker) -> None:
-    places: dict[str, Mapping[str, Any]] = {"common": plan.common}
-    places |= {f"tasks.{name}": flags for name, flags in plan.tasks.items()}
-    places |= {f"methods.{name}": flags for name, flags in plan.methods.items()}
-    places |= {f"tasks.{task}.methods.{name}": flags or {} for (task, name), flags in plan.overrides.items()}
-    places = {plan.place(name): flags for name, flags in places.items()} | {"the flags behind --": plan.last}
+    places: dict[tuple[str, ...], Flags | None] = {("common",): plan.common, ("the flags behind --",): plan.last}
+    places |= {("methods", name): flags for name, flags in plan.methods.items()}
+    for task, flags in plan.tasks.items():
+        places["tasks", task] = {name: value for name, value in (flags or {}).items() if name != "methods"}
+        places |= {("tasks", task, "methods", name): flags for name, flags in plan.cells_of(task).items()}
     for place, flags in places.items():
         try:
-            checker.check_names(flags)
+            checker.check_names(flags or {})
         except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
+            plan.refuse(place, f"{'.'.join(place)}: {error}")
         for name in OWN_FLAGS:
-            if name in flags:
-                raise ValueError(f"{place}: --{name} is set by the comparison itself; leave it out.")
+            if name in (flags or {}):
+                plan.refuse(
+                    (*place, name), f"{'.'.join(place)}: --{name} is set by the comparison itself; leave it out."
+                )
 
 
 def _check_cell(

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from typing import IO, Any, NoReturn
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from tqdm import tqdm
 
 from chatglm_ptuning.experiments.run import LOG_FILE, Ending, Run
 from chatglm_ptuning.training.failures import SIGTERM_EXIT_CODE
@@ -57,27 +55,24 @@ def run_all(
     """
     gpus = _gpus()
     free, running = list(range(workers)), {}
-    console = Console()
-    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
     try:
-        with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-            bar = progress.add_task("runs", total=total)
+        with tqdm(total=total, unit="run", disable=None, leave=False) as bar:
             while True:
                 while free and (run := _take(pending())) is not None:
                     slot = free.pop(0)
                     running[slot] = _start(run, gpus[slot % len(gpus)] if gpus else None)
                 if not running:
                     return
-                progress.update(bar, description=escape(", ".join(entry.run.name for entry in running.values())))
+                bar.set_description(", ".join(entry.run.name for entry in running.values()))
                 for slot in _wait(running, give_up):
                     run = running[slot].run
-                    console.print(_outcome(run), soft_wrap=True)
+                    bar.write(_outcome(run))
                     try:
                         ended(run)
                     finally:
                         running.pop(slot).close()
                     free.append(slot)
-                    progress.advance(bar)
+                    bar.update()
     finally:
         _stop(running.values())
 
@@ -133,12 +128,11 @@ def _wait(running: Mapping[int, _Started], give_up: Callable[[Run], Ending | Non
 def _outcome(run: Run) -> str:
     ending = run.ending()
     if ending is None:
-        score = run.results()[run.scored_by]
-        return escape(f"{run.name}: {run.scored_by} {score:.4g} after {run.seconds():.0f} s")
+        return f"{run.name}: {run.scored_by} {run.results()[run.scored_by]:.4g} after {run.seconds():.0f} s"
     if ending.error is None:
         step, score, _ = run.evaluations()[-1]
-        return escape(f"{run.name}: given up at step {step} with {run.scored_by} {score:.4g}")
-    return f"[red]{escape(run.name)}: exit code {ending.code}[/red]\n{escape(ending.log)}"
+        return f"{run.name}: given up at step {step} with {run.scored_by} {score:.4g}"
+    return f"{run.name}: exit code {ending.code}\n{ending.log}"
 
 
 def _stop(running: Iterable[_Started]) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,15 @@ from chatglm_ptuning.metrics.intervals import mean_and_deviation
 from chatglm_ptuning.training.arguments import RETIRED_FLAGS
 from chatglm_ptuning.training.progress import DEVICE, DIVERGED, REFUSED
 from chatglm_ptuning.training.run import TRAIN_FLAGS
+
+_OF_THE_GRID = {
+    "pre_seq_len",
+    "learning_rate",
+    "prefix_projection",
+    "prefix_init",
+    "learning_rate_scale",
+    "search_seed",
+}
 
 
 class SearchEnded(Exception):
@@ -103,13 +112,10 @@ class Search:
             self._report(trials)
 
     def _check_settings(self) -> None:
-        args = self.args
-        now: dict[str, Any] = {name: getattr(args, name) for name in ("seeds", "max_steps", "eval_steps", "pruner",
-                               "min_resource", "reduction_factor", "init_prefix_text")}  # fmt: skip
+        # A grid may grow; what TPE draws from may not.
+        free = {"output_dir", "trials", "metric"} | (_OF_THE_GRID if self.args.is_grid else set())
+        now = {name: value for name, value in asdict(self.args).items() if name not in free}
         now |= {"metric": self.metric, "flags of train": " ".join(self.common)}
-        if not args.is_grid:
-            now["space"] = [args.learning_rate_scale, args.learning_rate, args.pre_seq_len, args.prefix_projection,
-                            args.prefix_init, args.search_seed]  # fmt: skip
         self.settings = now
         before = self._written().get("settings", now)
         if before != now:

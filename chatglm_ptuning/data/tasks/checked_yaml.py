@@ -1,19 +1,142 @@
-"""YAML files of users, read strictly: every complaint names the file, the key and the nearest known one."""
+"""YAML files of users, read strictly: every message names the file, the line, the key and the nearest known one."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar, get_args
 
 import yaml
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from chatglm_ptuning.data.sources.text import read_text
 
+FORBID = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+"""Of the dataclasses that files are read into: keys that are no fields are refused."""
 
-def read_yaml(path: Path, what: str) -> Any:
-    """What a YAML file holds.
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must be text that is not blank")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_not_blank)]
+Texts = Annotated[tuple[Text, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+"""One text stands for a list of one."""
+Flag = StrictBool
+Count = Annotated[int, Field(strict=True, ge=1)]
+PositiveNumber = Annotated[float, Field(strict=True, gt=0)]
+
+QUOTE_HINT = " (YAML reads yes, no, true, false and numbers as such: put it in quotes)"
+
+Model = TypeVar("Model")
+Place = tuple[Any, ...]
+"""The keys and indices that lead to a value."""
+
+
+@dataclass(frozen=True)
+class YamlFile:
+    """A YAML file that was read.
+
+    Attributes:
+        content: what it holds.
+        lines: of every key and every entry of a list, from 1; their places are texts.
+    """
+
+    path: Path
+    content: Any
+    lines: Mapping[Place, int]
+
+    def error(self, place: Place, text: str) -> ValueError:
+        """The exception that refuses what stands at a place."""
+        place = tuple(map(str, place))
+        while place not in self.lines and place:
+            place = place[:-1]
+        return ValueError(f"{self.path}:{self.lines.get(place, 1)}: {text}")
+
+    def fail(self, place: Place, text: str) -> NoReturn:
+        """Refuses what stands at a place."""
+        raise self.error(place, text)
+
+    def one_of(self, place: Place, value: Any, known: Iterable[str], what: str) -> None:
+        """Refuses a value that is not one of the known ones, naming the nearest that is."""
+        known = list(known)
+        if value not in known:
+            self.fail(place, f"unknown {what} {value!r}{nearest(value, known)}; known are {', '.join(known)}.")
+
+    def read(self, model: type[Model], **more: Any) -> Model:
+        """The content as a pydantic dataclass.
+
+        Args:
+            more: fields that the file does not give, and may not. Validators find the file as their context.
+
+        Raises:
+            ValueError: naming file, line and key of the first thing that does not fit.
+        """
+        content = self.content
+        if not isinstance(content, Mapping):
+            self.fail((), f"must be a mapping of keys to values, found {content!r}.")
+        for key in set(content) & set(more):
+            self.fail((key,), _unknown(key, model, (), more))
+        try:
+            return TypeAdapter(model).validate_python({**content, **more}, context=self)
+        except ValidationError as error:
+            errors = error.errors()
+        # A misspelt key is also a missing one: the first is the reason.
+        first = next((found for found in errors if found["type"] in _UNKNOWN), errors[0])
+        place = tuple(key for key in first["loc"] if key != "[key]")
+        raise self.error(place, _sentence(first, place, model, more))
+
+
+_UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
+
+
+def _sentence(error: ErrorDetails, place: Place, model: type, hidden: Iterable[str]) -> str:
+    """What is wrong, in one sentence that starts with the key."""
+    key = ".".join(map(str, place))
+    if error["type"] in _UNKNOWN:
+        return _unknown(place[-1], model, place[:-1], hidden)
+    if error["type"] == "missing":
+        description = _fields(model, place[:-1])[place[-1]].description
+        where = f" in {'.'.join(map(str, place[:-1]))}" if place[1:] else ""
+        return f"there is no key '{place[-1]}'{where}" + (f": {description}." if description else ".")
+    value = error["input"]
+    if error["type"] == "value_error":
+        text = str(error["ctx"]["error"])
+        return text if text.endswith(".") else f"'{key}' {text}, found {value!r}."
+    hint = ""
+    if isinstance(value, (bool, int, float)) and error["type"] == "string_type":
+        hint = QUOTE_HINT
+    elif isinstance(value, str) and error["type"] == "float_type":
+        hint = " (YAML reads 5e-3 as text: write 5.0e-3)"
+    _, _, rule = error["msg"].partition(" should ")
+    return f"'{key}' should {rule}, found {value!r}{hint}."
+
+
+def _unknown(key: Any, model: type, place: Place, hidden: Iterable[str]) -> str:
+    known = [name for name in _fields(model, place) if place or name not in hidden]
+    where = f" of {'.'.join(map(str, place))}" if place else ""
+    return f"unknown key {key!r}{where}{nearest(key, known)}; known are {', '.join(known)}."
+
+
+def _fields(model: Any, place: Place) -> Mapping[str, Any]:
+    """The fields of the dataclass at a place in a model."""
+    for key in place:
+        fields = getattr(model, "__pydantic_fields__", None)
+        model = get_args(model)[-1] if fields is None else fields[key].annotation
+        while not hasattr(model, "__pydantic_fields__") and type(None) in get_args(model):
+            model = get_args(model)[0]
+        if hasattr(model, "__metadata__"):
+            model = get_args(model)[0]
+    return model.__pydantic_fields__
+
+
+def read_yaml(path: Path, what: str) -> YamlFile:
+    """Reads a YAML file.
 
     Args:
         what: the kind of file, for the message.
@@ -26,7 +149,10 @@ def read_yaml(path: Path, what: str) -> Any:
         raise ValueError(f"There is no {what} {path}{nearest(path.name, there)}.")
     text = read_text(path)
     try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)
+        loader = _UniqueKeyLoader(text)
+        node = loader.get_single_node()
+        content = None if node is None else loader.construct_document(node)
+        return YamlFile(path, content, {} if node is None else dict(_lines(loader, node, ())))
     except yaml.MarkedYAMLError as error:
         place = path if error.problem_mark is None else f"{path}:{error.problem_mark.line + 1}"
         begun = f" {error.context} from line {error.context_mark.line + 1}" if error.context_mark else ""
@@ -36,6 +162,19 @@ def read_yaml(path: Path, what: str) -> Any:
         raise ValueError(
             f"{path}:{line}: not valid YAML: the character U+{error.character:04X} may not stand there."
         ) from error
+
+
+def _lines(loader: yaml.SafeLoader, node: yaml.Node, place: Place) -> Iterator[tuple[Place, int]]:
+    """Every place under a node, with its line."""
+    if isinstance(node, yaml.MappingNode):
+        entries = [(loader.construct_object(key, deep=True), key, value) for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        entries = [(index, value, value) for index, value in enumerate(node.value)]
+    else:
+        return
+    for key, marked, value in entries:
+        yield (*place, str(key)), marked.start_mark.line + 1
+        yield from _lines(loader, value, (*place, str(key)))
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -56,92 +195,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-class FieldChecker:
-    """Takes the content of a file apart; every complaint names the file.
-
-    Args:
-        origin: the file.
-    """
-
-    def __init__(self, origin: str) -> None:
-        self.origin = origin
-
-    def fail(self, text: str) -> NoReturn:
-        """Refuses the file."""
-        raise ValueError(f"{self.origin}: {text}")
-
-    def mapping(self, value: Any, what: str) -> Mapping[str, Any]:
-        """The value, which must be a mapping."""
-        if not isinstance(value, Mapping):
-            self.fail(f"{what} must be a mapping of keys to values, found {kind_of(value)}.")
-        return value
-
-    def known_keys(self, content: Mapping[Any, Any], known: Sequence[str], what: str) -> None:
-        """Refuses keys that are not known, naming the nearest that is."""
-        for key in content:
-            if key not in known:
-                self.fail(f"unknown {what} {key!r}{nearest(key, known)}; known are {', '.join(known)}.")
-
-    def one_of(self, value: Any, known: Sequence[str] | Mapping[str, Any], what: str) -> str:
-        """The value, which must be one of the known ones."""
-        if not isinstance(value, str) or value not in known:
-            self.fail(f"unknown {what} {value!r}{nearest(value, list(known))}; known are {', '.join(known)}.")
-        return value
-
-    def text(self, value: Any, what: str) -> str:
-        """The value, which must be a text that is not blank."""
-        if not isinstance(value, str) or not value.strip():
-            self.fail(f"'{what}' must be text, found {value!r}{quote_hint(value)}.")
-        return value
-
-    def texts(self, value: Any, what: str) -> tuple[str, ...]:
-        """The values, which must be texts; one text stands for a list of one."""
-        values = [value] if isinstance(value, str) else value
-        if not isinstance(values, Sequence):
-            self.fail(f"'{what}' must be text or a list of texts, found {kind_of(value)}.")
-        return tuple(self.text(entry, what) for entry in values)
-
-    def text_mapping(self, value: Any, what: str) -> dict[str, str]:
-        """The value, which must map texts to texts."""
-        return {self.text(key, what): self.text(entry, f"{what}.{key}") for key, entry in
-                self.mapping(value, f"'{what}'").items()}  # fmt: skip
-
-    def positive_int(self, value: Any, what: str) -> int:
-        """The value, which must be a whole number from 1."""
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            self.fail(f"'{what}' must be a whole number from 1, found {value!r}.")
-        return value
-
-    def positive_float(self, value: Any, what: str) -> float:
-        """The value, which must be a number above 0."""
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-            hint = " (YAML reads 5e-3 as text: write 5.0e-3)" if isinstance(value, str) else ""
-            self.fail(f"'{what}' must be a number above 0, found {value!r}{hint}.")
-        return float(value)
-
-    def flag(self, value: Any, what: str) -> bool:
-        """The value, which must be true or false."""
-        if not isinstance(value, bool):
-            self.fail(f"'{what}' must be true or false, found {value!r}.")
-        return value
-
-
 def nearest(value: Any, known: Sequence[str]) -> str:
     """For a message: the known value nearest to one that is not; empty if none is near."""
     near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
     return f" (did you mean '{near[0]}'?)" if near else ""
-
-
-def kind_of(value: Any) -> str:
-    """For a message: what a value is."""
-    names: dict[type, str] = {list: "a list", str: "text", type(None): "nothing", dict: "a mapping"}
-    return names.get(type(value), f"{value!r}")
-
-
-def quote_hint(value: Any) -> str:
-    """For a message: that YAML has made another type of a text."""
-    return (
-        " (YAML reads yes, no, true, false and numbers as such: put it in quotes)"
-        if isinstance(value, (bool, int, float))
-        else ""
-    )

@@ -42,7 +42,7 @@ def read_task_file(path: Path) -> Task:
     Raises:
         ValueError: if the file is missing, not YAML, or not a task, naming the file and the key.
     """
-    return parse_task(read_yaml(path, "task file"), str(path))
+    return parse_task(read_yaml(path, "task file"))
 
 
 @cache

@@ -1,17 +1,94 @@
-"""What one task of the registry says of itself."""
+"""What one task of the registry says of itself, and what its file may say in which form."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
 from string import Formatter
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic.dataclasses import dataclass
 
 from chatglm_ptuning.data.formats.registry import Columns
+from chatglm_ptuning.data.tasks.checked_yaml import (
+    FORBID,
+    QUOTE_HINT,
+    Count,
+    Flag,
+    PositiveNumber,
+    Text,
+    Texts,
+)
 
 
-@dataclass(frozen=True)
+def placeholders(template: str) -> list[str]:
+    """The names in braces, in their order.
+
+    Raises:
+        ValueError: if the template is malformed, or has anything but plain names in braces.
+    """
+    names = []
+    for _, name, spec, conversion in Formatter().parse(template):
+        if name is None:
+            continue
+        if not name.isidentifier() or spec or conversion:
+            raise ValueError(f"'{{{name}}}' is not a plain name in braces (a literal brace is written twice)")
+        names.append(name)
+    return names
+
+
+def _folder_name(name: str) -> str:
+    if name in (".", "..") or "/" in name or "\\" in name:
+        raise ValueError("also names folders, so that it must be without / and \\ and no dots alone")
+    return name
+
+
+def _file_name(name: str) -> str:
+    if "/" in name:
+        raise ValueError("must be the name of a file, without folders")
+    return name
+
+
+def _file_of_split(name: str) -> str:
+    unknown = [found for found in placeholders(name) if found != "subject"]
+    if unknown:
+        raise ValueError(f"the file name '{name}' has {{{unknown[0]}}} in it; only {{subject}} may stand there.")
+    return name
+
+
+def _apart(names: Any) -> Any:
+    """The alternatives of a split; of each the files that are read together, `a.json + b.json`."""
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, Sequence):
+        return names
+    return [[part.strip() for part in name.split(" + ")] if isinstance(name, str) else name for name in names]
+
+
+def _text_keys(labels: Any) -> Any:
+    """Labels as texts: files may have numbers."""
+    if not isinstance(labels, Mapping):
+        return labels
+    wrong = [key for key in labels if isinstance(key, bool) or not isinstance(key, (str, int))]
+    if wrong:
+        raise ValueError(f"the label {wrong[0]!r} must be text or a number{QUOTE_HINT}.")
+    return {str(key): verbaliser for key, verbaliser in labels.items()}
+
+
+def _subject(value: Any) -> Any:
+    if isinstance(value, list) and len(value) == 2:
+        return Subject(*value)
+    if isinstance(value, Subject):
+        return value
+    raise ValueError("must be [Chinese title, category]")
+
+
+FileName = Annotated[Text, AfterValidator(_file_name)]
+Files = Annotated[tuple[tuple[Annotated[Text, AfterValidator(_file_of_split)], ...], ...], BeforeValidator(_apart)]
+
+
+@dataclass(frozen=True, config=FORBID)
 class Subject:
     """One subject of an examination.
 
@@ -20,11 +97,11 @@ class Subject:
         category: the benchmark's group of subjects.
     """
 
-    title: str
-    category: str
+    title: Text
+    category: Text
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID)
 class HubSource:
     """Where a hub has the task.
 
@@ -35,30 +112,34 @@ class HubSource:
         fields: role -> column, where the hub's columns differ from those of the files.
     """
 
-    id: str
-    config: str | None = None
-    splits: Mapping[str, str] = field(default_factory=dict)
-    fields: Mapping[str, str] = field(default_factory=dict)
+    id: Text
+    config: Text | None = None
+    splits: Mapping[Text, Text] = field(default_factory=dict)
+    fields: Mapping[Text, Text] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID)
 class Submission:
     """The form of the benchmark's submission file.
 
     Attributes:
         format: one of the reader's.
-        files: split -> name of the file; `""` holds for all other splits.
+        file: split -> name of the file; `""` holds for all other splits. One name holds for all.
     """
 
     format: str
-    files: Mapping[str, str]
+    file: Annotated[
+        Mapping[str, FileName],
+        Field(min_length=1),
+        BeforeValidator(lambda value: {"": value} if isinstance(value, str) else value),
+    ]
 
     def file_of(self, split: str) -> str:
         """The name of the file for the predictions on a split."""
-        return self.files.get(split) or self.files.get("") or next(iter(self.files.values()))
+        return self.file.get(split) or self.file.get("") or next(iter(self.file.values()))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=FORBID)
 class Task:
     """One task of the registry.
 
@@ -67,7 +148,7 @@ class Task:
         title: one line for people.
         reader: kind of files, one of `readers.READERS`.
         head: the usual one of those that can solve it.
-        prompt: template of the Chinese prompt.
+        prompt: template of the Chinese prompt; empty where the rows ask for themselves.
         metric: one of its reader's.
         pre_seq_len, learning_rate: defaults for training, and `settings_from` says where they come from.
         files: split -> alternatives, each the names of the files that make up the split, relative to the folder.
@@ -89,32 +170,35 @@ class Task:
         origin: the file that the task was read from.
     """
 
-    name: str
-    title: str
+    name: Annotated[Text, AfterValidator(_folder_name)]
+    title: Text
     reader: str
-    head: str
+    metric: str
+    pre_seq_len: Count
+    learning_rate: PositiveNumber
+    files: Mapping[Text, Files]
+    head: str = ""
     prompt: str = ""
-    metric: str = "rouge-l"
-    pre_seq_len: int = 128
-    learning_rate: float = 1e-2
-    settings_from: str = ""
-    files: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
-    folders: tuple[str, ...] = ()
-    fields: Mapping[str, str] = field(default_factory=dict)
-    labels: Mapping[str, str] = field(default_factory=dict)
-    drop_labels: tuple[str, ...] = ()
-    multi_label: bool = False
-    label_separator: str = ","
-    letters: bool = False
+    settings_from: Text = "the task file's author"
+    folders: Texts = ()
+    fields: Mapping[Text, Text] = field(default_factory=dict)
+    labels: Annotated[Mapping[str, Text], BeforeValidator(_text_keys)] = field(default_factory=dict)
+    drop_labels: Texts = ()
+    multi_label: Flag = False
+    label_separator: Annotated[str, Field(min_length=1)] = ","
+    letters: Flag = False
     dataset_format: str | None = None
     source_prefix: str = ""
-    echo: bool = False
-    subjects: Mapping[str, Subject] = field(default_factory=dict)
-    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    hub: Mapping[str, HubSource] = field(default_factory=dict)
+    echo: Flag = False
+    subjects: Mapping[Text, Annotated[Subject, BeforeValidator(_subject)]] = field(default_factory=dict)
+    groups: Mapping[Text, Texts] = field(default_factory=dict)
+    hub: Mapping[
+        Literal["huggingface", "modelscope"],
+        Annotated[HubSource, BeforeValidator(lambda value: {"id": value} if isinstance(value, str) else value)],
+    ] = field(default_factory=dict)
     submission: Submission | None = None
-    source: str = ""
-    aliases: tuple[str, ...] = ()
+    source: Text = "-"
+    aliases: Texts = ()
     origin: str = ""
 
     @property
@@ -127,10 +211,14 @@ class Task:
         """The task of instruction files, which is to answer as their rows do; a place of its data is the data."""
         fields = {"prompt": columns.prompt, "response": columns.response, "history": columns.history}
         return cls(
-            Path(files[0]).stem,
-            ", ".join(files),
-            "conversations",
-            "generation",
+            name=Path(files[0]).stem,
+            title=", ".join(files),
+            reader="conversations",
+            metric="rouge-l",
+            pre_seq_len=128,
+            learning_rate=1e-2,
+            files={},
+            head="generation",
             fields={role: column for role, column in fields.items() if column is not None},
             dataset_format=columns.dataset_format,
             source_prefix=source_prefix,
@@ -145,19 +233,3 @@ _MEANING = (
     "reader", "prompt", "fields", "labels", "drop_labels", "multi_label", "label_separator", "letters", "subjects",
     "dataset_format", "source_prefix",
 )  # fmt: skip
-
-
-def placeholders(template: str) -> list[str]:
-    """The names in braces, in their order.
-
-    Raises:
-        ValueError: if the template is malformed, or has anything but plain names in braces.
-    """
-    names = []
-    for _, name, spec, conversion in Formatter().parse(template):
-        if name is None:
-            continue
-        if not name.isidentifier() or spec or conversion:
-            raise ValueError(f"'{{{name}}}' is not a plain name in braces (a literal brace is written twice)")
-        names.append(name)
-    return names
