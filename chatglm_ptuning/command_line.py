@@ -7,6 +7,7 @@ import difflib
 import enum
 import json
 import sys
+from argparse import Action
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,18 +19,23 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 
-class _Parser(HfArgumentParser):
-    """As transformers', but what is wrong is not buried under two hundred flags of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\nAll flags: {self.prog} --help\n")
-
-
 class _RaisingParser(HfArgumentParser):
-    """As transformers', but it raises what is wrong instead of ending the process."""
+    """As transformers', but it raises ValueError instead of ending the process."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
+
+    def _check_value(self, action: Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            flag = action.option_strings[0] if action.option_strings else action.dest
+            self.error(f"{flag} must be one of {', '.join(map(str, action.choices))}, got {value!r}")
+
+
+class _Parser(_RaisingParser):
+    """As transformers', but errors are not buried under two hundred flags of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\nAll flags: {self.prog} --help\n")
 
 
 def parse_arguments(

@@ -65,7 +65,7 @@ def test_an_unknown_flag_names_the_nearest(capsys):
     ("flags", "message"),
     [
         ("--pre_seq_len 0", "--pre_seq_len must be at least 1, got 0"),
-        ("--quantization_bit 3", "--quantization_bit must be 4 or 8, got 3"),
+        ("--quantization_bit 3", "--quantization_bit must be one of 0, 4, 8, got '3'"),
         ("--prefix_init warm", "--prefix_init must be one of data, text, small, official, got 'warm'"),
         ("--prefix_init text", "needs --init_prefix_text"),
         ("--max_source_length 1", "--max_source_length must be at least 2, got 1"),

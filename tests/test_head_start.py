@@ -146,4 +146,4 @@ def test_a_run_starts_from_it_however_it_is_tuned(tmp_path, capsys, tuning):
 def test_another_start_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["train", "--do_train", "--head_init", "zeros", "--output_dir", str(tmp_path)])
-    assert "--head_init must be probe or random, got 'zeros'" in capsys.readouterr().err
+    assert "--head_init must be one of probe, random, got 'zeros'" in capsys.readouterr().err

@@ -145,4 +145,4 @@ def test_every_command_has_the_flags(command, hub, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([command, "--hub", "github"])
     assert stopped.value.code == 2
-    assert "--hub must be huggingface or modelscope, got 'github'" in capsys.readouterr().err
+    assert "--hub must be one of huggingface, modelscope, got 'github'" in capsys.readouterr().err

@@ -7,7 +7,6 @@ import re
 import shutil
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import instruction_rows
 import processes
@@ -18,6 +17,7 @@ from accelerate.data_loader import BatchSamplerShard
 from safetensors.torch import load_file, save_file
 from torch.utils.data import BatchSampler
 
+from chatglm_ptuning.command_line import parse_arguments
 from chatglm_ptuning.data.collate import PaddingCollator
 from chatglm_ptuning.data.tasks.heads import head_of
 from chatglm_ptuning.data.tasks.mixture import read_mixture
@@ -29,9 +29,9 @@ from chatglm_ptuning.model.modeling_heads import ChatGLMForQuestionAnswering, Ch
 from chatglm_ptuning.model.modeling_tasks import ChatGLMForMultipleTasks
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 from chatglm_ptuning.prefix.formats.kit import METADATA_FILE, WEIGHTS_FILE
-from chatglm_ptuning.training.arguments import DataArguments
-from chatglm_ptuning.training.mixture.run import MixtureRun
+from chatglm_ptuning.training.config import resolve
 from chatglm_ptuning.training.mixture.sampler import MixtureSampler
+from chatglm_ptuning.training.run import TRAIN_FLAGS
 from chatglm_ptuning.training.run import main as train
 
 CONFIGS = Path(__file__).resolve().parents[1] / "ds_config"
@@ -200,13 +200,18 @@ def test_tasks_are_drawn_by_their_probabilities_and_all_their_rows_come_before_a
     assert len(small) >= 16 and Counter(small[:10]) == Counter(range(10))
 
 
-def test_flags_hold_for_every_task(folder):
+def test_flags_hold_for_every_task(folder, tmp_path):
     mixture = read_mixture(folder / "mix.yaml")
-    flags = DataArguments(task_mixture="mix.yaml", candidate_scores="mean", max_answer_length=7, skip_bad_rows=2)
-    for entry in mixture.tasks:
-        own = MixtureRun._arguments(SimpleNamespace(data_args=flags), entry)
-        assert (own.task, own.task_data, own.head) == (entry.task.name, entry.task_data, entry.head)
-        assert (own.candidate_scores, own.max_answer_length, own.skip_bad_rows) == ("mean", 7, 2)
+    asked = ["--do_train", "--task_mixture", str(folder / "mix.yaml"), "--model_name_or_path", str(folder / "base"),
+             "--candidate_scores", "mean", "--max_answer_length", "7", "--output_dir", str(tmp_path)]  # fmt: skip
+    config = resolve(*parse_arguments("chatglm-ptuning train", "", TRAIN_FLAGS, asked))
+    for entry, task in zip(mixture.tasks, config.tasks, strict=True):
+        assert (task.task.name, task.setup.head.name) == (entry.task.name, entry.head)
+        assert (task.train.places, task.train.limit) == ([entry.task_data], entry.max_train_samples)
+        assert task.dev is None and task.test is None
+        found = task.setup.settings
+        assert (found["candidate_scores"], found["max_answer_length"]) == ("mean", 7)
+    assert config.base.pre_seq_len == max(entry.task.pre_seq_len for entry in mixture.tasks)
 
 
 # The model
@@ -347,11 +352,11 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(folder, run, tmp_path):
 def test_only_tasks_that_had_no_step_before_a_resumption_either_are_warned_of(folder, tmp_path, caplog):
     argv = flags(folder, tmp_path, "--task_mixture", str(folder / "mix.yaml"), "--pre_seq_len", "3", "--seed", "3")
     train([*argv, "--max_steps", "3"])
-    assert "No step was of" not in caplog.text  # with this seed they are of all three tasks
+    assert "No step trained" not in caplog.text  # with this seed they are of all three tasks
     train([*argv, "--max_steps", "4", "--resume_from_checkpoint", "true"])
-    assert "No step was of" not in caplog.text
+    assert "No step trained" not in caplog.text
     train([*argv, "--max_steps", "1"])
-    assert "No step was of" in caplog.text
+    assert "No step trained" in caplog.text
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -421,7 +426,7 @@ def test_an_official_prefix_is_a_start_as_well(folder, run, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--pre_seq_len", "5"], r"--pre_seq_len is 5, but --init_prefix .* has 3 virtual tokens"),
+        (["--pre_seq_len", "5"], r"--pre_seq_len is 5, but the prefix in .*run has 3 virtual tokens"),
         (["--ptuning_checkpoint", "x"], "each say what the prefix starts from"),
         (["--init_prefix_text", "你好"], "each say what the prefix starts from"),
         (["--do_train", "false", "--do_eval"], "it needs --do_train"),

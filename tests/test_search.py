@@ -33,10 +33,10 @@ from chatglm_ptuning.experiments.search import Search, SearchEnded
 from chatglm_ptuning.experiments.search_arguments import SearchArguments
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.model.modeling_heads import ChatGLMForSequenceClassification
+from chatglm_ptuning.training.config import resolve
 from chatglm_ptuning.training.failures import TrainingStopped
 from chatglm_ptuning.training.progress import failure_noted
-from chatglm_ptuning.training.run import TRAIN_FLAGS
-from chatglm_ptuning.training.task_run import TaskRun
+from chatglm_ptuning.training.run import TRAIN_FLAGS, load_base, load_data
 
 ORIGINAL_PROCESS = runner._process
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,7 +144,8 @@ def test_a_run_from_init_prefix_text_starts_as_the_base_with_that_text_in_front(
     searched = SearchArguments(str(tmp_path), [len(front)], [1e-2], prefix_init=["text"], init_prefix_text=text)
     common = ["--task", str(task), "--task_data", str(task.parent), "--model_name_or_path", str(base)]
     asked = [*searched.train_arguments(common, searched.grid()[0], seed=1), "--output_dir", str(tmp_path)]
-    model = TaskRun(*parse_arguments("chatglm-ptuning train", "", TRAIN_FLAGS, asked)).model.eval()
+    config = resolve(*parse_arguments("chatglm-ptuning train", "", TRAIN_FLAGS, asked))
+    model = load_base(config, load_data(config, tokenizer), tokenizer).model.eval()
     plain = load_model(str(base), model_class=ChatGLMForSequenceClassification)
     plain.classifier_head.load_state_dict(model.classifier_head.state_dict())
     row = tokenizer.encode("天气很好")
@@ -423,7 +424,7 @@ def test_two_workers_share_the_settings_and_a_killed_ones_is_taken_over(base, ta
         ("--seed 3", "did you mean --seeds?"),
         ("--learning_rates 1", "did you mean --learning_rate?"),
         ("--weight_decay_ 1", "did you mean --weight_decay?"),
-        ("--prefix_projection maybe", "invalid choice: 'maybe' (choose from"),
+        ("--prefix_projection maybe", "--prefix_projection must be one of false, true, both, got 'maybe'"),
         ("--pre_seq_len 0", "--pre_seq_len must be above 0, got 0"),
         ("--learning_rate 1e-3 1e-2 --learning_rate_scale log", "needs --trials"),
         ("--learning_rate_scale log --trials 2", "needs --learning_rate LOW HIGH"),

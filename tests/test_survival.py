@@ -23,7 +23,7 @@ from chatglm_ptuning.training.arguments import PrefixTrainingArguments
 from chatglm_ptuning.training.callbacks import FiniteGuard, ZeroLossGuard
 from chatglm_ptuning.training.checkpoints import last_checkpoint
 from chatglm_ptuning.training.distributed import match_precision
-from chatglm_ptuning.training.failures import NothingToLearn, OutOfMemory, TrainingDiverged
+from chatglm_ptuning.training.failures import AllLabelsMasked, OutOfMemory, TrainingDiverged
 from chatglm_ptuning.training.preservation import Replay
 from chatglm_ptuning.training.progress import failure_noted, read_progress
 from chatglm_ptuning.training.run import main as train
@@ -302,7 +302,7 @@ def test_the_memory_of_a_gpu_is_told_in_the_same_words(base, tmp_path, general_r
 
 def test_rows_without_a_label_stop_the_run(base, tmp_path):
     rows = [{"input_ids": [5, 6, 7], "labels": [-100, -100, -100]}] * 4
-    with pytest.raises(NothingToLearn, match="Every label of step 1 is masked"):
+    with pytest.raises(AllLabelsMasked, match="Every label of step 1 is masked"):
         make_trainer(base, tmp_path, rows).train()
 
 
@@ -327,7 +327,7 @@ def test_a_loss_that_stays_at_zero_stops_the_run(base, tmp_path):
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
-        (NothingToLearn(1), "stopped"),
+        (AllLabelsMasked(1), "stopped"),
         (torch.OutOfMemoryError("CUDA out of memory"), "stopped"),
         (torch.AcceleratorError("an illegal memory access"), "device"),
         (RuntimeError("CUDA error: an illegal memory access"), "device"),

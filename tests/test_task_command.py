@@ -46,7 +46,7 @@ def test_scores_are_kept_only_with_their_files(base, data, tmp_path, monkeypatch
     def no_room(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("chatglm_ptuning.training.task_run.write_report", no_room)
+    monkeypatch.setattr("chatglm_ptuning.training.run.write_report", no_room)
     asked = flags(base, data, "mood.yaml", "--tuning", "none", "--head", "generation", "--do_predict")
     with pytest.raises(SystemExit):
         training.main([*asked, "--predict_split", "dev", "--output_dir", str(tmp_path / "run")])
@@ -239,7 +239,7 @@ def test_a_run_on_another_task_does_not_go_on_in_the_same_folder(base, data, tmp
     with pytest.raises(SystemExit):
         train(base, data, "weather.yaml", run, *head, steps=2)
     said = capsys.readouterr().err
-    assert "checkpoint-1 is of a run on the task mood (head sequence_classification, labels happy, sad)" in said
+    assert "checkpoint-1 is from a run on the task mood (head sequence_classification, labels happy, sad)" in said
     assert "this one is on the task weather" in said and "--overwrite_output_dir" in said
     assert (run / "prefix_model.safetensors").read_bytes() == before
     evaluate(base, data, "weather.yaml", tmp_path / "report", "--ptuning_checkpoint", run)
@@ -265,7 +265,7 @@ def test_attention_that_cannot_score_candidates_is_refused_before_the_base_is_lo
     shutil.copytree(base, tokenizer_alone, ignore=shutil.ignore_patterns("*.safetensors"))
     words = ["--do_train", "--output_dir", tmp_path / "run", "--attn_implementation", attention]
     argv = flags(tokenizer_alone, data, "mood.yaml", *words)
-    candidates = f"--attn_implementation {attention} does not go with mood and the head generation"
+    candidates = f"--attn_implementation {attention} does not work for mood with the head generation"
     for what in ("--do_eval", "--do_predict"):
         said = refusal(capsys, training.main, [*argv, "--head", "generation", what, "--predict_split", "dev"])
         assert candidates in " ".join(said.split())

@@ -15,7 +15,7 @@ from task_runs import TASKS, evaluate, flags, lines, read, train, write_tasks
 from chatglm_ptuning.data.collate import PaddingCollator
 from chatglm_ptuning.data.tasks.heads import HEADS
 from chatglm_ptuning.evaluation import run as evaluation
-from chatglm_ptuning.training.sampler import nothing_to_learn_like
+from chatglm_ptuning.training.sampler import masked_row_like
 
 MODEL_CLASSES = {head.name: head.model_class for head in HEADS}
 
@@ -57,8 +57,8 @@ def test_rows_that_fill_up_a_batch_add_nothing(head, tiny_config):
     collate = PaddingCollator(0)
     with torch.no_grad():
         own = model(**collate([row])).loss
-        filled = model(**collate([row, nothing_to_learn_like(row)])).loss
-        nothing = model(**collate([nothing_to_learn_like(row)])).loss
+        filled = model(**collate([row, masked_row_like(row)])).loss
+        nothing = model(**collate([masked_row_like(row)])).loss
     torch.testing.assert_close(filled, own)
     assert float(own) > 0 and float(nothing) == 0
 

@@ -160,7 +160,7 @@ def test_another_base_and_another_method_are_refused(base, train_file, tmp_path,
         (["--tuning", "head_only"], "generation has none"),
         (["--tuning", "lora", "--lora_target", "q_proj"], "--lora_target takes query_key_value"),
         (["--tuning", "lora", "--deepspeed", "ds_config/zero1.json"], "works with --tuning ptuning_v2 alone"),
-        (["--tuning", "p_tuning", "--prompt_encoder", "gru"], "--prompt_encoder must be mlp or lstm"),
+        (["--tuning", "p_tuning", "--prompt_encoder", "gru"], "--prompt_encoder must be one of mlp, lstm"),
         (["--tuning", "full", "--compare_base"], "--compare_base needs the plain base"),
     ],
 )

@@ -48,7 +48,7 @@ class _RowArguments(InstructionArguments):
 
     def head(self, model: str) -> ConversationAnswers:
         tokenizer = load_tokenizer(model, hub=self.hub, revision=self.revision)
-        return self.conversation_head(self.task_of(self.files), tokenizer)
+        return self.setup_of_files(self.files).make_head(tokenizer)
 
 
 @dataclass
@@ -123,7 +123,7 @@ def check(args: CheckArguments) -> bool:
     bad_rows = BadRows(None)
     checker = Checker()
     unreadable: list[str] = []
-    task = args.task_of(args.files)
+    task = args.setup_of_files(args.files).task
     every = [_Readable(name, unreadable) for name in args.files]
     examples = checker.watch(ConversationReader().read(SplitSource(task, "rows", every, task.fields, None, bad_rows)))
     preparation, lengths = PreparationReport(), Lengths()

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from chatglm_ptuning.data.cache import TokenCache
-from chatglm_ptuning.data.dataset import Loader
-from chatglm_ptuning.data.tasks.arguments import InstructionArguments, TaskArguments
+from chatglm_ptuning.data.tasks.arguments import TaskArguments
 from chatglm_ptuning.evaluation.chosen_prefix import PLAIN_BASE
 from chatglm_ptuning.files import check_output_folder
 from chatglm_ptuning.model.hub import DEFAULT_MODEL, InferenceBaseArguments
@@ -28,7 +26,7 @@ RETIRED_FLAGS = {
 
 
 @dataclass
-class EvaluationArguments(TaskArguments, InstructionArguments, InferenceBaseArguments):
+class EvaluationArguments(TaskArguments, InferenceBaseArguments):
     """Flags of the command."""
 
     ptuning_checkpoint: str | None = field(
@@ -39,24 +37,23 @@ class EvaluationArguments(TaskArguments, InstructionArguments, InferenceBaseArgu
     test_file: list[str] | None = field(
         default=None, metadata={"help": "data files to score (default: the bundled headlines)"}
     )
-    per_device_eval_batch_size: int = field(default=8, metadata={"help": "rows generated together"})
+    per_device_eval_batch_size: int = field(default=8, metadata={"help": "number of rows in a batch"})
     num_beams: int = field(default=1, metadata={"help": "beams of generation (1: greedy)"})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "score the first so many rows"})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "score only the first so many rows"})
     output_dir: str | None = field(
         default=None,
         metadata={
-            "help": "folder for metrics.json and predictions.jsonl (default: output/evaluation/PREFIX; of a "
-            "task output/evaluation/PREFIX/TASK-SPLIT)"
+            "help": "folder for metrics.json and predictions.jsonl (default: output/evaluation/PREFIX; for "
+            "a task output/evaluation/PREFIX/TASK-SPLIT)"
         },
     )
     compare_base: bool = field(default=False, metadata={"help": "score the base without the prefix too"})
     split: str | None = field(
-        default=None, metadata={"help": "of the task, to predict (default: test, or dev where there is no test)"}
+        default=None, metadata={"help": "split of the task to predict (default: test, or dev if there is no test)"}
     )
 
     def __post_init__(self) -> None:
-        InferenceBaseArguments.__post_init__(self)
-        TaskArguments.__post_init__(self)
+        super().__post_init__()
         if self.task is not None and self.test_file:
             raise ValueError("--task brings its own files: give --task_data and no --test_file")
         if self.task is None and self.echo is not None:
@@ -71,8 +68,3 @@ class EvaluationArguments(TaskArguments, InstructionArguments, InferenceBaseArgu
             check_output_folder(self.output_dir)
         if self.task is None:
             self.test_file = self.test_file or [DEFAULT_TEST_FILE]
-        InstructionArguments.__post_init__(self)
-
-    def loader(self) -> Loader:
-        """What reads the examples."""
-        return Loader(TokenCache(), self.skip_bad_rows)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
-from chatglm_ptuning.data.tasks.arguments import TrainedReading
+from chatglm_ptuning.data.tasks.arguments import TaskSetup, TrainedReading
 from chatglm_ptuning.data.tasks.heads import ECHO_HEADS, LINEAR_HEADS, heads_of
-from chatglm_ptuning.data.tasks.heads.head import Head
 from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.hub import find_base
@@ -51,11 +50,12 @@ def recorded_details(
             "tasks": metadata.tasks, "training": metadata.training}  # fmt: skip
 
 
-def record_of(heads: Sequence[Head]) -> dict[str, Any]:
-    """What `PrefixMetadata.training` is to say of the heads of a run, one for each task."""
-    record: dict[str, Any] = {PROMPTS: {head.task.name: _asked(head.task) for head in heads}}
-    echo = {head.task.name: head.echo for head in heads if head.echoes}
-    units = [head.token_unit for head in heads if head.splits_tokens]
+def record_of(setups: Iterable[TaskSetup]) -> dict[str, Any]:
+    """What `PrefixMetadata.training` records about the tasks of a run."""
+    setups = list(setups)
+    record: dict[str, Any] = {PROMPTS: {setup.task.name: _asked(setup.task) for setup in setups}}
+    echo = {setup.task.name: setup.settings["echo"] for setup in setups if setup.head.echoes}
+    units = [setup.settings["token_unit"] for setup in setups if setup.head.splits_tokens]
     return record | ({ECHO: echo} if echo else {}) | ({TOKEN_UNIT: units[0]} if units else {})
 
 

@@ -13,11 +13,13 @@ from pydantic import AfterValidator, BeforeValidator, Field, InstanceOf
 from pydantic.dataclasses import dataclass
 
 from chatglm_ptuning.command_line import FlagChecker
+from chatglm_ptuning.data.sources.rows import BadRows
 from chatglm_ptuning.data.tasks.arguments import usual_split
 from chatglm_ptuning.data.tasks.checked_yaml import FORBID, Text, YamlFile, nearest, read_yaml
 from chatglm_ptuning.data.tasks.examples import Example, has_gold
 from chatglm_ptuning.data.tasks.heads import LINEAR_HEADS, head_of, heads_of
 from chatglm_ptuning.data.tasks.heads.head import Prediction
+from chatglm_ptuning.data.tasks.read import read_examples
 from chatglm_ptuning.data.tasks.registry import load_task
 from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.evaluation.report import score_task
@@ -262,7 +264,7 @@ def _check_cell(
     flags = {**flags, "head": head}
     kinds = (ModelArguments, DataArguments, TuningArguments)
     _, data, _ = checker.values({**flags, "model_name_or_path": plan.base}, kinds)
-    data.echo_of(definition, head)
+    data.setup_of_task(definition, heads_of(definition)[head])
     predict_split = rows.read(task, definition, data, tuning != "none")
     return Cell(task, method, definition, head, predict_split, flags)
 
@@ -326,5 +328,6 @@ class _Rows:
     def _examples(self, task: Task, data: DataArguments, split: str, limit: int | None) -> Sequence[Example]:
         key = (task.origin, data.task_data, split, tuple(data.subjects or ()))
         if key not in self._splits:
-            self._splits[key] = data.examples(task, split)
+            bad_rows = BadRows(data.skip_bad_rows)
+            self._splits[key] = read_examples(task, data.task_data, split, subjects=data.subjects, bad_rows=bad_rows)
         return self._splits[key][:limit]

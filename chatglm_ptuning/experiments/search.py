@@ -16,6 +16,7 @@ from transformers.utils import logging
 from chatglm_ptuning.command_line import fail, flag_words, parse_arguments
 from chatglm_ptuning.data.tasks.heads import head_of
 from chatglm_ptuning.data.tasks.readers import reader_of
+from chatglm_ptuning.data.tasks.registry import load_task
 from chatglm_ptuning.experiments.proposals import lost_rung, propose, write_study
 from chatglm_ptuning.experiments.run import RUN_DEFAULTS, Ending, Run
 from chatglm_ptuning.experiments.runner import interruptible, run_all
@@ -231,8 +232,8 @@ def _parse(argv: Sequence[str]) -> tuple[SearchArguments, list[str], str]:
     first = args.train_arguments(common, args.grid()[0], args.seeds[0])
     _, data_args, *_ = parse_arguments("chatglm-ptuning search", "", TRAIN_FLAGS, first)
     try:
-        task = data_args.chosen_task()
-        data_args.echo_of(task, head_of(task, data_args.head).name)
+        task = load_task(data_args.task)
+        data_args.setup_of_task(task, head_of(task, data_args.head))
     except ValueError as error:
         fail(str(error))
     metric, known = args.metric or task.metric, [*reader_of(task).metrics_of(task), "loss"]

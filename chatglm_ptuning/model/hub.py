@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from chatglm_ptuning.model.checkpoint_forms import SUPPORTED
-from chatglm_ptuning.model.quantization import check_quantization
 
 DEFAULT_MODEL = str(Path(__file__).resolve().parents[2] / "data" / "chatglm-nano")
 """The base that is bundled with the sources."""
@@ -30,34 +30,28 @@ class BaseArguments:
     model_name_or_path: str = field(
         default=DEFAULT_MODEL, metadata={"help": "folder of the base, or its hub name (default: the bundled nano)"}
     )
-    hub: str = field(default="huggingface", metadata={"help": f"where a hub name is looked up: {' or '.join(HUBS)}"})
+    hub: Literal["huggingface", "modelscope"] = field(
+        default="huggingface", metadata={"help": "where a hub name is looked up"}
+    )
     revision: str | None = field(
         default=None,
         metadata={"help": "branch, tag or commit of a hub name (default: main)", "aliases": ["--model_revision"]},
     )
-    quantization_bit: int | None = field(default=None, metadata={"help": "8 or 4: quantise the base (bitsandbytes)"})
-    quantization_type: str = field(default="nf4", metadata={"help": "numbers of 4 bits: nf4 or fp4"})
-
-    def __post_init__(self) -> None:
-        if self.hub not in HUBS:
-            raise ValueError(f"--hub must be {' or '.join(HUBS)}, got {self.hub!r}")
-        check_quantization(self.quantization_bit, self.quantization_type)
+    quantization_bit: Literal[0, 4, 8] | None = field(
+        default=None, metadata={"help": "quantise the base to 4 or 8 bits (bitsandbytes)"}
+    )
+    quantization_type: Literal["nf4", "fp4"] = field(default="nf4", metadata={"help": "type of the 4-bit numbers"})
 
 
 @dataclass
 class InferenceBaseArguments(BaseArguments):
     """The same for commands that train nothing."""
 
-    device_map: str | None = field(
+    device_map: Literal["auto"] | None = field(
         default=None,
         metadata={"help": "auto: spread the base over all GPUs, then the CPU's memory and the disk "
                           "(default: one device)"},
     )  # fmt: skip
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.device_map not in (None, "auto"):
-            raise ValueError(f"--device_map must be auto, got {self.device_map!r}")
 
 
 def find_base(

@@ -76,7 +76,6 @@ class ChatArguments(InferenceBaseArguments):
         Raises:
             ValueError: naming the flag and its value.
         """
-        super().__post_init__()
         if self.temperature is not None and self.temperature <= 0:
             raise ValueError(f"--temperature must be above 0 (use --greedy for no sampling), got {self.temperature}.")
         if self.top_p is not None and not 0 < self.top_p <= 1:

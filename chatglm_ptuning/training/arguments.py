@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from transformers import Seq2SeqTrainingArguments
 from transformers.utils import logging
 
-from chatglm_ptuning.data.tasks.arguments import InstructionArguments, TaskArguments
+from chatglm_ptuning.data.tasks.arguments import TaskArguments
 from chatglm_ptuning.files import check_output_folder
 from chatglm_ptuning.model.hub import BaseArguments
 from chatglm_ptuning.prefix.latest import runs_folder
 from chatglm_ptuning.training.distributed import prepare_processes
-from chatglm_ptuning.training.initialisation import PREFIX_INITS
-from chatglm_ptuning.training.tuning import DEFAULT_PRE_SEQ_LEN
+from chatglm_ptuning.training.initialisation import PrefixInit
+from chatglm_ptuning.training.sampler import SamplingStrategy
 from chatglm_ptuning.training.tuning_arguments import TuningArguments
 
 logger = logging.get_logger(__name__)
@@ -42,17 +43,18 @@ class ModelArguments(BaseArguments):
     """The base and its prefix."""
 
     ptuning_checkpoint: str | None = field(
-        default=None, metadata={"help": "prefix to go on from, or to evaluate: a folder of this kit, official or PEFT"}
+        default=None,
+        metadata={"help": "checkpoint to continue training from, or to evaluate: of this kit, official or PEFT"},
     )
     pre_seq_len: int | None = field(
         default=None,
-        metadata={"help": f"number of virtual tokens (default: {DEFAULT_PRE_SEQ_LEN}, or the checkpoint's)"},
+        metadata={"help": "number of virtual tokens (default: the checkpoint's, the task's, or 128)"},
     )
     prefix_projection: bool = field(
         default=False, metadata={"help": "make the prefix by a two-layer MLP during training"}
     )
     prefix_dropout: float = field(default=0.1, metadata={"help": "dropout on the prefix in training"})
-    prefix_init: str = field(
+    prefix_init: PrefixInit = field(
         default="data",
         metadata={"help": "first values: data or text (keys and values of real tokens), small, official (N(0, 1))"},
     )
@@ -63,17 +65,16 @@ class ModelArguments(BaseArguments):
         default=None,
         metadata={"help": "start from a trained prefix, such as one that several tasks share (--task_mixture)"},
     )
-    dtype: str = field(default="auto", metadata={"help": "of the base: auto, float32, bfloat16, float16"})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "dtype of the base (auto: bfloat16 or float16 on a GPU that has it)"}
+    )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "eager, sdpa, flash_attention_2 or flex_attention (default: sdpa)"}
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.init_prefix_text is not None:
             self.prefix_init = "text"
-        if self.prefix_init not in PREFIX_INITS:
-            raise ValueError(f"--prefix_init must be one of {', '.join(PREFIX_INITS)}, got {self.prefix_init!r}")
         if self.prefix_init == "text" and not self.init_prefix_text:
             raise ValueError("--prefix_init text needs --init_prefix_text")
         if self.init_prefix is not None and (self.ptuning_checkpoint is not None or self.prefix_init == "text"):
@@ -84,7 +85,7 @@ class ModelArguments(BaseArguments):
 
 
 @dataclass
-class DataArguments(TaskArguments, InstructionArguments):
+class DataArguments(TaskArguments):
     """Files, columns and lengths; or a task instead of files."""
 
     train_file: list[str] | None = field(
@@ -123,8 +124,7 @@ class DataArguments(TaskArguments, InstructionArguments):
     )
 
     def __post_init__(self) -> None:
-        TaskArguments.__post_init__(self)
-        InstructionArguments.__post_init__(self)
+        super().__post_init__()
         if self.task_mixture is not None and (self.task or self.train_file or self.validation_file or self.test_file):
             raise ValueError("--task_mixture names its own tasks and files: give no --task, --train_file, "
                              "--validation_file or --test_file")  # fmt: skip
@@ -153,8 +153,8 @@ class PrefixTrainingArguments(TuningArguments, Seq2SeqTrainingArguments):
         default=False, metadata={"help": "start anew in a folder that holds an earlier run, deleting its checkpoints"}
     )
     logging_steps: float = field(default=10, metadata={"help": "steps between two log entries"})
-    train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "group_by_length, random or sequential"}
+    train_sampling_strategy: SamplingStrategy = field(
+        default="group_by_length", metadata={"help": "order of the training rows"}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "rows hold what the model takes"})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "losses that are not finite end training"})

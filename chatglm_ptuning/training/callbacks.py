@@ -1,4 +1,4 @@
-"""What a run watches while it trains."""
+"""Callbacks and guards of the Trainer: values that are not finite, log entries, signals."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from chatglm_ptuning.training.distributed import any_process
 from chatglm_ptuning.training.failures import Preempted, TrainingDiverged
 
 _SKIPPED_STEPS_ALLOWED = 20
-"""With fp16 the loss scale is found by trial: so many steps with infinite gradients in a row are no sign of trouble."""
+"""With fp16 the loss scale is found by trial, so that this many steps with infinite gradients in a row are normal."""
 _ZERO_STEPS_ALLOWED = 10
 """Steps in a row with a loss of exactly 0, which no real batch has."""
 
 
 class FiniteGuard:
-    """Stops at the first gradient that is not finite (with fp16, at too many in a row)."""
+    """Stops the training at the first gradient that is not finite (with fp16, after too many in a row)."""
 
     def __init__(self) -> None:
         self.infinite_in_a_row = 0
 
     def check(self, finite: bool, step: int, args: TrainingArguments) -> None:
-        """Notes whether the gradients of a step were finite.
+        """Counts steps whose gradients were not finite.
 
         Args:
             step: counted from 1.
@@ -38,7 +38,7 @@ class FiniteGuard:
 
 
 class ZeroLossGuard(TrainerCallback):
-    """Stops when the logged loss stays at exactly 0: as when 16-bit numbers overflow."""
+    """Stops the training when the logged loss stays at exactly 0, as it does when 16-bit numbers overflow."""
 
     def __init__(self) -> None:
         self.zero_steps = 0
@@ -47,7 +47,7 @@ class ZeroLossGuard(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Starts counting where a resumed run goes on."""
+        """Starts counting at the step of a resumed run."""
         self.zero_steps, self.logged_step = 0, state.global_step
 
     def on_log(
@@ -58,22 +58,22 @@ class ZeroLossGuard(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: object,
     ) -> None:
-        """Counts the steps of a logging interval whose mean loss is 0; raises TrainingDiverged if they are too many."""
+        """Counts steps with a mean loss of 0; raises TrainingDiverged if there are too many."""
         if not logs or "loss" not in logs:
             return
         steps, self.logged_step = state.global_step - self.logged_step, state.global_step
         self.zero_steps = self.zero_steps + steps if float(logs["loss"]) == 0 else 0
         if self.zero_steps >= _ZERO_STEPS_ALLOWED:
             raise TrainingDiverged(
-                f"The loss has been exactly 0 for {self.zero_steps} steps, so that nothing is learned, as happens when "
-                "16-bit numbers overflow. Stopped",
+                f"The loss has been exactly 0 for {self.zero_steps} steps, so that nothing is learned. This "
+                "happens when 16-bit numbers overflow. Stopped",
                 state.global_step,
                 args,
             )
 
 
 class LogAtCheckpoints(TrainerCallback):
-    """Ends a logging interval wherever a checkpoint is written.
+    """Ends a logging interval at every checkpoint.
 
     A logged loss is a mean since the entry before. A resumed run knows nothing of the steps before its checkpoint, so
     an interval that reached across one would have another loss after resuming.
@@ -82,13 +82,13 @@ class LogAtCheckpoints(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> TrainerControl:
-        """Asks for a log entry if this step is going to be saved."""
+        """Requests a log entry if this step is saved."""
         control.should_log = control.should_log or control.should_save
         return control
 
 
 class StopOnSignal(TrainerCallback):
-    """On SIGTERM, to any of the processes, all of them save after the step at hand and stop.
+    """On SIGTERM to any process, all processes save after the current step and stop.
 
     Slurm sends it before it preempts a job or ends its time, launchers when another process has failed. In use from
     `install` to `remove`; before and after, the signal ends the process as usual.
@@ -100,14 +100,14 @@ class StopOnSignal(TrainerCallback):
         self._before: Any = None
 
     def install(self) -> None:
-        """Takes the signal over (in the main thread; elsewhere nothing can)."""
+        """Installs the handler; only the main thread can."""
         try:
             self._before = signal.signal(signal.SIGTERM, self._note)
         except ValueError:
             self._before = None
 
     def remove(self) -> None:
-        """Gives the signal back."""
+        """Restores the previous handler."""
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
             self._before = None
@@ -118,7 +118,7 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> TrainerControl:
-        """Asks to log, save and stop, without evaluating, if any process was told to end."""
+        """Requests log, checkpoint and stop, without an evaluation, if any process got the signal."""
         if any_process(self.received, args.device):
             self.stopped = True
             control.should_log = control.should_save = control.should_training_stop = True
@@ -128,6 +128,6 @@ class StopOnSignal(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Ends an evaluation in the middle; the Trainer saves the step before it."""
+        """Interrupts an evaluation; the Trainer saves the step before it."""
         if any_process(self.received, args.device):
             raise Preempted("SIGTERM")

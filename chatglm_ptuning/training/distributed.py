@@ -1,4 +1,4 @@
-"""Several processes: what they need before anything is loaded, and how they agree on something."""
+"""Several processes: their setup, and collective operations on Python objects."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 RISKY_FP16_LEARNING_RATE = 2e-2
-"""The official learning rate, at which losses of 0 and NaN were reported most often."""
+"""The official learning rate, with which losses of 0 and NaN were reported most often."""
 
 
 def prepare_processes(args: TrainingArguments) -> None:
-    """Prepares this process for the job that its launcher started it in; to be called before the arguments' own setup.
+    """Prepares this process for its distributed job. Must be called before TrainingArguments sets itself up.
 
     - `--deepspeed` without a launcher is a job of one process.
     - Without a GPU the processes talk through gloo. transformers counts a machine without a GPU as one process
@@ -32,7 +32,7 @@ def prepare_processes(args: TrainingArguments) -> None:
     if args.deepspeed and "LOCAL_RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    # DeepSpeed calls functions that this torch renames, at every step.
+    # DeepSpeed calls deprecated functions of torch at every step.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if torch.accelerator.is_available() and not args.use_cpu:
         return
@@ -50,9 +50,9 @@ def prepare_processes(args: TrainingArguments) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     import deepspeed.ops
 
-    # Gloo notices when a process dies; DeepSpeed's own shared memory, which it would compile first, waits for ever.
+    # Gloo notices when a process dies. DeepSpeed's shared-memory operator must be compiled first, and waits for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # `use_cpu` would make accelerate leave DeepSpeed out; there is nothing but the CPU anyway.
+    # With `use_cpu`, accelerate turns DeepSpeed off; there is only the CPU anyway.
     args.use_cpu = False
     PartialState(backend="gloo")
     args.accelerator_config = {**_as_dict(args.accelerator_config), "use_configured_state": True}
@@ -74,7 +74,7 @@ def several() -> bool:
 
 
 def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is true on at least one process; every process must ask."""
+    """Whether `flag` is true on at least one process. Must be called on every rank."""
     if not several():
         return flag
     value = torch.tensor(float(flag), device=device)
@@ -82,8 +82,8 @@ def any_process(flag: bool, device: torch.device) -> bool:
     return bool(value.item())
 
 
-def from_first_process(value: Any) -> Any:
-    """What process 0 gives as `value`, on every process."""
+def broadcast_object(value: Any) -> Any:
+    """Broadcasts the `value` of process 0. Must be called on every rank."""
     if not several():
         return value
     box = [value]
@@ -91,8 +91,8 @@ def from_first_process(value: Any) -> Any:
     return box[0]
 
 
-def everywhere(value: Any) -> list[Any]:
-    """What every process gives as `value`, in the order of the processes, on all of them."""
+def all_gather_objects(value: Any) -> list[Any]:
+    """All-gathers the `value` of every process, in the order of the ranks. Must be called on every rank."""
     if not several():
         return [value]
     values: list[Any] = [None] * distributed.get_world_size()
@@ -101,7 +101,7 @@ def everywhere(value: Any) -> list[Any]:
 
 
 def match_precision(args: TrainingArguments, dtype: str, quantization_bit: int | None) -> None:
-    """Sets DeepSpeed's 16-bit mode to what the base and the prefix need; warns of float16 with a high learning rate.
+    """Sets DeepSpeed's 16-bit mode as base and prefix need it; warns about float16 with a high learning rate.
 
     The prefix is trained in float32 beside a base of any type. Only where ZeRO-3 partitions the base does DeepSpeed
     have to know that it has 16 bits; its optimizer then works on float32 copies of the prefix. Elsewhere its bfloat16
@@ -139,7 +139,7 @@ def match_precision(args: TrainingArguments, dtype: str, quantization_bit: int |
 
 
 def _rebuild_deepspeed_config(args: TrainingArguments, bf16: bool, fp16: bool) -> None:
-    """As the Trainer itself does when its arguments have changed after they were made."""
+    """Rebuilds the configuration as the Trainer does after its arguments changed."""
     from accelerate.utils import DeepSpeedPlugin
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 

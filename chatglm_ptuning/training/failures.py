@@ -1,4 +1,4 @@
-"""What ends a run before its time: each says what happened, what is safe, and what to do."""
+"""Errors that end a run early. Each message says what happened, what is saved, and what to do."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _PEER_WORDS = (
 
 
 class TrainingStopped(RuntimeError):
-    """A run that cannot or must not go on; the message is for the user."""
+    """The run cannot continue; the message is for the user."""
 
 
 class TrainingDiverged(TrainingStopped):
-    """Losses or gradients are no longer usable. The message says what is safe and what to change.
+    """Losses or gradients are not finite or not usable. The message says what is saved and what to change.
 
     Args:
         what: what was seen, e.g. "The loss became nan".
@@ -45,24 +45,24 @@ class TrainingDiverged(TrainingStopped):
         )
 
 
-class NothingToLearn(TrainingStopped):
-    """The batches hold no label, so that their mean loss has no meaning."""
+class AllLabelsMasked(TrainingStopped):
+    """A step has no label that is not masked, so that its mean loss is undefined."""
 
     def __init__(self, step: int) -> None:
         super().__init__(
-            f"Every label of step {step} is masked: its rows have nothing to learn, and training has stopped. Look at "
+            f"Every label of step {step} is masked, so that nothing can be learned; training has stopped. Look at "
             'the rows (every answer "loss": false?), and at --max_source_length and --max_target_length, which may cut '
             "the answers away."
         )
 
 
 class OutOfMemory(TrainingStopped):
-    """A batch that did not fit.
+    """A batch did not fit into memory.
 
     Args:
-        lengths: real tokens of every row of the batch, without padding.
-        padded: tokens of every row with padding.
-        general_rows: of `--preserve_base`, beside them.
+        lengths: number of tokens of every row, without padding.
+        padded: number of tokens of a row with padding.
+        general_rows: general rows (`--preserve_base`) in the same step.
     """
 
     def __init__(
@@ -101,13 +101,13 @@ class OutOfMemory(TrainingStopped):
 
 
 class CheckpointNotWritten(TrainingStopped):
-    """A checkpoint for which there was no room, or which could not be written for another reason."""
+    """A checkpoint could not be written, usually because the disk is full."""
 
     def __init__(self, name: str, needed: int, free: int, reason: str, arguments: TrainingArguments) -> None:
         super().__init__(
             f"{name} could not be written: {reason}. It needs about {_size(needed)}, and {_size(free)} are free at "
             f"{arguments.output_dir}. {what_is_kept(arguments)} Make room (a lower --save_total_limit, another "
-            "--output_dir), then go on with --resume_from_checkpoint true."
+            "--output_dir), then resume with --resume_from_checkpoint true."
         )
 
 
@@ -116,14 +116,14 @@ class Preempted(TrainingStopped):
 
 
 class ProcessLost(TrainingStopped):
-    """Another process of the job is gone, so that this one cannot go on."""
+    """Another process of the job ended, so that this one cannot continue."""
 
     def __init__(self, error: BaseException, arguments: TrainingArguments) -> None:
         reason = str(error).strip().splitlines()
         super().__init__(
             f"Process {arguments.process_index} of {arguments.world_size} has lost another process of the job, which "
             "was killed or has failed: see what it and the launcher say (a killed one says nothing; often the system "
-            f"ran out of memory, see `dmesg`). {what_is_kept(arguments)} Go on with --resume_from_checkpoint true. "
+            f"ran out of memory, see `dmesg`). {what_is_kept(arguments)} Resume with --resume_from_checkpoint true. "
             f"({reason[0] if reason else type(error).__name__})"
         )
 
@@ -135,24 +135,24 @@ def what_is_kept(arguments: TrainingArguments) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception, of whatever type, says that a device or the system has no memory left."""
+    """Whether an exception of any type means that a device or the system is out of memory."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, Exception) and should_reduce_batch_size(error)
     )
 
 
 def is_lost_process(error: BaseException) -> bool:
-    """Whether an exception comes from talking to a process that is gone."""
+    """Whether an exception means that another process ended."""
     if isinstance(error, torch.distributed.DistError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _PEER_WORDS)
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an exception from writing a file says that it did not fit."""
+    """Whether an exception from writing a file means that the disk is full."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    # torch.save and safetensors pass on no more than a text.
+    # torch.save and safetensors give only a text.
     return any(
         word in str(error) for word in ("file write failed", "No space left", "File too large", "unexpected pos")
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from chatglm_ptuning.model.losses import IGNORED_LABEL
 from chatglm_ptuning.model.modeling_heads import Head
 
-HEAD_INITS = ("probe", "random")
+HeadInit = Literal["probe", "random"]
 MAX_STATES = 20_000
 """States that a head is fitted to at most: 330 MB in float32 at a hidden size of 4,096."""
 MAX_PRODUCTS = 6_000_000_000
@@ -39,16 +39,15 @@ def start_head(
     rows: Sequence[Mapping[str, Any]],
     collate: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]],
     *,
-    head_init: str,
+    head_init: HeadInit,
     batch_size: int,
     seed: int,
 ) -> int:
-    """Gives the linear head of a model, if it is trained and still random, the first values that are asked for.
+    """Sets the first values of a model's linear head, if it is trained and still random.
 
     Not under ZeRO-3, where the head is in pieces before training starts, nor for spans.
 
     Args:
-        head_init: one of `HEAD_INITS`.
         model, rows, collate, batch_size, seed: as for `probe_head`.
 
     Returns:
@@ -70,7 +69,7 @@ def probe_head(
     batch_size: int,
     seed: int,
 ) -> int:
-    """Sets the head to the logistic regression from its present inputs to the rows' labels.
+    """Sets the head to a logistic regression from its current inputs to the rows' labels.
 
     Its strength of regularisation is chosen on a fifth of the rows, in large fits of 2,000 of them. Several labels at
     once are as many regressions. Every process of a job computes the same head.
@@ -136,7 +135,7 @@ def _states_and_labels(
 
 
 def _fit(states: np.ndarray, labels: np.ndarray, outputs: int, seed: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Weight `[outputs, hidden_size]` and bias `[outputs]`, float32; None where there is nothing to tell apart."""
+    """Weight `[outputs, hidden_size]` and bias `[outputs]`, float32; None if all labels are equal."""
     mean, scale = states.mean(0), states.std(0)
     scale = np.where(scale > 1e-6 * max(float(scale.max()), 1e-30), scale, 1.0)
     standard = (states - mean) / scale
@@ -168,7 +167,7 @@ def _fit_classes(
     if len(classes) < 2:
         return None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # near its optimum is near enough for a start
+        warnings.simplefilter("ignore", ConvergenceWarning)  # an approximate optimum is enough to start from
         strength = _choose_strength(states, labels, choice, seed)
         found = LogisticRegression(C=strength, max_iter=200).fit(states, labels)
     weight, bias = np.zeros((outputs, states.shape[1])), np.empty(outputs)
@@ -177,7 +176,7 @@ def _fit_classes(
         found_bias = np.concatenate([-found.intercept_, found.intercept_]) / 2
     else:
         found_weight, found_bias = found.coef_, found.intercept_
-    bias[:] = found_bias.min() - math.log(len(labels) + 1)  # a class without rows is rarer than any that has some
+    bias[:] = found_bias.min() - math.log(len(labels) + 1)  # a class without rows is rarer than all others
     weight[classes], bias[classes] = found_weight, found_bias
     return weight, bias
 

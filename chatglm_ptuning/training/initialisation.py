@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 
@@ -10,14 +11,15 @@ from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGenerati
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 from chatglm_ptuning.prefix.formats import read_prefix
 
-PREFIX_INITS = ("data", "text", "small", "official")
+PrefixInit = Literal["data", "text", "small", "official"]
+PREFIX_INITS = get_args(PrefixInit)
 _SMALL_STD = 0.02
 
 
 def init_prefix(
     model: ChatGLMForConditionalGeneration,
     tokenizer: ChatGLMTokenizer,
-    method: str,
+    method: PrefixInit,
     *,
     text: str | None = None,
     examples: Sequence[dict[str, list[int]]] = (),
@@ -31,7 +33,6 @@ def init_prefix(
     as many as fit. Starting from real tokens learns fastest in our measurements (docs/measurements.md).
 
     Args:
-        method: one of PREFIX_INITS.
         text: for `text`.
         examples: rows with `input_ids`, for `data`.
         seed: of the choice of rows.
@@ -60,7 +61,7 @@ def first_ids(
     examples: Sequence[dict[str, list[int]]] = (),
     seed: int = 42,
 ) -> torch.Tensor:
-    """The real tokens that a prefix or prompt starts from, int64 `[length]`.
+    """The tokens from which a prefix or prompt is initialised, int64 `[length]`.
 
     Args:
         method: `text` or `data`; the rest as in `init_prefix`.
@@ -87,7 +88,7 @@ def init_from_checkpoint(
     head: str | None = None,
     labels: Sequence[str] | None = None,
 ) -> bool:
-    """Sets the trainable prefix to a trained one, of this kit, official or PEFT's.
+    """Sets the trainable prefix to the values of a checkpoint of this kit, the official code or PEFT.
 
     Args:
         task, head, labels: what the model is for. A head that was trained for just that comes along.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def collect(
     engine: DeepSpeedEngine, parameters: Sequence[torch.nn.Parameter], groups: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """The state as `torch.optim.Optimizer.state_dict` gives it, on the CPU; every process must take part.
+    """The state in the format of `torch.optim.Optimizer.state_dict`, on the CPU. Must be called on every rank.
 
     Args:
         parameters: all that is trained, in the order of the optimizer's groups before DeepSpeed took it over.
@@ -52,7 +52,7 @@ def collect(
 
 
 def restore(engine: DeepSpeedEngine, parameters: Sequence[torch.nn.Parameter], saved: Mapping[str, Any]) -> None:
-    """Sets what `collect`, or a run without DeepSpeed, has saved; every process must take part.
+    """Restores what `collect` or a run without DeepSpeed has saved. Must be called on every rank.
 
     Raises:
         ValueError: if the state is that of other parameters.
@@ -84,14 +84,14 @@ def restore(engine: DeepSpeedEngine, parameters: Sequence[torch.nn.Parameter], s
 
 
 def restore_full_precision(parameters: Mapping[str, torch.nn.Parameter], saved: Mapping[str, torch.Tensor]) -> None:
-    """Sets the float32 values that the optimizer of a 16-bit engine works on."""
+    """Sets the optimizer's float32 copies of 16-bit parameters."""
     for name, parameter in parameters.items():
         if parameter.dtype != torch.float32:
             _set(parameter, saved[name].float(), None)
 
 
 def _partitions(engine: DeepSpeedEngine) -> list[torch.Tensor] | None:
-    """This process's flat parts of the parameters, which the optimizer works on; None without ZeRO."""
+    """This process's flat partitions of the parameters; None without ZeRO."""
     stage = engine.zero_optimization_stage()
     if stage == 0:
         if engine.optimizer is not engine.basic_optimizer:
@@ -105,7 +105,7 @@ def _partitions(engine: DeepSpeedEngine) -> list[torch.Tensor] | None:
 
 
 def _link_parts(engine: DeepSpeedEngine) -> None:
-    """Notes which part of the state belongs to which parameter.
+    """Maps every parameter to its part of the state.
 
     ZeRO-1 and -2 do so by themselves, but once, after the step of the first group of parameters, when the others (the
     bias of a linear head) have no state yet.
@@ -117,7 +117,7 @@ def _link_parts(engine: DeepSpeedEngine) -> None:
 
 
 def _is_per_number(value: Any) -> bool:
-    """Whether it holds one number for each of the parameter's (moments), not one for all (a step count)."""
+    """Whether the value has a number for each element (a moment), not one for all (a step count)."""
     return torch.is_tensor(value) and value.ndim > 0
 
 
@@ -133,7 +133,7 @@ def _set(parameter: torch.Tensor, value: torch.Tensor, key: str | None) -> None:
         else:
             utils.safe_set_full_optimizer_state(parameter, value, key)
         return
-    # DeepSpeed's own functions for whole values assume here that the number of processes divides them.
+    # DeepSpeed's own functions for full values assume here that the number of processes divides them.
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     flat = value.flatten()
     flat = torch.nn.functional.pad(flat, (0, part.ds_numel * world - flat.numel()))

@@ -1,4 +1,4 @@
-"""Not forgetting: general rows replayed in training, on which the tuned model is held to its base, and the report."""
+"""Preserving the base: general rows are replayed in training with a KL loss, and the drift is reported."""
 
 from __future__ import annotations
 
@@ -23,22 +23,21 @@ from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
 if TYPE_CHECKING:
     import datasets
-    from transformers import TrainingArguments
 
 logger = logging.get_logger(__name__)
 
 _BUNDLED = Path(__file__).resolve().parents[2] / "data" / "general_prompts"
 _SHORTEST = 64
-"""Tokens that a replayed row may have at least, so that the shortest question fits every chat format."""
+"""Smallest limit on the tokens of a replayed row: the shortest question fits every chat format."""
 
 
 @dataclass
 class PreservationArguments:
-    """Keeping what the base can do, and measuring how much of it is kept."""
+    """How the abilities of the base are preserved and measured."""
 
     preserve_base: float = field(
         default=0.0,
-        metadata={"help": "weight of the KL divergence from the base on general rows, added to the loss (default: 0)"},
+        metadata={"help": "weight of the KL divergence from the base on general rows in the loss (default: 0)"},
     )
     preserve_file: list[str] | None = field(
         default=None, metadata={"help": "general rows to replay, in any dataset format (default: bundled ones)"}
@@ -49,10 +48,10 @@ class PreservationArguments:
     preserve_batch_size: int | None = field(
         default=None, metadata={"help": "general rows per batch on every device (default: as many as of the task)"}
     )
-    preserve_max_length: int = field(default=256, metadata={"help": "tokens of a general row at most"})
-    max_preserve_eval_samples: int = field(default=64, metadata={"help": "measure on the first so many general rows"})
+    preserve_max_length: int = field(default=256, metadata={"help": "maximum number of tokens of a general row"})
+    max_preserve_eval_samples: int = field(default=64, metadata={"help": "number of general rows to measure on"})
     report_drift: bool = field(
-        default=True, metadata={"help": "measure at the end how far the prefix moved the model from the base"}
+        default=True, metadata={"help": "measure at the end how far the model drifted from the base"}
     )
 
     def __post_init__(self) -> None:
@@ -63,19 +62,6 @@ class PreservationArguments:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
-
-
-def check_preservation(arguments: PreservationArguments, training: TrainingArguments) -> None:
-    """Refuses what `--preserve_base` cannot do.
-
-    Raises:
-        ValueError: with ZeRO-3, which takes the output layer away before the backward pass computes logits again.
-    """
-    if arguments.preserve_base and training.deepspeed and training.hf_deepspeed_config.is_zero3():
-        raise ValueError(
-            "--preserve_base does not work with ZeRO-3, which partitions the base: use ds_config/zero2.json, with "
-            "--quantization_bit 4 or 8 if the base does not fit one GPU, or --preserve_base 0."
-        )
 
 
 @dataclass
@@ -99,7 +85,7 @@ def read_general_rows(
     replays: bool,
     measures: bool,
 ) -> GeneralRows:
-    """The rows that are replayed, and those to measure on.
+    """Reads the rows to replay and the rows to measure the drift on.
 
     Args:
         replays: rows to replay are needed.
@@ -119,7 +105,7 @@ def read_general_rows(
     replayed = read(arguments.preserve_file, "train.json") if replays else None
     held_out = None
     if measures and not (arguments.preserve_eval_file or _BUNDLED.is_dir()):
-        logger.warning("How far the prefix moves the base is not measured: that needs --preserve_eval_file here.")
+        logger.warning("The drift from the base is not measured: that needs --preserve_eval_file here.")
     elif measures:
         held_out = read(arguments.preserve_eval_file, "held_out.json", arguments.max_preserve_eval_samples)
     if replayed is not None and held_out is not None and (count := shared_rows(replayed, held_out)):
@@ -131,7 +117,7 @@ def read_general_rows(
 
 
 class Replay:
-    """The term that `--preserve_base` adds to the loss: weight x mean KL(base || tuned) per token of general rows.
+    """The loss term of `--preserve_base`: weight x mean KL(base || tuned) per token of general rows.
 
     The rows of a step depend on the seed, the step and how many rows a step has on all processes, accumulation
     included. So a resumed run replays the same rows, and so do other numbers of processes with the same product, as
@@ -163,7 +149,7 @@ class Replay:
         self._order = lru_cache(maxsize=4)(self._order_of_epoch)
 
     def rows_of_step(self, step: int, count: int, step_rows: int | None = None) -> list[int]:
-        """Which rows a step replays.
+        """The rows that a step replays.
 
         Every row comes once before any comes again.
 
@@ -186,7 +172,7 @@ class Replay:
         parts: int = 1,
         whole_parts: int | None = None,
     ) -> torch.Tensor:
-        """What one batch adds to a step's mean KL per token: the sum over all batches of the step is the mean.
+        """One batch's part of a step's mean KL per token. The sum over all batches of the step is the mean.
 
         Args:
             model: the model itself, without what DDP or DeepSpeed put around it.
@@ -214,6 +200,6 @@ def drift_report(
     *,
     under_engine: bool,
 ) -> dict[str, float]:
-    """What a run writes down beside the task's scores: `measure_drift`, each name with `general_` in front."""
+    """The metrics of `measure_drift`, named `general_...`."""
     found = measure_drift(model, held_out, tokenizer.pad_token_id, batch_size, under_engine=under_engine)
     return {f"general_{name}": value for name, value in found.items()}

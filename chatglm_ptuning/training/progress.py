@@ -1,4 +1,4 @@
-"""What a run tells whoever has started it, while it goes: `progress.jsonl` in its folder."""
+"""The progress of a run for the program that started it: `progress.jsonl` in the run's folder."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from chatglm_ptuning.training.failures import TrainingDiverged, TrainingStopped
 
 PROGRESS_FILE = "progress.jsonl"
 FAILED, REASON = "failed", "reason"
-"""Keys of the line that a run ends with if it fails: the kind of failure, and the message."""
+"""Keys of the last line of a failed run: the kind of failure, and the message."""
 DIVERGED, STOPPED, REFUSED, DEVICE, OTHER = "diverged", "stopped", "refused", "device", "other"
-"""Kinds of failure: the numbers are no longer usable; the run cannot go on; flags, files or base are wrong; the device
-fails whatever it is asked; anything else."""
+"""Kinds of failure: losses or gradients not usable; the run cannot continue; wrong flags, files or base; the device
+fails in every run; anything else."""
 
 
 class ProgressFile(TrainerCallback):
-    """Writes each entry of the log as one line, as soon as it is there; `trainer_state.json` has them at the end."""
+    """Writes each log entry as one line immediately; `trainer_state.json` has them only at the end."""
 
     def __init__(self) -> None:
         self.path: Path | None = None
@@ -30,7 +30,7 @@ class ProgressFile(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Starts the file with the entries of the checkpoint that is resumed from."""
+        """Starts the file with the log entries of the checkpoint."""
         if state.is_world_process_zero:
             self.path = Path(args.output_dir, PROGRESS_FILE)
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,16 +71,16 @@ def kind_of_failure(error: Exception) -> str:
 
 
 def read_progress(run: Path) -> list[dict[str, Any]]:
-    """The lines of the run in a folder, those of a run at work too; none if it has no progress yet."""
+    """The entries of a run, also while it is running; empty if there is no progress yet."""
     try:
         text = (run / PROGRESS_FILE).read_text(encoding="utf-8")
     except FileNotFoundError:
         return []
-    whole, _, _ = text.rpartition("\n")  # the last line may not be written to its end
+    whole, _, _ = text.rpartition("\n")  # the last line may be incomplete
     return [json.loads(line) for line in whole.split("\n") if line]
 
 
 def _add(path: Path, *entries: dict[str, Any]) -> None:
-    # A full disk must not end the run here: whatever saves its results says how much room that takes.
+    # A full disk must not end the run here: saving a checkpoint reports it with the room needed.
     with suppress(OSError), path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)

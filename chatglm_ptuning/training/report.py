@@ -1,4 +1,4 @@
-"""What a run leaves for people: a loss curve and sample answers."""
+"""What a run shows to people: a loss curve and sample answers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def draw_loss_curve(log_history: Sequence[Mapping[str, Any]], path: Path) -> Non
 
 
 def print_samples(prompts: Sequence[str], references: Sequence[str], answers: Mapping[str, Sequence[str]]) -> None:
-    """Prints a few questions with the wanted answer and those of every system."""
+    """Prints questions with the reference and the answer of every model."""
     console = Console()
     for place, (prompt, reference) in enumerate(zip(prompts, references, strict=True)):
         console.rule(f"sample {place + 1}")

@@ -1,11 +1,11 @@
-"""The order of training rows: reproducible from seed and epoch alone, so that a resumed run sees the same batches."""
+"""The order of training rows. It depends on seed and epoch only, so that a resumed run sees the same batches."""
 
 from __future__ import annotations
 
 import itertools
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch.utils.data import Dataset, Sampler
@@ -14,25 +14,24 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from chatglm_ptuning.data.dataset import lengths_of
 from chatglm_ptuning.model.losses import IGNORED_LABEL
 
-SAMPLING_STRATEGIES = ("group_by_length", "random", "sequential")
+SamplingStrategy = Literal["group_by_length", "random", "sequential"]
+SAMPLING_STRATEGIES = get_args(SamplingStrategy)
 TASK_KEY = "task"
-"""In the rows of several tasks: the one a row belongs to."""
-_FILLING_TOKENS = 2  # of a row that fills up a batch: the fewest with a token to predict
+"""Key of rows in a mixture: the task that a row belongs to."""
+_PADDING_ROW_TOKENS = 2  # the fewest that have a token to predict
 
 
 class EpochSampler(Sampler[int]):
     """The rows of an epoch, in another order every epoch.
 
-    transformers' own LengthGroupedSampler draws from the global random state, which a resumed run enters elsewhere.
+    transformers' own LengthGroupedSampler draws from the global random state, which differs in a resumed run.
 
     Args:
-        lengths: of every row, in tokens.
-        batch_size: rows of one step on all devices, accumulation included: so the order, and with it every step's
-            rows, does not depend on how many processes share them.
-        seed: of the whole run.
-        strategy: `group_by_length` (rows of similar length next to one another), `random` or `sequential`.
-        multiple_of: go on with the indices after the last row, until there are a multiple of so many. `PaddedRows`
-            has rows without anything to learn there.
+        lengths: number of tokens of every row.
+        batch_size: number of rows in a step, over all devices and accumulated batches. So the rows of a step do not
+            depend on the number of processes.
+        strategy: `group_by_length` puts rows of similar length next to one another.
+        multiple_of: indices of padding rows (`PaddedRows`) follow the last row, up to a multiple of this number.
 
     Raises:
         ValueError: for another strategy.
@@ -43,7 +42,7 @@ class EpochSampler(Sampler[int]):
         lengths: Sequence[int],
         batch_size: int,
         seed: int,
-        strategy: str = "group_by_length",
+        strategy: SamplingStrategy = "group_by_length",
         multiple_of: int = 1,
     ) -> None:
         if strategy not in SAMPLING_STRATEGIES:
@@ -75,7 +74,7 @@ class EpochSampler(Sampler[int]):
 
 
 class MixedRows(Dataset):
-    """The rows of several tasks one behind the other, each with the task that it belongs to.
+    """The rows of several tasks, concatenated, each with the name of its task.
 
     Attributes:
         of_task: the rows of every task, by its name.
@@ -99,7 +98,7 @@ class MixedRows(Dataset):
 
 
 class PaddedRows(Dataset):
-    """Rows, and after them as many without anything to learn as make a multiple of `multiple_of`.
+    """Rows, followed by padding rows with all labels masked, up to a multiple of `multiple_of`.
 
     With them every process gets equally many batches, and none of the rows twice, so that sums over the rows are those
     of a single process.
@@ -117,12 +116,12 @@ class PaddedRows(Dataset):
             return self.rows[index]
         if index >= self.total:
             raise IndexError(index)
-        return nothing_to_learn_like(self.rows[0])
+        return masked_row_like(self.rows[0])
 
 
-def nothing_to_learn_like(row: dict[str, Any]) -> dict[str, Any]:
-    """The shortest row of the same columns that adds nothing to any loss."""
-    filling: dict[str, Any] = {"input_ids": row["input_ids"][:_FILLING_TOKENS]}
+def masked_row_like(row: dict[str, Any]) -> dict[str, Any]:
+    """A short row with the same columns and all labels masked."""
+    filling: dict[str, Any] = {"input_ids": row["input_ids"][:_PADDING_ROW_TOKENS]}
     filling |= {name: row[name] for name in (TASK_KEY,) if name in row}
     filling |= {name: IGNORED_LABEL for name in ("start_positions", "end_positions") if name in row}
     labels = row.get("labels")
@@ -136,10 +135,10 @@ def nothing_to_learn_like(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def row_lengths(dataset: Any) -> list[int]:
-    """Tokens of every row, those that fill it up included, without reading prepared rows."""
+    """Number of tokens of every row, padding rows included, without reading cached rows."""
     if isinstance(dataset, MixedRows):
         return [length for rows in dataset.of_task.values() for length in lengths_of(rows)]
     if not isinstance(dataset, PaddedRows):
         return lengths_of(dataset)
     lengths = row_lengths(dataset.rows)
-    return lengths + [_FILLING_TOKENS] * (len(dataset) - len(lengths))
+    return lengths + [_PADDING_ROW_TOKENS] * (len(dataset) - len(lengths))

@@ -1,7 +1,7 @@
-"""transformers' Trainer for a prefix or what else is tuned: that alone is saved, and whole or not at all.
+"""transformers' Trainer for a prefix, or another method of tuning: it saves what is trained, completely or not at all.
 
-Long because it holds every hook of the Trainer that differs here, from the sampler to the best checkpoint, and nothing
-else; what they call is in modules of its own.
+All methods of the Trainer that differ here are in this one class, so the module is long. A comment at each private
+method says why no public one would do.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from chatglm_ptuning.prefix.checkpoint import PREFIX_KEY
 from chatglm_ptuning.prefix.formats import read_prefix
 from chatglm_ptuning.training import optimizer_state
 from chatglm_ptuning.training.callbacks import FiniteGuard, LogAtCheckpoints, StopOnSignal, ZeroLossGuard
-from chatglm_ptuning.training.distributed import everywhere
+from chatglm_ptuning.training.distributed import all_gather_objects
 from chatglm_ptuning.training.failures import (
+    AllLabelsMasked,
     CheckpointNotWritten,
-    NothingToLearn,
     OutOfMemory,
     Preempted,
     TrainingDiverged,
@@ -43,7 +43,7 @@ from chatglm_ptuning.training.failures import (
 )
 from chatglm_ptuning.training.preservation import Replay
 from chatglm_ptuning.training.progress import ProgressFile
-from chatglm_ptuning.training.sampler import SAMPLING_STRATEGIES, EpochSampler, PaddedRows, row_lengths
+from chatglm_ptuning.training.sampler import EpochSampler, PaddedRows, row_lengths
 from chatglm_ptuning.tuning.tuning import PrefixTuning, Tuning
 
 logger = logging.get_logger(__name__)
@@ -56,13 +56,13 @@ _ROOM_FOR_SMALL_FILES = 2**20
 
 
 class PrefixTrainer(Trainer):
-    """Trains the prefix of a ChatGLM model, or what another way of tuning trains.
+    """Trains the prefix of a ChatGLM model, or what another method of tuning trains.
 
     Args:
-        tuning: what is trained, on the same model; by default its prefix.
-        details: what every prefix checkpoint records beside the weights: chat format, task, training.
-        generation_metrics: called after an evaluation, for metrics that need generated answers.
-        replay: what holds the model to its base on general rows.
+        tuning: the model with what is trained; by default its prefix.
+        details: what every checkpoint records beside the weights: chat format, task, training.
+        generation_metrics: called after an evaluation, for metrics that need predictions.
+        replay: the loss term that preserves the base on general rows.
         kwargs: as for transformers' Trainer.
     """
 
@@ -100,9 +100,9 @@ class PrefixTrainer(Trainer):
     # ---- data ----
 
     def get_train_dataloader(self) -> DataLoader:
-        """As the Trainer's; under several processes with rows that fill up the last batches (`PaddedRows`)."""
+        """As the Trainer's; with several processes the last batches are filled with padding rows (`PaddedRows`)."""
         rows = self.train_dataset
-        if rows is None or self.args.train_sampling_strategy not in SAMPLING_STRATEGIES:
+        if rows is None:
             return super().get_train_dataloader()
         return self._get_dataloader(
             PaddedRows(rows, self._rows_at_once(self._train_batch_size)),
@@ -115,35 +115,34 @@ class PrefixTrainer(Trainer):
     def _rows_at_once(self, batch_size: int) -> int:
         return batch_size * self.args.world_size if self.args.world_size > 1 else 1
 
+    # The only way to give the Trainer an order of rows that does not depend on the number of processes.
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy not in SAMPLING_STRATEGIES:
-            return super()._get_train_sampler(train_dataset)
         step = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         filled = self._rows_at_once(self._train_batch_size)
         lengths = row_lengths(dataset)
         self._epoch_sampler = EpochSampler(lengths, step, self.args.seed, self.args.train_sampling_strategy, filled)
         return self._epoch_sampler
 
+    # When the Trainer resumes within an epoch on several processes, it does not call the sampler's `set_epoch`.
     def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True  # which the Trainer looks at only after a step
+            self.control.should_training_stop = True  # the Trainer checks it only after a step
             return
         self._replay_step = -1
-        # The Trainer itself does not reach the sampler when it resumes in the middle of an epoch on several processes.
         if self._epoch_sampler is not None:
             self._epoch_sampler.set_epoch(epoch)
         super()._run_epoch(epoch=epoch, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As the Trainer's; under several processes filled up as in training, except rows that are meant by name."""
+        """As the Trainer's; with padding rows as in training, except for data sets that are given by name."""
         if isinstance(eval_dataset, str):
             return super().get_eval_dataloader(eval_dataset)
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         return super().get_eval_dataloader(PaddedRows(rows, self._rows_at_once(self.args.eval_batch_size)))
 
+    # transformers' own sampler by length draws another order in every process.
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
-        # transformers' own, by length, would draw another order in every process.
         return EpochSampler(row_lengths(eval_dataset), self._rows_at_once(self.args.eval_batch_size), self.args.seed)
 
     # ---- steps ----
@@ -152,7 +151,7 @@ class PrefixTrainer(Trainer):
         """As the Trainer's.
 
         Raises:
-            TrainingStopped: with advice, if the run cannot go on; Preempted, if it was told to end and has saved.
+            TrainingStopped: with advice, if the training cannot continue; Preempted after SIGTERM, when all is saved.
         """
         if self.args.auto_find_batch_size and self.args.world_size > 1:
             raise ValueError(
@@ -171,13 +170,18 @@ class PrefixTrainer(Trainer):
             step = self.state.global_step
             raise Preempted(
                 f"SIGTERM: stopped after step {step}. Everything is saved in {self.args.output_dir}/"
-                f"{PREFIX_CHECKPOINT_DIR}-{step}; go on with --resume_from_checkpoint true."
+                f"{PREFIX_CHECKPOINT_DIR}-{step}; resume with --resume_from_checkpoint true."
             )
         return result
 
     @property
+    def under_engine(self) -> bool:
+        """Whether a DeepSpeed engine manages the model."""
+        return self.deepspeed is not None
+
+    @property
     def steps_done(self) -> int:
-        """Steps that `train` has taken, not counting those of the checkpoint it went on from."""
+        """Steps that `train` has taken, without those before the checkpoint that it resumed from."""
         return self.state.global_step - self._initial_global_step
 
     def training_step(
@@ -189,13 +193,13 @@ class PrefixTrainer(Trainer):
         """One forward and backward pass.
 
         Raises:
-            NothingToLearn: if all labels of the step, on all processes, are masked.
+            AllLabelsMasked: if all labels of the step, on all processes, are masked.
             OutOfMemory: if the batch does not fit, unless a fitting size is being looked for.
             TrainingDiverged: if the loss is not finite.
         """
         step = self.state.global_step + 1
         if num_items_in_batch is not None and int(num_items_in_batch) == 0:
-            raise NothingToLearn(step)
+            raise AllLabelsMasked(step)
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
         except Exception as error:
@@ -216,7 +220,7 @@ class PrefixTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """As the Trainer's; in training with the divergence from the base, if it is to be preserved."""
+        """As the Trainer's; in training plus the divergence from the base, if the base is preserved."""
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.replay is None or not model.training:
             return result
@@ -224,13 +228,13 @@ class PrefixTrainer(Trainer):
         # Gradients and logged losses are means over the processes, and the term is this process's part of a sum.
         term = term * self.args.world_size
         if num_items_in_batch is None or not self.model_accepts_loss_kwargs:
-            term = term * self.current_gradient_accumulation_steps  # by which the Trainer is going to divide
+            term = term * self.current_gradient_accumulation_steps  # the Trainer divides by it
         if return_outputs:
             return result[0] + term, result[1]
         return result + term
 
     def _divergence_from_base(self) -> torch.Tensor:
-        """This batch's part of the step's mean KL per token, noted for the log."""
+        """This batch's part of the step's mean KL per token, which is also logged."""
         step, world = self.state.global_step, self.args.world_size
         if step != self._replay_step:
             self._replay_step, self._replay_batches = step, 0
@@ -249,27 +253,28 @@ class PrefixTrainer(Trainer):
         return divergence
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's; the entries of training also have the mean KL from the base since the entry before."""
+        """As the Trainer's; training entries also have the mean KL from the base since the previous entry."""
         if "loss" in logs and self._replay_sum is not None:
             total = self.accelerator.reduce(self._replay_sum, "sum").item()
             logs = {**logs, "preserve_kl": total / self._replay_steps}
             self._replay_sum, self._replay_steps = None, 0
         super().log(logs, *args, **kwargs)
 
+    # Spans have start positions instead of labels. Without a count, each process would take a mean of its own.
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], *args: Any, **kwargs: Any) -> Any:
-        # Answers in a text have positions instead of labels; else each process would take a mean of its own.
         counted = [
             {"labels": batch["start_positions"]} if "start_positions" in batch else batch for batch in batch_samples
         ]
         return super()._get_num_items_in_batch(counted, *args, **kwargs)
 
+    # Nothing else is called between the backward pass and the optimizer step, where NaN gradients must stop the run.
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
-        if norm is None:  # without ZeRO, DeepSpeed does not tell the norm
+        if norm is None:  # without ZeRO, DeepSpeed does not give the norm
             finite = all(bool(torch.isfinite(parameter).all()) for parameter in self._trained)
         else:
             finite = math.isfinite(float(norm))
-        # Under DeepSpeed the step is done by now, and skipped if its 16-bit gradients had overflowed.
+        # DeepSpeed has already done the step, or skipped it if the 16-bit gradients overflowed.
         skipped = self.is_deepspeed_enabled and bool(self.accelerator.optimizer_step_was_skipped)
         self._finite.check(finite and not skipped, self.state.global_step + 1, self.args)
         return norm
@@ -277,7 +282,7 @@ class PrefixTrainer(Trainer):
     # ---- evaluation ----
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """As the Trainer's, with the metrics of generated answers when they were asked for."""
+        """As the Trainer's, with the metrics of predictions if there are any."""
         metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.generation_metrics is not None:
             generated = {f"{metric_key_prefix}_{name}": value for name, value in self.generation_metrics().items()}
@@ -287,24 +292,24 @@ class PrefixTrainer(Trainer):
         return metrics
 
     def last_evaluation(self) -> dict[str, float]:
-        """The metrics of the model as it is now: of the evaluation at the last step, if there was one, else anew."""
+        """The metrics of the current model: those of the evaluation at the last step, or of a new one."""
         if self._evaluated is not None and self._evaluated[0] == self.state.global_step:
             return self._evaluated[1]
         return self.evaluate()
 
     def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
-        """As the Trainer's; adds the loss and its number of tokens up for `evaluation_loop`."""
+        """As the Trainer's; sums loss and number of tokens for `evaluation_loop`."""
         result = super().prediction_step(model, inputs, *args, **kwargs)
         tokens = self._get_num_items_in_batch([inputs], self.args.device)
         if result[0] is not None and tokens is not None:
-            # The Trainer has divided by the tokens of all processes, and multiplied by the number of processes.
+            # The Trainer has divided by the tokens of all processes and multiplied by the number of processes.
             together = self.args.world_size if self.args.average_tokens_across_devices else 1
             sums = torch.stack((result[0] * tokens, tokens.to(result[0]))).double() / together
             self._eval_sums = sums if self._eval_sums is None else self._eval_sums + sums
         return result
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """As the Trainer's, but the loss is the mean over all tokens, however they are shared among batches."""
+        """As the Trainer's, but the loss is the mean over all tokens, independent of the batches."""
         self._eval_sums = None
         with self._without_needless_deepspeed():
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -315,7 +320,7 @@ class PrefixTrainer(Trainer):
 
     @contextmanager
     def _without_needless_deepspeed(self) -> Iterator[None]:
-        """Evaluation alone needs DeepSpeed only where it has partitioned the base; transformers refuses the rest."""
+        """Turns DeepSpeed off for an evaluation without training: transformers refuses it there without ZeRO-3."""
         needless = self.is_deepspeed_enabled and self.deepspeed is None and not is_partitioned(self.model.parameters())
         if needless:
             self.is_deepspeed_enabled = False
@@ -328,10 +333,10 @@ class PrefixTrainer(Trainer):
     # ---- saving ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes what is trained, nothing of a frozen base; every process must take part, the first one writes."""
+        """Writes what is trained, and nothing of a frozen base. Must be called on every rank; the first one writes."""
         folder = Path(output_dir or self.args.output_dir)
         model = self._prefix_model
-        model.base_fingerprint()  # which every process has to help with, if the base is partitioned
+        model.base_fingerprint()  # a collective operation if the base is partitioned
         with self._in_full_precision(model):
             if self.args.should_save:
                 self.tuning.save(folder, self.details)
@@ -339,7 +344,7 @@ class PrefixTrainer(Trainer):
 
     @contextmanager
     def _in_full_precision(self, model: torch.nn.Module) -> Iterator[None]:
-        """Inside, what is trained is whole, and in float32 where DeepSpeed's optimizer keeps that beside 16 bits."""
+        """Gathers what is trained, in float32 if DeepSpeed's optimizer keeps float32 copies of 16-bit parameters."""
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         rounded = [parameter for parameter in trained if parameter.dtype != torch.float32]
         full = {}
@@ -359,18 +364,18 @@ class PrefixTrainer(Trainer):
                     parameter.data = value
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """As the Trainer's; remembers what is trained, in the order of the saved state."""
+        """As the Trainer's; keeps the trained parameters in the order of the saved state."""
         optimizer = super().create_optimizer(model)
         if not isinstance(optimizer, AcceleratedOptimizer):
             self._set_head_learning_rate(optimizer)
-            # DeepSpeed leaves empty groups out (a table has no biases); then the schedule's state has the same form.
+            # DeepSpeed drops empty groups (a table has no biases). Without them the schedule's state has the same form.
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
             self._trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             self._optimizer_groups = optimizer.state_dict()["param_groups"]
         return optimizer
 
     def _set_head_learning_rate(self, optimizer: torch.optim.Optimizer) -> None:
-        """Moves the linear head into groups of its own, behind the others."""
+        """Moves the parameters of the linear head into groups of their own, after the others."""
         rate = getattr(self.args, "head_learning_rate", None)
         if rate is None:
             return
@@ -381,6 +386,7 @@ class PrefixTrainer(Trainer):
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in head]
                 optimizer.add_param_group({**group, "params": of_head, "lr": rate})
 
+    # DeepSpeed's own format depends on stage and number of processes; this one is read by any run.
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_deepspeed_enabled:
             return super()._save_optimizer_and_scheduler(output_dir)
@@ -389,23 +395,24 @@ class PrefixTrainer(Trainer):
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
+    # Only the first process writes to the run's folder: the others may not see it.
     def _save_rng_state(self, output_dir: str) -> None:
         if self.args.world_size == 1:
             return super()._save_rng_state(output_dir)
-        # The first process alone writes to the run's folder, which the others need not see.
         with TemporaryDirectory() as own:
             super()._save_rng_state(own)
             (file,) = Path(own).iterdir()
-            states = everywhere((file.name, file.read_bytes()))
+            states = all_gather_objects((file.name, file.read_bytes()))
         if self.args.should_save:
             for name, content in states:
                 (Path(output_dir) / name).write_bytes(content)
 
+    # Lets the Trainer write a checkpoint into the staging folder.
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
 
+    # Writes into a staging folder first, so that a killed process or a full disk leaves no incomplete checkpoint.
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Writes into a staging folder first: a killed process or a full disk leaves no half checkpoint behind."""
         run = Path(super()._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._staging = run / STAGING_FOLDER
@@ -434,7 +441,7 @@ class PrefixTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _bytes_needed(self, run: Path) -> int:
-        """Of the next checkpoint: as many as the largest one there takes, or what prefix and AdamW will take."""
+        """Size of the next checkpoint: that of the largest one so far, at least that of prefix and AdamW's state."""
         numbers = sum(whole_shape(parameter).numel() for parameter in self._trained)
         earlier = [folder_size(folder) for folder in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
         return max([3 * 4 * numbers + _ROOM_FOR_SMALL_FILES, *earlier])
@@ -446,7 +453,7 @@ class PrefixTrainer(Trainer):
             raise CheckpointNotWritten(name, needed, free, "the disk is full", self.args)
 
     def _point_to_best(self, final: Path) -> bool:
-        """Lets every process look for the best checkpoint where it is going to be; whether that changed anything."""
+        """Sets the path of the best checkpoint to its final place; returns whether that changed it."""
         before = self.state.best_model_checkpoint
         if self.state.best_global_step:
             kept = final.parent / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
@@ -461,7 +468,7 @@ class PrefixTrainer(Trainer):
             final.rename(replaced)
         staged.rename(final)
         shutil.rmtree(replaced, ignore_errors=True)
-        # Only now that the new checkpoint is whole may older ones go.
+        # Older checkpoints are removed only when the new one is complete.
         rotate_checkpoints(
             output_dir=str(final.parent),
             save_total_limit=self.args.save_total_limit,
@@ -471,14 +478,14 @@ class PrefixTrainer(Trainer):
 
     # ---- loading ----
 
+    # DeepSpeed copies the trained parameters when it is prepared, so that a checkpoint must be loaded before. It is not
+    # given the checkpoint, which is not in its own format.
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
     ) -> tuple[torch.nn.Module, DataLoader]:
         if resume_from_checkpoint is None or not self.is_deepspeed_enabled:
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         else:
-            # Before DeepSpeed makes its own copies of what is trained. It is not told of the checkpoint, which has
-            # another form than its own.
             self._load_from_checkpoint(resume_from_checkpoint)
             prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
             self._restore_deepspeed(Path(resume_from_checkpoint))
@@ -507,14 +514,16 @@ class PrefixTrainer(Trainer):
             return
         if not math.isclose(used, self.args.learning_rate, rel_tol=1e-6):
             logger.warning(
-                f"--learning_rate {self.args.learning_rate:g} is not used: the run goes on from {checkpoint} with its "
-                f"own learning rate of {used:g}. To train on with another one, start a new run from that prefix: "
+                f"--learning_rate {self.args.learning_rate:g} is not used: the run resumes from {checkpoint} with its "
+                f"own learning rate of {used:g}. To train with another one, start a new run from that prefix: "
                 f"--ptuning_checkpoint {checkpoint} and another --output_dir."
             )
 
+    # The checkpoint holds what is trained, not a whole model.
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         self.tuning.load(Path(resume_from_checkpoint))
 
+    # As above.
     def _load_best_model(self) -> None:
         self._evaluated = None
         self.tuning.load(Path(self.state.best_model_checkpoint))

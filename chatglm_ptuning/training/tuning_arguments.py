@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from chatglm_ptuning.training.head_start import HEAD_INITS
+from chatglm_ptuning.training.head_start import HeadInit
 from chatglm_ptuning.tuning.methods import (
     LEARNING_RATES,
     LINEAR_LAYERS,
-    PROMPT_ENCODERS,
-    TUNING_METHODS,
     LoraSettings,
+    PromptEncoder,
     PromptSettings,
+    TuningMethod,
 )
 
 _LORA = LoraSettings()
@@ -21,44 +21,37 @@ _LORA = LoraSettings()
 class TuningArguments:
     """The way of tuning, its settings and learning rates."""
 
-    tuning: str = field(
-        default="ptuning_v2",
-        metadata={"help": f"what is trained: {', '.join(TUNING_METHODS)} (none: evaluate the plain base)"},
+    tuning: TuningMethod = field(
+        default="ptuning_v2", metadata={"help": "tuning method (none: evaluate the plain base)"}
     )
     learning_rate: float | None = field(
         default=None,
-        metadata={"help": "of what is trained (default: 1e-2 for a prefix, where the official script has 2e-2, and for "
-                  "head_only; prompt 3e-2, p_tuning 1e-3, lora 2e-4, full 5e-5)"},
+        metadata={"help": "default: the task's; else 1e-2 for a prefix (the official script has 2e-2) and head_only, "
+                  "3e-2 for prompt, 1e-3 for p_tuning, 2e-4 for lora, 5e-5 for full"},
     )  # fmt: skip
     head_learning_rate: float | None = field(
-        default=None, metadata={"help": "of a linear head (default: --learning_rate)"}
+        default=None, metadata={"help": "learning rate of a linear head (default: --learning_rate)"}
     )
-    head_init: str = field(
+    head_init: HeadInit = field(
         default="probe",
         metadata={"help": "first values of a linear head for texts or tokens: probe (logistic regression on the states "
                   "of the training rows, as they are before training) or random"},
     )  # fmt: skip
-    lora_rank: int = field(default=_LORA.rank, metadata={"help": "of lora: rank of the matrices"})
-    lora_alpha: float = field(default=_LORA.alpha, metadata={"help": "of lora: they count alpha / rank times"})
-    lora_dropout: float = field(default=_LORA.dropout, metadata={"help": "of lora: dropout on their input"})
+    lora_rank: int = field(default=_LORA.rank, metadata={"help": "LoRA: rank of the update matrices"})
+    lora_alpha: float = field(default=_LORA.alpha, metadata={"help": "LoRA: the update is scaled by alpha / rank"})
+    lora_dropout: float = field(default=_LORA.dropout, metadata={"help": "LoRA: dropout on the input"})
     lora_target: list[str] = field(
         default_factory=lambda: list(_LORA.targets),
-        metadata={"help": f"of lora: the layers, among {', '.join(LINEAR_LAYERS)}"},
+        metadata={"help": f"LoRA: the layers, among {', '.join(LINEAR_LAYERS)}"},
     )
-    prompt_encoder: str = field(
-        default="mlp", metadata={"help": f"of p_tuning: {' or '.join(PROMPT_ENCODERS)}, which makes the prompt"}
+    prompt_encoder: PromptEncoder = field(
+        default="mlp", metadata={"help": "P-Tuning: the network that makes the prompt"}
     )
     prompt_encoder_hidden_size: int | None = field(
-        default=None, metadata={"help": "of p_tuning (default: the base's hidden_size)"}
+        default=None, metadata={"help": "P-Tuning: width of that network (default: the base's hidden_size)"}
     )
 
     def __post_init__(self) -> None:
-        if self.tuning not in TUNING_METHODS:
-            raise ValueError(f"--tuning must be one of {', '.join(TUNING_METHODS)}, got {self.tuning!r}")
-        if self.head_init not in HEAD_INITS:
-            raise ValueError(f"--head_init must be {' or '.join(HEAD_INITS)}, got {self.head_init!r}")
-        if self.prompt_encoder not in PROMPT_ENCODERS:
-            raise ValueError(f"--prompt_encoder must be {' or '.join(PROMPT_ENCODERS)}, got {self.prompt_encoder!r}")
         unknown = [name for name in self.lora_target if name not in LINEAR_LAYERS]
         if unknown or not self.lora_target:
             raise ValueError(f"--lora_target takes {', '.join(LINEAR_LAYERS)}, got {', '.join(unknown) or 'nothing'}")

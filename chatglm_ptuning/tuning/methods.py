@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-LEARNING_RATES = {
+TuningMethod = Literal["ptuning_v2", "prompt", "p_tuning", "lora", "full", "head_only", "none"]
+LEARNING_RATES: dict[TuningMethod, float] = {
     "ptuning_v2": 1e-2,
     "prompt": 3e-2,
     "p_tuning": 1e-3,
@@ -20,12 +22,12 @@ methods. `lora`: LoRA (Hu et al. 2021), tables of GPT-2 and GPT-3. `full`: ChatG
 `head_only`: our choice, for bases as small as chatglm-nano.
 """
 
-TUNING_METHODS = tuple(LEARNING_RATES)
+TUNING_METHODS = get_args(TuningMethod)
 PROMPT_METHODS = ("prompt", "p_tuning")
 """Those that train embeddings in front of the input."""
 PREFIX_METHODS = ("ptuning_v2", *PROMPT_METHODS)
 """Those with virtual tokens (`pre_seq_len`)."""
-PROMPT_ENCODERS = ("mlp", "lstm")
+PromptEncoder = Literal["mlp", "lstm"]
 LINEAR_LAYERS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 """The linear layers of every ChatGLM layer, by their names; what LoRA can be put beside."""
 
@@ -45,10 +47,10 @@ class PromptSettings:
     """Of `prompt` and `p_tuning`.
 
     Attributes:
-        encoder: of `p_tuning`, one of PROMPT_ENCODERS.
+        encoder: of `p_tuning`.
         encoder_hidden_size: of `p_tuning`; None for the base's own.
     """
 
     pre_seq_len: int = 128
-    encoder: str = "mlp"
+    encoder: PromptEncoder = "mlp"
     encoder_hidden_size: int | None = None

@@ -65,7 +65,6 @@ class HarnessArguments(InferenceBaseArguments):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name, least in (("num_fewshot", 0), ("limit", 1), ("per_device_eval_batch_size", 1)):
             value = getattr(self, name)
             if value is not None and value < least:

@@ -1,4 +1,4 @@
-"""The order of rows of several tasks: every step is of one of them."""
+"""The order of rows in a mixture of tasks: the rows of a step belong to one task."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.data import Sampler
 from chatglm_ptuning.training.sampler import EpochSampler
 
 _PASSES = 1000
-"""Passes over a small task within an epoch that get an order of their own."""
+"""Maximum number of passes over a small task within an epoch, each in another order."""
 
 
 class MixtureSampler(Sampler[int]):
@@ -55,7 +55,7 @@ class MixtureSampler(Sampler[int]):
         return self.steps * self.batch_size
 
     def tasks_of_steps(self) -> list[int]:
-        """The number of the task of each step of the epoch."""
+        """The index of the task of each step of the epoch."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         return torch.multinomial(self.probabilities, self.steps, replacement=True, generator=generator).tolist()
 

@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 
 
 class OneTaskCollator:
-    """As the padding collator, with the task that all rows of the batch belong to."""
+    """`PaddingCollator` for batches whose rows all belong to one task."""
 
     def __init__(self, padding: PaddingCollator) -> None:
         self.padding = padding
@@ -78,16 +78,16 @@ class MixtureTrainer(PrefixTrainer):
     # ---- losses ----
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As the PrefixTrainer's; warns of tasks whose turn never came."""
+        """As the PrefixTrainer's; warns about tasks that no step was drawn for."""
         result = super().train(*args, **kwargs)
         drawn = self._drawn()
         missed = [task for number, task in enumerate(self.train_sizes) if number not in drawn]
         if missed:
-            logger.warning(f"No step was of {', '.join(missed)}: train for longer, or draw it more often.")
+            logger.warning(f"No step trained {', '.join(missed)}: train for more steps, or raise the weight.")
         return result
 
     def _drawn(self) -> set[int]:
-        """Numbers of the tasks of all steps so far, those before a resumption too."""
+        """Indices of the tasks of all steps so far, with those before a resumption."""
         sampler, steps, drawn = self._epoch_sampler, self.state.global_step, set()
         for epoch in range(-(-steps // sampler.steps)):
             sampler.set_epoch(epoch)
@@ -95,7 +95,7 @@ class MixtureTrainer(PrefixTrainer):
         return drawn
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As the PrefixTrainer's; adds the loss up by task."""
+        """As the PrefixTrainer's; sums the loss by task."""
         loss = super().training_step(model, inputs, *args, **kwargs)
         place = list(self.train_sizes).index(inputs[TASK_KEY])
         self._losses[0, place] += float(loss)
@@ -103,7 +103,7 @@ class MixtureTrainer(PrefixTrainer):
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's, with the mean training loss of each task since the last time as `loss_TASK`."""
+        """As the Trainer's, with the mean training loss of each task since the last entry as `loss_TASK`."""
         if "loss" in logs:
             totals, steps = self.accelerator.reduce(self._losses.to(self.args.device, torch.float32), "mean").tolist()
             means = zip(self.train_sizes, totals, steps, strict=True)
@@ -122,7 +122,7 @@ class MixtureTrainer(PrefixTrainer):
         losses, scores = [], []
         for task in self.eval_dataset:
             prefix = f"{metric_key_prefix}_{task}"
-            # By name: the Trainer keeps persistent workers' loaders, and those without a name are one to it.
+            # By name: the Trainer caches the data loaders of persistent workers by name.
             loop = self.evaluation_loop(
                 self.get_eval_dataloader(task), task, prediction_loss_only=True, metric_key_prefix=prefix
             )
