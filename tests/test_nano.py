@@ -8,7 +8,7 @@ import torch
 from native_glm import as_native_glm
 
 import chatglm_ptuning
-from chatglm_ptuning.model.hub import DEFAULT_MODEL
+from chatglm_ptuning.model.arguments import DEFAULT_MODEL
 
 HEADLINES = Path(DEFAULT_MODEL).parent / "news_topic" / "train.json"
 

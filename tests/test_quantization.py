@@ -16,7 +16,7 @@ from chatglm_ptuning import ChatGLMConfig, ChatGLMForConditionalGeneration, Chat
 from chatglm_ptuning.data.collate import PaddingCollator
 from chatglm_ptuning.data.formats.registry import Columns
 from chatglm_ptuning.data.sources.files import iterate_rows
-from chatglm_ptuning.model.hub import DEFAULT_MODEL
+from chatglm_ptuning.model.arguments import DEFAULT_MODEL
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.model.quantization import quantization_settings
 from chatglm_ptuning.prefix.formats import read_prefix

@@ -23,7 +23,8 @@ from chatglm_ptuning.data.tasks.heads.conversations import ConversationAnswers
 from chatglm_ptuning.data.tasks.readers.conversations import ConversationReader
 from chatglm_ptuning.data.tasks.source import SplitSource
 from chatglm_ptuning.files import write_json
-from chatglm_ptuning.model.hub import DEFAULT_MODEL, HUBS
+from chatglm_ptuning.model.arguments import DEFAULT_MODEL
+from chatglm_ptuning.model.hub import HUBS
 from chatglm_ptuning.model.loading import load_tokenizer
 
 CHECK_FILE = "data_check.json"

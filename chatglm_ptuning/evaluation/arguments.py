@@ -8,7 +8,7 @@ from pathlib import Path
 from chatglm_ptuning.data.tasks.arguments import TaskArguments
 from chatglm_ptuning.evaluation.chosen_prefix import PLAIN_BASE
 from chatglm_ptuning.files import check_output_folder
-from chatglm_ptuning.model.hub import DEFAULT_MODEL, InferenceBaseArguments
+from chatglm_ptuning.model.arguments import DEFAULT_MODEL, InferenceBaseArguments
 
 DEFAULT_TEST_FILE = str(Path(DEFAULT_MODEL).parent / "news_topic" / "dev.json")
 """What is scored when no file is named: bundled with the sources, columns `content` and `summary`."""

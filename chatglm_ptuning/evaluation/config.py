@@ -63,7 +63,7 @@ def resolve(args: EvaluationArguments) -> EvaluationConfig:
     if prefix is None:
         head = head_of(task, args.head or next(iter(answering), None))
     else:
-        details = recorded_details(prefix, args.model_name_or_path, hub=args.hub, revision=args.revision)
+        details = recorded_details(prefix, args)
         head = heads_of(task)[recorded_head(details, task, args.head, prefix)]
         trained = recorded_reading(details, task, prefix)
         if details.get("task") == task.name:

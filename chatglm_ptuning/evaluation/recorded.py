@@ -11,8 +11,7 @@ from transformers.utils import logging
 from chatglm_ptuning.data.tasks.arguments import TaskSetup, TrainedReading
 from chatglm_ptuning.data.tasks.heads import ECHO_HEADS, LINEAR_HEADS, heads_of
 from chatglm_ptuning.data.tasks.task import Task
-from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
-from chatglm_ptuning.model.hub import find_base
+from chatglm_ptuning.model.arguments import BaseArguments
 from chatglm_ptuning.prefix.formats import read_prefix
 from chatglm_ptuning.prefix.formats.peft import adapter_type
 from chatglm_ptuning.tuning.record import read_record
@@ -29,12 +28,10 @@ PROMPTS = "prompts"
 """Key of `PrefixMetadata.training`: what each task asked, by its name."""
 
 
-def recorded_details(
-    checkpoint: str | Path, base: str, hub: str = "huggingface", revision: str | None = None
-) -> dict[str, Any]:
-    """What a checkpoint of any --tuning says of its task, head and labels, read before the base's weights are.
+def recorded_details(checkpoint: str | Path, base: BaseArguments) -> dict[str, Any]:
+    """What a checkpoint of any tuning method records about its task, head and labels; needs no weights of the base.
 
-    An adapter of PEFT's own says nothing.
+    An adapter of PEFT's own records nothing.
 
     Raises:
         FileNotFoundError, ValueError: as `read_prefix`, `read_record` and `find_base`.
@@ -44,8 +41,7 @@ def recorded_details(
         return record.details
     if adapter_type(Path(checkpoint)) == "LORA":
         return {}
-    config = ChatGLMConfig.from_pretrained(find_base(base, hub, revision, weights=False))
-    metadata = read_prefix(checkpoint, config.prefix_shape).metadata
+    metadata = read_prefix(checkpoint, base.load_config().prefix_shape).metadata
     return {"task": metadata.task, "head": metadata.head, "labels": metadata.labels,
             "tasks": metadata.tasks, "training": metadata.training}  # fmt: skip
 

@@ -20,7 +20,6 @@ from chatglm_ptuning.evaluation.inference import InferenceSettings, predict_besi
 from chatglm_ptuning.evaluation.parallel import is_first_process, joined_processes, print_once
 from chatglm_ptuning.evaluation.report import head_settings, print_scores, score_task, write_report
 from chatglm_ptuning.files import write_json, write_lines
-from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.tuning.tuning import NoTuning, Tuning
 
 BASE_FOLDER = "base"
@@ -61,19 +60,10 @@ def evaluate(args: EvaluationArguments) -> Scores:
     found = loader.read(setup.task, config.split)
     whole = config.split.limit is None and args.subjects is None and not found.bad_rows.count
     may_submit = whole and can_submit(setup.task, found.examples)
-    tokenizer = load_tokenizer(args.model_name_or_path, hub=args.hub, revision=args.revision)
-    head = setup.make_head(tokenizer)
+    head = setup.make_head(args.load_tokenizer())
     examples, report = loader.make_ready(head, found)
     print_once(_described(config, report))
-    model = load_model(
-        args.model_name_or_path,
-        hub=args.hub,
-        revision=args.revision,
-        quantization_bit=args.quantization_bit,
-        quantization_type=args.quantization_type,
-        device_map=args.device_map,
-        **head.model_settings(head.task),
-    )
+    model = args.load_model(**head.model_settings(head.task))
     tuned: Tuning = NoTuning(model)
     if prefix is not None:
         tuned = load_chosen(model, prefix, args.ptuning_checkpoint is not None, args.task and setup.task.name)

@@ -6,16 +6,14 @@ Only weights, vocabularies and settings are fetched: a repository's Python files
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from chatglm_ptuning.model.checkpoint_forms import SUPPORTED
 
-DEFAULT_MODEL = str(Path(__file__).resolve().parents[2] / "data" / "chatglm-nano")
-"""The base that is bundled with the sources."""
-HUBS = ("huggingface", "modelscope")
+HubName = Literal["huggingface", "modelscope"]
 """Hubs by the names that they have in every command."""
+HUBS = get_args(HubName)
 
 _SETTINGS = ["*.json", "*.model", "*.jinja"]
 _WEIGHTS = ("*.safetensors", "*.bin")
@@ -23,39 +21,8 @@ _WEIGHTS = ("*.safetensors", "*.bin")
 _PROBE_SECONDS = 5
 
 
-@dataclass
-class BaseArguments:
-    """Which base a command uses, and from where."""
-
-    model_name_or_path: str = field(
-        default=DEFAULT_MODEL, metadata={"help": "folder of the base, or its hub name (default: the bundled nano)"}
-    )
-    hub: Literal["huggingface", "modelscope"] = field(
-        default="huggingface", metadata={"help": "where a hub name is looked up"}
-    )
-    revision: str | None = field(
-        default=None,
-        metadata={"help": "branch, tag or commit of a hub name (default: main)", "aliases": ["--model_revision"]},
-    )
-    quantization_bit: Literal[0, 4, 8] | None = field(
-        default=None, metadata={"help": "quantise the base to 4 or 8 bits (bitsandbytes)"}
-    )
-    quantization_type: Literal["nf4", "fp4"] = field(default="nf4", metadata={"help": "type of the 4-bit numbers"})
-
-
-@dataclass
-class InferenceBaseArguments(BaseArguments):
-    """The same for commands that train nothing."""
-
-    device_map: Literal["auto"] | None = field(
-        default=None,
-        metadata={"help": "auto: spread the base over all GPUs, then the CPU's memory and the disk "
-                          "(default: one device)"},
-    )  # fmt: skip
-
-
 def find_base(
-    model_name_or_path: str, hub: str = "huggingface", revision: str | None = None, weights: bool = True
+    model_name_or_path: str, hub: HubName = "huggingface", revision: str | None = None, weights: bool = True
 ) -> Path:
     """The folder of a base; a hub name is downloaded into the hub's own cache, or found there.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from chatglm_ptuning.command_line import fail, parse_arguments
-from chatglm_ptuning.model.hub import InferenceBaseArguments
+from chatglm_ptuning.model.arguments import InferenceBaseArguments
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.prefix.latest import find_latest_prefix, runs_folder
 from chatglm_ptuning.serving.session import ChatSession

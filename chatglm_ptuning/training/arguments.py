@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from chatglm_ptuning.data.tasks.arguments import TaskArguments
 from chatglm_ptuning.files import check_output_folder
-from chatglm_ptuning.model.hub import BaseArguments
+from chatglm_ptuning.model.arguments import BaseArguments
 from chatglm_ptuning.prefix.latest import runs_folder
 from chatglm_ptuning.training.distributed import prepare_processes
 from chatglm_ptuning.training.initialisation import PrefixInit
@@ -40,7 +40,7 @@ RETIRED_FLAGS = {
 
 @dataclass
 class ModelArguments(BaseArguments):
-    """The base and its prefix."""
+    """The base model and its prefix."""
 
     ptuning_checkpoint: str | None = field(
         default=None,
@@ -51,19 +51,22 @@ class ModelArguments(BaseArguments):
         metadata={"help": "number of virtual tokens (default: the checkpoint's, the task's, or 128)"},
     )
     prefix_projection: bool = field(
-        default=False, metadata={"help": "make the prefix by a two-layer MLP during training"}
+        default=False, metadata={"help": "compute the prefix with a two-layer MLP during training"}
     )
-    prefix_dropout: float = field(default=0.1, metadata={"help": "dropout on the prefix in training"})
+    prefix_dropout: float = field(default=0.1, metadata={"help": "dropout on the prefix during training"})
     prefix_init: PrefixInit = field(
         default="data",
         metadata={"help": "first values: data or text (keys and values of real tokens), small, official (N(0, 1))"},
     )
     init_prefix_text: str | None = field(
-        default=None, metadata={"help": "start from the keys and values of this text (implies --prefix_init text)"}
+        default=None,
+        metadata={"help": "initialise the prefix with the keys and values of this text (implies --prefix_init text)"},
     )
     init_prefix: str | None = field(
         default=None,
-        metadata={"help": "start from a trained prefix, such as one that several tasks share (--task_mixture)"},
+        metadata={
+            "help": "initialise the prefix with a trained one, such as one that several tasks share (--task_mixture)"
+        },
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "dtype of the base (auto: bfloat16 or float16 on a GPU that has it)"}
@@ -86,41 +89,43 @@ class ModelArguments(BaseArguments):
 
 @dataclass
 class DataArguments(TaskArguments):
-    """Files, columns and lengths; or a task instead of files."""
+    """Instruction files or tasks, their splits and limits."""
 
     train_file: list[str] | None = field(
         default=None, metadata={"help": "data files, folders, patterns or huggingface:OWNER/NAME to train on"}
     )
     train_weights: list[float] | None = field(
-        default=None, metadata={"help": "one number for each train_file: how often its rows are seen in an epoch"}
+        default=None, metadata={"help": "one number for each train_file: how often its rows are used in an epoch"}
     )
-    validation_file: list[str] | None = field(default=None, metadata={"help": "rows for --do_eval"})
+    validation_file: list[str] | None = field(default=None, metadata={"help": "data files for --do_eval"})
     test_file: list[str] | None = field(
-        default=None, metadata={"help": "rows for --do_predict (default: validation_file)"}
+        default=None, metadata={"help": "data files for --do_predict (default: validation_file)"}
     )
     val_max_target_length: int | None = field(
-        default=None, metadata={"help": "tokens to generate at most (default: max_target_length)"}
+        default=None, metadata={"help": "maximum number of tokens to generate (default: max_target_length)"}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "train on the first so many rows"})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate on the first so many rows"})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "predict the first so many rows"})
-    preprocessing_num_workers: int = field(default=1, metadata={"help": "processes that prepare the rows"})
+    max_train_samples: int | None = field(default=None, metadata={"help": "train on only the first so many rows"})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate on only the first so many rows"})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "predict only the first so many rows"})
+    preprocessing_num_workers: int = field(default=1, metadata={"help": "number of processes that tokenise the rows"})
     data_cache_dir: str | None = field(
-        default=None, metadata={"help": "folder that keeps tokenised rows (default: ~/.cache/chatglm_ptuning/data)"}
+        default=None, metadata={"help": "cache folder for tokenised rows (default: ~/.cache/chatglm_ptuning/data)"}
     )
-    overwrite_cache: bool = field(default=False, metadata={"help": "tokenise the rows anew"})
-    num_beams: int | None = field(default=None, metadata={"help": "beams of generation (default: greedy)"})
+    overwrite_cache: bool = field(default=False, metadata={"help": "ignore cached rows and tokenise again"})
+    num_beams: int | None = field(default=None, metadata={"help": "number of beams (default: greedy decoding)"})
     compare_base: bool = field(
-        default=False, metadata={"help": "with --do_predict: score the base without prefix too, and show answers"}
+        default=False,
+        metadata={"help": "with --do_predict: also score the base model without the prefix, and show its answers"},
     )
-    train_split: str | None = field(default=None, metadata={"help": "of the task, to train on (default: train)"})
-    eval_split: str | None = field(default=None, metadata={"help": "of the task, for --do_eval (default: dev)"})
+    train_split: str | None = field(default=None, metadata={"help": "split of the task to train on (default: train)"})
+    eval_split: str | None = field(default=None, metadata={"help": "split of the task for --do_eval (default: dev)"})
     predict_split: str | None = field(
-        default=None, metadata={"help": "of the task, for --do_predict (default: test, or dev where there is no test)"}
+        default=None,
+        metadata={"help": "split of the task for --do_predict (default: test, or dev if there is no test)"},
     )
 
     task_mixture: str | None = field(
-        default=None, metadata={"help": "YAML file that names several tasks to train one prefix on (docs/tasks.md)"}
+        default=None, metadata={"help": "YAML file with several tasks that share one prefix (docs/tasks.md)"}
     )
 
     def __post_init__(self) -> None:
@@ -146,18 +151,22 @@ class DataArguments(TaskArguments):
 
 @dataclass
 class PrefixTrainingArguments(TuningArguments, Seq2SeqTrainingArguments):
-    """transformers' own training arguments with defaults that suit a prefix, and what is trained instead of one."""
+    """transformers' training arguments with defaults for a prefix, and the tuning method."""
 
     output_dir: str | None = field(default=None, metadata={"help": "folder of the run (default: output/prefix)"})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "start anew in a folder that holds an earlier run, deleting its checkpoints"}
+        default=False, metadata={"help": "start over in the folder of an earlier run; its checkpoints are removed"}
     )
-    logging_steps: float = field(default=10, metadata={"help": "steps between two log entries"})
+    logging_steps: float = field(default=10, metadata={"help": "number of steps between log entries"})
     train_sampling_strategy: SamplingStrategy = field(
         default="group_by_length", metadata={"help": "order of the training rows"}
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "rows hold what the model takes"})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "losses that are not finite end training"})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "rows have only the columns that the model takes"}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "a loss that is not finite ends the training"}
+    )
     dataloader_pin_memory: bool = field(
         default_factory=torch.accelerator.is_available, metadata={"help": "pinned memory (default: with a GPU)"}
     )
@@ -179,11 +188,11 @@ class PrefixTrainingArguments(TuningArguments, Seq2SeqTrainingArguments):
         Seq2SeqTrainingArguments.__post_init__(self)
         if super().n_gpu > 1:
             logger.warning(
-                f"One process uses one GPU, and this is one: {super().n_gpu - 1} more are idle. NUM_GPUS of "
-                "scripts/train.sh, or scripts/launch.sh, starts a process for each."
+                f"One process uses one GPU, so that {super().n_gpu - 1} GPUs are idle. NUM_GPUS of "
+                "scripts/train.sh, or scripts/launch.sh, starts a process for each GPU."
             )
 
     @property
     def n_gpu(self) -> int:
-        """GPUs of this process: at most one, as torch's DataParallel would copy the base to each in every step."""
+        """Number of GPUs of this process: at most one. DataParallel would copy the base to all in every step."""
         return min(super().n_gpu, 1)

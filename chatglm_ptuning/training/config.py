@@ -22,8 +22,6 @@ from chatglm_ptuning.evaluation.recorded import (
     recorded_reading,
     tasks_of,
 )
-from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
-from chatglm_ptuning.model.hub import find_base
 from chatglm_ptuning.prefix.formats import read_prefix
 from chatglm_ptuning.prefix.formats.peft import adapter_type
 from chatglm_ptuning.training.arguments import DataArguments, ModelArguments, PrefixTrainingArguments
@@ -254,7 +252,7 @@ def _registry_task(model_args: ModelArguments, flags: DataArguments, args: Prefi
         head, trained = head_of(task, flags.head), None
         head.check(task)
     else:
-        details = _recorded(model_args, checkpoint)
+        details = recorded_details(checkpoint, model_args)
         head = heads_of(task)[recorded_head(details, task, flags.head, checkpoint)]
         trained = recorded_reading(details, task, checkpoint)
     if flags.compare_base and args.do_predict and head.name in LINEAR_HEADS:
@@ -283,7 +281,7 @@ def _tasks_of_mixture(
             "by one. Leave --echo out."
         )
     checkpoint = model_args.ptuning_checkpoint
-    details = None if checkpoint is None else _recorded(model_args, checkpoint)
+    details = None if checkpoint is None else recorded_details(checkpoint, model_args)
     tasks = []
     for entry in mixture.tasks:
         own = replace(flags, task_mixture=None, task=entry.task.name, task_data=entry.task_data,
@@ -316,13 +314,9 @@ def _check_attention(base: ModelArguments, task: RunTask) -> None:
 # ---- checkpoints ----
 
 
-def _recorded(model_args: ModelArguments, checkpoint: str | Path) -> dict[str, Any]:
-    return recorded_details(checkpoint, model_args.model_name_or_path, model_args.hub, model_args.revision)
-
-
 def _check_same_tasks(config: RunConfig, checkpoint: Path) -> None:
     """Refuses to resume what was trained for other tasks, or for other labels of the same task."""
-    before, now = tasks_of(_recorded(config.base, checkpoint)), tasks_of(config.details())
+    before, now = tasks_of(recorded_details(checkpoint, config.base)), tasks_of(config.details())
     if before != now:
         raise ValueError(
             f"{checkpoint} is from a run on {described_tasks(before)}, and this one is on {described_tasks(now)}: "
@@ -334,8 +328,7 @@ def _prefix_length(model_args: ModelArguments, args: PrefixTrainingArguments, ta
     """The number of virtual tokens to train: that of the checkpoint, of the flag, or of the tasks."""
     given, source = model_args.pre_seq_len, model_args.init_prefix or model_args.ptuning_checkpoint
     if source is not None and _is_prefix(Path(source)) and (args.do_train or given is not None):
-        base = find_base(model_args.model_name_or_path, model_args.hub, model_args.revision, weights=False)
-        found = read_prefix(source, ChatGLMConfig.from_pretrained(base).prefix_shape).metadata.pre_seq_len
+        found = read_prefix(source, model_args.load_config().prefix_shape).metadata.pre_seq_len
         if given not in (None, found):
             raise ValueError(
                 f"--pre_seq_len is {given}, but the prefix in {source} has {found} virtual tokens. Leave --pre_seq_len "

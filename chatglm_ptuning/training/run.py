@@ -22,7 +22,6 @@ from chatglm_ptuning.data.tasks.submission import can_submit, write_submission
 from chatglm_ptuning.evaluation.inference import InferenceSettings, predict, predict_beside_base
 from chatglm_ptuning.evaluation.report import head_settings, print_scores, score_task, write_report
 from chatglm_ptuning.files import write_lines
-from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.model.modeling_tasks import ChatGLMForMultipleTasks
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 from chatglm_ptuning.training.arguments import (
@@ -114,8 +113,8 @@ def run(config: RunConfig) -> None:
         ValueError: naming file and line of what is wrong in the data; if base, checkpoint and data do not fit.
         TrainingStopped: with advice, if the training cannot go on.
     """
-    base, args = config.base, config.schedule
-    tokenizer = load_tokenizer(base.model_name_or_path, hub=base.hub, revision=base.revision)
+    args = config.schedule
+    tokenizer = config.base.load_tokenizer()
     # Data first: an error in a file shows before minutes go into loading the base.
     data = load_data(config, tokenizer)
     tuning = load_base(config, data, tokenizer)
@@ -242,15 +241,10 @@ def load_base(config: RunConfig, data: RunData, tokenizer: ChatGLMTokenizer) -> 
     """
     base = config.base
     heads = {name: task.head.model_settings(task.head.task) for name, task in data.tasks.items()}
-    model = load_model(
-        base.model_name_or_path,
-        hub=base.hub,
-        revision=base.revision,
+    model = base.load_model(
         pre_seq_len=base.pre_seq_len if config.trains_prefix else None,
         prefix_projection=base.prefix_projection,
         prefix_dropout=base.prefix_dropout,
-        quantization_bit=base.quantization_bit,
-        quantization_type=base.quantization_type,
         dtype=base.dtype,
         attn_implementation=base.attn_implementation,
         **({} if config.mixture else next(iter(heads.values()))),

@@ -1,4 +1,4 @@
-"""Flags that choose what is trained."""
+"""Flags of the tuning method."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LORA = LoraSettings()
 
 @dataclass
 class TuningArguments:
-    """The way of tuning, its settings and learning rates."""
+    """The tuning method, its settings and learning rates."""
 
     tuning: TuningMethod = field(
         default="ptuning_v2", metadata={"help": "tuning method (none: evaluate the plain base)"}
@@ -35,7 +35,7 @@ class TuningArguments:
     head_init: HeadInit = field(
         default="probe",
         metadata={"help": "first values of a linear head for texts or tokens: probe (logistic regression on the states "
-                  "of the training rows, as they are before training) or random"},
+                  "of the training rows before training) or random"},
     )  # fmt: skip
     lora_rank: int = field(default=_LORA.rank, metadata={"help": "LoRA: rank of the update matrices"})
     lora_alpha: float = field(default=_LORA.alpha, metadata={"help": "LoRA: the update is scaled by alpha / rank"})
@@ -66,9 +66,9 @@ class TuningArguments:
             self.learning_rate = LEARNING_RATES[self.tuning]
 
     def lora(self) -> LoraSettings:
-        """What the flags say about LoRA."""
+        """The settings of LoRA."""
         return LoraSettings(self.lora_rank, self.lora_alpha, self.lora_dropout, tuple(self.lora_target))
 
     def prompt(self, pre_seq_len: int) -> PromptSettings:
-        """What the flags say about prompts."""
+        """The settings of soft prompts."""
         return PromptSettings(pre_seq_len, self.prompt_encoder, self.prompt_encoder_hidden_size)

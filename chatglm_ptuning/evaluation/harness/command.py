@@ -15,7 +15,7 @@ from chatglm_ptuning.evaluation.figures import draw_accuracies
 from chatglm_ptuning.evaluation.report import print_scores, write_report
 from chatglm_ptuning.files import check_output_folder, write_text
 from chatglm_ptuning.metrics.task_scores import TaskScores
-from chatglm_ptuning.model.hub import InferenceBaseArguments
+from chatglm_ptuning.model.arguments import InferenceBaseArguments
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.prefix.latest import runs_folder
 from chatglm_ptuning.version import kit_version
