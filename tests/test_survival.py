@@ -158,7 +158,7 @@ def test_torchrun_starts_a_broken_job_again_by_itself(base, data, tmp_path):
     workers(running)[1].kill()
     log = tmp_path / "train.sh-0.log"
     assert running.wait(timeout=900) == 0, log.read_text()[-3000:]
-    assert "started again; going on from" in log.read_text()
+    assert "restarted; resuming from" in log.read_text()
     assert len(history(tmp_path / "run")) == 300
 
 

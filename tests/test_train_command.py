@@ -163,7 +163,7 @@ def test_one_process_uses_one_gpu(base, train_file, tmp_path, monkeypatch, caplo
     more = ["--do_eval", "--validation_file", train_file]
     main(flags(base, train_file, tmp_path / "run", *more, steps=2))
     assert len(losses(tmp_path / "run")) == 2
-    assert "1 more are idle. NUM_GPUS" in caplog.text
+    assert "1 GPUs are idle. NUM_GPUS" in caplog.text
 
 
 @pytest.mark.parametrize("flag", ["--max_train_samples", "--max_eval_samples", "--max_predict_samples"])
