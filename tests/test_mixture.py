@@ -30,9 +30,9 @@ from chatglm_ptuning.model.modeling_tasks import ChatGLMForMultipleTasks
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 from chatglm_ptuning.prefix.formats.kit import METADATA_FILE, WEIGHTS_FILE
 from chatglm_ptuning.training.config import resolve
-from chatglm_ptuning.training.mixture.sampler import MixtureSampler
 from chatglm_ptuning.training.run import TRAIN_FLAGS
 from chatglm_ptuning.training.run import main as train
+from chatglm_ptuning.training.sampler import MixtureSampler
 
 CONFIGS = Path(__file__).resolve().parents[1] / "ds_config"
 

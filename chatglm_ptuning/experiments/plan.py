@@ -24,9 +24,8 @@ from chatglm_ptuning.data.tasks.registry import load_task
 from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.evaluation.report import score_task
 from chatglm_ptuning.experiments.run import RUN_DEFAULTS
-from chatglm_ptuning.training.arguments import DataArguments, ModelArguments
+from chatglm_ptuning.training.arguments import DataArguments, ModelArguments, TuningArguments
 from chatglm_ptuning.training.run import TRAIN_FLAGS
-from chatglm_ptuning.training.tuning_arguments import TuningArguments
 
 DEFAULT_SEEDS = (1, 2, 3)
 OWN_FLAGS = (

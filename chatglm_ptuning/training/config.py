@@ -24,10 +24,14 @@ from chatglm_ptuning.evaluation.recorded import (
 )
 from chatglm_ptuning.prefix.formats import read_prefix
 from chatglm_ptuning.prefix.formats.peft import adapter_type
-from chatglm_ptuning.training.arguments import DataArguments, ModelArguments, PrefixTrainingArguments
+from chatglm_ptuning.training.arguments import (
+    DataArguments,
+    ModelArguments,
+    PrefixTrainingArguments,
+    PreservationArguments,
+)
 from chatglm_ptuning.training.checkpoints import choose_checkpoint
 from chatglm_ptuning.training.distributed import match_precision
-from chatglm_ptuning.training.preservation import PreservationArguments
 from chatglm_ptuning.tuning.methods import PREFIX_METHODS, PROMPT_METHODS
 from chatglm_ptuning.tuning.record import read_record
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.evaluation.drift import kl_from_base, measure_drift
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMPreTrainedModel
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
+from chatglm_ptuning.training.arguments import PreservationArguments
 
 if TYPE_CHECKING:
     import datasets
@@ -27,41 +27,6 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 _BUNDLED = Path(__file__).resolve().parents[2] / "data" / "general_prompts"
-_SHORTEST = 64
-"""Smallest limit on the tokens of a replayed row: the shortest question fits every chat format."""
-
-
-@dataclass
-class PreservationArguments:
-    """How the abilities of the base are preserved and measured."""
-
-    preserve_base: float = field(
-        default=0.0,
-        metadata={"help": "weight of the KL divergence from the base on general rows in the loss (default: 0)"},
-    )
-    preserve_file: list[str] | None = field(
-        default=None, metadata={"help": "general rows to replay, in any dataset format (default: bundled ones)"}
-    )
-    preserve_eval_file: list[str] | None = field(
-        default=None, metadata={"help": "general rows that are never replayed, to measure on (default: bundled ones)"}
-    )
-    preserve_batch_size: int | None = field(
-        default=None, metadata={"help": "general rows per batch on every device (default: as many as of the task)"}
-    )
-    preserve_max_length: int = field(default=256, metadata={"help": "maximum number of tokens of a general row"})
-    max_preserve_eval_samples: int = field(default=64, metadata={"help": "number of general rows to measure on"})
-    report_drift: bool = field(
-        default=True, metadata={"help": "measure at the end how far the model drifted from the base"}
-    )
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.preserve_base) and self.preserve_base >= 0):
-            raise ValueError(f"--preserve_base must be 0 or a positive number, got {self.preserve_base:g}")
-        for name, least in (("preserve_batch_size", 1), ("preserve_max_length", _SHORTEST),
-                            ("max_preserve_eval_samples", 1)):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"--{name} must be at least {least}, got {value}")
 
 
 @dataclass

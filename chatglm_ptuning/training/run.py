@@ -29,10 +29,10 @@ from chatglm_ptuning.training.arguments import (
     DataArguments,
     ModelArguments,
     PrefixTrainingArguments,
+    PreservationArguments,
 )
 from chatglm_ptuning.training.checkpoints import remove_checkpoints
 from chatglm_ptuning.training.config import RunConfig, RunTask, resolve
-from chatglm_ptuning.training.cost import peak_memory, trained_parameters
 from chatglm_ptuning.training.failures import (
     SIGTERM_EXIT_CODE,
     Preempted,
@@ -43,16 +43,15 @@ from chatglm_ptuning.training.failures import (
     what_is_kept,
 )
 from chatglm_ptuning.training.head_start import start_head
-from chatglm_ptuning.training.mixture.trainer import MixtureTrainer, OneTaskCollator
+from chatglm_ptuning.training.mixture import MixtureTrainer, OneTaskCollator
 from chatglm_ptuning.training.preservation import (
     GeneralRows,
-    PreservationArguments,
     Replay,
     drift_report,
     read_general_rows,
 )
 from chatglm_ptuning.training.progress import failure_noted
-from chatglm_ptuning.training.report import draw_loss_curve, print_samples
+from chatglm_ptuning.training.report import draw_loss_curve, peak_memory, print_samples, trained_parameters
 from chatglm_ptuning.training.sampler import MixedRows
 from chatglm_ptuning.training.trainer import PrefixTrainer
 from chatglm_ptuning.training.tuning import start_tuning

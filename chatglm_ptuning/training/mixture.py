@@ -11,8 +11,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from chatglm_ptuning.data.collate import PaddingCollator
-from chatglm_ptuning.training.mixture.sampler import MixtureSampler
-from chatglm_ptuning.training.sampler import TASK_KEY, PaddedRows, row_lengths
+from chatglm_ptuning.training.sampler import TASK_KEY, MixtureSampler, PaddedRows, row_lengths
 from chatglm_ptuning.training.trainer import PrefixTrainer
 
 logger = logging.get_logger(__name__)

@@ -1,1 +1,0 @@
-"""One prefix for several tasks (`train --task_mixture`)."""
