@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Chats in the terminal: with the bundled base and the prefix trained last, or with what the flags name, for example
+# Chats in the terminal. Without flags: with the bundled base and the prefix trained last. For example
 #   bash scripts/chat.sh --model_name_or_path /models/chatglm3-6b --ptuning_checkpoint ads=output/ads
 # All flags: bash scripts/chat.sh --help
 set -euo pipefail

@@ -1,4 +1,4 @@
-# Sourced by the other scripts: finds the checkout, and an environment that has what the kit needs.
+# Sourced by the other scripts: finds the checkout, and a Python environment with the packages that the kit needs.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
@@ -23,7 +23,7 @@ for line in open(sys.argv[1], encoding="utf-8"):
 PY
 }
 
-# Sets PYTHON. An active environment (venv or conda) is used, and a complete Python as well; otherwise .venv is made.
+# Sets PYTHON: an active environment (venv or conda), or a Python with all packages; otherwise creates .venv.
 ensure_environment() {
     if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
         PYTHON="$(command -v python)"
@@ -44,7 +44,7 @@ ensure_environment() {
         "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$ROOT/requirements.txt"
     fi
     if ! command -v nvidia-smi >/dev/null 2>&1; then
-        # On a CPU, handing large tensors' memory back to the system and asking for it again at every step is slow.
+        # On a CPU, returning the memory of large tensors to the system at every step is slow.
         export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-4294967296}"
         export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-8589934592}"
         export MALLOC_TOP_PAD_="${MALLOC_TOP_PAD_:-67108864}"

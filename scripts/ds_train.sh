@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Training under DeepSpeed with every flag spelled out: a copy to start your own script from. For example
+# Training with DeepSpeed, with every flag spelled out, as a template for your own script. For example
 #
 #   MODEL=/path/to/chatglm3-6b NUM_GPUS=4 DS_CONFIG=ds_config/zero3.json bash scripts/ds_train.sh
 #
-# With nothing set: two processes on the bundled chatglm-nano. The global batch is 2 x 4 x NUM_GPUS rows.
-# Unlike train.sh, a run in an --output_dir that holds one already goes on from its last checkpoint.
+# Without settings: two processes on the bundled chatglm-nano. The global batch is 2 x 4 x NUM_GPUS rows.
+# Unlike train.sh, it resumes from the last checkpoint if --output_dir has one.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$ROOT/scripts/launch.sh"

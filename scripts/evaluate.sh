@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Scores a prefix, or the plain base. With nothing set: the prefix trained last, on the bundled headlines.
+# Scores a prefix, or the plain base. Without settings: the prefix trained last, on the bundled headlines.
 #
 #   CHECKPOINT=output/my-run TEST_FILE=test.json bash scripts/evaluate.sh
 #   MODEL=/path/to/chatglm3-6b CHECKPOINT=none bash scripts/evaluate.sh --compare_base --num_beams 4
 #
-# Any flag of `chatglm-ptuning evaluate` may follow, and overrides what is set here.
+# Any flag of `chatglm-ptuning evaluate` may follow and overrides the settings here.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 ensure_environment
@@ -20,7 +20,7 @@ FLAGS=()
 if [ -n "$CHECKPOINT" ]; then
     FLAGS+=(--ptuning_checkpoint "$CHECKPOINT")
 fi
-# What is not named is told by the fields of the rows.
+# Columns that are not named here are detected from the field names.
 for column in prompt:PROMPT_COLUMN response:RESPONSE_COLUMN history:HISTORY_COLUMN; do
     name="${column#*:}"
     if [ -n "${!name:-}" ]; then

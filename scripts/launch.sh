@@ -1,12 +1,12 @@
-# Sourced by the training scripts after common.sh: starts `python -m chatglm_ptuning` in as many processes as wanted.
+# Sourced by the training scripts after common.sh: starts `python -m chatglm_ptuning` in several processes.
 #
 #   NUM_GPUS      processes (GPUs) on each machine; on a machine without GPUs they share the CPU
 #   NNODES        machines. Then either HOSTFILE (the script runs on the first one, which reaches the others by ssh),
 #                 or the script runs on every one with NODE_RANK (0, 1, ...) and MASTER_ADDR (the first one's address)
 #   MASTER_PORT   a free port on the first machine
-#   LAUNCHER      deepspeed (default), torchrun (with MAX_RESTARTS it starts a failed job again, which goes on from its
-#                 last checkpoint), or slurm (srun has started one process per GPU already)
-#   DS_CONFIG     DeepSpeed's configuration; none: plain data parallelism without DeepSpeed
+#   LAUNCHER      deepspeed (default), torchrun (with MAX_RESTARTS it restarts a failed job, which resumes from its
+#                 last checkpoint), or slurm (srun has already started one process per GPU)
+#   DS_CONFIG     DeepSpeed configuration; none: data parallelism without DeepSpeed
 
 NUM_GPUS=${NUM_GPUS:-1}
 NNODES=${NNODES:-1}
@@ -18,7 +18,7 @@ _stop() {
     exit 2
 }
 
-# DeepSpeed's launcher takes the machines as JSON in base64, with the numbers of their GPUs.
+# DeepSpeed's launcher takes the machines and their GPU indices as JSON in base64.
 _world_info() {
     "$PYTHON" - "$NNODES" "$NUM_GPUS" <<'PY'
 import base64, json, sys
@@ -33,7 +33,7 @@ _several_processes() {
     [ "$NUM_GPUS" -gt 1 ] || [ "$NNODES" -gt 1 ] || [ -n "${HOSTFILE:-}" ] || [ "$LAUNCHER" = slurm ]
 }
 
-# Sets COMMAND to what starts the processes.
+# Sets COMMAND to the command that starts the processes.
 _choose_command() {
     COMMAND=("$PYTHON" -m chatglm_ptuning)
     if ! _several_processes; then
@@ -54,7 +54,7 @@ _choose_command() {
             [ "$NNODES" -eq 1 ] || COMMAND+=(--num_nodes "$NNODES")
             [ "$NUM_GPUS" -eq 1 ] || COMMAND+=(--num_gpus "$NUM_GPUS")
         else
-            # What DeepSpeed's runner would start on this machine; without the runner, signals reach the processes.
+            # The command that DeepSpeed's runner would start here. Without the runner, signals reach the processes.
             COMMAND=("$PYTHON" -m deepspeed.launcher.launch --world_info "$(_world_info)"
                 --node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "$MASTER_PORT"
                 --log_level warning)
@@ -69,8 +69,7 @@ _choose_command() {
         else
             COMMAND+=(--standalone)
         fi
-        # A store of its own for every start: in the shared one, a job that was started again would find the addresses of
-        # the processes before.
+        # A new store for every start: in a shared one, a restarted job would find the addresses of the old processes.
         export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
         COMMAND+=(-m chatglm_ptuning)
         ;;
@@ -84,8 +83,7 @@ _choose_command() {
     esac
 }
 
-# launch train FLAGS...: the command in all its processes. SIGTERM and SIGINT are passed on; the exit code is then 143
-# or 130, whatever the launcher makes of it.
+# launch train FLAGS...: runs the command in all processes. SIGTERM and SIGINT are passed on, with exit code 143 or 130.
 launch() {
     local command=$1
     shift

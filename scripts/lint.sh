@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks format and lint; the hook before a commit and CI both call it.
+# Checks format and lint. The pre-commit hook and CI call it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 ensure_environment

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up an environment when there is none, then runs the tests. Arguments go to pytest (e.g. -m slow).
+# Creates an environment if there is none, then runs the tests. Arguments go to pytest (e.g. -m slow).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 ensure_environment

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Trains a P-Tuning v2 prefix. With nothing set: on the bundled chatglm-nano and the bundled headlines, whose topics it learns to name.
+# Trains a P-Tuning v2 prefix. Without settings: on the bundled chatglm-nano, to name the topics of the bundled headlines.
 #
 #   MODEL=/path/to/chatglm3-6b bash scripts/train.sh
 #   MODEL=/path/to/chatglm3-6b TRAIN_FILE=train.json VALIDATION_FILE=dev.json NUM_GPUS=8 bash scripts/train.sh
 #
 # Several GPUs and machines: see launch.sh (NUM_GPUS, DS_CONFIG, NNODES, HOSTFILE, MASTER_ADDR, ...) and
 # docs/multi_node.md.
-# Any flag of `chatglm-ptuning train` may follow, and overrides what is set here.
+# Any flag of `chatglm-ptuning train` may follow and overrides the settings here.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$ROOT/scripts/launch.sh"
@@ -38,20 +38,20 @@ MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-128}
 if _several_processes; then
     DS_CONFIG=${DS_CONFIG:-$ROOT/ds_config/zero1.json}
 fi
-# The bundled job holds the prefix to its base, so that the model keeps what it could do: docs/measurements.md.
+# The bundled job preserves the abilities of the base (--preserve_base, docs/measurements.md).
 PRESERVE_FLAGS=()
 if [ -n "${NANO_DEFAULTS:-}" ] && [ -n "${BUNDLED_DATA:-}" ] && [[ "${DS_CONFIG:-}" != *zero3* ]]; then
     PRESERVE_FLAGS=(--preserve_base 0.3 --preserve_batch_size 4)
 fi
 OUTPUT=${OUTPUT:-$CHATGLM_PTUNING_OUTPUT/$(basename "$MODEL")-$(basename "$(dirname "$TRAIN_FILE")")-$PRE_SEQ_LEN}
 
-# Without rows to validate on, training is all there is to do.
+# Without validation data the run only trains.
 STAGES=(--do_train)
 if [ -n "${VALIDATION_FILE:-}" ]; then
     STAGES+=(--do_eval --do_predict --compare_base --validation_file "$VALIDATION_FILE")
 fi
 
-# What is not named is told by the fields of the rows.
+# Columns that are not named here are detected from the field names.
 COLUMNS_FLAGS=()
 for column in prompt:PROMPT_COLUMN response:RESPONSE_COLUMN history:HISTORY_COLUMN; do
     name="${column#*:}"
