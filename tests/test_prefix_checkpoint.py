@@ -364,7 +364,7 @@ def test_a_base_of_other_sizes_is_refused_with_both(tiny_config, prefix_folders,
 
 def test_an_unknown_base_is_said(load, prefix_folders, tmp_path, caplog):
     load().load_prefix(official(tmp_path / "p", prefix_folders["a"], "bin"))
-    assert "does not say which base it was trained on" in caplog.text
+    assert "pytorch_model.bin does not record its base" in caplog.text
 
 
 def test_a_prefix_that_reads_prompts_in_both_directions_is_refused(load, trained, copied, ids):
@@ -432,7 +432,7 @@ def _damage(folder: Path, how: str) -> str:
     if how == "half a projection":
         save_file(tensors | {PREFIX_KEY + "trans.0.bias": torch.zeros(32)}, weights)
         edit_metadata(folder, prefix_projection=True)
-        return r"is not a whole prefix: (.|\n)*trans\.2\.weight"
+        return r"is not a complete prefix: (.|\n)*trans\.2\.weight"
     assert how == "not finite"
     tensors[EMBEDDING][0, 0] = torch.nan
     save_file(tensors, weights)

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, TextIteratorStreamer, pipeline
 from transformers.utils import logging
 
 from chatglm_ptuning import ChatGLMTokenizer
-from chatglm_ptuning.model.byte_pair_vocabulary import GLM4_SPECIAL_TOKENS, SPLIT_PATTERN
+from chatglm_ptuning.model.vocabulary import GLM4_SPECIAL_TOKENS, SPLIT_PATTERN
 
 TOOLS = [
     {

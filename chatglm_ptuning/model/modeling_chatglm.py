@@ -30,7 +30,6 @@ from chatglm_ptuning.model.attention_mask import causal_mask_with_prefix, positi
 from chatglm_ptuning.model.chat_mixin import ChatMixin
 from chatglm_ptuning.model.checkpoint_forms import register_conversions
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
-from chatglm_ptuning.model.first_values import FirstValues
 from chatglm_ptuning.model.generation_mixin import PrefixGenerationMixin
 from chatglm_ptuning.model.losses import next_token_loss
 from chatglm_ptuning.model.packed_weights import check_unpacked, packed_dtype_plan
@@ -38,6 +37,7 @@ from chatglm_ptuning.model.placement import execution_device, out_of_offload
 from chatglm_ptuning.model.prefix_encoder import PrefixEncoder
 from chatglm_ptuning.model.prefix_mixin import PrefixMixin
 from chatglm_ptuning.model.rotary import RotaryEmbedding
+from chatglm_ptuning.model.trained_module import FirstValues
 from chatglm_ptuning.model.weight_files import describe_damage, describe_missing
 from chatglm_ptuning.model.zero3 import gathered, is_partitioned
 from chatglm_ptuning.prefix.bank import TRAINABLE_PREFIX, PrefixBank

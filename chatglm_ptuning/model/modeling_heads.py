@@ -24,14 +24,13 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
-from chatglm_ptuning.model.first_values import FirstValues
-from chatglm_ptuning.model.float32_module import Float32Module
 from chatglm_ptuning.model.losses import IGNORED_LABEL, cross_entropy
 from chatglm_ptuning.model.modeling_chatglm import (
     ChatGLMModel,
     ChatGLMPreTrainedModel,
 )
 from chatglm_ptuning.model.placement import out_of_offload
+from chatglm_ptuning.model.trained_module import FirstValues, Float32Module
 from chatglm_ptuning.prefix.batch import PrefixArgument
 
 _head_to_come: ContextVar[bool] = ContextVar("head_to_come", default=False)
@@ -75,10 +74,7 @@ class ChatGLMWithHead(ChatGLMPreTrainedModel):
     """
 
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["prefix_encoder", "classifier_head", "qa_outputs"]
-    head_name: ClassVar[str] = "classifier_head"
-    """The attribute that holds the head; in front of its parameters' names in a prefix checkpoint."""
-    head_kind: ClassVar[str]
-    """By which a prefix checkpoint says what its head is for; the `--head` of a task."""
+    head_name = "classifier_head"
 
     def __init__(self, config: ChatGLMConfig, transformer: ChatGLMModel | None = None) -> None:
         super().__init__(config)

@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import align_module_device
 from torch import nn
 
-from chatglm_ptuning.model.first_values import FirstValues
+from chatglm_ptuning.model.trained_module import FirstValues
 
 TrainedModule = TypeVar("TrainedModule", bound=FirstValues)
 

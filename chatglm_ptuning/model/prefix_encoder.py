@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
-from chatglm_ptuning.model.first_values import FirstValues
-from chatglm_ptuning.model.float32_module import Float32Module
+from chatglm_ptuning.model.trained_module import FirstValues, Float32Module
 
 
 class PrefixEncoder(Float32Module, FirstValues):

@@ -1,40 +1,44 @@
-"""What a ChatGLM model can do with prefixes: load, save, select, put in front of a batch, initialise."""
+"""Prefix methods of a ChatGLM model: load, save, select, initialise, and make the prefix of a batch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from os import PathLike
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers.utils import logging
 
 from chatglm_ptuning.model.base_weights import fingerprint_of_base
-from chatglm_ptuning.model.first_values import FirstValues
 from chatglm_ptuning.model.placement import layer_devices
 from chatglm_ptuning.model.prefix_encoder import PrefixEncoder
+from chatglm_ptuning.model.trained_module import FirstValues
 from chatglm_ptuning.model.virtual_tokens import key_values_before
 from chatglm_ptuning.model.zero3 import gathered, gathering_modules, is_partitioned, whole_shape
 from chatglm_ptuning.prefix.bank import TRAINABLE_PREFIX, LoadedPrefix, PrefixBank
 from chatglm_ptuning.prefix.batch import PrefixArgument, PrefixBatch, PrefixSelection, RowDropout, assemble
 from chatglm_ptuning.prefix.checkpoint import PrefixCheckpoint, PrefixMetadata, has_projection
-from chatglm_ptuning.prefix.fit import Recipient, check_fits
+from chatglm_ptuning.prefix.fit import check_base, check_heads
 from chatglm_ptuning.prefix.formats import kit, read_prefix
 
 logger = logging.get_logger(__name__)
 
 
 class PrefixMixin:
-    """Prefix methods of a ChatGLM model and of the models around it.
+    """Prefix methods of a ChatGLMModel and of the models around it.
 
-    The ChatGLMModel inside holds the trainable prefix (`prefix_encoder`, with the model's own head), the loaded ones
-    with their heads (`prefixes`) and the selected one (`prefix_selection`). Forward passes and `generate` use the
-    prefix that they are given as an argument, and the selected one where they are given none.
+    The ChatGLMModel holds the trainable prefix (`prefix_encoder`, with the model's own head), the loaded prefixes with
+    their heads (`prefixes`) and the selected one (`prefix_selection`). Forward passes and `generate` use their argument
+    `prefix`, and the selected prefix without it.
     """
 
+    head_name: ClassVar[str] = ""
+    """Attribute that holds the linear head; in front of its parameters' names in a prefix checkpoint."""
+    head_kind: ClassVar[str | None] = None
+    """Kind of the head in a prefix checkpoint; the `--head` of a task. None for the language model."""
     head_key: str | None = None
-    """In front of the names of the head's parameters in a prefix, if it is not the head's name in the model."""
+    """In front of the names of the head's parameters in a prefix, if it is not `head_name`."""
 
     @property
     def _trainable(self) -> PrefixEncoder | None:
@@ -48,7 +52,7 @@ class PrefixMixin:
         return name == TRAINABLE_PREFIX and self._trainable is not None
 
     def freeze_base(self) -> None:
-        """Leaves the prefix encoder and the head trainable, and nothing else; does nothing without a prefix encoder."""
+        """Freezes all but the prefix encoder and the head; does nothing without a prefix encoder."""
         if self._trainable is not None:
             self.base_model.requires_grad_(False)
             self._trainable.requires_grad_(True)
@@ -65,44 +69,42 @@ class PrefixMixin:
         return self.base_model.prefix_selection
 
     def set_prefix(self, name: str | Sequence[str | None] | None) -> None:
-        """Selects the prefix, with the head that belongs to it, of all calls that are given no other.
+        """Selects the prefix, and the head that belongs to it, of all calls without an argument `prefix`.
 
         Args:
             name: as for `prefix_batch`. In `generate` the beams and the returned sequences of a row share its prefix.
 
         Raises:
-            KeyError, ValueError: as `prefix_batch`; the selection is as before then.
+            KeyError, ValueError: as `prefix_batch`; the selection is then unchanged.
         """
         self.base_model.prefix_selection = self._checked(name)
 
     def prefix_batch(self, prefix: str | Sequence[str | None] | None = None) -> PrefixBatch:
-        """Makes the prefix of a batch, to be given to forward passes and `generate` as their argument `prefix`.
+        """Makes the prefix of a batch, the argument `prefix` of forward passes and `generate`.
 
-        The trainable prefix is taken as it is now, without dropout; gradients flow back to it.
+        The trainable prefix is taken with its present values, without dropout; gradients flow back to it.
 
         Args:
             prefix: a name, for any number of rows; None for the plain base (with the model's own head); or a list, with
                 a name or None for every row of the batch.
 
         Raises:
-            KeyError: if a prefix of that name is not loaded; the message lists those that are.
+            KeyError: if no prefix of that name is loaded; the message lists the loaded ones.
             ValueError: if the list is empty, or names several prefixes in a model with a head.
         """
         base = self.base_model
         return self._make_batch(self._checked(prefix), base.device, base.embedding.word_embeddings.weight.dtype)
 
     def resolve_prefix(self, prefix: PrefixArgument = None) -> PrefixBatch:
-        """What the argument `prefix` of a call stands for: a batch itself, names, or None for the selected prefix.
+        """The batch that the argument `prefix` of a call means: itself, of these names, or of the selected prefix.
 
         Raises:
             KeyError, ValueError: as `prefix_batch`.
         """
-        if isinstance(prefix, PrefixBatch):
-            return prefix
-        return self.prefix_batch(self.selected_prefix if prefix is None else prefix)
+        return prefix if isinstance(prefix, PrefixBatch) else self.prefix_batch(self._selection(prefix))
 
     def _prefix_for(self, prefix: PrefixArgument, states: torch.Tensor) -> PrefixBatch:
-        """The prefix of a forward pass with `states` `[batch, ...]`; with dropout in training, unless it is ready made.
+        """The prefix of a forward pass with `states` `[batch, ...]`; in training with dropout, except on a PrefixBatch.
 
         Raises:
             KeyError, ValueError: as `prefix_batch`; if the batch has another number of rows.
@@ -135,9 +137,7 @@ class PrefixMixin:
 
     def _heads_of(self, prefix: PrefixArgument) -> Mapping[str, torch.Tensor]:
         """Parameters of the head that was loaded with a prefix; empty if the model's own head belongs to it."""
-        if isinstance(prefix, PrefixBatch):
-            return prefix.heads
-        return self._loaded_heads(self._selection(prefix))
+        return prefix.heads if isinstance(prefix, PrefixBatch) else self._loaded_heads(self._selection(prefix))
 
     def _loaded_heads(self, selection: PrefixSelection) -> Mapping[str, torch.Tensor]:
         names = _distinct(selection)
@@ -147,14 +147,10 @@ class PrefixMixin:
         return self.selected_prefix if prefix is None else self._checked(prefix)
 
     def _checked(self, prefix: str | Sequence[str | None] | None) -> PrefixSelection:
-        if prefix is None or isinstance(prefix, str):
-            selection = prefix
-        else:
-            selection = tuple(prefix)
-            if not selection:
-                raise ValueError("A list of prefixes needs at least one entry, a name or None for each row.")
-        names = _distinct(selection)
-        loaded = self.prefix_names
+        selection = prefix if prefix is None or isinstance(prefix, str) else tuple(prefix)
+        if selection == ():
+            raise ValueError("A list of prefixes needs at least one entry, a name or None for each row.")
+        names, loaded = _distinct(selection), self.prefix_names
         for name in names:
             if name not in loaded:
                 raise KeyError(f"No prefix named {name!r} is loaded; loaded: {', '.join(loaded) or 'none'}.")
@@ -167,41 +163,48 @@ class PrefixMixin:
     def load_prefix(
         self, path: str | PathLike[str] | PrefixCheckpoint, name: str = TRAINABLE_PREFIX, *, task: str | None = None
     ) -> None:
-        """Loads a prefix and activates it; sizes and projection come from the checkpoint.
+        """Loads a prefix and selects it; sizes and projection come from the checkpoint.
 
-        In a model with a trainable prefix, the name "default" stands for that one: it takes the checkpoint's size and
-        goes on training from it. Under any other name, and in a plain base, the prefix is for inference: its
-        projection is folded, and only keys and values are kept.
+        In a model with a trainable prefix, the name "default" means that one: it takes the checkpoint's size and
+        values, and training continues from them. Under any other name, and in a plain base, the prefix is for
+        inference: its projection is folded, and only keys and values are kept.
 
         Args:
             path: a folder written by `save_prefix` or by a training run, or a `checkpoint-N` inside it; an official
-                P-Tuning v2 folder or its `pytorch_model.bin`; a PEFT prefix-tuning adapter folder; or what
-                `read_prefix` has read already.
-            task: whose head to load with a prefix that several tasks share.
+                P-Tuning v2 folder or its `pytorch_model.bin`; a PEFT prefix-tuning adapter folder; or the result of
+                `read_prefix`.
+            task: the task whose head is loaded, if several tasks share the prefix.
 
         Raises:
             FileNotFoundError: if there is no prefix at `path`.
             ValueError: if the file is damaged, does not fit the base's sizes, was trained on another base, or lacks
-                this model's head; the message names the file, and both sides. The model is as it was before.
+                this model's head; the message names the file and both sides. The model is then unchanged.
         """
-        known = isinstance(path, PrefixCheckpoint)
-        checkpoint = path if known else read_prefix(path, self.base_model.config.prefix_shape)
+        base = self.base_model
+        checkpoint = path if isinstance(path, PrefixCheckpoint) else read_prefix(path, base.config.prefix_shape)
         if task is not None:
-            checkpoint = checkpoint.of_task(task, getattr(self, "head_name", ""))
-        check_fits(checkpoint, self._recipient(task))
+            checkpoint = checkpoint.of_task(task, self.head_name)
+        check_base(checkpoint, base.config.prefix_shape, base.config.name_or_path or None, self.base_fingerprint)
+        own_heads = self._heads()
+        if self is not base:
+            shapes = {key: whole_shape(value) for key, value in own_heads.items()}
+            check_heads(checkpoint, type(self).__name__, shapes, self.head_kind, task)
         encoder = self._encoder_from(checkpoint)
-        heads = {key: checkpoint.heads[key] for key in self._heads()}
         if self._is_trainable(name):
-            with gathered([*self._trainable.parameters(), *self._heads().values()], modify=True):
+            with gathered([*self._trainable.parameters(), *own_heads.values()], modify=True), torch.no_grad():
                 self._replace_trainable(encoder, checkpoint)
-                self._set_heads(heads)
+                for key, value in own_heads.items():
+                    if value.is_meta:  # a copy into it would do nothing
+                        raise ValueError(f"{key} has been offloaded, so it cannot be set: keep the head in memory.")
+                    value.copy_(checkpoint.heads[key])
             self._bank.mark_changed(name)
         else:
+            heads = {key: checkpoint.heads[key] for key in own_heads}
             self._bank.add(name, LoadedPrefix(encoder.key_values(), heads, checkpoint.metadata.trained))
         self.set_prefix(name)
 
     def unload_prefix(self, name: str) -> None:
-        """Forgets a loaded prefix; if it was in use, the plain base is.
+        """Removes a loaded prefix; if it was selected, the plain base is selected.
 
         Raises:
             KeyError: if no such prefix is loaded.
@@ -217,18 +220,17 @@ class PrefixMixin:
         self._bank.remove(name)
 
     def save_prefix(self, path: str | PathLike[str], **details: Any) -> None:
-        """Writes the selected prefix, with the head trained beside it, as `prefix_config.json` and
-        `prefix_model.safetensors`.
+        """Writes the selected prefix, with its head, as `prefix_config.json` and `prefix_model.safetensors`.
 
         A loaded prefix is written folded, the trainable one with its projection.
 
         Args:
             path: the folder; made if missing.
-            **details: what to record beside it: `chat_format`, `task`, `training`.
+            **details: fields of `PrefixMetadata` to record: `chat_format`, `task`, `training`, ...
 
         Raises:
-            ValueError: if no prefix is selected, or one per row, or if DeepSpeed has partitioned it away.
-            OSError: if it cannot be written; an older prefix in the folder is intact then.
+            ValueError: if no prefix is selected, or one per row, or if DeepSpeed has partitioned it.
+            OSError: if it cannot be written; an older prefix in the folder is then intact.
         """
         base, name = self.base_model, self.selected_prefix
         if not isinstance(name, str):
@@ -241,7 +243,7 @@ class PrefixMixin:
         if any(value.numel() == 0 for value in parameters.values()):
             raise ValueError(
                 "The prefix is partitioned among processes (ZeRO-3): call save_prefix within "
-                "deepspeed.zero.GatheredParameters(model.parameters()), on every process."
+                "deepspeed.zero.GatheredParameters(model.parameters()), on every rank."
             )
         loaded_heads = self._loaded_heads(name)
         metadata = PrefixMetadata(
@@ -256,9 +258,10 @@ class PrefixMixin:
         kit.write(path, metadata, parameters, {**self._heads(), **loaded_heads})
 
     def base_fingerprint(self) -> dict[str, Any]:
-        """What prefixes of this base are known by, see `fingerprint_of_base`.
+        """The fingerprint by which prefixes recognise this base, see `fingerprint_of_base`.
 
-        Under ZeRO-3 every process must take part the first time; it is remembered then, as the base is frozen.
+        Under ZeRO-3 the first call must be made on every rank; later calls return the stored result, as the base is
+        frozen.
         """
         base = self.base_model
         if not is_partitioned(base.parameters()):
@@ -271,7 +274,7 @@ class PrefixMixin:
     def init_prefix_from_ids(self, input_ids: torch.Tensor) -> None:
         """Sets the trainable prefix to the keys and values that the base computes for these tokens.
 
-        With it, the model gives exactly the logits of the base with these tokens in front.
+        The model then gives exactly the logits of the base with these tokens in front.
 
         Args:
             input_ids: `[pre_seq_len]`.
@@ -291,35 +294,34 @@ class PrefixMixin:
         self._bank.mark_changed(TRAINABLE_PREFIX)
 
     def check_prefix_is_trained(self, prefix: PrefixArgument = None) -> None:
-        """Refuses inference with a prefix or a linear head that still has its random first values.
+        """Refuses inference with a prefix or a linear head that still has its random initial values.
 
         Args:
             prefix: as for a forward pass; by default the selected one.
 
         Raises:
-            ValueError: in that case.
+            ValueError: if the prefix or its head is untrained.
         """
         names = prefix.names if isinstance(prefix, PrefixBatch) else _distinct(self._selection(prefix))
         for name in names:
-            if self._is_trainable(name) and self._trainable.is_untrained:
+            if self._is_trainable(name):
+                untrained, which = self._trainable.is_untrained, f"of pre_seq_len={self._trainable.pre_seq_len} is"
+            else:
+                untrained, which = name in self._bank and not self._bank[name].trained, f"{name!r} was saved"
+            if untrained:
                 raise ValueError(
-                    f"The prefix of pre_seq_len={self._trainable.pre_seq_len} is untrained: its values are random. "
-                    "Load a trained one by load_prefix(path), or use the plain base by set_prefix(None)."
+                    f"The prefix {which} untrained: its values are random. Load a trained one by load_prefix(path), "
+                    "or use the plain base by set_prefix(None)."
                 )
-            if not self._is_trainable(name) and name in self._bank and not self._bank[name].trained:
-                raise ValueError(
-                    f"The prefix {name!r} was saved untrained: its values are random. Load a trained one by "
-                    "load_prefix(path), or use the plain base by set_prefix(None)."
-                )
-        untrained = self._untrained_heads(self._heads_of(prefix))
-        if untrained:
+        untrained_heads = self._untrained_heads(self._heads_of(prefix))
+        if untrained_heads:
             raise ValueError(
-                f"The {', '.join(untrained)} of {type(self).__name__} is untrained: its values are random. Train it, "
-                "or load a prefix with its head by load_prefix(path)."
+                f"The {', '.join(untrained_heads)} of {type(self).__name__} is untrained: its values are random. Train "
+                "it, or load a prefix with its head by load_prefix(path)."
             )
 
     def _untrained_heads(self, loaded: Iterable[str]) -> list[str]:
-        """Names of the model's own linear heads that nobody has trained, but for those that `loaded` ones replace."""
+        """Names of the model's own untrained linear heads, without those that `loaded` parameters replace."""
         replaced = {name.rpartition(".")[0] for name in loaded}
         return [
             name
@@ -330,20 +332,6 @@ class PrefixMixin:
             and (self.head_key or name) not in replaced
         ]
 
-    def _recipient(self, task: str | None) -> Recipient:
-        """This model, as a prefix is checked against it."""
-        base = self.base_model
-        heads = {name: whole_shape(value) for name, value in self._heads().items()}
-        return Recipient(
-            type(self).__name__,
-            base.config.prefix_shape,
-            base.config.name_or_path or None,
-            self.base_fingerprint,
-            None if self is base else heads,
-            getattr(self, "head_kind", None),
-            task,
-        )
-
     def _encoder_from(self, checkpoint: PrefixCheckpoint) -> PrefixEncoder:
         """The checkpoint as an encoder on the CPU."""
         config = copy(self.base_model.config)
@@ -353,7 +341,7 @@ class PrefixMixin:
         try:
             encoder.load_state_dict(checkpoint.parameters)
         except RuntimeError as error:
-            raise ValueError(f"{checkpoint.source} is not a whole prefix: {error}") from error
+            raise ValueError(f"{checkpoint.source} is not a complete prefix: {error}") from error
         return encoder
 
     def _replace_trainable(self, encoder: PrefixEncoder, checkpoint: PrefixCheckpoint) -> None:
@@ -378,14 +366,6 @@ class PrefixMixin:
             return {}
         inside = self.base_model_prefix + "."
         return {name: value for name, value in self.named_parameters() if not name.startswith(inside)}
-
-    @torch.no_grad()
-    def _set_heads(self, heads: dict[str, torch.Tensor]) -> None:
-        ours = self._heads()
-        for name, value in heads.items():
-            if ours[name].is_meta:  # a copy into it would do nothing
-                raise ValueError(f"{name} has been offloaded, so it cannot be set: keep the head in memory.")
-            ours[name].copy_(value)
 
 
 def _distinct(selection: PrefixSelection) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
-from chatglm_ptuning.model.float32_module import Float32Module
+from chatglm_ptuning.model.trained_module import Float32Module
 from chatglm_ptuning.prefix.rotation import rotary_frequencies
 
 

@@ -16,10 +16,9 @@ from chatglm_ptuning.chat.formats import formats_of
 from chatglm_ptuning.chat.message import Message
 from chatglm_ptuning.chat.roles import RoleFormat
 from chatglm_ptuning.chat.turn import ChatTurn, message_history, pair_history
-from chatglm_ptuning.model.byte_pair_vocabulary import open_vocabulary
 from chatglm_ptuning.model.chat_recognition import FolderSettings, recognise_chat_format
 from chatglm_ptuning.model.render_guard import RenderGuard
-from chatglm_ptuning.model.vocabulary import write_if_changed
+from chatglm_ptuning.model.vocabulary import open_vocabulary
 
 logger = logging.get_logger(__name__)
 
@@ -194,7 +193,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """
         name = self.vocab_files_names["vocab_file"]
         target = Path(save_directory, f"{filename_prefix}-{name}" if filename_prefix else name)
-        write_if_changed(target, self.vocabulary.content())
+        content = self.vocabulary.content()
+        if not target.is_file() or target.read_bytes() != content:  # it may be the file that is still being read from
+            target.write_bytes(content)
         return (str(target),)
 
     # Text to ids
@@ -231,28 +232,23 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return_offsets_mapping: bool = False,
         **kwargs: Any,
     ) -> BatchEncoding:
-        # transformers' own version goes from text to token strings to ids, on which a piece that is spelled like a
-        # special token becomes one. This one goes from text to ids.
+        # transformers' own version goes from text to token strings to ids, which turns a piece that is spelled like a
+        # special token into one. This one goes from text to ids.
         kwargs["truncation"] = truncation_strategy.value
         is_batch = _is_batch(text, is_split_into_words)
-        if not is_batch and not return_offsets_mapping:
-            first = self._to_ids(text, is_split_into_words)
-            second = None if text_pair is None else self._to_ids(text_pair, is_split_into_words)
-            return self.prepare_for_model(
-                first, second, padding=padding_strategy.value, prepend_batch_axis=True, **kwargs
-            )
         if not is_batch:
-            text, text_pair = [text], None if text_pair is None else [text_pair]
-        if text_pair is not None:
-            if not isinstance(text_pair, (list, tuple)) or len(text_pair) != len(text):
-                raise ValueError(f"text is a batch of {len(text)}, so text_pair must be one, too.")
-            text = list(zip(text, text_pair, strict=True))
-        # Padding waits until all rows are known.
+            rows = [(text, text_pair)]
+        elif text_pair is None:
+            rows = [row if _is_pair(row, is_split_into_words) else (row, None) for row in text]
+        elif isinstance(text_pair, (list, tuple)) and len(text_pair) == len(text):
+            rows = list(zip(text, text_pair, strict=True))
+        else:
+            raise ValueError(f"text is a batch of {len(text)}, so text_pair must be a batch of the same size.")
+        # Rows are padded once all of them are known.
         names = ("pad_to_multiple_of", "padding_side", "return_attention_mask", "return_tensors")
         for_batch = {name: kwargs.pop(name, None) for name in names}
         columns: dict[str, list] = {}
-        for row in text:
-            first, second = row if _is_pair(row, is_split_into_words) else (row, None)
+        for first, second in rows:
             encoded = self.prepare_for_model(
                 self._to_ids(first, is_split_into_words),
                 None if second is None else self._to_ids(second, is_split_into_words),
@@ -263,8 +259,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
                 encoded["offset_mapping"] = self._row_offsets(first, second, is_split_into_words, kwargs)
             for name, value in encoded.items():
                 columns.setdefault(name, []).append(value)
-        if for_batch["return_tensors"]:
-            # Rows of different lengths, which no tensor holds.
+        if is_batch and for_batch["return_tensors"]:
+            # Rows of different lengths do not fit into a tensor.
             columns.pop("overflowing_tokens", None)
             columns.pop("num_truncated_tokens", None)
         max_length = kwargs.get("max_length")

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from chatglm_ptuning.model.attention_mask import causal_mask_with_prefix, positions_from_mask
-from chatglm_ptuning.model.float32_module import Float32Module
+from chatglm_ptuning.model.trained_module import Float32Module
 from chatglm_ptuning.prefix.batch import PrefixBatch
 from chatglm_ptuning.prefix.rotation import rotate_keys
 

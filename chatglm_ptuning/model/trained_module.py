@@ -1,7 +1,8 @@
-"""Modules that know whether anything has changed the random numbers that they were created with."""
+"""Properties of the modules that are trained: they stay in float32, and they know whether they were trained."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,29 +11,40 @@ from torch import nn
 _NUMBERS_PER_PARAMETER = 64
 
 
+class Float32Module(nn.Module):
+    """Moves with its model to another device, but keeps its dtype through `half()`, `bfloat16()` and `to(dtype)`."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Float32Module:
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            changed = fn(tensor)
+            return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
 class FirstValues(nn.Module):
-    """Remembers its first values, so that what nobody has trained or loaded is told from what somebody has."""
+    """Remembers a sample of its random initial values, to tell an untrained module from a trained or loaded one."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._untrained: torch.Tensor | None = None
 
     def mark_untrained(self) -> None:
-        """Remembers the present values as those that nobody has trained or set yet."""
+        """Records the present values as untrained."""
         self._untrained = self._sample()
 
     def mark_set(self) -> None:
-        """Lets the present values count as chosen, whatever they are."""
+        """Counts the present values as trained, whatever they are."""
         self._untrained = None
 
     @property
     def has_first_values(self) -> bool:
-        """Whether `mark_untrained` has been called, so since the parameters were drawn at random."""
+        """Whether the present values or earlier ones were recorded as untrained."""
         return self._untrained is not None
 
     @property
     def is_untrained(self) -> bool:
-        """Whether the parameters still are the random numbers that they were created with."""
+        """Whether the parameters still have the values that were recorded as untrained."""
         if self._untrained is None:
             return False
         now = self._sample()
@@ -43,7 +55,7 @@ class FirstValues(nn.Module):
         """Some numbers of every parameter; any training step, copy or load changes them."""
         numbers = []
         for parameter in self.parameters():
-            # Nothing can be said of a meta tensor, or of one that DeepSpeed has partitioned away.
+            # A meta tensor, or one that DeepSpeed has partitioned, has no values here.
             if parameter.is_meta or parameter.numel() == 0:
                 return None
             step = max(1, parameter.numel() // _NUMBERS_PER_PARAMETER)
