@@ -12,7 +12,8 @@ import pytest
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_chinese import Rouge
 
-from chatglm_ptuning.metrics.generation import label_set, score
+from chatglm_ptuning.metrics import generation
+from chatglm_ptuning.metrics.generation import label_set
 
 PAIRS = [
     ("这款连衣裙采用修身版型，显瘦又百搭。", "这条连衣裙是修身的版型，穿上显瘦，非常百搭。"),
@@ -21,6 +22,10 @@ PAIRS = [
     ("abc def 手机，屏幕 6.7 英寸", "手机的屏幕为 6.7 英寸"),
     ("完全无关", "北京大学"),
 ]
+
+
+def score(predictions: list[str], references: list[str]) -> dict[str, float]:
+    return generation.score(predictions, references)[0]
 
 
 def official_scores(predictions: list[str], references: list[str]) -> dict[str, float]:
@@ -111,7 +116,7 @@ def test_label_set(references: list[str], labels: list[str] | None):
 def test_wrong_numbers_are_refused():
     with pytest.raises(ValueError, match="2 predictions for 1 references"):
         score(["a", "b"], ["a"])
-    with pytest.raises(ValueError, match="nothing to score"):
+    with pytest.raises(ValueError, match="0 predictions for 0 references"):
         score([], [])
 
 

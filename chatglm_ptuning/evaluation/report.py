@@ -13,8 +13,9 @@ from rich.table import Table
 from chatglm_ptuning.data.tasks.examples import Example, has_gold
 from chatglm_ptuning.data.tasks.heads.head import Head, Prediction
 from chatglm_ptuning.data.tasks.task import Task
-from chatglm_ptuning.evaluation.figures import draw_confusion_matrix, draw_entity_table
+from chatglm_ptuning.figures import draw_bars, draw_confusion_matrix
 from chatglm_ptuning.files import write_json, write_lines
+from chatglm_ptuning.metrics.sets import ClassScore
 from chatglm_ptuning.metrics.task_scores import TaskScores
 from chatglm_ptuning.version import kit_version
 
@@ -79,11 +80,19 @@ def write_report(
         content["confusion_matrix"] = scores.confusion.tolist()
     for name, table in (("labels", scores.labels), ("entities", scores.entities)):
         if table:
-            draw_entity_table(folder / f"{name}.png", table, task.labels, task.name)
+            _draw_class_scores(folder / f"{name}.png", table, task)
     write_lines(folder / "predictions.jsonl", rows)
     write_lines(folder / "worst_errors.jsonl", worst_errors(rows))
     write_json(folder / "metrics.json", content)
     return scores
+
+
+def _draw_class_scores(path: Path, table: Mapping[str, ClassScore], task: Task) -> None:
+    bars = {}
+    for name, one in sorted(table.items(), key=lambda entry: -entry[1].f1):
+        numbers = f"P {one.precision:.1f}  R {one.recall:.1f}  n {one.support}"
+        bars[f"{task.labels.get(name, '')} {name}   {numbers}".strip()] = {"F1": (one.f1, None)}
+    draw_bars(path, bars, "F1 (%)", title=task.name)
 
 
 def worst_errors(rows: Sequence[dict[str, Any]], number: int = WORST_ERRORS) -> list[dict[str, Any]]:

@@ -13,8 +13,9 @@ import numpy as np
 
 from chatglm_ptuning.command_line import flag_words
 from chatglm_ptuning.experiments.plan import Cell, CheckedPlan
-from chatglm_ptuning.experiments.report import Bars, Table, draw_bars, spread
+from chatglm_ptuning.experiments.report import Table, spread
 from chatglm_ptuning.experiments.run import Run
+from chatglm_ptuning.figures import Bars, draw_bars
 from chatglm_ptuning.files import write_atomically, write_json, write_text
 from chatglm_ptuning.metrics.intervals import mean_and_deviation, mean_interval
 
@@ -213,11 +214,12 @@ def write_comparison(
     parts += [*(table.markdown() for table in tables), _LEGEND]
     write_text(folder / "comparison.md", "\n\n".join(parts) + "\n")
     bars: dict[str, Bars] = {
-        task: {row.method: (row.mean, row.deviation) for row in of_task if row.mean is not None}
+        f"{task}\n{of_task[0].metric}": {
+            row.method: (row.mean, row.deviation) for row in of_task if row.mean is not None
+        }
         for task, of_task in by_task.items()
     }
-    metrics = [of_task[0].metric for of_task in by_task.values()]
-    draw_bars(folder / "comparison.png", bars, metrics, "score (%)", dashed=MAJORITY)
+    draw_bars(folder / "comparison.png", bars, "score (%)", dashed=MAJORITY)
     return tables
 
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from chatglm_ptuning.experiments.report import Mark, Table, draw_lines, spread
+from chatglm_ptuning.experiments.report import Table, spread
 from chatglm_ptuning.experiments.search_arguments import SearchArguments
+from chatglm_ptuning.figures import Mark, draw_lines
 from chatglm_ptuning.files import write_json, write_text
 from chatglm_ptuning.metrics.intervals import mean_and_deviation
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from chatglm_ptuning.command_line import fail, parse_arguments
 from chatglm_ptuning.data.tasks.registry import load_task
-from chatglm_ptuning.experiments.report import Mark, Table, draw_lines, spread
+from chatglm_ptuning.experiments.report import Table, spread
 from chatglm_ptuning.experiments.run import RESULTS_FILE
+from chatglm_ptuning.figures import Mark, draw_lines
 from chatglm_ptuning.files import read_json_object, write_json
 from chatglm_ptuning.metrics.intervals import mean_and_deviation
 from chatglm_ptuning.prefix.fingerprint import difference

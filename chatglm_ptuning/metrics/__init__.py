@@ -1,1 +1,1 @@
-"""Scores of predictions against what is expected; knows nothing of models or tasks."""
+"""Scores of predictions against gold answers; independent of models and tasks."""

@@ -1,4 +1,4 @@
-"""Accuracy, macro-F1 and the confusion matrix of predicted labels; knows nothing of models."""
+"""Accuracy, macro-F1 and the confusion matrix of predicted labels."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from chatglm_ptuning.metrics.intervals import bootstrap_interval
 def confusion_matrix(predicted: Sequence[str], expected: Sequence[str], labels: Sequence[str]) -> np.ndarray:
     """Counts, int64 `[num_labels, num_labels + 1]`: a row for each expected label, a column for each predicted one.
 
-    The last column counts predictions that are no label.
+    The last column counts predictions that are not a label.
 
     Raises:
-        ValueError: if there is nothing to compare, the numbers differ, or an expected label is unknown.
+        ValueError: if an expected label is unknown.
     """
     return _count(_cells(predicted, expected, labels), len(labels))
 
@@ -23,8 +23,8 @@ def confusion_matrix(predicted: Sequence[str], expected: Sequence[str], labels: 
 def classification_scores(predicted: Sequence[str], expected: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
     """`accuracy` and `macro_f1` in percent.
 
-    Macro-F1 is the mean over the labels that are expected or predicted anywhere, as in scikit-learn's default; a
-    prediction that is no label is a miss for the label expected, and counts against no other.
+    Macro-F1 is the mean over the labels that are expected or predicted anywhere, as in scikit-learn's default. A
+    prediction that is not a label is a miss for the expected label and a false positive for none.
 
     Raises:
         ValueError: as `confusion_matrix`.
@@ -33,22 +33,14 @@ def classification_scores(predicted: Sequence[str], expected: Sequence[str], lab
     return {"accuracy": 100 * float(np.diagonal(matrix).sum() / matrix.sum()), "macro_f1": _macro_f1(matrix)}
 
 
-def macro_f1_interval(
-    predicted: Sequence[str], expected: Sequence[str], labels: Sequence[str], **options: float
-) -> tuple[float, float]:
-    """The interval of macro-F1 in percent; options as in `bootstrap_interval`.
-
-    Raises:
-        ValueError: as `confusion_matrix`.
-    """
+def macro_f1_interval(predicted: Sequence[str], expected: Sequence[str], labels: Sequence[str]) -> tuple[float, float]:
+    """The interval of macro-F1 in percent, see `bootstrap_interval`."""
     cells = _cells(predicted, expected, labels)
-    return bootstrap_interval(lambda places: _macro_f1(_count(cells[places], len(labels))), len(cells), **options)
+    return bootstrap_interval(lambda places: _macro_f1(_count(cells[places], len(labels))), len(cells))
 
 
 def _cells(predicted: Sequence[str], expected: Sequence[str], labels: Sequence[str]) -> np.ndarray:
-    """The number of the cell of the confusion matrix that each example belongs to."""
-    if not expected or len(predicted) != len(expected):
-        raise ValueError(f"There are {len(predicted)} predictions for {len(expected)} expected labels.")
+    """The cell of the flattened confusion matrix that each example counts in."""
     place = {label: index for index, label in enumerate(labels)}
     unknown = next((label for label in expected if label not in place), None)
     if unknown is not None:

@@ -1,4 +1,4 @@
-"""Scores of generated Chinese answers against the expected ones; knows nothing of models."""
+"""Scores of generated Chinese answers against the expected ones."""
 
 from __future__ import annotations
 
@@ -16,47 +16,45 @@ from chatglm_ptuning.metrics.classification import classification_scores
 jieba.setLogLevel(logging.WARNING)
 
 MAX_LABEL_LENGTH = 20
-"""Characters of the longest answer that may still be a label."""
+"""Most characters of an answer that may be a label."""
 MAX_LABELS = 200
-"""Largest number of different answers that may still be a label set."""
+"""Most different answers that may be a label set."""
 
 
-def score(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Means over all pairs, in percent.
+def score(predictions: Sequence[str], references: Sequence[str]) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """Means over all pairs, and the text scores of each pair; all in percent.
 
     - `rouge-1`, `rouge-2`, `rouge-l`: F of rouge-chinese over jieba's words, as in the official recipe
       (ChatGLM2-6B, ptuning/main.py), which rounds each pair's score to four digits.
     - `bleu-4`: BLEU-4 over characters with NIST's geometric smoothing (nltk's method 3), as in the same recipe.
     - `bleu-4-word`: the same over jieba's words, as in the later recipe of ChatGLM3-6B, where it is not in percent.
-    - `exact_match`: equality of the texts without the white space around them.
-    - `accuracy` and `macro_f1`, if `label_set` sees labels in the references. Macro-F1 is the mean over the labels of
-      the references; a prediction that is no label counts as a miss for the label expected, and against no other.
+    - `exact_match` (means only): equality of the texts without surrounding white space.
+    - `accuracy` and `macro_f1` (means only), if `label_set` detects labels in the references. Macro-F1 is the mean
+      over the labels of the references; a prediction that is not a label is a miss for the expected label.
 
     A pair with an empty text scores 0 in ROUGE and BLEU.
 
     Raises:
         ValueError: if there are no pairs, or the two differ in number.
     """
-    if len(predictions) != len(references):
+    if not references or len(predictions) != len(references):
         raise ValueError(f"There are {len(predictions)} predictions for {len(references)} references.")
-    if not references:
-        raise ValueError("There is nothing to score: no predictions and no references.")
-    pairs = [_score_texts(prediction, reference) for prediction, reference in zip(predictions, references, strict=True)]
+    pairs = [_pair_scores(prediction, reference) for prediction, reference in zip(predictions, references, strict=True)]
     means = {name: fmean(pair[name] for pair in pairs) for name in pairs[0]}
     predicted, expected = [text.strip() for text in predictions], [text.strip() for text in references]
     means["exact_match"] = 100 * fmean(left == right for left, right in zip(predicted, expected, strict=True))
     labels = label_set(expected)
     if labels is not None:
         means |= classification_scores(predicted, expected, labels)
-    return means
+    return means, pairs
 
 
 def label_set(references: Sequence[str]) -> list[str] | None:
-    """The labels, sorted, if the references look like those of a classification; None if they look like free text.
+    """The sorted labels if the references look like those of a classification; None if they look like free text.
 
-    They are taken for labels if there are at least two different ones and at most `MAX_LABELS`, each is one non-empty
-    line of at most `MAX_LABEL_LENGTH` characters, and nine in ten of the references are an answer that another row
-    has too. So a rare label does no harm, while short free answers, which seldom repeat, are not mistaken for labels.
+    References are labels if there are between two and `MAX_LABELS` different ones, each is one non-empty line of at
+    most `MAX_LABEL_LENGTH` characters, and nine in ten references occur more than once. So a rare label does no harm,
+    while short free answers, which seldom repeat, are not mistaken for labels.
     """
     counts = Counter(text.strip() for text in references)
     if not 2 <= len(counts) <= MAX_LABELS:
@@ -67,7 +65,7 @@ def label_set(references: Sequence[str]) -> list[str] | None:
     return sorted(counts) if unshared * 10 <= len(references) else None
 
 
-def _score_texts(prediction: str, reference: str) -> dict[str, float]:
+def _pair_scores(prediction: str, reference: str) -> dict[str, float]:
     if not prediction.strip() or not reference.strip():
         return dict.fromkeys(("rouge-1", "rouge-2", "rouge-l", "bleu-4", "bleu-4-word"), 0.0)
     predicted_words, expected_words = jieba.lcut(prediction), jieba.lcut(reference)

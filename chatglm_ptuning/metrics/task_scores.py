@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
 import numpy as np
 
 from chatglm_ptuning.metrics.classification import classification_scores, confusion_matrix, macro_f1_interval
-from chatglm_ptuning.metrics.entities import EntityScore, cluener_f1, entity_scores, spans_of
+from chatglm_ptuning.metrics.entities import spans_of
 from chatglm_ptuning.metrics.generation import score
 from chatglm_ptuning.metrics.intervals import f1_interval, mean_interval
-from chatglm_ptuning.metrics.multi_label import counts_of_texts, multi_label_scores
-from chatglm_ptuning.metrics.reading_comprehension import answer_f1, cmrc_scores, exact_match
+from chatglm_ptuning.metrics.reading_comprehension import answer_f1, exact_match
+from chatglm_ptuning.metrics.sets import ClassScore, ItemSets, class_scores
 
 Entities = frozenset[tuple[str, str]]
 """Type and text of each entity of a sentence."""
@@ -36,8 +37,8 @@ class TaskScores:
     intervals: dict[str, tuple[float, float]]
     of_examples: list[float]
     groups: dict[str, float] = field(default_factory=dict)
-    entities: dict[str, EntityScore] = field(default_factory=dict)
-    labels: dict[str, EntityScore] = field(default_factory=dict)
+    entities: dict[str, ClassScore] = field(default_factory=dict)
+    labels: dict[str, ClassScore] = field(default_factory=dict)
     confusion: np.ndarray | None = None
 
 
@@ -55,10 +56,25 @@ def score_labels(predictions: Sequence[str], gold: Sequence[str], labels: Sequen
 def score_label_sets(
     predictions: Sequence[Sequence[str]], gold: Sequence[Sequence[str]], labels: Sequence[str]
 ) -> TaskScores:
-    """Scores of any number of labels for each text."""
-    metrics, table = multi_label_scores(predictions, gold, labels)
-    counts = counts_of_texts(predictions, gold)
-    exact = [float(hits == found == expected) for hits, found, expected in counts]
+    """Scores of any number of labels for each text: `micro_f1`, `macro_f1` over all labels, `subset_accuracy`.
+
+    As in scikit-learn; the F1 of a label that is neither expected nor predicted is 0.
+
+    Raises:
+        ValueError: if a label is unknown.
+    """
+    for label in (label for rows in (predictions, gold) for row in rows for label in row):
+        if label not in labels:
+            raise ValueError(f"The label {label!r} is none of {', '.join(labels)}.")
+    found, expected = ([{(label,) for label in row} for row in rows] for rows in (predictions, gold))
+    micro, table = class_scores(found, expected, labels)
+    exact = [float(left == right) for left, right in zip(found, expected, strict=True)]
+    metrics = {
+        "micro_f1": micro.f1,
+        "macro_f1": fmean(one.f1 for one in table.values()),
+        "subset_accuracy": 100 * fmean(exact),
+    }
+    counts = _counts(found, expected)
     intervals = {"micro_f1": f1_interval(counts), "subset_accuracy": _percent(mean_interval(exact))}
     return TaskScores(metrics, intervals, _f1_of_each(counts), labels=table)
 
@@ -68,27 +84,41 @@ def score_tags(
     gold: Sequence[Sequence[str]],
     entities: tuple[Sequence[Entities], Sequence[Entities], Sequence[str]] | None = None,
 ) -> TaskScores:
-    """Scores of BIO tags.
+    """Scores of the entities of BIO tags; an entity is right if its type and both its ends are, as in conlleval.
 
     Args:
-        entities: of a corpus with a score of its own, what `cluener_f1` takes.
+        entities: of a corpus with CLUENER2020's own score (its score.py), the predicted and the expected entities of
+            each sentence as the file has them (where one is inside another, tags lose it), and all types. `cluener_f1`
+            is the mean over the types of F1; a type that is neither expected nor predicted counts 0.
+
+    Raises:
+        ValueError: if a sentence has another number of predicted tags than of expected ones.
     """
-    metrics, table = entity_scores(predictions, gold)
+    for index, (found, expected) in enumerate(zip(predictions, gold, strict=True)):
+        if len(found) != len(expected):
+            raise ValueError(
+                f"Sentence {index} (counted from 0) has {len(found)} predicted tags, {len(expected)} expected."
+            )
+    spans = [[set(spans_of(tags)) for tags in rows] for rows in (predictions, gold)]
+    micro, table = class_scores(*spans)
+    metrics = {"entity_precision": micro.precision, "entity_recall": micro.recall, "entity_f1": micro.f1}
     if entities is not None:
-        metrics["cluener_f1"] = cluener_f1(*entities)
-    counts = []
-    for found, expected in zip(predictions, gold, strict=True):
-        left, right = set(spans_of(found)), set(spans_of(expected))
-        counts.append((len(left & right), len(left), len(right)))
+        _, of_types = class_scores(*entities)
+        metrics["cluener_f1"] = fmean(one.f1 for one in of_types.values())
+    counts = _counts(*spans)
     return TaskScores(metrics, {"entity_f1": f1_interval(counts)}, _f1_of_each(counts), entities=table)
 
 
 def score_answers(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> TaskScores:
-    """Scores of extracted answers, each against all of its references."""
+    """Scores of extracted answers, each against all of its references: `cmrc_f1`, `cmrc_em`, `cmrc_average`.
+
+    An empty prediction (no answer) scores 0.
+    """
     each = [answer_f1(text, own) for text, own in zip(predictions, references, strict=True)]
     exact = [float(exact_match(text, own)) for text, own in zip(predictions, references, strict=True)]
+    f1, em = 100 * fmean(each), 100 * fmean(exact)
     intervals = {"cmrc_f1": _percent(mean_interval(each)), "cmrc_em": _percent(mean_interval(exact))}
-    return TaskScores(cmrc_scores(predictions, references), intervals, each)
+    return TaskScores({"cmrc_f1": f1, "cmrc_em": em, "cmrc_average": (f1 + em) / 2}, intervals, each)
 
 
 def score_choices(
@@ -107,22 +137,20 @@ def score_choices(
 
 
 def score_texts(predictions: Sequence[str], gold: Sequence[str], *, with_lengths: bool = True) -> TaskScores:
-    """Scores of written texts, and the mean number of characters of both."""
-    singles = [score([prediction], [target]) for prediction, target in zip(predictions, gold, strict=True)]
-    intervals = {name: mean_interval([single[name] for single in singles]) for name in ("rouge-l", "bleu-4")}
-    metrics = score(predictions, gold)
+    """Scores of generated texts, and the mean number of characters of both."""
+    metrics, pairs = score(predictions, gold)
+    intervals = {name: mean_interval([pair[name] for pair in pairs]) for name in ("rouge-l", "bleu-4")}
     if with_lengths:
-        metrics["prediction_length"] = sum(map(len, predictions)) / len(predictions)
-        metrics["target_length"] = sum(map(len, gold)) / len(gold)
-    return TaskScores(metrics, intervals, [single["rouge-l"] / 100 for single in singles])
+        metrics |= {"prediction_length": fmean(map(len, predictions)), "target_length": fmean(map(len, gold))}
+    return TaskScores(metrics, intervals, [pair["rouge-l"] / 100 for pair in pairs])
 
 
 def _group_accuracy(
     hits: Sequence[bool], subjects: Sequence[tuple[str | None, str]], groups: Mapping[str, Sequence[str]]
 ) -> dict[str, float]:
-    """Accuracy by subject, and by category as the mean over its subjects, which is how C-Eval and CMMLU average.
+    """Accuracy by subject, and by category as the mean over its subjects, as C-Eval and CMMLU average.
 
-    Further groups are there if all of their subjects are.
+    A further group is reported if all of its subjects are there.
     """
     of_subject: dict[str, list[bool]] = {}
     categories: dict[str, dict[str, None]] = {}
@@ -132,9 +160,14 @@ def _group_accuracy(
             categories.setdefault(category, {})[subject] = None
     accuracy = {subject: 100 * sum(own) / len(own) for subject, own in of_subject.items()}
     sets = categories | {name: own for name, own in groups.items() if all(member in accuracy for member in own)}
-    means = {name: sum(accuracy[member] for member in members) / len(members) for name, members in sets.items()}
-    overall = {"mean of subjects": sum(accuracy.values()) / len(accuracy)} if accuracy else {}
+    means = {name: fmean(accuracy[member] for member in members) for name, members in sets.items()}
+    overall = {"mean of subjects": fmean(accuracy.values())} if accuracy else {}
     return accuracy | means | overall
+
+
+def _counts(predicted: ItemSets, expected: ItemSets) -> list[tuple[int, int, int]]:
+    """The numbers of right, predicted and expected items of each example."""
+    return [(len(left & right), len(left), len(right)) for left, right in zip(predicted, expected, strict=True)]
 
 
 def _f1_of_each(counts: Sequence[tuple[int, int, int]]) -> list[float]:

@@ -12,41 +12,31 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from chatglm_ptuning.files import write_atomically
+from chatglm_ptuning.figures import drawing
 from chatglm_ptuning.model.zero3 import is_partitioned, whole_shape
 from chatglm_ptuning.training.distributed import all_gather_objects
 
 
 def draw_loss_curve(log_history: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draws training loss, evaluation loss and learning rate over the steps as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(8, 4.5), dpi=120)
     training = [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
     evaluation = [(entry["step"], entry["eval_loss"]) for entry in log_history if "eval_loss" in entry]
     rates = [(entry["step"], entry["learning_rate"]) for entry in log_history if "learning_rate" in entry]
-    if training:
-        axis.plot(*zip(*training, strict=True), label="training loss", color="tab:blue")
-    if evaluation:
-        axis.plot(*zip(*evaluation, strict=True), "o-", label="evaluation loss", color="tab:orange")
-    axis.set_xlabel("step")
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.set_ylabel("loss (nats per token, or per label of a linear head)")
-    axis.grid(alpha=0.3)
-    if training or evaluation:
-        axis.legend(loc="upper right")
-    if rates:
-        right = axis.twinx()
-        right.plot(*zip(*rates, strict=True), color="tab:gray", linestyle=":", label="learning rate")
-        right.set_ylabel("learning rate")
-        right.set_ylim(bottom=0)
-    figure.tight_layout()
-    with write_atomically(path) as temporary:
-        figure.savefig(temporary, format="png")
-    pyplot.close(figure)
+    with drawing(path, 8, 4.5) as axis:
+        if training:
+            axis.plot(*zip(*training, strict=True), label="training loss", color="tab:blue")
+        if evaluation:
+            axis.plot(*zip(*evaluation, strict=True), "o-", label="evaluation loss", color="tab:orange")
+        axis.set(xlabel="step", ylabel="loss (nats per token, or per label of a linear head)")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+        if training or evaluation:
+            axis.legend(loc="upper right")
+        if rates:
+            right = axis.twinx()
+            right.plot(*zip(*rates, strict=True), color="tab:gray", linestyle=":", label="learning rate")
+            right.set_ylabel("learning rate")
+            right.set_ylim(bottom=0)
 
 
 def print_samples(prompts: Sequence[str], references: Sequence[str], answers: Mapping[str, Sequence[str]]) -> None:

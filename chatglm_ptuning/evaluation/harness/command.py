@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from chatglm_ptuning.command_line import fail, parse_arguments
 from chatglm_ptuning.data.tasks.heads.head import Prediction
-from chatglm_ptuning.evaluation.figures import draw_accuracies
+from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.evaluation.report import print_scores, write_report
+from chatglm_ptuning.figures import draw_bars
 from chatglm_ptuning.files import check_output_folder, write_text
 from chatglm_ptuning.metrics.task_scores import TaskScores
 from chatglm_ptuning.model.arguments import InferenceBaseArguments
@@ -170,8 +171,7 @@ def _report(
     for exam, _ in selection.exams.values():
         scores = {name: _write_exam_report(exam, result, output / name) for name, result in results.items()}
         columns = {name: {"accuracy": entry.metrics["accuracy"], **entry.groups} for name, entry in scores.items()}
-        titles = {name: entry.title for name, entry in exam.task.subjects.items()}
-        draw_accuracies(output / f"{exam.task.name}.png", columns, titles, exam.task.title)
+        _draw_accuracies(output / f"{exam.task.name}.png", columns, exam.task)
         print_scores(columns, f"{exam.task.name}: accuracy (%)")
         content["exams"][exam.task.name] = {
             name: {"metrics": entry.metrics, "intervals": entry.intervals, "groups": entry.groups,
@@ -197,6 +197,15 @@ def _report(
         print(f"Some contexts were too long and lost their beginning: {content['cut_contexts']}.")
     print(f"{METRICS_FILE}, pictures and lm-eval's own results are in {output}.")
     return content
+
+
+def _draw_accuracies(path: Path, columns: Mapping[str, Mapping[str, float]], task: Task) -> None:
+    bars = {}
+    for name in next(iter(columns.values())):
+        title = f"{task.subjects[name].title} " if name in task.subjects else ""
+        bars[title + name] = {model: (accuracies[name], None) for model, accuracies in columns.items()}
+        bars[title + name]["chance"] = (25.0, None)
+    draw_bars(path, bars, "accuracy (%)", title=task.title, dashed="chance")
 
 
 def _write_exam_report(exam: Exam, result: Mapping[str, Any], folder: Path) -> TaskScores:
