@@ -56,22 +56,22 @@ def test_a_row_survives_pickling():
     [
         ('{"a": 1}\n{"a": 2\n{"a": 3}', 2, "not valid JSON: Expecting ',' delimiter (column 8)", '{"a": 2'),
         ('{"a": 1}\n\n{"a": 1} {"a": 2}', 3, "not valid JSON: Extra data (column 10)", '{"a": 1} {"a": 2}'),
-        ('{"a": 1}\n["b"]', 2, "expected an object, found an array", '["b"]'),
-        ('{"a": 1}\nnull', 2, "expected an object, found null", "null"),
+        ('{"a": 1}\n["b"]', 2, "expected a JSON object", '["b"]'),
+        ('{"a": 1}\nnull', 2, "expected a JSON object", "null"),
         ('{"a": NaN}', 1, "not valid JSON: NaN is not a JSON value, write null or a number", '{"a": NaN}'),
         ('{"a": ' + "[" * 100_000, 1, "nested too deeply", '{"a": [[['),
-        ('[{"a": 1},\n{"a": 2}\n{"a": 3}]', 3, "expected ',' or ']' behind an element, found '{'", '{"a": 3}]'),
-        ('[{"a": 1},\n{"a": 2}\n', 3, "expected ',' or ']' behind an element, the file ends", ""),
+        ('[{"a": 1},\n{"a": 2}\n{"a": 3}]', 3, "expected ',' or ']' after an element, found '{'", '{"a": 3}]'),
+        ('[{"a": 1},\n{"a": 2}\n', 3, "expected ',' or ']' after an element, the file ends", ""),
         ('[{"a": 1},\n{"a" 2}]', 2, "not valid JSON: Expecting ':' delimiter (column 6)", '{"a" 2}]'),
-        ('[{"a": 1},\n "b"]', 2, "expected an object, found a string", '"b"]'),
+        ('[{"a": 1},\n "b"]', 2, "expected a JSON object", '"b"'),
         ('[{"a": 1},\n]', 2, "not valid JSON: Expecting value (column 1)", "]"),
-        ('[{"a": 1}]\n{"a": 2}', 2, "there is more text behind the end of the array", '{"a": 2}'),
+        ('[{"a": 1}]\n{"a": 2}', 2, "there is more text after the end of the array", '{"a": 2}'),
     ],
 )
 def test_names_file_line_and_reason_of_a_malformed_line(tmp_path, content, line, reason, shown):
     path = written(tmp_path, content)
     message = fault(path)
-    assert message.startswith(f"{path}:{line}: {reason}. The line starts: {shown}")
+    assert message.startswith(f"{path}:{line}: {reason}, in: {shown}")
     assert "one JSON object per line" in message
 
 
@@ -104,7 +104,7 @@ def test_other_encodings(tmp_path):
 
 
 def test_a_cut_off_gzip_file(tmp_path):
-    assert "is a gzip file that is damaged or cut off" in fault(written(tmp_path, gzip.compress(LINES.encode())[:-12]))
+    assert "is a damaged or truncated gzip file" in fault(written(tmp_path, gzip.compress(LINES.encode())[:-12]))
 
 
 def row(**values: object) -> Row:
