@@ -189,10 +189,10 @@ def test_official_tool_calls():
         (row(prompt="问\ud83d", response="答"), r"the column 'prompt' holds half of a surrogate pair ('\ud83d') at "
          "character 2."),
         (row(prompt="问", response="答", history="无"), "the column 'history' must be a list of [question, answer] "
-         "pairs, not str; name the right one with --history_column."),
+         'pairs, not "无"; set history_column'),
         (row(prompt="问", response="答", history=[["a", "b"], ["c"]]), "the column 'history' must be a list of "
          '[question, answer] pairs; its round 2 is ["c"]'),
-        (row(conversations="问"), "'conversations' must be a list of messages, not str."),
+        (row(conversations="问"), "'conversations' must be a list of messages"),
         (row(conversations=["问"]), "message 1 of 'conversations' is not an object like"),
         (row(conversations=[{"content": "问"}]), "message 1 of 'conversations' has no 'role' (it has 'content'); a "
          "message needs 'role' and 'content'."),
