@@ -39,7 +39,7 @@ def encode_all(
 class Rows(list):
     """Rows in the place of a file."""
 
-    def rows(self, bad_rows: BadRows) -> Iterator[Row]:
+    def rows(self, bad_rows: BadRows, *, json_in_text: bool) -> Iterator[Row]:
         for number, row in enumerate(self, start=1):
             yield row if isinstance(row, Row) else Row(row, "rows", number)
 

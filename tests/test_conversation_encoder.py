@@ -253,13 +253,11 @@ def refusal(tokenizer, rows: list[Row], columns: Columns = HISTORY) -> str:
 def test_faults_name_file_line_and_flag(chatglm2):
     good = row(prompt="甲", response="乙", history=[])
     assert refusal(chatglm2, [good, row(7, content="甲", response="乙")]).startswith(
-        "rows.json:7: no dataset format has these fields: 'content', 'response'.\n"
-        "The dataset formats, which --dataset_format names:\n"
+        "rows.json:7: the fields 'content', 'response' fit no dataset format."
     )
-    assert refusal(chatglm2, [good, row(7, content="甲", response="乙")], Columns("prompt", "response")) == (
-        "rows.json:7: there is no column 'prompt' (the row has 'content', 'response'); name the right one with "
-        "--prompt_column."
-    )
+    message = refusal(chatglm2, [good, row(7, content="甲", response="乙")], Columns("prompt", "response"))
+    assert message.startswith("rows.json:7: there is no column 'prompt' (the row has 'content', 'response'); ")
+    assert "set prompt_column" in message
     assert refusal(chatglm2, [row(3, prompt="甲", response="乙", rounds=[])]) == (
         "rows.json:3: no row has the column 'history' (this one has 'prompt', 'response', 'rounds'); name the right "
         "one with --history_column, or leave that out."

@@ -70,7 +70,7 @@ def test_show_says_what_is_cut_and_what_is_not_there(base, tmp_path, capsys):
     fails("data", "show", path, "--row", "3", *more)
     assert f"There is no row 3: {path} has 2." in capsys.readouterr().err
     fails("data", "show", data_file(tmp_path, {"甲": 1}), *more)
-    assert "rows.jsonl:1: no dataset format has these fields: '甲'" in capsys.readouterr().err
+    assert "rows.jsonl:1: the fields '甲' fit no dataset format" in capsys.readouterr().err
     fails("data", code=0)
     fails("data", "chekc", code=2)
 
@@ -109,7 +109,9 @@ def test_check_finds_what_is_wrong_and_what_is_suspicious(tmp_path, capsys):
     )
     fails("data", "check", path, "--output_dir", tmp_path)
     out = capsys.readouterr().out
-    assert f"error: {path}:3: not valid JSON" in out and f"error: {path}:10: no dataset format" in out
+    assert (
+        f"error: {path}:3: not valid JSON" in out and f"error: {path}:10: the fields '甲' fit no dataset format" in out
+    )
     assert "Not fit to train on" in out
     found = json.loads((tmp_path / "data_check.json").read_text("utf-8"))
     assert (found["fit"], found["rows"], found["bad"]) == (False, 8, 2)

@@ -11,8 +11,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from chatglm_ptuning.data.formats.registry import Columns
 from chatglm_ptuning.data.sources.files import find_sources, iterate_rows
 from chatglm_ptuning.data.sources.rows import BadRows, Row
+from chatglm_ptuning.data.tasks import load_task, read_examples
+from chatglm_ptuning.data.tasks.task import Task
 
 
 def written(folder: Path, name: str, content: str | bytes) -> Path:
@@ -70,6 +73,43 @@ def test_plain_text_is_a_row_per_line(tmp_path):
     ]  # fmt: skip
 
 
+MOOD = """
+name: mood
+title: moods of messages
+reader: rows
+fields: {text: text}
+labels: {happy: 高兴, sad: 难过}
+prompt: "{text}"
+metric: macro_f1
+pre_seq_len: 6
+learning_rate: 5.0e-3
+files: {test: test.txt}
+"""
+
+
+@pytest.mark.parametrize(
+    ("content", "texts", "line"),
+    [
+        ('{"text": "好"}\n{"text": "坏"}\n', ["好", "坏"], 2),
+        ('\ufeff\n [{"text": "好"},\n{"text": "坏"}]\n', ["好", "坏"], 3),
+        ("好\n[坏]\n", ["好", "[坏]"], 2),
+    ],
+)
+def test_text_files_with_rows_of_tasks_may_hold_json(tmp_path, content, texts, line):
+    written(tmp_path, "mood.yaml", MOOD)
+    task = load_task(tmp_path / "mood.yaml")
+    path = written(tmp_path, "test.txt", content)
+    examples = read_examples(task, tmp_path, "test")
+    assert [example.text for example in examples] == texts
+    assert examples[1].where == f"{path}:{line}"
+
+
+def test_instruction_files_of_text_hold_no_json(tmp_path):
+    path = written(tmp_path, "novel.txt", '[第一章]\n{"text": "好"}\n')
+    examples = read_examples(Task.of_files([str(path)], Columns(), ""), path, "train")
+    assert [example.content.text for example in examples] == ["[第一章]", '{"text": "好"}']
+
+
 def test_parquet_leaves_out_the_nulls_that_it_fills_in(tmp_path):
     path = tmp_path / "rows.parquet"
     turns = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答", "loss": False}]
@@ -98,8 +138,8 @@ def test_parquet_leaves_out_the_nulls_that_it_fills_in(tmp_path):
         ("a.csv", "prompt,response\n", " is empty: it needs a line with the names of the columns"),
         ("a.csv", "问,答\n一,二\n".encode("gbk"), ":1: not UTF-8 text (byte 0xce). If it is GBK"),
         ("a.txt", " \n\n", " is empty."),
-        ("a.parquet", "PAR1 and no more", " is not a Parquet file, or a damaged one: "),
-        ("a.csv.gz", gzip.compress(CSV.encode())[:-9], " is a gzip file that is damaged or cut off"),
+        ("a.parquet", "PAR1 and no more", " is damaged or not a Parquet file: "),
+        ("a.csv.gz", gzip.compress(CSV.encode())[:-9], " is a damaged or truncated gzip file"),
     ],
 )
 def test_names_what_is_wrong_with_a_file(tmp_path, name, content, message):
@@ -157,7 +197,7 @@ def test_a_hub_dataset_without_a_connection(monkeypatch):
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     message = fault("huggingface:owner/name")
-    assert message.startswith("huggingface:owner/name cannot be had from the hub: ")
+    assert message.startswith("huggingface:owner/name cannot be downloaded: ")
     assert "hf download --repo-type dataset owner/name" in message
 
 

@@ -56,22 +56,22 @@ def test_a_row_survives_pickling():
     [
         ('{"a": 1}\n{"a": 2\n{"a": 3}', 2, "not valid JSON: Expecting ',' delimiter (column 8)", '{"a": 2'),
         ('{"a": 1}\n\n{"a": 1} {"a": 2}', 3, "not valid JSON: Extra data (column 10)", '{"a": 1} {"a": 2}'),
-        ('{"a": 1}\n["b"]', 2, "expected an object, found an array", '["b"]'),
-        ('{"a": 1}\nnull', 2, "expected an object, found null", "null"),
+        ('{"a": 1}\n["b"]', 2, "expected a JSON object", '["b"]'),
+        ('{"a": 1}\nnull', 2, "expected a JSON object", "null"),
         ('{"a": NaN}', 1, "not valid JSON: NaN is not a JSON value, write null or a number", '{"a": NaN}'),
         ('{"a": ' + "[" * 100_000, 1, "nested too deeply", '{"a": [[['),
-        ('[{"a": 1},\n{"a": 2}\n{"a": 3}]', 3, "expected ',' or ']' behind an element, found '{'", '{"a": 3}]'),
-        ('[{"a": 1},\n{"a": 2}\n', 3, "expected ',' or ']' behind an element, the file ends", ""),
+        ('[{"a": 1},\n{"a": 2}\n{"a": 3}]', 3, "expected ',' or ']' after an element, found '{'", '{"a": 3}]'),
+        ('[{"a": 1},\n{"a": 2}\n', 3, "expected ',' or ']' after an element, the file ends", ""),
         ('[{"a": 1},\n{"a" 2}]', 2, "not valid JSON: Expecting ':' delimiter (column 6)", '{"a" 2}]'),
-        ('[{"a": 1},\n "b"]', 2, "expected an object, found a string", '"b"]'),
+        ('[{"a": 1},\n "b"]', 2, "expected a JSON object", '"b"'),
         ('[{"a": 1},\n]', 2, "not valid JSON: Expecting value (column 1)", "]"),
-        ('[{"a": 1}]\n{"a": 2}', 2, "there is more text behind the end of the array", '{"a": 2}'),
+        ('[{"a": 1}]\n{"a": 2}', 2, "there is more text after the end of the array", '{"a": 2}'),
     ],
 )
 def test_names_file_line_and_reason_of_a_malformed_line(tmp_path, content, line, reason, shown):
     path = written(tmp_path, content)
     message = fault(path)
-    assert message.startswith(f"{path}:{line}: {reason}. The line starts: {shown}")
+    assert message.startswith(f"{path}:{line}: {reason}, in: {shown}")
     assert "one JSON object per line" in message
 
 
@@ -104,7 +104,7 @@ def test_other_encodings(tmp_path):
 
 
 def test_a_cut_off_gzip_file(tmp_path):
-    assert "is a gzip file that is damaged or cut off" in fault(written(tmp_path, gzip.compress(LINES.encode())[:-12]))
+    assert "is a damaged or truncated gzip file" in fault(written(tmp_path, gzip.compress(LINES.encode())[:-12]))
 
 
 def row(**values: object) -> Row:
@@ -189,10 +189,10 @@ def test_official_tool_calls():
         (row(prompt="问\ud83d", response="答"), r"the column 'prompt' holds half of a surrogate pair ('\ud83d') at "
          "character 2."),
         (row(prompt="问", response="答", history="无"), "the column 'history' must be a list of [question, answer] "
-         "pairs, not str; name the right one with --history_column."),
+         'pairs, not "无"; set history_column'),
         (row(prompt="问", response="答", history=[["a", "b"], ["c"]]), "the column 'history' must be a list of "
          '[question, answer] pairs; its round 2 is ["c"]'),
-        (row(conversations="问"), "'conversations' must be a list of messages, not str."),
+        (row(conversations="问"), "'conversations' must be a list of messages"),
         (row(conversations=["问"]), "message 1 of 'conversations' is not an object like"),
         (row(conversations=[{"content": "问"}]), "message 1 of 'conversations' has no 'role' (it has 'content'); a "
          "message needs 'role' and 'content'."),

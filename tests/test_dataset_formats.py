@@ -245,25 +245,24 @@ def test_a_named_format_needs_no_telling_apart():
     assert "there is no 'messages', which this dataset format needs (the row has 'content'" in refusal(
         values, Columns(dataset_format="glm4")
     )
-    with pytest.raises(ValueError, match=r"--dataset_format must be one of columns, alpaca, .*, not 'csv'"):
+    with pytest.raises(ValueError, match=r"dataset_format must be one of columns, alpaca, .*, not 'csv'"):
         Columns(dataset_format="csv")
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (row(标题="问", 正文="答"), "no dataset format has these fields: '标题', '正文'.\nThe "
-         "dataset formats, which --dataset_format"),
-        (row(content="问", summary="答", prompt="甲", response="乙"), "the fields 'content', 'summary', 'prompt', "
-         "'response' fit several dataset formats (content and summary; prompt and response)."),
+        (row(标题="问", 正文="答"), "the fields '标题', '正文' fit no dataset format.\nSet dataset_format to one of "),
+        (row(content="问", summary="答", prompt="甲", response="乙"), "which columns are question and answer? The "
+         "row has 'content', 'summary', 'prompt', 'response'; set prompt_column and response_column"),
         (row(instruction="问", output="答", messages=[]), "the fields 'instruction', 'output', 'messages' fit several "
-         "dataset formats (alpaca; messages)."),
+         "dataset formats: alpaca, messages."),
         (row(conversations=[], messages=[]), "the fields 'conversations', 'messages' fit "
-         "several dataset formats (chatglm3; messages)."),
-        (row(text="文字", kind="新闻"), "no dataset format has these fields: 'text', 'kind'."),
+         "several dataset formats: chatglm3, messages."),
+        (row(text="文字", kind="新闻"), "the fields 'text', 'kind' fit no dataset format."),
         (row(instruction=["问"], output="答"), "the column 'instruction' holds an array, not text"),
         (row(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]), "message 1 of "
-         "'messages' has a part of the type 'image_url'; only text can be learned from."),
+         "'messages' has a part of the type 'image_url'"),
         (row(messages=[{"role": "bot", "content": "答"}]), "message 1 of 'messages' has the unknown role 'bot'; the "
          "roles are system, user, assistant, observation, developer, function and tool."),
         (row(messages=[{"role": "user"}]), "message 1 of 'messages' has no 'content' (it has 'role')"),

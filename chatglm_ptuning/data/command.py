@@ -154,10 +154,10 @@ class _Readable:
     name: str
     unreadable: list[str]
 
-    def rows(self, bad_rows: BadRows) -> Iterator[Row]:
+    def rows(self, bad_rows: BadRows, *, json_in_text: bool) -> Iterator[Row]:
         try:
             for source in find_sources(self.name):
-                yield from source.rows(bad_rows)
+                yield from source.rows(bad_rows, json_in_text=json_in_text)
         except ValueError as error:
             self.unreadable.append(str(error))
 

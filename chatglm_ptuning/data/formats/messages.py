@@ -1,4 +1,4 @@
-"""Rows whose messages have a `role` and a `content`: ChatGLM3's `conversations`, GLM-4's and OpenAI's `messages`."""
+"""Rows with a list of messages: ChatGLM3's and ShareGPT's `conversations`, GLM-4's and OpenAI's `messages`."""
 
 from __future__ import annotations
 
@@ -18,67 +18,163 @@ from chatglm_ptuning.data.formats.fields import (
     tool_list,
     turns_of,
 )
-from chatglm_ptuning.data.sources.rows import Row, fail
 
 _SAME_ROLE = {"developer": "system", "function": "observation", "tool": "observation"}
-_NEEDED = "a message needs 'role' and 'content'"
+_SHAREGPT_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
+    "bing": "assistant", "bard": "assistant", "system": "system", "function_call": "call", "tool_call": "call",
+    "observation": "observation", "tool": "observation", "function_response": "observation",
+    "tool_response": "observation",
+}  # fmt: skip
 
 
-def chatglm3(row: Row) -> Conversation:
-    """ChatGLM3's `conversations`: every answer with text in it is learned unless it says `"loss": false`.
+def chatglm3(row: Mapping[str, Any]) -> Conversation:
+    """ChatGLM3's `conversations`: every answer with text is learned unless it says `"loss": false`.
 
     `metadata` stands on the line of the role. The role `tool` (`name`, `parameters`, `observation`) becomes a tool
-    call and its observation. `tools` may stand beside the messages or in a system message. (Official fine-tuning,
-    except that tool output is never learned.)
+    call and its observation. `tools` may stand beside the messages or in a system message. As in the official
+    fine-tuning, except that tool output is never learned.
 
     Raises:
-        ValueError: naming file, line and message, for what is not understood.
+        ValueError: naming the message, for what is not understood.
     """
-    messages: list[Message] = []
+    said: list[Message] = []
     for turn, what in turns_of(row, "conversations"):
-        loss = learns(row, turn, what)
+        loss = learns(turn, what)
         if turn.get("role") == "tool":
-            messages += _call_and_observation(row, turn, what, loss)
+            if not isinstance(turn.get("name"), str) or not isinstance(parsed(turn.get("parameters")), dict):
+                raise ValueError(f"{what} is a tool call, which needs 'name' (text) and 'parameters' (an object).")
+            seen = turn.get("observation")
+            seen = seen if isinstance(seen, str) else json.dumps(seen, ensure_ascii=False)
+            said.append(tool_call(turn["name"], turn["parameters"], what, loss))
+            said.append(Message("observation", text(seen, f"the observation of {what}")))
         else:
-            messages.append(_message(row, turn, what, loss, (*ROLES, "tool")))
-    return Conversation(messages, tools=tool_list(row, row.get("tools"), "'tools'"))
+            said.append(_message(turn, what, loss, (*ROLES, "tool")))
+    return Conversation(said, tools=tool_list(row.get("tools"), "'tools'"))
 
 
-def messages(row: Row) -> Conversation:
-    """GLM-4's and OpenAI's `messages`: every answer with text in it is learned unless it says otherwise.
+def messages(row: Mapping[str, Any]) -> Conversation:
+    """GLM-4's and OpenAI's `messages`: every answer with text is learned unless `loss` or `weight` forbids it.
 
-    Otherwise is `"loss": false` or `"weight": 0`. `tool_calls` become one call each, followed by its result (found by
-    `tool_call_id`), as the family knows one call at a time. `developer` is `system`; `tool` and `function` are
-    `observation`. Of content in parts the texts are taken.
+    `tool_calls` become one call each, followed by its result (found by `tool_call_id`), because the family knows one
+    call at a time. `developer` is `system`; `tool` and `function` are `observation`. Of content in parts the texts are
+    taken.
 
     Raises:
-        ValueError: naming file, line and message, for what is not understood, such as images.
+        ValueError: naming the message, for what is not understood, such as images.
     """
     turns = turns_of(row, "messages")
+    known = (*ROLES, *_SAME_ROLE)
     said: list[Message] = []
     placed: set[int] = set()
     for place, (turn, what) in enumerate(turns):
-        role = turn.get("role")
         if place in placed:
             continue
-        loss = learns(row, turn, what)
-        calls = _calls(row, turn, what) if role == "assistant" else []
-        known = (*ROLES, *_SAME_ROLE)
-        if not calls or _content(row, turn, what).strip():
-            said.append(_message(row, turn, what, loss, known, content_optional=role == "assistant"))
-        results = _results_behind(turns, place) if len(calls) > 1 else {}
+        loss, calls = learns(turn, what), []
+        if turn.get("role") == "assistant":
+            turn, calls = {"content": None, **turn}, _calls(turn, what)
+        if not calls or _content(turn, what).strip():
+            said.append(_message(turn, what, loss, known))
+        results = _results_after(turns, place) if len(calls) > 1 else {}
         for identity, name, arguments in calls:
-            said.append(tool_call(row, name, arguments, what, loss))
+            said.append(tool_call(name, arguments, what, loss))
             found = results.pop(identity, None) if isinstance(identity, str) else None
             if found is not None:
-                said.append(_message(row, *turns[found], False, known))
+                said.append(_message(*turns[found], False, known))
                 placed.add(found)
     tools = row.get("tools") if row.get("tools") is not None else row.get("functions")
-    return Conversation(said, tools=tool_list(row, tools, "'tools'"))
+    return Conversation(said, tools=tool_list(tools, "'tools'"))
 
 
-def _results_behind(turns: Sequence[tuple[Mapping[str, Any], str]], place: int) -> dict[str, int]:
-    """The `tool` messages directly behind a message, by their `tool_call_id`: ids may come again in later turns."""
+def sharegpt(row: Mapping[str, Any]) -> Conversation:
+    """ShareGPT's `conversations`: every answer and tool call is learned unless `loss` or `weight` forbids it.
+
+    `system` and `tools` may stand beside the messages, the latter as a list or as JSON text. Answers before the first
+    question, with which truncated conversations begin, are left out.
+
+    Raises:
+        ValueError: naming the message, for what is not understood.
+    """
+    said: list[Message] = []
+    for turn, what in turns_of(row, "conversations"):
+        if "from" not in turn or "value" not in turn:
+            raise ValueError(f"{what} has {names(turn)}; a message of ShareGPT needs 'from' and 'value'.")
+        role = _SHAREGPT_ROLES.get(str(turn["from"]).lower())
+        if role is None:
+            raise ValueError(f"{what} is from {turn['from']!r}, which is none of {', '.join(_SHAREGPT_ROLES)}.")
+        loss = learns(turn, what)
+        if role == "call":
+            said += _named_calls(turn["value"], what, loss)
+        else:
+            content = text(turn["value"], what)
+            said.append(answer(content, "", loss) if role == "assistant" else Message(role, content))
+    system = text(row.get("system"), "'system'")
+    if system.strip() and not (said and said[0].role == "system"):
+        said.insert(0, Message("system", system))
+    asked = next((place for place, message in enumerate(said) if message.role == "user"), 0)
+    said = [message for message in said[:asked] if message.role == "system"] + said[asked:]
+    return Conversation(said, tools=tool_list(row.get("tools"), "'tools'"))
+
+
+def _message(turn: Mapping[str, Any], what: str, loss: bool, known: tuple[str, ...]) -> Message:
+    """A message that is no tool call; `content` may be missing beside `tools`.
+
+    Args:
+        known: the roles of the dataset format.
+    """
+    for key in ("role", "content"):
+        if key not in turn and not (key == "content" and turn.get("tools")):
+            raise ValueError(f"{what} has no {key!r} (it has {names(turn)}); a message needs 'role' and 'content'.")
+    role = turn["role"]
+    if role not in known:
+        raise ValueError(
+            f"{what} has the unknown role {role!r}; the roles are {', '.join(known[:-1])} and {known[-1]}."
+        )
+    content = _content(turn, what)
+    metadata = text(turn.get("metadata"), f"the metadata of {what}")
+    if "\n" in metadata:
+        raise ValueError(f"the metadata of {what} has a line break in it; it is the rest of the role's line.")
+    role = _SAME_ROLE.get(role, role)
+    if role == "assistant":
+        return answer(content, metadata, loss)
+    tools = tool_list(turn.get("tools"), f"'tools' of {what}") if role == "system" else None
+    return Message(role, content, metadata, tools=tools or None)
+
+
+def _content(turn: Mapping[str, Any], what: str) -> str:
+    content = turn.get("content")
+    if content is None:
+        return text(turn.get("refusal"), what)
+    if not isinstance(content, list):
+        return text(content, what)
+    parts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind not in ("text", "refusal"):
+            raise ValueError(f"{what} has a part of the type {kind!r}; only text can be learned.")
+        parts.append(text(part.get(kind), what))
+    return "".join(parts)
+
+
+def _calls(turn: Mapping[str, Any], what: str) -> list[tuple[Any, Any, Any]]:
+    """`(id, name, arguments)` of every call."""
+    calls = parsed(turn.get("tool_calls")) or []
+    if not isinstance(calls, list):
+        raise ValueError(f"'tool_calls' of {what} must be a list, not {shown(calls)}")
+    found = []
+    for call in calls:
+        function = parsed(call.get("function", call)) if isinstance(call, dict) else None
+        if not isinstance(function, dict):
+            raise ValueError(f"a tool call of {what} is not understood: {shown(call)}")
+        found.append((call.get("id"), function.get("name"), function.get("arguments")))
+    single = parsed(turn.get("function_call"))
+    if isinstance(single, dict):
+        found.append((None, single.get("name"), single.get("arguments")))
+    return found
+
+
+def _results_after(turns: Sequence[tuple[Mapping[str, Any], str]], place: int) -> dict[str, int]:
+    """The `tool` messages right after a message, by their `tool_call_id`: ids may come again in later turns."""
     results: dict[str, int] = {}
     for index in range(place + 1, len(turns)):
         turn = turns[index][0]
@@ -89,71 +185,12 @@ def _results_behind(turns: Sequence[tuple[Mapping[str, Any], str]], place: int) 
     return results
 
 
-def _message(
-    row: Row,
-    turn: Mapping[str, Any],
-    what: str,
-    loss: bool,
-    known: tuple[str, ...],
-    content_optional: bool = False,
-) -> Message:
-    for key in ("role", "content"):
-        if key not in turn and not (key == "content" and (content_optional or turn.get("tools"))):
-            fail(row, f"{what} has no {key!r} (it has {names(turn)}); {_NEEDED}.")
-    role = turn["role"]
-    if role not in known:
-        fail(row, f"{what} has the unknown role {role!r}; the roles are {', '.join(known[:-1])} and {known[-1]}.")
-    content = _content(row, turn, what)
-    metadata = text(row, turn.get("metadata"), f"the metadata of {what}")
-    if "\n" in metadata:
-        fail(row, f"the metadata of {what} has a line break in it; it is the rest of the role's line.")
-    role = _SAME_ROLE.get(role, role)
-    if role == "assistant":
-        return answer(content, metadata, loss)
-    tools = tool_list(row, turn.get("tools"), f"'tools' of {what}") if role == "system" else None
-    return Message(role, content, metadata, tools=tools or None)
-
-
-def _content(row: Row, turn: Mapping[str, Any], what: str) -> str:
-    content = turn.get("content")
-    if content is None:
-        return text(row, turn.get("refusal"), what)
-    if not isinstance(content, list):
-        return text(row, content, what)
-    parts = []
-    for part in content:
-        if isinstance(part, dict) and part.get("type") in ("text", "refusal"):
-            parts.append(text(row, part.get(part["type"]), what))
-        else:
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            fail(row, f"{what} has a part of the type {kind!r}; only text can be learned from.")
-    return "".join(parts)
-
-
-def _calls(row: Row, turn: Mapping[str, Any], what: str) -> list[tuple[Any, Any, Any]]:
-    """`(id, name, arguments)` of every call."""
-    calls = parsed(turn.get("tool_calls")) or []
-    if not isinstance(calls, list):
-        fail(row, f"'tool_calls' of {what} must be a list, not {shown(calls)}")
+def _named_calls(value: Any, what: str, loss: bool) -> list[Message]:
+    """The calls in `{"name": ..., "arguments": {...}}`, or in a list of such objects, also as JSON text."""
+    calls = parsed(value)
     found = []
-    for call in calls:
-        function = parsed(call.get("function", call)) if isinstance(call, dict) else None
-        if not isinstance(function, dict):
-            fail(row, f"a tool call of {what} is not understood: {shown(call)}")
-        found.append((call.get("id"), function.get("name"), function.get("arguments")))
-    single = parsed(turn.get("function_call"))
-    if isinstance(single, dict):
-        found.append((None, single.get("name"), single.get("arguments")))
+    for call in calls if isinstance(calls, list) else [calls]:
+        if not isinstance(call, dict) or "name" not in call:
+            raise ValueError(f'{what} must be a call like {{"name": "...", "arguments": {{...}}}}, not {shown(value)}')
+        found.append(tool_call(call["name"], call.get("arguments", call.get("parameters")), what, loss))
     return found
-
-
-def _call_and_observation(row: Row, turn: Mapping[str, Any], what: str, loss: bool) -> list[Message]:
-    if not isinstance(turn.get("name"), str) or not isinstance(parsed(turn.get("parameters")), dict):
-        fail(row, f"{what} is a tool call, which needs 'name' (text) and 'parameters' (an object).")
-    observation = turn.get("observation")
-    if not isinstance(observation, str):
-        observation = json.dumps(observation, ensure_ascii=False)
-    return [
-        tool_call(row, turn["name"], turn["parameters"], what, loss),
-        Message("observation", text(row, observation, f"the observation of {what}")),
-    ]

@@ -1,4 +1,4 @@
-"""From names on the command line to rows: files of every type, folders, patterns and hubs, read piece by piece."""
+"""From names on the command line to rows: files of every type, folders, patterns and hubs, streamed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,16 @@ from chatglm_ptuning.data.sources.hub import HubDataset, is_on_hub
 from chatglm_ptuning.data.sources.json_rows import json_rows
 from chatglm_ptuning.data.sources.rows import BadRows, Row
 from chatglm_ptuning.data.sources.tables import csv_rows, parquet_rows, plain_text_rows, tsv_rows
-from chatglm_ptuning.data.sources.text import DATA_SUFFIXES, data_files, data_suffix, listed, open_bytes
+from chatglm_ptuning.data.sources.text import (
+    DATA_SUFFIXES,
+    data_files,
+    data_suffix,
+    first_character,
+    listed,
+    open_bytes,
+)
 
+_READERS = {".csv": csv_rows, ".tsv": tsv_rows, ".txt": plain_text_rows}
 _SPLITS = {
     "train": "train", "training": "train", "dev": "validation", "val": "validation", "valid": "validation",
     "validation": "validation", "eval": "validation", "test": "test", "testing": "test",
@@ -24,18 +32,21 @@ _HASHED_AT_ONCE = 1 << 20
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file, of whatever type."""
+    """A file of any type."""
 
     path: Path
 
     def __str__(self) -> str:
         return str(self.path)
 
-    def rows(self, bad_rows: BadRows) -> Iterator[Row]:
-        """Its rows, read as they are asked for.
+    def rows(self, bad_rows: BadRows, *, json_in_text: bool = False) -> Iterator[Row]:
+        """Its rows, streamed.
 
-        The suffix tells the type: .csv, .tsv, .parquet, .txt (one row per line, column `text`), and JSON (lines or an
+        The suffix gives the type: .csv, .tsv, .parquet, .txt (one row per line, column `text`), and JSON (lines or an
         array) for all others; each may be gzipped.
+
+        Args:
+            json_in_text: read a .txt file as JSON if it starts with `{` or `[`.
 
         Raises:
             ValueError: naming file and line, if the file cannot be read, and as `bad_rows.add` for a bad row.
@@ -43,14 +54,13 @@ class DataFile:
         suffix = data_suffix(self.path)
         if suffix == ".parquet":
             return parquet_rows(self.path)
-        readers = {".csv": csv_rows, ".tsv": tsv_rows, ".txt": plain_text_rows}
-        return readers.get(suffix, json_rows)(self.path, bad_rows)
+        if suffix == ".txt" and json_in_text and first_character(self.path) in {"{", "["}:
+            return json_rows(self.path, bad_rows)
+        return _READERS.get(suffix, json_rows)(self.path, bad_rows)
 
     def fingerprint(self) -> str:
-        """A hash over the content."""
-        digest = hashlib.blake2b(digest_size=16)
-        # The type is told by the suffix, so it is part of what is read.
-        digest.update(data_suffix(self.path).encode())
+        """A hash of the content, and of the suffix, which decides how the content is read."""
+        digest = hashlib.blake2b(data_suffix(self.path).encode(), digest_size=16)
         with open_bytes(self.path) as file:
             while data := file.read(_HASHED_AT_ONCE):
                 digest.update(data)
@@ -61,34 +71,35 @@ DataSource = DataFile | HubDataset
 
 
 def find_sources(name: str | PathLike[str]) -> list[DataSource]:
-    """What a name on the command line stands for: a file, the data files of a folder or of a pattern, or a hub's.
+    """The sources that a name on the command line stands for.
 
-    `huggingface:OWNER/NAME` and `modelscope:OWNER/NAME`, optionally with `?split=SPLIT&config=CONFIG&revision=
-    REVISION`, are data sets on a hub. Files of a folder or a pattern are sorted by name.
+    A name is a file, a folder of data files, a pattern, or a dataset on a hub: `huggingface:OWNER/NAME` or
+    `modelscope:OWNER/NAME`, optionally with `?split=SPLIT&config=CONFIG&revision=REVISION`. The files of a folder or a
+    pattern are sorted by name.
 
     Raises:
         ValueError: if there is nothing of that name, or a folder holds files of several splits.
     """
     text = str(name)
     if is_on_hub(text):
-        return [_named_on_hub(text)]
+        dataset = HubDataset.parse(text)
+        if not dataset.repository:
+            raise ValueError(f"{text}: name the dataset, {dataset.hub}:OWNER/NAME.")
+        return [dataset]
     path = Path(text)
     if path.is_dir():
         return [DataFile(child) for child in _files_of_folder(path)]
-    if not path.exists() and glob.has_magic(text):
-        found = sorted(
-            match
-            for match in glob.iglob(text, recursive=True)  # noqa: PTH207
-            if Path(match).is_file()
-        )
-        if not found:
-            raise ValueError(f"No file matches the pattern {text} (from {Path.cwd()}).")
-        return [DataFile(Path(match)) for match in found]
-    return [DataFile(path)]
+    if path.exists() or not glob.has_magic(text):
+        return [DataFile(path)]
+    matches = sorted(glob.iglob(text, recursive=True))  # noqa: PTH207
+    found = [DataFile(Path(match)) for match in matches if Path(match).is_file()]
+    if not found:
+        raise ValueError(f"No file matches the pattern {text} (from {Path.cwd()}).")
+    return found
 
 
 def iterate_rows(names: Sequence[str | PathLike[str]], bad_rows: BadRows | None = None) -> Iterator[Row]:
-    """The rows of files, folders, patterns and data sets on hubs one after the other, as they are asked for.
+    """The rows of files, folders, patterns and datasets on hubs in turn, streamed.
 
     Raises:
         ValueError: as `find_sources` and `DataFile.rows`.
@@ -97,13 +108,6 @@ def iterate_rows(names: Sequence[str | PathLike[str]], bad_rows: BadRows | None 
     for name in names:
         for source in find_sources(name):
             yield from source.rows(bad_rows)
-
-
-def _named_on_hub(name: str) -> HubDataset:
-    dataset = HubDataset.parse(name)
-    if not dataset.repository:
-        raise ValueError(f"{name}: name the data set, {dataset.hub}:OWNER/NAME.")
-    return dataset
 
 
 def _files_of_folder(folder: Path) -> list[Path]:
@@ -118,7 +122,7 @@ def _files_of_folder(folder: Path) -> list[Path]:
             splits.setdefault(split, path.name)
     if len(splits) > 1:
         raise ValueError(
-            f"{folder} holds files of several splits ({listed(list(splits.values()))}); name the files of one, or a "
-            f"pattern such as '{folder}/train*'."
+            f"{folder} holds files of several splits ({listed(list(splits.values()))}); name the files of one split, "
+            f"or a pattern such as '{folder}/train*'."
         )
     return files

@@ -1,4 +1,4 @@
-"""Data sets on a hub, Hugging Face or ModelScope, as rows."""
+"""Datasets on a hub, Hugging Face or ModelScope, as rows."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _OPTIONS = ("config", "split", "revision")
 
 
 def is_on_hub(name: str) -> bool:
-    """Whether a name stands for a data set on a hub."""
+    """Whether a name stands for a dataset on a hub."""
     return name.partition(":")[0] in HUBS
 
 
 @dataclass(frozen=True)
 class HubDataset:
-    """One split of a data set, fetched once and then read from the local cache of the hub's client.
+    """One split of a dataset, downloaded once and then read from the local cache of the hub's client.
 
     Attributes:
         hub: one of `HUBS`.
-        repository: `OWNER/NAME`, or a local copy of such a repository; "" for the place that a task knows.
+        repository: `OWNER/NAME`, or a local copy of such a repository; "" for the repository that a task names.
         config: name of the subset.
         split: None if the name does not say.
     """
@@ -38,17 +38,17 @@ class HubDataset:
 
     @classmethod
     def parse(cls, name: str) -> HubDataset:
-        """Reads `HUB:OWNER/NAME?config=CONFIG&split=SPLIT&revision=REVISION`; all but the hub may be left out.
+        """Reads `HUB:OWNER/NAME?config=CONFIG&split=SPLIT&revision=REVISION`; only the hub is required.
 
         Raises:
-            ValueError: if it has another form.
+            ValueError: if the name has another form.
         """
         hub, _, rest = name.partition(":")
         repository, _, query = rest.partition("?")
         options = dict(parse_qsl(query, keep_blank_values=True))
         if hub not in HUBS or any(option not in _OPTIONS for option in options):
             raise ValueError(
-                f"{name}: a data set on a hub is written {' or '.join(f'{hub}:OWNER/NAME' for hub in HUBS)}, "
+                f"{name}: a dataset on a hub is written {' or '.join(f'{hub}:OWNER/NAME' for hub in HUBS)}, "
                 "optionally with ?config=CONFIG&split=SPLIT&revision=REVISION."
             )
         return cls(hub, repository, **options)
@@ -56,33 +56,36 @@ class HubDataset:
     def __str__(self) -> str:
         return f"{self.hub}:{self.repository}"
 
-    def rows(self, bad_rows: BadRows) -> Iterator[Row]:
-        """Its rows, numbered from 1; class numbers are the names of their classes, and -1, which is none, is None.
+    def rows(self, bad_rows: BadRows, *, json_in_text: bool = False) -> Iterator[Row]:
+        """Its rows, numbered from 1. Class numbers become class names, and the number -1 (no class) becomes None.
+
+        Args:
+            bad_rows, json_in_text: as for files; the rows of a hub are never bad, nor JSON in a text file.
 
         Raises:
-            ValueError: if it cannot be fetched, saying what to do offline.
+            ValueError: if the dataset cannot be downloaded, saying what to do offline.
             ImportError: if the hub's client is not installed.
         """
-        data = self._fetched()
+        data = self._downloaded()
         for number, values in enumerate(data, start=1):
             yield Row(_decoded(values, data.features), str(self), number, has_lines=False)
 
     def fingerprint(self) -> str:
-        """What `datasets` knows the content by.
+        """The fingerprint that `datasets` gives the content.
 
         Raises:
             ValueError, ImportError: as `rows`.
         """
-        return str(self._fetched()._fingerprint)
+        return str(self._downloaded()._fingerprint)
 
-    def _fetched(self) -> Any:
+    def _downloaded(self) -> Any:
         try:
             return self.content
         except ImportError:
             raise
         except Exception as error:  # the clients raise errors of many libraries
             raise ValueError(
-                f"{self} cannot be had from the hub: {first_line(error)}\nWithout a connection, fetch it elsewhere "
+                f"{self} cannot be downloaded: {first_line(error)}\nWithout a connection, download it elsewhere "
                 f"(`hf download --repo-type dataset {self.repository}`) and name its files or folder instead."
             ) from error
 
@@ -111,7 +114,7 @@ class HubDataset:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
+    """The first line of an error message."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

@@ -1,59 +1,35 @@
-"""Rows of JSON lines and JSON arrays, read piece by piece, so that a file may be larger than memory; JSON documents."""
+"""Rows of JSON lines and JSON arrays, streamed, so that a file may be larger than memory; JSON documents."""
 
 from __future__ import annotations
 
-import codecs
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from chatglm_ptuning.data.sources.rows import BadRows, Row
-from chatglm_ptuning.data.sources.text import check_is_text, not_utf8, open_bytes, read_text, text_lines
+from chatglm_ptuning.data.sources.text import first_character, not_utf8, open_text, read_text, text_lines
 
 EXPECTED = "A data file holds one JSON object per line, or one JSON array of objects"
+_NOT_AN_OBJECT = "expected a JSON object"
 _SPACE = re.compile(r"[ \t\r\n]*")
 _SHOWN = 60  # characters of a faulty line in a message
-_CHUNK = 1 << 20
-_LONGEST_TOKEN = 16  # characters of JSON that may look wrong only because the rest of them is not read yet
+_CHUNK = 1 << 16  # characters; the rest of a chunk is copied with every element
+_LONGEST_TOKEN = 16  # characters of JSON that may look wrong because the rest of them is not read yet
 
 
 def json_rows(path: Path, bad_rows: BadRows) -> Iterator[Row]:
-    """The objects of an array, or of lines; blank lines are skipped and a byte order mark is dropped.
+    """The objects of an array, or of lines; blank lines are skipped.
 
     Raises:
         ValueError: naming file and line, if the file is unreadable, empty or not text, or an array is not JSON; and as
             `bad_rows.add` for a line, or an element of an array, that is not an object.
     """
-    with open_bytes(path) as file:
-        start = file.read(_CHUNK)
-        check_is_text(path, start[:1000])
-        start = start.removeprefix(codecs.BOM_UTF8)
-        while not start.strip() and (more := file.read(_CHUNK)):
-            start += more
-        if not start.strip():
-            raise ValueError(f"{path} is empty. {EXPECTED}.")
-        if start.lstrip().startswith(b"["):
-            yield from _ArrayReader(file, start, path, bad_rows).rows()
-            return
-    yield from _line_rows(path, bad_rows)
-
-
-def _line_rows(path: Path, bad_rows: BadRows) -> Iterator[Row]:
-    decoder = json.JSONDecoder(parse_constant=_refuse_constant)
-    for number, line in text_lines(path, bad_rows):
-        if not line.strip():
-            continue
-        try:
-            value = decoder.decode(line.rstrip("\r\n"))
-        except (ValueError, RecursionError) as error:
-            bad_rows.add(_message(path, number, line, _reason(error)))
-            continue
-        if isinstance(value, dict):
-            yield Row(value, str(path), number)
-        else:
-            bad_rows.add(_message(path, number, line, f"expected an object, found {_json_type(value)}"))
+    start = first_character(path)
+    if not start:
+        raise ValueError(f"{path} is empty. {EXPECTED}.")
+    yield from _array_rows(path, bad_rows) if start == "[" else _line_rows(path, bad_rows)
 
 
 def json_document(path: Path, expected: str) -> Any:
@@ -76,111 +52,104 @@ def json_document(path: Path, expected: str) -> Any:
         raise ValueError(f"{path}: {_reason(error)}.") from error
 
 
-class _ArrayReader:
-    """The elements of an array one by one, with their line numbers, and at most a few of them in memory."""
+def _line_rows(path: Path, bad_rows: BadRows) -> Iterator[Row]:
+    for number, line in text_lines(path, bad_rows):
+        if not line.strip():
+            continue
+        try:
+            value = _DECODER.decode(line.rstrip("\r\n"))
+        except (ValueError, RecursionError) as error:
+            bad_rows.add(_message(path, number, _reason(error), line))
+            continue
+        if isinstance(value, dict):
+            yield Row(value, str(path), number)
+        else:
+            bad_rows.add(_message(path, number, _NOT_AN_OBJECT, line))
 
-    def __init__(self, file: BinaryIO, start: bytes, path: Path, bad_rows: BadRows) -> None:
-        self.file = file
-        self.path = path
-        self.bad_rows = bad_rows
-        self.utf8 = codecs.getincrementaldecoder("utf-8")()
-        self.json = json.JSONDecoder(parse_constant=_refuse_constant)
-        self.text = ""
-        self.position = 0
-        self.counted, self.line = 0, 1  # the line that the character `counted` stands on
-        self.ended = False
-        self._take(start)
 
-    def rows(self) -> Iterator[Row]:
-        self._next_mark()
-        self.position += 1
-        found = False
-        closed = self._next_mark() == "]"
-        while not closed:
-            found = True
-            line, source = self._line_at(self.position), self._source(self.position)
-            value = self._value()
+def _array_rows(path: Path, bad_rows: BadRows) -> Iterator[Row]:
+    with open_text(path) as file:
+        array = _ArrayText(file, path)
+        array.next_mark()
+        array.drop(1)
+        if array.next_mark() == "]":
+            raise ValueError(f"{path} holds an empty array. {EXPECTED}.")
+        mark = ","
+        while mark == ",":
+            array.next_mark()
+            line, value = array.line, array.take_value()
             if isinstance(value, dict):
-                yield Row(value, str(self.path), line)
+                yield Row(value, str(path), line)
             else:
-                reason = f"expected an object, found {_json_type(value)}"
-                self.bad_rows.add(_message(self.path, line, source, reason))
-            mark = self._next_mark()
+                bad_rows.add(_message(path, line, _NOT_AN_OBJECT, json.dumps(value, ensure_ascii=False)))
+            mark = array.next_mark()
             if mark not in {",", "]"}:
-                seen = "the file ends" if not mark else f"found {mark!r}"
-                self._fail(self.position, f"expected ',' or ']' behind an element, {seen}")
-            closed = mark == "]"
-            if not closed:
-                self.position += 1
-                self._next_mark()
-        self.position += 1
-        if self._next_mark():
-            self._fail(self.position, "there is more text behind the end of the array")
-        if not found:
-            raise ValueError(f"{self.path} holds an empty array. {EXPECTED}.")
+                array.fail(f"expected ',' or ']' after an element, {f'found {mark!r}' if mark else 'the file ends'}")
+            array.drop(1)
+        if array.next_mark():
+            array.fail("there is more text after the end of the array")
 
-    def _value(self) -> Any:
-        while True:
-            try:
-                value, self.position = self.json.raw_decode(self.text, self.position)
-                return value
-            except json.JSONDecodeError as error:
-                cut_off = error.msg.startswith("Unterminated string") or error.pos > len(self.text) - _LONGEST_TOKEN
-                if cut_off and not self.ended:
-                    self._fill()
-                    continue
-                self._fail(error.pos, f"not valid JSON: {error.msg} (column {self._column(error.pos)})")
-            except (ValueError, RecursionError) as error:
-                self._fail(self.position, _reason(error))
 
-    def _next_mark(self) -> str:
-        """The next character that is no white space, at `position` then; empty at the end of the file."""
+class _ArrayText:
+    """The text of an array that is still to be read, of which only the beginning is in memory.
+
+    Attributes:
+        line, column: where it begins in the file, from 1 and from 0.
+    """
+
+    def __init__(self, file: TextIO, path: Path) -> None:
+        self.file, self.path = file, path
+        self.text, self.line, self.column = "", 1, 0
+        self.ended = False
+
+    def next_mark(self) -> str:
+        """Drops white space. Returns the next character; empty text at the end of the file."""
         while True:
-            self.position = _SPACE.match(self.text, self.position).end()
-            if self.position < len(self.text) or self.ended:
-                return self.text[self.position : self.position + 1]
+            self.drop(_SPACE.match(self.text).end())
+            if self.text or self.ended:
+                return self.text[:1]
             self._fill()
 
+    def take_value(self) -> Any:
+        """Reads the value at the beginning, and drops its text."""
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self.text)
+                self.drop(end)
+                return value
+            except json.JSONDecodeError as error:
+                unfinished = error.msg.startswith("Unterminated string") or error.pos > len(self.text) - _LONGEST_TOKEN
+                if self.ended or not unfinished:
+                    self.drop(error.pos - (error.colno - 1))
+                    self.fail(f"not valid JSON: {error.msg} (column {self.column + error.colno})")
+                self._fill()
+            except (ValueError, RecursionError) as error:
+                self.fail(_reason(error))
+
+    def drop(self, count: int) -> None:
+        """Drops so many characters."""
+        dropped, self.text = self.text[:count], self.text[count:]
+        self.line += dropped.count("\n")
+        self.column = count - dropped.rfind("\n") - 1 if "\n" in dropped else self.column + count
+
+    def fail(self, reason: str) -> NoReturn:
+        """Raises the ValueError for a fault at the beginning."""
+        raise ValueError(_message(self.path, self.line, reason, self.text[: 4 * _SHOWN]))
+
     def _fill(self) -> None:
-        self._line_at(self.position)
-        self.text, self.position, self.counted = self.text[self.position :], 0, 0
-        # As much again as is waiting, so that a huge element is not decoded too often.
-        self._take(self.file.read(max(_CHUNK, len(self.text))))
-
-    def _take(self, data: bytes) -> None:
+        # As much again as is in memory, so that a huge element is not decoded too often.
+        data = self.file.read(max(_CHUNK, len(self.text)))
+        self.text += data
         self.ended = not data
-        try:
-            self.text += self.utf8.decode(data, final=self.ended)
-        except UnicodeDecodeError as error:
-            line = self._line_at(len(self.text)) + error.object.count(b"\n", 0, error.start)
-            raise ValueError(not_utf8(self.path, line, error.object[error.start])) from None
-
-    def _line_at(self, position: int) -> int:
-        if position < self.counted:
-            return self.line - self.text.count("\n", position, self.counted)
-        self.line += self.text.count("\n", self.counted, position)
-        self.counted = position
-        return self.line
-
-    def _column(self, position: int) -> int:
-        return position - self.text.rfind("\n", 0, position)
-
-    def _source(self, position: int) -> str:
-        start = self.text.rfind("\n", 0, position) + 1
-        return self.text[start : start + 4 * _SHOWN].split("\n")[0]
-
-    def _fail(self, position: int, reason: str) -> NoReturn:
-        raise ValueError(_message(self.path, self._line_at(position), self._source(position), reason))
-
-
-def _json_type(value: Any) -> str:
-    if value is None:
-        return "null"
-    return {list: "an array", str: "a string", bool: "a boolean"}.get(type(value), "a number")
+        if fault := not_utf8(self.path, self.line, self.text):
+            raise ValueError(fault)
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON value, write null or a number")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def _reason(error: Exception) -> str:
@@ -189,7 +158,7 @@ def _reason(error: Exception) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else f"not valid JSON: {error}"
 
 
-def _message(path: Path, line: int, source: str, reason: str) -> str:
-    source = source.strip()
+def _message(path: Path, line: int, reason: str, source: str) -> str:
+    source = source.strip().partition("\n")[0]
     shown = source[:_SHOWN] + ("..." if len(source) > _SHOWN else "")
-    return f"{path}:{line}: {reason}. The line starts: {shown}\n{EXPECTED}; correct or delete this line."
+    return f"{path}:{line}: {reason}, in: {shown}\n{EXPECTED}; correct or delete this line."

@@ -1,4 +1,4 @@
-"""One record of a data source that knows where it stands, and the count of those that could not be used."""
+"""A row of a data source with its place in the source, and the count of the rows that could not be used."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Row(dict):
         return f"{self.path}:{self.line}" if self.has_lines else f"{self.path} row {self.line}"
 
     def digest(self) -> int:
-        """64 bits that are the same for rows of the same content."""
+        """64 bits that are the same for rows with the same content."""
         content = repr(sorted(self.items(), key=lambda item: item[0])).encode("utf-8", "surrogatepass")
         return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
@@ -43,7 +43,7 @@ def fail(row: Row, text: str) -> NoReturn:
 
 
 def without_nulls(value: Any) -> Any:
-    """A value of a table of nested columns: without the null fields of objects, which such tables fill in."""
+    """A value of a table without the null fields of its objects, which Arrow fills in."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
@@ -52,15 +52,15 @@ def without_nulls(value: Any) -> Any:
 
 
 class BadRows:
-    """Counts rows that cannot be used, and gives up when there are too many.
+    """Counts rows that cannot be used, and raises when there are too many.
 
     Args:
-        limit: so many are tolerated; None for any number.
-        whole: counts them too, for a part of a larger whole.
+        limit: number of bad rows that are tolerated; None for any number.
+        whole: the counter of the data set of which this one counts a part; it counts the same rows.
 
     Attributes:
-        count: how many there were.
-        messages: what was wrong with the first `KEPT` of them.
+        count: number of bad rows.
+        messages: the errors of the first `KEPT` of them.
     """
 
     KEPT: ClassVar[int] = 20
@@ -72,10 +72,10 @@ class BadRows:
         self.messages: list[str] = []
 
     def add(self, message: str) -> None:
-        """Notes one.
+        """Counts one bad row.
 
         Raises:
-            ValueError: with this message, if it is one more than is tolerated.
+            ValueError: with this message, if more rows are bad than are tolerated.
         """
         self.count += 1
         if len(self.messages) < self.KEPT:
@@ -83,6 +83,5 @@ class BadRows:
         if self.whole is not None:
             self.whole.add(message)
         if self.limit is not None and self.count > self.limit:
-            if not self.limit:
-                raise ValueError(message)
-            raise ValueError(f"More than {self.limit} bad rows (--skip_bad_rows). The last one:\n{message}")
+            several = f"More than {self.limit} bad rows (--skip_bad_rows). The last one:\n" if self.limit else ""
+            raise ValueError(several + message)

@@ -1,32 +1,28 @@
-"""Rows of CSV, TSV and Parquet files, and lines of plain text, read piece by piece."""
+"""Rows of CSV, TSV and Parquet files, and lines of plain text, streamed."""
 
 from __future__ import annotations
 
 import csv
 import io
-import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from chatglm_ptuning.data.sources.rows import BadRows, Row, without_nulls
-from chatglm_ptuning.data.sources.text import open_bytes, text_lines
+from chatglm_ptuning.data.sources.text import not_utf8, open_bytes, open_text, text_lines
 
 TEXT_COLUMN = "text"
-"""The column that the lines of a .txt file are given."""
+"""The column of the rows of a .txt file."""
 _PARQUET_BATCH = 256
-_AFTER_LONE_CARRIAGE_RETURN = re.compile("(?<=\r)(?=[^\n])")
 
 
 def csv_rows(path: Path, bad_rows: BadRows) -> Iterator[Row]:
     """Rows of a CSV file, whose first line names the columns; every value is text.
 
     Raises:
-        ValueError: as `_rows_of_table`; and as `bad_rows.add` for a row with broken quotes.
+        ValueError: as `_table_rows`; and as `bad_rows.add` for a row with broken quotes.
     """
-    return _rows_of_table(
-        path, _csv_values(path, bad_rows), bad_rows, "commas or line breaks in it needs double quotes"
-    )
+    return _table_rows(path, bad_rows, "commas or line breaks in it needs double quotes", strict=True)
 
 
 def tsv_rows(path: Path, bad_rows: BadRows) -> Iterator[Row]:
@@ -35,71 +31,51 @@ def tsv_rows(path: Path, bad_rows: BadRows) -> Iterator[Row]:
     There is no quoting, as in the TSV files that benchmarks publish: a double quote is text like any other.
 
     Raises:
-        ValueError: as `_rows_of_table`.
+        ValueError: as `_table_rows`.
     """
-    return _rows_of_table(path, _tsv_values(path, bad_rows), bad_rows, "tabs or line breaks in it needs a CSV file")
+    needs = "tabs or line breaks in it needs a CSV file"
+    return _table_rows(path, bad_rows, needs, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-def _csv_values(path: Path, bad_rows: BadRows) -> Iterator[tuple[int, list[str]]]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    last = 0
-
-    def lines() -> Iterator[str]:
-        nonlocal last
-        for last, line in _table_lines(path, bad_rows):  # noqa: B007
-            yield line
-
-    reader = csv.reader(lines(), strict=True)
-    while True:
-        start = last + 1
-        try:
-            yield start, next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            bad_rows.add(f"{path}:{start}: not a row of values: {error}. Quotes inside a quoted value are doubled.")
-
-
-def _tsv_values(path: Path, bad_rows: BadRows) -> Iterator[tuple[int, list[str]]]:
-    for number, line in _table_lines(path, bad_rows):
-        line = line.rstrip("\r\n")
-        yield number, line.split("\t") if line else []
-
-
-def _table_lines(path: Path, bad_rows: BadRows) -> Iterator[tuple[int, str]]:
-    """Numbered lines, which may also end in a carriage return alone."""
-    more = 0
-    for number, line in text_lines(path, bad_rows):
-        for place, part in enumerate(_AFTER_LONE_CARRIAGE_RETURN.split(line)):
-            yield number + more + place, part
-        more += place
-
-
-def _rows_of_table(path: Path, lines: Iterator[tuple[int, list[str]]], bad_rows: BadRows, needs: str) -> Iterator[Row]:
-    """Rows of the values of lines, of which the first names the columns.
+def _table_rows(path: Path, bad_rows: BadRows, needs: str, **dialect: Any) -> Iterator[Row]:
+    """Rows of a table whose first line names the columns. A line may also end in a carriage return alone.
 
     Args:
-        needs: what a value needs that cannot stand there as it is, for a message.
+        needs: how a value with separators in it must be written, for a message.
+        dialect: settings of `csv.reader`.
 
     Raises:
-        ValueError: naming file and line, if there are no rows, or the first line names no columns, or one twice; and
-            as `bad_rows.add` for a row with more or fewer values.
+        ValueError: naming file and line, if there are no rows, or the column names are missing or repeated; and as
+            `bad_rows.add` for a row that is not UTF-8, or has another number of values.
     """
+    csv.field_size_limit(2**31 - 1)
     columns: list[str] | None = None
     found = False
-    for number, values in lines:
-        if not values:
-            continue
-        if columns is None:
-            columns = _columns(values, f"{path}:{number}")
-        elif len(values) != len(columns):
-            bad_rows.add(
-                f"{path}:{number}: {len(values)} values, but {len(columns)} columns ({', '.join(columns)}). A value "
-                f"with {needs}."
-            )
-        else:
-            found = True
-            yield Row(zip(columns, values, strict=True), str(path), number)
+    with open_text(path, newline="") as file:
+        reader = csv.reader(file, **dialect)
+        while True:
+            number = reader.line_num + 1
+            try:
+                values = next(reader)
+            except StopIteration:
+                break
+            except csv.Error as error:
+                bad_rows.add(
+                    f"{path}:{number}: not a row of values: {error}. Quotes inside a quoted value are doubled."
+                )
+                continue
+            if fault := not_utf8(path, number, "".join(values)):
+                bad_rows.add(fault)
+            elif values and columns is None:
+                columns = _columns(values, f"{path}:{number}")
+            elif values and len(values) != len(columns):
+                bad_rows.add(
+                    f"{path}:{number}: {len(values)} values, but {len(columns)} columns ({', '.join(columns)}). A "
+                    f"value with {needs}."
+                )
+            elif values:
+                found = True
+                yield Row(zip(columns, values, strict=True), str(path), number)
     if not found and not bad_rows.count:
         raise ValueError(f"{path} is empty: it needs a line with the names of the columns, and rows below it.")
 
@@ -123,18 +99,18 @@ def parquet_rows(path: Path) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     with open_bytes(path) as file:
         try:
-            # Parquet is read from its end, which a gzip stream only has when it is unpacked.
+            # A Parquet file is read from its end, so a gzipped one is decompressed whole.
             source = file if isinstance(file, io.BufferedReader) else io.BytesIO(file.read())
-            number = 0
-            for batch in pyarrow.parquet.ParquetFile(source).iter_batches(batch_size=_PARQUET_BATCH):
-                for values in batch.to_pylist(maps_as_pydicts="lossy"):
-                    number += 1
-                    named = {key: without_nulls(value) for key, value in values.items()}
-                    yield Row(named, str(path), number, has_lines=False)
+            batches = pyarrow.parquet.ParquetFile(source).iter_batches(batch_size=_PARQUET_BATCH)
+            rows = (row for batch in batches for row in batch.to_pylist(maps_as_pydicts="lossy"))
+            for number, row in enumerate(rows, start=1):
+                values = {key: without_nulls(value) for key, value in row.items()}
+                yield Row(values, str(path), number, has_lines=False)
         except pyarrow.ArrowException as error:
-            raise ValueError(f"{path} is not a Parquet file, or a damaged one: {error}") from error
+            raise ValueError(f"{path} is damaged or not a Parquet file: {error}") from error
     if not number:
         raise ValueError(f"{path} is empty: it has no rows.")
 

@@ -1,15 +1,16 @@
-"""Opening text files of any size: gzip, UTF-8, and what is said about those that are something else."""
+"""Opening text files of any size: gzip, UTF-8, and error messages for files that are something else."""
 
 from __future__ import annotations
 
 import codecs
 import difflib
 import gzip
+import io
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from chatglm_ptuning.data.sources.rows import BadRows
 
@@ -19,7 +20,7 @@ _LISTED = 5
 
 
 def data_suffix(path: Path) -> str:
-    """The suffix that tells what is in the file, in lower case, without a `.gz` behind it."""
+    """The suffix that gives the type of the file, in lower case, without a trailing `.gz`."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes[-1:] == [".gz"]:
         suffixes.pop()
@@ -27,17 +28,17 @@ def data_suffix(path: Path) -> str:
 
 
 def data_files(folder: Path) -> list[Path]:
-    """The data files in a folder, by name."""
+    """The data files in a folder, sorted by name."""
     return sorted(path for path in folder.iterdir() if path.is_file() and data_suffix(path) in DATA_SUFFIXES)
 
 
 @contextmanager
 def open_bytes(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file for reading, unpacking it on the way if it is gzipped.
+    """Opens a file for reading, and decompresses it if it is gzipped.
 
     Raises:
-        ValueError: naming the file, if it is missing, unreadable, or a gzip file that is damaged or cut off, which may
-            show only at its end.
+        ValueError: naming the file, if it is missing, unreadable, or a damaged or truncated gzip file. Damage may show
+            only at the end of the file.
     """
     try:
         with path.open("rb") as raw:
@@ -47,53 +48,64 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
     except FileNotFoundError:
         raise ValueError(_missing(path)) from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(
-            f"{path} is a gzip file that is damaged or cut off ({error}); make or fetch it again."
-        ) from error
+        raise ValueError(f"{path} is a damaged or truncated gzip file ({error}); make or download it again.") from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
-def check_is_text(path: Path, start: bytes) -> None:
-    """Refuses UTF-16 and binary files by their first bytes.
+@contextmanager
+def open_text(path: Path, newline: str = "\n") -> Iterator[TextIO]:
+    """Opens a UTF-8 file, plain or gzipped; a byte order mark is dropped.
+
+    Args:
+        newline: as of `open`. By default a line ends in a line feed and nowhere else: characters such as U+2028 may
+            stand inside a JSON string.
+
+    Returns:
+        A file in which bytes that are not UTF-8 are lone surrogates; `not_utf8` finds them.
 
     Raises:
-        ValueError: naming the file and how to convert it.
+        ValueError: as `open_bytes`; if the file is UTF-16 or binary, saying how to convert it.
     """
-    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in start:
-        raise ValueError(
-            f"{path} is not UTF-8 text: it is UTF-16 or a binary file. Save it as UTF-8, for example with "
-            f"`iconv -f UTF-16 -t UTF-8 {path.name} > utf8{data_suffix(path)}`."
+    with open_bytes(path) as file:
+        start = file.peek(1000)[:1000]
+        if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in start:
+            raise ValueError(
+                f"{path} is not UTF-8 text: it is UTF-16 or a binary file. Save it as UTF-8, for example with "
+                f"`iconv -f UTF-16 -t UTF-8 {path.name} > utf8{data_suffix(path)}`."
+            )
+        yield io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline)
+
+
+def not_utf8(path: Path, line: int, text: str) -> str | None:
+    """The error message about a text of a file opened by `open_text`; None if all of it is UTF-8.
+
+    Args:
+        line: on which the text starts.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        byte = ord(text[error.start]) - 0xDC00
+        return (
+            f"{path}:{line + text.count(chr(10), 0, error.start)}: not UTF-8 text (byte 0x{byte:02x}). If it is GBK or "
+            f"GB18030, convert it: `iconv -f GB18030 -t UTF-8 {path.name} > utf8{data_suffix(path)}`."
         )
-
-
-def not_utf8(path: Path, line: int, byte: int) -> str:
-    """The message about bytes that are no UTF-8."""
-    return (
-        f"{path}:{line}: not UTF-8 text (byte 0x{byte:02x}). If it is GBK or GB18030, convert it: "
-        f"`iconv -f GB18030 -t UTF-8 {path.name} > utf8{data_suffix(path)}`."
-    )
+    return None
 
 
 def text_lines(path: Path, bad_rows: BadRows) -> Iterator[tuple[int, str]]:
-    """Numbered lines, from 1, each with its line end; without a byte order mark at the start.
-
-    A line ends in a line feed and nowhere else: characters such as U+2028 may stand inside a JSON string.
+    """Numbered lines, from 1, each with its line feed.
 
     Raises:
-        ValueError: as `open_bytes` and `check_is_text`, and as `bad_rows.add` for a line that is not UTF-8.
+        ValueError: as `open_text`, and as `bad_rows.add` for a line that is not UTF-8.
     """
-    with open_bytes(path) as file:
-        for number, data in enumerate(file, start=1):
-            if number == 1:
-                check_is_text(path, data[:1000])
-                data = data.removeprefix(codecs.BOM_UTF8)
-            try:
-                line = data.decode("utf-8")
-            except UnicodeDecodeError as error:
-                bad_rows.add(not_utf8(path, number, data[error.start]))
-                continue
-            yield number, line
+    with open_text(path) as file:
+        for number, line in enumerate(file, start=1):
+            if fault := not_utf8(path, number, line):
+                bad_rows.add(fault)
+            else:
+                yield number, line
 
 
 def read_text(path: Path) -> str:
@@ -105,8 +117,21 @@ def read_text(path: Path) -> str:
     return "".join(line for _, line in text_lines(path, BadRows()))
 
 
+def first_character(path: Path) -> str:
+    """The first character of a file that is not white space; empty text if there is none.
+
+    Raises:
+        ValueError: as `open_text`.
+    """
+    with open_text(path) as file:
+        while chunk := file.read(1000):
+            if chunk.strip():
+                return chunk.lstrip()[0]
+    return ""
+
+
 def listed(names: list[str]) -> str:
-    """Some names for a message."""
+    """The first few names, for a message."""
     return ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
 
 
@@ -118,7 +143,5 @@ def _missing(path: Path) -> str:
         return f"{path} does not exist, nor does its folder {path.parent.absolute()}; check the path.{hint}"
     near = difflib.get_close_matches(path.name, [child.name for child in path.parent.iterdir()], n=3, cutoff=0.5)
     names = near or [child.name for child in data_files(path.parent)]
-    return (
-        f"{path} does not exist in {path.parent.absolute()}; "
-        f"{f'did you mean {listed(names)}?' if names else 'that folder has no data files.'}"
-    )
+    hint = f"did you mean {listed(names)}?" if names else "that folder has no data files."
+    return f"{path} does not exist in {path.parent.absolute()}; {hint}"

@@ -55,10 +55,14 @@ class SplitSource:
         """Whether a benchmark of documents comes as a table with a row for each question, as hubs have them."""
         return all(data_suffix(path) == ".parquet" for path in self.paths)
 
-    def rows(self) -> Iterator[Row]:
-        """The rows of all sources, whatever kind they are of."""
+    def rows(self, *, json_in_text: bool = True) -> Iterator[Row]:
+        """The rows of all sources, of any type.
+
+        Args:
+            json_in_text: read a .txt file as JSON if it starts with `{` or `[`.
+        """
         for source in self.sources:
-            yield from source.rows(self.bad_rows)
+            yield from source.rows(self.bad_rows, json_in_text=json_in_text)
 
     def each(
         self, units: Iterable[Unit], read: Callable[[Unit, int], Iterable[Example]], first: int = 0

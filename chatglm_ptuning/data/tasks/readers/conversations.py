@@ -37,7 +37,7 @@ class ConversationReader(Reader):
                 without = row
             return [example]
 
-        yield from itertools.islice(source.each(source.rows(), read), source.limit)
+        yield from itertools.islice(source.each(source.rows(json_in_text=False), read), source.limit)
         if not has_history and without is not None:
             fail(
                 without,
