@@ -24,7 +24,7 @@ from chatglm_ptuning.data.tasks.examples import Answer, QuestionExample, TokenEx
 from chatglm_ptuning.data.tasks.heads import HEADS
 from chatglm_ptuning.data.tasks.heads.head import Head
 from chatglm_ptuning.data.tasks.heads.spans import QuestionAnswering
-from chatglm_ptuning.data.tasks.heads.tags import TokenClassification, tags_of
+from chatglm_ptuning.data.tasks.heads.tags import TokenClassification, labels_of, tags_of
 from chatglm_ptuning.data.tasks.registry import load_task
 from chatglm_ptuning.evaluation.inference import InferenceSettings, predict
 from chatglm_ptuning.experiments.plan import Plan, check_plan
@@ -116,7 +116,7 @@ def test_both_copies_of_a_window_to_tag_fit_and_tags_come_back(tokenizers, chat_
         decided = sorted(place for window in windows for span in window.spans if span for place in range(*span))
         assert decided == list(range(len(tokens)))
         names = encoder.task.tags
-        rows = [window.labels(example, names) for window in windows]
+        rows = [labels_of(window, example, names) for window in windows]
         found = tags_of(windows, [["B-ORG" if x == -100 else names[x] for x in row] for row in rows], len(tokens))
         if unit == "characters":
             assert found == list(example.tags)
@@ -139,14 +139,14 @@ def test_a_context_stands_twice_and_answers_on_the_second_copy_alone(tokenizers,
         first, second = copies(window.input_ids, frame, tokenizer)
         assert first == second and len(first) <= room and row["input_ids"] == window.input_ids
         begin = len(frame[0]) + len(first) + len(between(tokenizer))
-        assert window.offsets[:begin] == [None] * begin
+        assert window.spans[:begin] == [None] * begin
         start, end = row["start_positions"], row["end_positions"]
         if start:
             assert begin <= start <= end < begin + len(second)
-            assert answer.text in context[window.offsets[start][0] : window.offsets[end][1]]
+            assert answer.text in context[window.spans[start][0] : window.spans[end][1]]
             found += 1
     assert found
-    covered = {place for window in windows for span in window.offsets if span for place in range(*span)}
+    covered = {place for window in windows for span in window.spans if span for place in range(*span)}
     assert covered == set(range(len(context)))
 
 

@@ -96,7 +96,7 @@ def test_a_mixture_takes_conversations_beside_labels(folder, tmp_path, capsys):
     [
         ("prompt: '{text}'\n", "the reader 'conversations' has no 'prompt'"),
         ("dataset_format: csv\n", "dataset_format 'csv'"),
-        ("labels: {a: b}\n", "'labels' belongs to the readers"),
+        ("labels: {a: b}\n", "'labels' is for the readers"),
         ("fields: {text: q}\n", "'text'"),
     ],
 )

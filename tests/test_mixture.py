@@ -132,9 +132,9 @@ def task_at(folder: Path, name: str, *more: str) -> list[str]:
             "max_train_samples' should be a valid integer, found 'all'",
         ),
         ("tasks: {eprstmt: {task_data: x, weight: 1}, bustm: {task_data: x}}", "fewclue_bustm has none"),
-        ("temperature: 2\ntasks: {eprstmt: {task_data: x, weight: 1}}", "there is no 'temperature'"),
-        ("tasks: {eprstmt: {task_data: x}, fewclue_eprstmt: {task_data: x}}", "fewclue_eprstmt stands twice"),
-        ("tasks: {eprstmt: {task_data: x}, eprstmt: {task_data: x}}", "stands twice"),
+        ("temperature: 2\ntasks: {eprstmt: {task_data: x, weight: 1}}", "'temperature' cannot be used with 'weight'"),
+        ("tasks: {eprstmt: {task_data: x}, fewclue_eprstmt: {task_data: x}}", "duplicate task fewclue_eprstmt"),
+        ("tasks: {eprstmt: {task_data: x}, eprstmt: {task_data: x}}", "duplicate key"),
         ("- eprstmt", "must be a mapping"),
         ("tasks: [eprstmt]", "'tasks' should be a valid dictionary, found .'eprstmt'"),
         (

@@ -129,7 +129,7 @@ def test_a_repeated_id_is_seen_before_the_base_is_loaded(base, data, runs, tmp_p
     lines(folder / "test.jsonl", [{name: row[name] for name in ("number", "message")} for row in moods])
     (folder / "mood.yaml").write_text(MOODS, "utf-8")
     nowhere = tmp_path / "no base"
-    twice = r"test.jsonl:3: the id 'a' stands twice, first at "
+    twice = r"test.jsonl:3: duplicate id 'a', first at "
     said = refusal(capsys, evaluation.main, flags(nowhere, folder, "mood.yaml", "--ptuning_checkpoint", "none"))
     assert twice in said and "test.jsonl:1, and" in said and "--max_predict_samples 3" in said
     start = [*flags(base, folder, "mood.yaml"), "--output_dir", str(tmp_path / "run"), "--do_train", "--do_predict"]

@@ -18,8 +18,8 @@ from chatglm_ptuning.data.tasks.examples import Answer, MultiLabelExample, Quest
 from chatglm_ptuning.data.tasks.heads import head_of
 from chatglm_ptuning.data.tasks.heads.generation import CandidateScoring
 from chatglm_ptuning.data.tasks.heads.labels import SequenceClassification
-from chatglm_ptuning.data.tasks.heads.spans import QuestionAnswering
-from chatglm_ptuning.data.tasks.heads.tags import TokenClassification, tags_of
+from chatglm_ptuning.data.tasks.heads.spans import QuestionAnswering, positions_of
+from chatglm_ptuning.data.tasks.heads.tags import TokenClassification, labels_of, tags_of
 from chatglm_ptuning.data.tasks.heads.windows import owner_of, window_starts
 from chatglm_ptuning.data.tasks.read import read_examples
 from chatglm_ptuning.data.tasks.registry import load_task
@@ -66,7 +66,7 @@ def round_trip(encoder, example) -> list[str]:
     windows, names = encoder.windows(example), encoder.task.tags
     for window in windows:
         assert len(window.input_ids) == len(window.spans) <= encoder.max_source_length
-    labels = [window.labels(example, names) for window in windows]
+    labels = [labels_of(window, example, names) for window in windows]
     predicted = [["B-ORG" if label == -100 else names[label] for label in row] for row in labels]
     return tags_of(windows, predicted, len(example.tokens))
 
@@ -170,12 +170,12 @@ def text_at(example, window, positions) -> str | None:
     if start == 0:
         assert end == 0
         return None
-    return example.context[window.offsets[start][0] : window.offsets[end][1]]
+    return example.context[window.spans[start][0] : window.spans[end][1]]
 
 
 def smallest_around(window, start: int, end: int) -> int | None:
     """Length of the shortest text from the beginning of an id to the end of one not before it that has all of it."""
-    spans = [(place, span) for place, span in enumerate(window.offsets) if span is not None]
+    spans = [(place, span) for place, span in enumerate(window.spans) if span is not None]
     return min(
         (b - a for i, (a, _) in spans for j, (_, b) in spans if j >= i and a <= start and end <= b), default=None
     )
@@ -190,13 +190,13 @@ def test_answers_come_back_from_their_positions(tokenizers, tmp_path, chat_forma
     for example in questions(tmp_path):
         windows = encoder.windows(example)
         assert (len(windows) > 1) == (room == 60)
-        covered = {place for window in windows for span in window.offsets if span for place in range(*span)}
+        covered = {place for window in windows for span in window.spans if span for place in range(*span)}
         assert covered == set(range(len(CONTEXT)))
         answer = next(answer for answer in example.answers if answer.start is not None)
         end = answer.start + len(answer.text)
         for window in windows:
-            assert len(window.input_ids) == len(window.offsets) <= room
-            text = text_at(example, window, window.positions(example.answers))
+            assert len(window.input_ids) == len(window.spans) <= room
+            text = text_at(example, window, positions_of(window, example.answers))
             smallest = smallest_around(window, answer.start, end)
             assert (text is None) == (smallest is None)
             if text is not None:
@@ -210,16 +210,16 @@ def test_answers_come_back_from_their_positions(tokenizers, tmp_path, chat_forma
 def test_a_character_shared_by_two_ids_is_taken_from_the_shorter(tokenizers):
     encoder = QuestionAnswering(load_task("cmrc2018"), tokenizers["chatglm3"])
     window = encoder.windows(QuestionExample(id=0, context="甲", question="？"))[0]
-    shared = replace(window, input_ids=[1] * 5, offsets=[None, (0, 1), (0, 2), (1, 2), (1, 3)])
-    assert shared.positions([Answer("乙", 1)]) == {"start_positions": 3, "end_positions": 3}
-    crossed = replace(window, input_ids=[1] * 3, offsets=[None, (0, 2), (1, 3)])
-    assert crossed.positions([Answer("乙", 1)]) == {"start_positions": 2, "end_positions": 2}
+    shared = replace(window, input_ids=[1] * 5, spans=[None, (0, 1), (0, 2), (1, 2), (1, 3)])
+    assert positions_of(shared, [Answer("乙", 1)]) == {"start_positions": 3, "end_positions": 3}
+    crossed = replace(window, input_ids=[1] * 3, spans=[None, (0, 2), (1, 3)])
+    assert positions_of(crossed, [Answer("乙", 1)]) == {"start_positions": 2, "end_positions": 2}
 
 
 def test_a_row_without_agreement_is_not_learned(tokenizers):
     encoder = SequenceClassification(load_task("cmnli"), tokenizers["chatglm3"])
-    left_out = TextExample(id=0, text="今天", text_pair="明天", left_out=True, where="test.json:1")
-    good = TextExample(id=1, text="今天", text_pair="明天", label="neutral")
+    left_out = TextExample(id=0, text="今天", fields={"text_pair": "明天"}, left_out=True, where="test.json:1")
+    good = TextExample(id=1, text="今天", fields={"text_pair": "明天"}, label="neutral")
     assert [row["labels"] for row in rows_of(encoder, [left_out, good])] == [2]
     with pytest.raises(ValueError, match=r"1 with nothing to learn \(first: test.json:1\)"):
         rows_of(encoder, [left_out])
@@ -229,7 +229,7 @@ def test_what_cannot_be_learned_of_questions(tokenizers, caplog):
     encoder = QuestionAnswering(load_task("cmrc2018"), tokenizers["chatglm3"])
     lost = QuestionExample(id=0, context="今天", question="？", answers=(Answer("明天", None),), where="a.json: Q0")
     good = QuestionExample(id=1, context="今天", question="？", answers=(Answer("明天", None), Answer("天", 1)))
-    assert encoder.windows(lost)[0].positions(lost.answers) == {"start_positions": 0, "end_positions": 0}
+    assert positions_of(encoder.windows(lost)[0], lost.answers) == {"start_positions": 0, "end_positions": 0}
     rows, report = instruction_rows.encode_all(encoder.learn, [lost, good])
     assert len(rows) == 1 and "1 with nothing to learn (first: a.json: Q0)" in report.summary()
     with pytest.raises(ValueError, match="1 with nothing to learn"):
@@ -238,7 +238,7 @@ def test_what_cannot_be_learned_of_questions(tokenizers, caplog):
         rows_of(encoder, [QuestionExample(id=0, context="今", question="？", where="b.json")])
 
 
-PAIR = TextExample(id=0, text="甲乙丙丁" * 30, text_pair="今天有雨" * 20, label="蕴含", where="p.json:1")
+PAIR = TextExample(id=0, text="甲乙丙丁" * 30, fields={"text_pair": "今天有雨" * 20}, label="蕴含", where="p.json:1")
 
 
 @pytest.mark.parametrize("chat_format", FORMATS)

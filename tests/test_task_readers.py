@@ -44,7 +44,7 @@ def test_clue_classification(tmp_path, name, folder):
     lines(base / "test.json", {"id": 9} | {key: value for key, value in row.items() if key not in ("label", "id")})
     task = load_task(name)
     (example,) = read_examples(task, tmp_path, "train")
-    assert example.answer_text(task) == ANSWERS[name] in example.candidate_answers(task)
+    assert example.answer_text(task) == ANSWERS[name] in example.candidate_answers(task).values()
     assert example.text in example.prompt(task)
     (blind,) = read_examples(task, tmp_path, "test")
     assert (blind.id, blind.label) == (9, None)
@@ -96,7 +96,7 @@ def test_winograd_marks_the_spans_that_are_meant(tmp_path, name):
     (example,) = read_examples(task, tmp_path, "train" if name == "cluewsc2020" else "train_0")
     assert (example.id, example.text, example.answer_text(task)) == (3, "[猫]看见它，_它_跑了", "是")
     assert "“它”指的是“猫”" in example.prompt(task)
-    with pytest.raises(ValueError, match=r"json:1: span2_index must be the place of a character, found 'x'"):
+    with pytest.raises(ValueError, match=r"json:1: span2_index must be the index of a character, found 'x'"):
         lines(tmp_path / "train.json", wsc(start="x"))
         read_examples(load_task("cluewsc2020"), tmp_path, "train")
 
@@ -120,7 +120,7 @@ def test_winograd_spans_that_are_off_or_inside_each_other(tmp_path, span1, span2
     (example,) = read_examples(load_task("cluewsc2020"), tmp_path, "train")
     assert example.text == marked
     lines(tmp_path / "train.json", wsc(target=target | {"span2_text": "她", "span2_index": 40}))
-    with pytest.raises(ValueError, match=r"json:1: span2 '她' is not in the text, nor is there a character 40"):
+    with pytest.raises(ValueError, match=r"json:1: the text does not contain span2 '她', and has no character 40"):
         read_examples(load_task("cluewsc2020"), tmp_path, "train")
 
 
@@ -165,11 +165,11 @@ def test_a_single_file_of_an_examination_is_one_subject(tmp_path):
     (example,) = read_examples(load_task("ceval"), tmp_path / "law_val.csv", "val")
     assert (example.subject, example.id, example.answer) == ("law", 3, 1)
     (tmp_path / "mine.csv").write_text(table, "utf-8")
-    with pytest.raises(ValueError, match=r"mine.csv is one file, and ceval has a file for each subject: name one"):
+    with pytest.raises(ValueError, match=r"mine.csv is one file, .* ceval .* by --subjects"):
         read_examples(load_task("ceval"), tmp_path / "mine.csv", "val")
     (example,) = read_examples(load_task("ceval"), tmp_path / "mine.csv", "val", subjects=["law"])
     assert example.subject == "law"
-    with pytest.raises(ValueError, match=r"law_val.csv is one file.*as its split val does \(computer_network_val.csv"):
+    with pytest.raises(ValueError, match=r"law_val.csv is one file.* split val \(computer_network_val.csv"):
         others = ["computer_network", "operating_system"]
         read_examples(load_task("ceval"), tmp_path / "law_val.csv", "val", subjects=others)
     with pytest.raises(ValueError, match="has no split 'vall'"):
@@ -230,7 +230,9 @@ def test_drcd_and_files_without_answers(tmp_path):
     task = load_task("drcd")
     assert read_examples(task, tmp_path, "train")[0].answers == (Answer("因信稱義", 2),)
     assert read_examples(task, tmp_path, "test")[0].answers is None
-    with pytest.raises(ValueError, match=r"DRCD_dev.json: 2128-2-1: the question has no answer"):
+    with pytest.raises(
+        ValueError, match=r"DRCD_dev.json: document 1, paragraph 1, question 1: '2128-2-1' has no answer"
+    ):
         read_examples(task, tmp_path, "dev")
 
 
@@ -302,13 +304,13 @@ def test_cluener_ends_are_inclusive(tmp_path):
     )
     assert second.tags == ("B-name", "I-name")
     lines(tmp_path / "train.json", {"text": "张三来", "label": {"name": {"张三": [[0, 2]]}}})
-    with pytest.raises(ValueError, match=r"train.json:1: '张三' does not stand at characters 0 to 2 .* '张三来'"):
+    with pytest.raises(ValueError, match=r"train.json:1: characters 0 to 2 .* '张三来', not '张三'"):
         read_examples(load_task("cluener"), tmp_path, "train")
     lines(tmp_path / "train.json", {"text": "张三", "label": {"nam": {"张三": [[0, 1]]}}})
     with pytest.raises(ValueError, match=r"unknown entity type 'nam' .did you mean 'name'"):
         read_examples(load_task("cluener"), tmp_path, "train")
     lines(tmp_path / "train.json", {"text": "张三", "label": {"name": {"张三": [[0, 1, 2]]}}})
-    with pytest.raises(ValueError, match=r"train.json:1: 'label' must be entity type -> text -> list"):
+    with pytest.raises(ValueError, match=r"train.json:1: 'label.name.张三.0' should have at most 2 items"):
         read_examples(load_task("cluener"), tmp_path, "train")
 
 
@@ -404,7 +406,9 @@ def test_examinations_by_subject_and_category(tmp_path):
     assert examples[1].prompt(task) == (
         "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\n\nlaw，哪个？\nA. 甲\nB. 乙\nC. 丙\nD. 丁\n答案："
     )
-    assert examples[0].candidate_answers(task) == ["A", "B", "C", "D"] and examples[0].answer_text(task) == "C"
+    assert [*examples[0].candidate_answers(task).values()] == ["A", "B", "C", "D"] and examples[0].answer_text(
+        task
+    ) == "C"
     with pytest.raises(ValueError, match=r"modern_chinese_history_val.csv"):
         read_examples(task, tmp_path, "val", subjects=["Humanities"])
     with pytest.raises(ValueError, match="no subject or category Law"):
@@ -477,7 +481,7 @@ def test_real_fewclue_files(name, sizes):
     for split, size in zip(("train_0", "train_few_all"), sizes, strict=True):
         examples = read_examples(task, SHARED / "fewclue", split)
         assert len(examples) == size
-        assert all(example.answer_text(task) in example.candidate_answers(task) for example in examples)
+        assert all(example.answer_text(task) in example.candidate_answers(task).values() for example in examples)
         assert len({example.prompt(task) for example in examples}) > 0.8 * size
 
 

@@ -12,6 +12,7 @@ from chatglm_ptuning.cli import main
 from chatglm_ptuning.data.tasks import load_task, read_examples, task_names
 from chatglm_ptuning.data.tasks.heads import heads_of
 from chatglm_ptuning.data.tasks.readers import READERS
+from chatglm_ptuning.data.tasks.submission import FORMATS
 
 CLUE = ["tnews", "iflytek", "afqmc", "cmnli", "ocnli", "csl", "cluewsc2020", "cmrc2018", "drcd", "chid", "c3"]
 FEWCLUE = [
@@ -75,7 +76,7 @@ def test_a_task_is_added_by_a_file_alone(tmp_path):
     (example,) = read_examples(task, tmp_path, "train")
     assert (example.id, example.text, example.label) == (7, "下雨了", "0")
     assert example.prompt(task) == "消息：下雨了\n心情是难过、高兴里的哪一个？"
-    assert example.candidate_answers(task) == ["难过", "高兴"] and example.answer_text(task) == "难过"
+    assert example.candidate_answers(task) == {"0": "难过", "1": "高兴"} and example.answer_text(task) == "难过"
     (unlabelled,) = read_examples(task, tmp_path, "test")
     assert (unlabelled.text, unlabelled.label) == ("好，\n真好", None)
 
@@ -97,20 +98,20 @@ def test_groups_across_categories_are_those_the_benchmarks_publish(tmp_path):
     [
         ("metric:", "metrik:", "unknown key 'metrik' .did you mean 'metric'"),
         ("1: 高兴", "1: ", "yaml:6: 'labels.1' should be a valid string, found None"),
-        ("0: 难过", "no: 难过", "the label False must be text or a number .* quotes"),
-        ("1: 高兴", "1: 是, yes: 好", "the key 'yes' stands twice"),
-        ("1: 高兴", "1: 难过", "'0' and '1' share the verbaliser 难过"),
-        ("name: mood", "name: a/../../b", "'name' also names folders, .* without / .* found 'a/../../b'"),
-        ("name: mood", "name: 'a\\b'", "'name' also names folders"),
-        ("name: mood", "name: ..", "'name' also names folders"),
+        ("0: 难过", "no: 难过", "yaml:6: 'labels.* found False .* quotes"),
+        ("1: 高兴", "1: 是, yes: 好", "duplicate key 'yes'"),
+        ("1: 高兴", "1: 难过", "'0' and '1' .* verbaliser 难过"),
+        ("name: mood", "name: a/../../b", "'name' .* without / .* found 'a/../../b'"),
+        ("name: mood", "name: 'a\\b'", "'name' .* without /"),
+        ("name: mood", "name: ..", "'name' .* without /"),
         ("name: mood", "name: ' '", "'name' must be text"),
         ("reader: rows", "reader: row", "unknown reader 'row' .did you mean 'rows'"),
         ("macro_f1", "entity_f1", "unknown metric .of the reader 'rows'. 'entity_f1'"),
         ("5.0e-3", "5e-3", "write 5.0e-3"),
         ("pre_seq_len: 6", "pre_seq_len: 0", "yaml:9: 'pre_seq_len' .* equal to 1, found 0"),
-        ("{text: message, ", "{", "which column is 'text'"),
-        ("{text}", "{txt}", "the prompt names {txt} .did you mean 'text'"),
-        ("{text}", "", "the prompt names nothing of the row"),
+        ("{text: message, ", "{", "'fields' .* the column of 'text'"),
+        ("{text}", "{txt}", "unknown {txt} in the prompt .did you mean 'text'"),
+        ("{text}", "", "the prompt shows nothing of the row; .*{text}"),
         ("{text}", "{text!r}", "not a plain name in braces"),
         ("labels: {0: 难过, 1: 高兴}", "", "needs 'labels'"),
         ("title: moods of messages", "", "there is no key 'title'"),
@@ -121,21 +122,21 @@ def test_groups_across_categories_are_those_the_benchmarks_publish(tmp_path):
             "yaml:8: 'hub.github' should be 'huggingface' or 'modelscope'",
         ),
         ("metric:", "submission: {format: label_line, file: a}\nmetric:", "did you mean 'label_lines'"),
-        ("metric:", "name: twice\nmetric:", "the key 'name' stands twice"),
-        ("labels: {", "labels: {0: 中, ", "the key '0' stands twice"),
+        ("metric:", "name: twice\nmetric:", "duplicate key 'name'"),
+        ("labels: {", "labels: {0: 中, ", "duplicate key '0'"),
         ("labels: {", "labels: [", "not valid YAML"),
-        ("metric:", "label_separator: /\nmetric:", "'label_separator' belongs to 'multi_label: true'"),
-        ("metric: macro_f1", "metric: micro_f1", "'micro_f1' belongs to 'multi_label: true'"),
+        ("metric:", "label_separator: /\nmetric:", "'label_separator' needs 'multi_label: true'"),
+        ("metric: macro_f1", "metric: micro_f1", "'micro_f1' needs 'multi_label: true'"),
         ("metric: macro_f1", "multi_label: true\nmetric: accuracy", "with multi_label. 'accuracy'"),
         (
             "metric:",
             "multi_label: true\nhead: generation\nmetric:",
             "head .* 'generation'; known are sequence_",
         ),
-        ("metric:", "multi_label: true\ndrop_labels: [x]\nmetric:", "'drop_labels' leaves out rows of one label"),
-        ("metric:", "echo: true\nmetric:", "'echo' belongs to the readers bio, cluener, squad, not to 'rows'"),
+        ("metric:", "multi_label: true\ndrop_labels: [x]\nmetric:", "'drop_labels' .* 'multi_label'"),
+        ("metric:", "echo: true\nmetric:", "'echo' is for the readers bio, cluener, squad, not for 'rows'"),
         ("metric:", "echo: twice\nmetric:", "'echo' should be a valid boolean, found 'twice'"),
-        ("mine.jsonl", "'{subj}.jsonl'", "the file name '{subj}.jsonl' has {subj} in it; only {subject} may stand"),
+        ("mine.jsonl", "'{subj}.jsonl'", "'{subj}.jsonl' contains {subj}; only {subject}"),
         ("metric:", "hub: {modelscope: {idd: a/b}}\nmetric:", "unknown key 'idd' of hub.modelscope .did you mean 'id'"),
         ("metric:", "hub: {modelscope: {config: a}}\nmetric:", "there is no key 'id' in hub.modelscope"),
         (
@@ -200,15 +201,14 @@ def test_the_documentation_names_every_reader_and_its_example_is_a_task(tmp_path
     readers = READERS.values()
     metrics = {name for reader in readers for several in (False, True)
                for name in reader.metrics_of(replace(task, multi_label=several))}  # fmt: skip
-    submissions = {name for reader in readers for name in reader.submissions}
-    assert len(metrics) == 10 and len(submissions) == 7
+    submissions = {name for reader in readers for name in reader.example.submissions}
+    assert len(metrics) == 10 and submissions == set(FORMATS)
     assert all(f"`{name}`" in text for name in (*READERS, *metrics, *submissions))
     named = {row.split("`")[1]: row for row in text.split("| in the prompt |")[1].split("\n") if row.startswith("| `")}
     for name, reader in READERS.items():
         cell = named[name].split("|")[2]
-        assert set(re.findall(r"{(\w+)}", cell)) == {*reader.placeholders, *["labels"] * ("labels" in reader.needs)}, (
-            name
-        )
+        extra = ["text_pair"] * (name == "rows") + ["labels"] * ("labels" in reader.needs)
+        assert set(re.findall(r"{(\w+)}", cell)) == {*reader.placeholders, *extra}, name
 
 
 @pytest.mark.parametrize("name", ["cmrc2018", "drcd"])

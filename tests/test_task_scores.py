@@ -157,7 +157,7 @@ def test_worst_errors_are_the_surest_first():
 
 def test_report_of_a_classification(tmp_path):
     task = load_task("bustm")
-    examples = [TextExample(id=i, text="甲", text_pair="乙", label=label) for i, label in enumerate("1101")]
+    examples = [TextExample(id=i, text="甲", fields={"text_pair": "乙"}, label=label) for i, label in enumerate("1101")]
     scores = write_report(tmp_path, task, examples, list(map(Prediction, "1001", [0.9, 0.8, 0.7, 0.6])))
     assert scores.metrics["accuracy"] == 75 and scores.metrics["macro_f1"] == pytest.approx(100 * (4 / 5 + 2 / 3) / 2)
     low, high = scores.intervals["macro_f1"]

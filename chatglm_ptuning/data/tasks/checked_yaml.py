@@ -1,4 +1,4 @@
-"""YAML files of users, read strictly: every message names the file, the line, the key and the nearest known one."""
+"""Strict reading of users' YAML files: every error names the file, the line, the key and the nearest known one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from chatglm_ptuning.data.sources.text import read_text
 
 FORBID = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
-"""Of the dataclasses that files are read into: keys that are no fields are refused."""
+"""Configuration of the dataclasses that files are read into: unknown keys are refused."""
 
 
 def _not_blank(text: str) -> str:
@@ -26,25 +26,22 @@ def _not_blank(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_not_blank)]
 Texts = Annotated[tuple[Text, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
-"""One text stands for a list of one."""
+"""A list of texts; a single text is a list of one."""
 Flag = StrictBool
 Count = Annotated[int, Field(strict=True, ge=1)]
 PositiveNumber = Annotated[float, Field(strict=True, gt=0)]
 
-QUOTE_HINT = " (YAML reads yes, no, true, false and numbers as such: put it in quotes)"
-
 Model = TypeVar("Model")
 Place = tuple[Any, ...]
-"""The keys and indices that lead to a value."""
+"""Keys and indices from the top of a file to a value."""
 
 
 @dataclass(frozen=True)
 class YamlFile:
-    """A YAML file that was read.
+    """A parsed YAML file.
 
     Attributes:
-        content: what it holds.
-        lines: of every key and every entry of a list, from 1; their places are texts.
+        lines: line number, from 1, of every key and list entry; their places are text.
     """
 
     path: Path
@@ -52,30 +49,38 @@ class YamlFile:
     lines: Mapping[Place, int]
 
     def error(self, place: Place, text: str) -> ValueError:
-        """The exception that refuses what stands at a place."""
+        """The exception about the value at a place."""
         place = tuple(map(str, place))
         while place not in self.lines and place:
             place = place[:-1]
         return ValueError(f"{self.path}:{self.lines.get(place, 1)}: {text}")
 
     def fail(self, place: Place, text: str) -> NoReturn:
-        """Refuses what stands at a place."""
+        """Refuses the value at a place.
+
+        Raises:
+            ValueError: always, naming file and line.
+        """
         raise self.error(place, text)
 
     def one_of(self, place: Place, value: Any, known: Iterable[str], what: str) -> None:
-        """Refuses a value that is not one of the known ones, naming the nearest that is."""
+        """Checks that a value is a known one.
+
+        Raises:
+            ValueError: otherwise, naming file, line and the nearest known value.
+        """
         known = list(known)
         if value not in known:
             self.fail(place, f"unknown {what} {value!r}{nearest(value, known)}; known are {', '.join(known)}.")
 
     def read(self, model: type[Model], **more: Any) -> Model:
-        """The content as a pydantic dataclass.
+        """The content as a pydantic dataclass. Its validators get the file as their context.
 
         Args:
-            more: fields that the file does not give, and may not. Validators find the file as their context.
+            more: values of fields that the file must not set.
 
         Raises:
-            ValueError: naming file, line and key of the first thing that does not fit.
+            ValueError: naming file, line and key of the first value that does not fit.
         """
         content = self.content
         if not isinstance(content, Mapping):
@@ -86,7 +91,7 @@ class YamlFile:
             return TypeAdapter(model).validate_python({**content, **more}, context=self)
         except ValidationError as error:
             errors = error.errors()
-        # A misspelt key is also a missing one: the first is the reason.
+        # A misspelt key also causes an error about the missing one.
         first = next((found for found in errors if found["type"] in _UNKNOWN), errors[0])
         place = tuple(key for key in first["loc"] if key != "[key]")
         raise self.error(place, _sentence(first, place, model, more))
@@ -96,11 +101,10 @@ _UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 
 
 def _sentence(error: ErrorDetails, place: Place, model: type, hidden: Iterable[str]) -> str:
-    """What is wrong, in one sentence that starts with the key."""
     key = ".".join(map(str, place))
     if error["type"] in _UNKNOWN:
         return _unknown(place[-1], model, place[:-1], hidden)
-    if error["type"] == "missing":
+    if error["type"] == "missing" and isinstance(place[-1], str):
         description = _fields(model, place[:-1])[place[-1]].description
         where = f" in {'.'.join(map(str, place[:-1]))}" if place[1:] else ""
         return f"there is no key '{place[-1]}'{where}" + (f": {description}." if description else ".")
@@ -110,11 +114,16 @@ def _sentence(error: ErrorDetails, place: Place, model: type, hidden: Iterable[s
         return text if text.endswith(".") else f"'{key}' {text}, found {value!r}."
     hint = ""
     if isinstance(value, (bool, int, float)) and error["type"] == "string_type":
-        hint = QUOTE_HINT
+        hint = " (YAML reads yes, no, true, false and numbers as such: put it in quotes)"
     elif isinstance(value, str) and error["type"] == "float_type":
         hint = " (YAML reads 5e-3 as text: write 5.0e-3)"
-    _, _, rule = error["msg"].partition(" should ")
-    return f"'{key}' should {rule}, found {value!r}{hint}."
+    return f"'{key}' {rule_of(error)}, found {value!r}{hint}."
+
+
+def rule_of(error: ErrorDetails) -> str:
+    """The rule of pydantic that a value breaks, as the words after the value's name."""
+    _, should, rule = error["msg"].rpartition("should ")
+    return should + rule
 
 
 def _unknown(key: Any, model: type, place: Place, hidden: Iterable[str]) -> str:
@@ -124,7 +133,7 @@ def _unknown(key: Any, model: type, place: Place, hidden: Iterable[str]) -> str:
 
 
 def _fields(model: Any, place: Place) -> Mapping[str, Any]:
-    """The fields of the dataclass at a place in a model."""
+    """The pydantic fields of the dataclass at a place in a model."""
     for key in place:
         fields = getattr(model, "__pydantic_fields__", None)
         model = get_args(model)[-1] if fields is None else fields[key].annotation
@@ -145,8 +154,8 @@ def read_yaml(path: Path, what: str) -> YamlFile:
         ValueError: naming file and line, if the file is missing, not UTF-8, not YAML, or has a key twice.
     """
     if not path.is_file():
-        there = [child.name for child in sorted(path.parent.glob("*.y*ml"))]
-        raise ValueError(f"There is no {what} {path}{nearest(path.name, there)}.")
+        beside = [child.name for child in sorted(path.parent.glob("*.y*ml"))]
+        raise ValueError(f"There is no {what} {path}{nearest(path.name, beside)}.")
     text = read_text(path)
     try:
         loader = _UniqueKeyLoader(text)
@@ -160,12 +169,12 @@ def read_yaml(path: Path, what: str) -> YamlFile:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise ValueError(
-            f"{path}:{line}: not valid YAML: the character U+{error.character:04X} may not stand there."
+            f"{path}:{line}: not valid YAML: the character U+{error.character:04X} is not allowed."
         ) from error
 
 
 def _lines(loader: yaml.SafeLoader, node: yaml.Node, place: Place) -> Iterator[tuple[Place, int]]:
-    """Every place under a node, with its line."""
+    """Every place under a node, with its line number."""
     if isinstance(node, yaml.MappingNode):
         entries = [(loader.construct_object(key, deep=True), key, value) for key, value in node.value]
     elif isinstance(node, yaml.SequenceNode):
@@ -178,24 +187,24 @@ def _lines(loader: yaml.SafeLoader, node: yaml.Node, place: Place) -> Iterator[t
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, except that a key that stands twice is refused instead of the last one winning."""
+    """PyYAML's safe loader, which also refuses duplicate keys; PyYAML takes the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         """As in PyYAML."""
         seen: set[Hashable] = set()
         for key, _ in node.value:
-            value = self.construct_object(key, deep=True)  # True equals 1, and would take its place
+            value = self.construct_object(key, deep=True)
             if not isinstance(value, Hashable):
-                continue  # PyYAML has a message for it
+                continue  # PyYAML itself refuses it
             if value in seen:
                 raise yaml.constructor.ConstructorError(
-                    "while reading a mapping", node.start_mark, f"the key {key.value!r} stands twice", key.start_mark
+                    "while reading a mapping", node.start_mark, f"duplicate key {key.value!r}", key.start_mark
                 )
             seen.add(value)
         return super().construct_mapping(node, deep)
 
 
 def nearest(value: Any, known: Sequence[str]) -> str:
-    """For a message: the known value nearest to one that is not; empty if none is near."""
+    """The end of an error message that suggests the most similar known value; empty if none is similar."""
     near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
     return f" (did you mean '{near[0]}'?)" if near else ""

@@ -1,4 +1,4 @@
-"""`chatglm-ptuning tasks`: the registry as a table, and one task with its files read."""
+"""`chatglm-ptuning tasks`: a table of the packaged tasks, or one task and how its files are read."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ from chatglm_ptuning.data.tasks.task import Task
 
 
 def main(argv: Sequence[str]) -> None:
-    """Entry of the command; errors that users can mend end it with a message and exit code 1."""
-    parser = argparse.ArgumentParser("chatglm-ptuning tasks", description="The registry of Chinese tasks.")
+    """Entry of the command; errors that users can correct end it with a message and exit code 1."""
+    parser = argparse.ArgumentParser("chatglm-ptuning tasks", description="The packaged Chinese tasks.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    commands.add_parser("list", help="all tasks (this is what happens without a command)")
+    commands.add_parser("list", help="all tasks (the default)")
     show = commands.add_parser("show", help="one task; with a folder, how its files are read")
-    show.add_argument("task", help="name of a task, or the file of your own, MY_TASK.yaml")
-    show.add_argument("folder", nargs="?", help="its files; or huggingface, modelscope, huggingface:OWNER/NAME")
-    show.add_argument("--split", action="append", help="this split alone (may be given several times)")
-    show.add_argument("--subjects", nargs="+", help="of an examination, these subjects or categories alone")
+    show.add_argument("task", help="name of a task, or the YAML file of your own task")
+    show.add_argument(
+        "folder", nargs="?", help="folder with its files; or huggingface, modelscope, huggingface:OWNER/NAME"
+    )
+    show.add_argument("--split", action="append", help="show only this split (can be given several times)")
+    show.add_argument("--subjects", nargs="+", help="of an examination, read only these subjects or categories")
     args = parser.parse_args(list(argv))
     try:
         if args.command == "show":
@@ -40,8 +42,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 def list_tasks() -> None:
-    """Prints a row for every task."""
-    table = Table("task", "what", "head and metric", "pre_seq_len,\nlearning_rate", title="Tasks")
+    """Prints a table of all packaged tasks."""
+    table = Table("task", "title", "head and metric", "pre_seq_len,\nlearning_rate", title="Tasks")
     for task in map(load_task, task_names()):
         name = task.name + "".join(f", {alias}" for alias in task.aliases)
         solved = f"{task.head.replace('_', ' ')}, {task.metric}"
@@ -52,26 +54,26 @@ def list_tasks() -> None:
 def show_task(
     name: str, folder: str | None = None, splits: Sequence[str] | None = None, subjects: Sequence[str] | None = None
 ) -> None:
-    """Prints a task; with a folder also what its splits hold, and the first example of the first one as a prompt.
+    """Prints a task; with a folder also the number of examples of each split, and the first example as a prompt.
 
-    A split whose files are not there gets a row that says so; one that was asked for is an error.
+    A split without files gets a row that says so, unless `splits` names it.
 
     Raises:
-        ValueError: if there is no such task, if no split can be read, or if a split that was asked for cannot.
+        ValueError: if there is no such task, or no split can be read, or not all that `splits` names.
     """
     task = load_task(name)
     _describe(task)
     if folder is None:
         return
     if Path(folder).is_file() and not splits and len(task.files) > 1:
-        raise ValueError(f"{folder} is one file: say by --split which it is, {', '.join(task.files)}.")
+        raise ValueError(f"{folder} is one file; name its split by --split: {', '.join(task.files)}.")
     read: dict[str, list[Example]] = {}
     missing = ""
     for split in splits or task.files:
         try:
             read[split] = read_examples(task, folder, split, subjects=subjects)
         except ValueError as error:
-            # Of a benchmark one often has some splits only; a file that is there and wrong is another matter.
+            # It is common to have only some splits of a benchmark; a file with errors is another matter.
             if splits or "has no file of" not in str(error):
                 raise
             missing = missing or str(error)
@@ -83,7 +85,7 @@ def show_task(
             table.add_row(split, str(len(read[split])), escape(_gold_counts(task, read[split])))
         else:
             names = " or ".join(" + ".join(parts) for parts in task.files[split])
-            table.add_row(split, "not there", escape(f"looked for {names}"))
+            table.add_row(split, "not found", escape(f"looked for {names}"))
     console = Console()
     console.print(table)
     first = next(iter(read.values()))[0]
@@ -95,7 +97,7 @@ def show_task(
 
 def _describe(task: Task) -> None:
     lines = {
-        "what": task.title,
+        "title": task.title,
         "source": task.source,
         "defined in": task.origin,
         "heads": ", ".join(heads_of(task)),

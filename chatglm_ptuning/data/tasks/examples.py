@@ -1,7 +1,7 @@
-"""What the rows of a task are once they are read.
+"""The rows of a task after reading: one class for each kind of gold.
 
-There is a class for each kind of gold: a label, any number of labels, a written text, tags, a span, a choice. It says
-what the prompt may show of a row, and how predictions are checked, shown and scored.
+The kinds are a label, any number of labels, a written text, tags, a span and a choice. The class says what the prompt
+can show of a row, and how predictions are checked, shown and scored.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from string import ascii_uppercase
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from chatglm_ptuning.chat.message import Conversation, Document
 from chatglm_ptuning.data.tasks.task import Task
@@ -24,36 +24,23 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class Said(NamedTuple):
-    """The texts of an example.
-
-    Attributes:
-        source: all that is given to the model.
-        target: all that it is to answer.
-        answers: how often it answers.
-    """
-
-    source: str
-    target: str
-    answers: int
-
-
 @dataclass(frozen=True, kw_only=True)
 class Example(ABC):
     """One row.
 
     Attributes:
         metrics: that `score` computes.
+        submissions: names in `submission.FORMATS` that can hold its predictions.
         dataset_format: of a row of an instruction file.
-        id: as the benchmark's file has it, for its submission file; where a file has none, the place of the row in its
-            split, from 0.
-        where: `FILE:LINE`, or the nearest there is to it, for messages.
-        left_out: whether the file has a label for it that does not count (`drop_labels`): it is predicted, as a
-            submission needs every row, and neither learned nor scored.
+        id: as in the benchmark's file, for the submission; without one, the index of the row in its split, from 0.
+        where: `FILE:LINE`, or the nearest to it, for messages.
+        left_out: whether its label is one of the task's `drop_labels`. It is predicted, because a submission needs
+            every row, but neither learned nor scored.
         subject: of an examination.
     """
 
     metrics: ClassVar[tuple[str, ...]]
+    submissions: ClassVar[tuple[str, ...]] = ()
     dataset_format: ClassVar[str] = ""
 
     id: int | str
@@ -64,7 +51,7 @@ class Example(ABC):
     @property
     @abstractmethod
     def gold(self) -> Any:
-        """What is to be predicted, in the form that predictions have; None in a split without it."""
+        """What is to be predicted, in the form of a prediction; None in a split without gold."""
 
     @classmethod
     @abstractmethod
@@ -72,99 +59,81 @@ class Example(ABC):
         """Scores of the predictions for examples that all have gold."""
 
     def fault_of(self, task: Task, prediction: Any) -> str | None:
-        """What is wrong with a prediction, which for most kinds is a text; None if it can be submitted."""
+        """What is wrong with a prediction, which is text by default; None if it can be submitted."""
         return None if isinstance(prediction, str) else f"must be text, found {prediction!r}."
 
-    # The prompt
+    def submitted(self, prediction: Any) -> Any:
+        """A prediction as submission files contain it, ready for JSON."""
+        return prediction
 
     def texts(self) -> dict[str, str]:
-        """The texts that may be shortened, by their names in the prompt."""
+        """The texts that can be truncated, by their names in the prompt."""
         return {}
 
-    def with_texts(self, texts: Mapping[str, str]) -> Self:
-        """The example with other texts, by the names of `texts`."""
-        return replace(self, **texts)
+    def shortened(self, length: int) -> Self:
+        """The example with each of its texts truncated in the middle to at most `length` characters."""
+        return replace(self, **{name: without_middle(text, length) for name, text in self.texts().items()})
 
     def placeholders(self, task: Task) -> dict[str, str]:
-        """What stands for each name that the prompt may use besides `labels`."""
+        """The text for each name that the prompt can contain, except `labels`."""
         return self.texts()
 
     def prompt(self, task: Task) -> str:
-        """The prompt of the task for this example, without any answer."""
-        return task.prompt.format(labels="、".join(task.labels.values()), **self.placeholders(task))
+        """The task's prompt for this example, without an answer."""
+        return task.prompt.format(labels=task.label_list, **self.placeholders(task))
 
-    def shortened(self, length: int) -> Self:
-        """The example with each text at most so many characters long; what is longer loses its middle."""
-        return self.with_texts({name: without_middle(text, length) for name, text in self.texts().items()})
-
-    # The answer
-
-    def candidate_answers(self, task: Task) -> list[str]:
-        """The texts among which the answer is, in the order of the labels or of the example's own candidates.
-
-        Raises:
-            ValueError: if the task has no fixed answers.
-        """
-        raise ValueError(f"The task {task.name} has no candidate answers: they are written, tagged or extracted.")
-
-    def choice(self, task: Task, place: int) -> Any:
-        """The prediction that chooses the candidate at a place."""
-        return place
+    def candidate_answers(self, task: Task) -> Mapping[Any, str]:
+        """Prediction -> text of that answer, in order; empty if the answer is written, tagged or extracted."""
+        return {}
 
     def answer_text(self, task: Task) -> str | None:
-        """What is to be answered, as text; None in a split without gold."""
+        """The gold as the text of an answer; None in a split without gold."""
         return self.gold
-
-    # What the check of data looks at
 
     @property
     def digest(self) -> int:
-        """64 bits that are the same for rows of the same content."""
+        """64 bits that are equal for rows of equal content."""
         content = repr(replace(self, id=0, where="")).encode("utf-8", "surrogatepass")
         return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
     @property
     def left_out_as(self) -> str | None:
-        """The counter of `PreparationReport` that it is left out by; None if something can be learned of it."""
+        """The counter of `PreparationReport` for rows from which nothing can be learned; None for all others."""
         return "without_targets" if self.left_out else None
 
-    def said(self) -> Said:
-        """What is said in it, as text."""
-        return Said("\n".join(self.texts().values()), "", 1)
-
-    # Reports
+    def said(self) -> tuple[str, str, int]:
+        """All text that the model is given, all text that it is to answer, and the number of answers."""
+        return "\n".join(self.texts().values()), "", 1
 
     def shown_input(self, task: Task) -> str:
-        """What `predictions.jsonl` shows as the input."""
+        """The input in `predictions.jsonl`."""
         return self.prompt(task)
 
     def readable(self, task: Task, prediction: Any) -> Any:
-        """What `predictions.jsonl` shows of a prediction or of the gold."""
+        """A prediction, or the gold, in `predictions.jsonl`."""
         return prediction
 
     def counted(self, task: Task) -> list[str]:
-        """The names under which `tasks show` counts the gold."""
+        """The names by which `tasks show` counts the gold."""
         return []
 
 
 def has_gold(examples: Sequence[Example]) -> bool:
-    """Whether a split can be scored: all but the rows that are left out have gold, or none."""
+    """Whether a split can be scored: either all rows have gold, except those that are left out, or none."""
     return any(example.gold is not None for example in examples)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _RowExample(Example):
     text: str
-    text_pair: str | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
 
     def texts(self) -> dict[str, str]:
-        pair = {} if self.text_pair is None else {"text_pair": self.text_pair}
-        return {**self.fields, "text": self.text, **pair}
+        return {**self.fields, "text": self.text}
 
-    def with_texts(self, texts: Mapping[str, str]) -> Self:
-        own = {name: text for name, text in texts.items() if name not in self.fields}
-        return replace(self, **own, fields={name: texts[name] for name in self.fields})
+    def shortened(self, length: int) -> Self:
+        short = {name: without_middle(text, length) for name, text in self.texts().items()}
+        return replace(self, text=short.pop("text"), fields=short)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,10 +142,11 @@ class TextExample(_RowExample):
 
     Attributes:
         label: a key of the task's labels; None in a split without labels.
-        fields: further fields of the row that the prompt of the task names.
+        fields: further texts of the row that the prompt can show; the second text of a pair is `text_pair`.
     """
 
     metrics = ("accuracy", "macro_f1")
+    submissions = ("label_lines",)
 
     label: str | None = None
 
@@ -191,11 +161,8 @@ class TextExample(_RowExample):
     def fault_of(self, task: Task, prediction: Any) -> str | None:
         return None if prediction in task.labels else f"is {prediction!r}, which is no label of {task.name}."
 
-    def candidate_answers(self, task: Task) -> list[str]:
-        return list(task.labels.values())
-
-    def choice(self, task: Task, place: int) -> str:
-        return list(task.labels)[place]
+    def candidate_answers(self, task: Task) -> Mapping[str, str]:
+        return task.labels
 
     def answer_text(self, task: Task) -> str | None:
         return None if self.label is None else task.labels[self.label]
@@ -214,6 +181,7 @@ class MultiLabelExample(_RowExample):
     """
 
     metrics = ("micro_f1", "macro_f1", "subset_accuracy")
+    submissions = TextExample.submissions
 
     labels: tuple[str, ...] | None = None
 
@@ -239,7 +207,7 @@ class MultiLabelExample(_RowExample):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationExample(_RowExample):
-    """A source text and what is to be written for it.
+    """A source text and the text to be written for it.
 
     Attributes:
         target: None in a split without targets.
@@ -267,11 +235,9 @@ class ConversationExample(Example):
     """A row of an instruction file.
 
     Attributes:
-        content: what the row means.
-        dataset_format: in which it is written.
         row_digest: of all of its fields.
-        prompt_ids: of the prompt of its last answer, made to fit by the head that predicts (`Head.ready`).
-        reference: the text of that answer, likewise.
+        prompt_ids: token ids of the prompt of its last answer, truncated by the head that predicts (`Head.ready`).
+        reference: the text of that answer.
     """
 
     metrics = ("rouge-l", "bleu-4")
@@ -298,29 +264,30 @@ class ConversationExample(Example):
     def left_out_as(self) -> str | None:
         return self.content.missing_side() or (None if self.content.is_learned else "without_targets")
 
-    def said(self) -> Said:
+    def said(self) -> tuple[str, str, int]:
         if isinstance(self.content, Document):
-            return Said("", self.content.text, 1)
+            return "", self.content.text, 1
         answers = [message for message in self.content.messages if message.role == "assistant"]
         source = "\n".join(message.content for message in self.content.messages if message.role != "assistant")
         target = "\n".join(
             message.content if message.arguments is None else f"{message.metadata} {message.arguments}"
             for message in answers
         )
-        return Said(source, target, len(answers))
+        return source, target, len(answers)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenExample(Example):
-    """A sentence by characters, or by the tokens of its file, with a BIO tag for each.
+    """A sentence as characters, or as the tokens of its file, with a BIO tag for each.
 
     Attributes:
         tokens: `[num_tokens]`.
         tags: `[num_tokens]`, `O`, `B-TYPE` or `I-TYPE`; None in a split without tags.
-        entities: type and text of every entity, of a file that says more than tags can, such as one inside another.
+        entities: type and text of every entity, if the file has more than tags can say, such as nested entities.
     """
 
     metrics = ("entity_f1",)
+    submissions = ("entity_lines",)
 
     tokens: tuple[str, ...]
     tags: tuple[str, ...] | None = None
@@ -332,16 +299,12 @@ class TokenExample(Example):
 
     @property
     def text(self) -> str:
-        """The tokens with nothing between them."""
+        """The concatenated tokens."""
         return "".join(self.tokens)
-
-    def text_of(self, first: int, last: int) -> str:
-        """The text of some tokens, both ends inclusive."""
-        return "".join(self.tokens[first : last + 1])
 
     @classmethod
     def score(cls, task: Task, examples: Sequence[TokenExample], predictions: Sequence[Sequence[str]]) -> TaskScores:
-        """As `Example.score`, with CLUENER2020's own score where the files gave entities."""
+        """As `Example.score`, with CLUENER2020's own score if the files contained entities."""
         known = [example.entities for example in examples]
         found = [entities_of(example.text, tags) for example, tags in zip(examples, predictions, strict=True)]
         as_in_file = None if None in known else (found, known, list(task.labels))
@@ -353,15 +316,23 @@ class TokenExample(Example):
         unknown = [tag for tag in prediction if tag not in task.tags]
         return f"has the unknown tag {unknown[0]!r}; known are {', '.join(task.tags)}." if unknown else None
 
+    def submitted(self, prediction: Sequence[str]) -> dict[str, dict[str, list[list[int]]]]:
+        """As `Example.submitted`: entity type -> text -> list of `[start, end]`, both inclusive."""
+        label: dict[str, dict[str, list[list[int]]]] = {}
+        for entity, first, last in spans_of(prediction):
+            label.setdefault(entity, {}).setdefault(self._text_of(first, last), []).append([first, last])
+        return label
+
     def placeholders(self, task: Task) -> dict[str, str]:
         return {"text": self.text}
 
     def answer_text(self, task: Task) -> str | None:
-        """The entities, for people."""
         if self.tags is None:
             return None
-        found = (f"{self.text_of(first, last)} ({entity})" for entity, first, last in spans_of(self.tags))
-        return "、".join(found) or "no entity"
+        return (
+            "、".join(f"{entity['text']} ({entity['type']})" for entity in self.readable(task, self.tags))
+            or "no entity"
+        )
 
     def shown_input(self, task: Task) -> str:
         return self.text
@@ -370,20 +341,23 @@ class TokenExample(Example):
         if prediction is None:
             return None
         return [
-            {"type": entity, "text": self.text_of(first, last), "start": first}
+            {"type": entity, "text": self._text_of(first, last), "start": first}
             for entity, first, last in spans_of(prediction)
         ]
 
     def counted(self, task: Task) -> list[str]:
         return [entity for entity, _, _ in spans_of(self.tags or ())]
 
+    def _text_of(self, first: int, last: int) -> str:
+        return "".join(self.tokens[first : last + 1])
+
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer that stands in a context.
+    """An answer in a context.
 
     Attributes:
-        start: index of its first character; None if the context does not hold it.
+        start: index of its first character in the context; None if the context does not contain it.
     """
 
     text: str
@@ -395,10 +369,11 @@ class QuestionExample(Example):
     """A question about a context.
 
     Attributes:
-        answers: every reference; None in a split without answers.
+        answers: all references; None in a split without answers.
     """
 
     metrics = ("cmrc_f1", "cmrc_em")
+    submissions = ("answer_map",)
 
     context: str
     question: str
@@ -426,10 +401,11 @@ class ChoiceExample(Example):
 
     Attributes:
         answer: index of the right candidate; None in a split without answers.
-        category: of an examination, the group of subjects that its benchmark puts the subject in.
+        category: of an examination, the benchmark's group of subjects.
     """
 
     metrics = ("accuracy",)
+    submissions = ("answer_lines", "choice_lines", "idiom_map", "exam_map")
 
     candidates: tuple[str, ...]
     context: str = ""
@@ -443,7 +419,7 @@ class ChoiceExample(Example):
 
     @classmethod
     def score(cls, task: Task, examples: Sequence[ChoiceExample], predictions: Sequence[int]) -> TaskScores:
-        # By what is answered, not by index: of candidates with the same text either is right, unless letters tell them.
+        # By the text of the answer, not by index: of two equal candidates either is right, unless letters differ.
         hits = [
             example.readable(task, prediction) == example.answer_text(task)
             for example, prediction in zip(examples, predictions, strict=True)
@@ -452,11 +428,9 @@ class ChoiceExample(Example):
         return task_scores.score_choices(hits, subjects, task.groups)
 
     def fault_of(self, task: Task, prediction: Any) -> str | None:
-        if isinstance(prediction, bool) or not isinstance(prediction, int):
-            return f"must be the index of a candidate, found {prediction!r}."
-        if not 0 <= prediction < len(self.candidates):
-            return f"is {prediction}, and there are {len(self.candidates)} candidates."
-        return None
+        if type(prediction) is int and 0 <= prediction < len(self.candidates):
+            return None
+        return f"must be the index of one of {len(self.candidates)} candidates, found {prediction!r}."
 
     def texts(self) -> dict[str, str]:
         return {"context": self.context, "question": self.question}
@@ -464,13 +438,12 @@ class ChoiceExample(Example):
     def placeholders(self, task: Task) -> dict[str, str]:
         listed = "、".join(self.candidates)
         if task.letters:
-            pairs = zip(self.candidate_answers(task), self.candidates, strict=True)
-            listed = "\n".join(f"{letter}. {text}" for letter, text in pairs)
+            listed = "\n".join(map("{}. {}".format, ascii_uppercase, self.candidates))
         title = {} if self.subject is None else {"subject": task.subjects[self.subject].title}
         return {**self.texts(), "options": listed, "category": self.category or "", **title}
 
-    def candidate_answers(self, task: Task) -> list[str]:
-        return list(ascii_uppercase[: len(self.candidates)] if task.letters else self.candidates)
+    def candidate_answers(self, task: Task) -> dict[int, str]:
+        return dict(enumerate(ascii_uppercase[: len(self.candidates)] if task.letters else self.candidates))
 
     def answer_text(self, task: Task) -> str | None:
         return self.readable(task, self.answer)

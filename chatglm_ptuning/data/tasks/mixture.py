@@ -1,4 +1,4 @@
-"""A mixture file: which tasks share a prefix, where their files are, and how often each is seen."""
+"""A mixture file: which tasks share a prefix, where their data are, and how often each task is drawn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.get_logger(__name__)
 
 
 def _loaded(name: Any, info: ValidationInfo) -> Any:
-    """The task of a name in the registry, or of a file beside the mixture file."""
+    """The packaged task of a name, or the task of a file, relative to the mixture file."""
     if not isinstance(name, str):
         return name
     own = info.context.path.parent / name
@@ -37,9 +37,9 @@ class MixedTask:
     """One task of a mixture.
 
     Attributes:
-        task_data: as --task_data, a folder being relative to the mixture file.
-        head: that solves the task; its own one if none is named.
-        weight: how often it is drawn in proportion to the others; None if the sizes say so.
+        task_data: as --task_data; a folder is relative to the mixture file.
+        head: that solves the task; the task's default head if none is named.
+        weight: how often it is drawn in proportion to the others; None to draw by size.
     """
 
     task: Annotated[Task, BeforeValidator(_loaded)]
@@ -59,7 +59,7 @@ class MixedTask:
     @classmethod
     def _solves(cls, head: str, info: ValidationInfo) -> str:
         task = info.data.get("task")
-        if task is None:  # which was refused
+        if task is None:  # it was refused
             return head
         if head and head not in heads_of(task):
             known = list(heads_of(task))
@@ -79,7 +79,7 @@ class MixedTask:
 
 
 def _named(tasks: Any) -> Any:
-    """Entries that say their task, which is their key where they do not."""
+    """The entries with the key `task`, which by default is the name of the entry."""
     if not isinstance(tasks, Mapping):
         return tasks
     return {name: {"task": name, **entry} if isinstance(entry, Mapping) else entry for name, entry in tasks.items()}
@@ -93,22 +93,22 @@ class _MixtureFile:
 
 @dataclass(frozen=True, config=FORBID)
 class Mixture:
-    """What a mixture file says.
+    """The content of a mixture file.
 
     Attributes:
-        temperature: T of the probabilities `size ** (1 / T)`; 1 draws by size, a large one evenly.
+        temperature: T of the probabilities `size ** (1 / T)`; 1 draws by size, a large T uniformly.
     """
 
     tasks: tuple[MixedTask, ...]
     temperature: float = 1.0
 
     def probabilities(self, sizes: Sequence[int]) -> list[float]:
-        """How likely a batch is of each task.
+        """The probability of each task for a batch.
 
-        T5 (Raffel et al. 2020, section 3.5.2) calls the two ways temperature-scaled and custom mixing.
+        Temperature-scaled or, with weights, custom mixing of T5 (Raffel et al. 2020, section 3.5.2).
 
         Args:
-            sizes: rows to train on of each task.
+            sizes: number of training rows of each task.
         """
         weights = [entry.weight for entry in self.tasks]
         if None in weights:
@@ -120,8 +120,7 @@ def read_mixture(path: str | Path) -> Mixture:
     """The mixture that a YAML file describes.
 
     Raises:
-        ValueError: naming the file, the line, the key and the way out, for anything that is missing, unknown or does
-            not fit.
+        ValueError: naming file, line and key of what is missing, unknown or does not fit.
     """
     file = read_yaml(Path(path), "mixture file")
     found = file.read(_MixtureFile)
@@ -132,13 +131,12 @@ def read_mixture(path: str | Path) -> Mixture:
     for key, entry in found.tasks.items():
         place, name = ("tasks", key), entry.task.name
         if name in seen:
-            file.fail(place, f"the task {name} stands twice in 'tasks', as {seen[name]} and as {key}.")
+            file.fail(place, f"duplicate task {name} in 'tasks', as {seen[name]} and as {key}.")
         seen[name] = key
         if weighted and entry.weight is None:
-            file.fail(place, f"{weighted[0]} has a 'weight' and {name} has none; give one to every task, or to none.")
+            file.fail(place, f"{weighted[0]} has a 'weight' and {name} has none; give every task a weight, or none.")
         if "task" in file.content["tasks"][key] and key not in (name, *entry.task.aliases):
             logger.warning(f"{path}: '{key}' is the task {name}; scores and --task call it that.")
     if weighted and "temperature" in file.content:
-        text = "with a 'weight' for every task there is no 'temperature'; leave one of them out."
-        file.fail(("temperature",), text)
+        file.fail(("temperature",), "'temperature' cannot be used with 'weight'; remove one of them.")
     return Mixture(tuple(found.tasks.values()), found.temperature)

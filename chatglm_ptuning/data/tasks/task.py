@@ -1,30 +1,22 @@
-"""What one task of the registry says of itself, and what its file may say in which form."""
+"""A task: what its YAML file can say, and in which form."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, field
+from dataclasses import field
 from pathlib import Path
 from string import Formatter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from chatglm_ptuning.data.formats.registry import Columns
-from chatglm_ptuning.data.tasks.checked_yaml import (
-    FORBID,
-    QUOTE_HINT,
-    Count,
-    Flag,
-    PositiveNumber,
-    Text,
-    Texts,
-)
+from chatglm_ptuning.data.tasks.checked_yaml import FORBID, Count, Flag, PositiveNumber, Text, Texts
 
 
 def placeholders(template: str) -> list[str]:
-    """The names in braces, in their order.
+    """The names in braces of a template, in order.
 
     Raises:
         ValueError: if the template is malformed, or has anything but plain names in braces.
@@ -34,66 +26,43 @@ def placeholders(template: str) -> list[str]:
         if name is None:
             continue
         if not name.isidentifier() or spec or conversion:
-            raise ValueError(f"'{{{name}}}' is not a plain name in braces (a literal brace is written twice)")
+            raise ValueError(f"'{{{name}}}' is not a plain name in braces (write a literal brace twice)")
         names.append(name)
     return names
 
 
-def _folder_name(name: str) -> str:
+def _path_part(name: str) -> str:
     if name in (".", "..") or "/" in name or "\\" in name:
-        raise ValueError("also names folders, so that it must be without / and \\ and no dots alone")
-    return name
-
-
-def _file_name(name: str) -> str:
-    if "/" in name:
-        raise ValueError("must be the name of a file, without folders")
+        raise ValueError("must be a plain name of a file or folder, without / or \\")
     return name
 
 
 def _file_of_split(name: str) -> str:
     unknown = [found for found in placeholders(name) if found != "subject"]
     if unknown:
-        raise ValueError(f"the file name '{name}' has {{{unknown[0]}}} in it; only {{subject}} may stand there.")
+        raise ValueError(f"the file name '{name}' contains {{{unknown[0]}}}; only {{subject}} is known there.")
     return name
 
 
-def _apart(names: Any) -> Any:
-    """The alternatives of a split; of each the files that are read together, `a.json + b.json`."""
+def _alternatives(names: Any) -> Any:
+    """The alternatives of a split, each a list of files that are read together (`a.json + b.json`)."""
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, Sequence):
         return names
     return [[part.strip() for part in name.split(" + ")] if isinstance(name, str) else name for name in names]
 
 
-def _text_keys(labels: Any) -> Any:
-    """Labels as texts: files may have numbers."""
-    if not isinstance(labels, Mapping):
-        return labels
-    wrong = [key for key in labels if isinstance(key, bool) or not isinstance(key, (str, int))]
-    if wrong:
-        raise ValueError(f"the label {wrong[0]!r} must be text or a number{QUOTE_HINT}.")
-    return {str(key): verbaliser for key, verbaliser in labels.items()}
+PathPart = Annotated[Text, AfterValidator(_path_part)]
+Files = Annotated[
+    tuple[tuple[Annotated[Text, AfterValidator(_file_of_split)], ...], ...], BeforeValidator(_alternatives)
+]
 
 
-def _subject(value: Any) -> Any:
-    if isinstance(value, list) and len(value) == 2:
-        return Subject(*value)
-    if isinstance(value, Subject):
-        return value
-    raise ValueError("must be [Chinese title, category]")
-
-
-FileName = Annotated[Text, AfterValidator(_file_name)]
-Files = Annotated[tuple[tuple[Annotated[Text, AfterValidator(_file_of_split)], ...], ...], BeforeValidator(_apart)]
-
-
-@dataclass(frozen=True, config=FORBID)
-class Subject:
+class Subject(NamedTuple):
     """One subject of an examination.
 
     Attributes:
-        title: in Chinese, as the prompt says it.
+        title: the Chinese name, for the prompt.
         category: the benchmark's group of subjects.
     """
 
@@ -108,8 +77,8 @@ class HubSource:
     Attributes:
         id: `OWNER/NAME`.
         config: name of the subset; `{subject}` in it stands for each subject of an examination.
-        splits: the task's split -> the hub's, where they differ.
-        fields: role -> column, where the hub's columns differ from those of the files.
+        splits: split of the task -> split on the hub, where they differ.
+        fields: role -> column, where the columns differ from those of the files.
     """
 
     id: Text
@@ -120,16 +89,16 @@ class HubSource:
 
 @dataclass(frozen=True, config=FORBID)
 class Submission:
-    """The form of the benchmark's submission file.
+    """The benchmark's submission file.
 
     Attributes:
-        format: one of the reader's.
-        file: split -> name of the file; `""` holds for all other splits. One name holds for all.
+        format: one of `submission.FORMATS`.
+        file: split -> file name; `""` is for all other splits. A single name is for all splits.
     """
 
     format: str
     file: Annotated[
-        Mapping[str, FileName],
+        Mapping[str, PathPart],
         Field(min_length=1),
         BeforeValidator(lambda value: {"": value} if isinstance(value, str) else value),
     ]
@@ -144,33 +113,33 @@ class Task:
     """One task of the registry.
 
     Attributes:
-        name: what `--task` takes.
+        name: the value of `--task`; also names folders.
         title: one line for people.
-        reader: kind of files, one of `readers.READERS`.
-        head: the usual one of those that can solve it.
-        prompt: template of the Chinese prompt; empty where the rows ask for themselves.
+        reader: a name in `readers.READERS`.
+        head: the default head.
+        prompt: template of the Chinese prompt; empty if the rows contain their own prompts.
         metric: one of its reader's.
-        pre_seq_len, learning_rate: defaults for training, and `settings_from` says where they come from.
+        pre_seq_len, learning_rate: training defaults; `settings_from` says where they come from.
         files: split -> alternatives, each the names of the files that make up the split, relative to the folder.
         folders: names of subfolders in which the files are looked for, too.
         fields: role -> column of the files; a dot goes into an object.
-        labels: key in the files -> Chinese verbaliser. For tags, entity type -> its Chinese name.
-        drop_labels: rows with these are neither learned nor scored, as the benchmark says.
-        multi_label: a text has any number of labels; its column is a list of them, or a text.
+        labels: label in the files -> Chinese verbaliser. For tags, entity type -> its Chinese name.
+        drop_labels: rows with these labels are neither learned nor scored.
+        multi_label: a text has any number of labels; its column is a list, or text.
         label_separator: between the labels of such a text.
-        letters: the prompt lists candidates as A, B, C, ..., and the letter is the answer.
+        letters: the prompt lists the candidates as A, B, C, ..., and the letter is the answer.
         dataset_format: of instruction rows; None to detect it from the field names.
         source_prefix: text in front of every conversation.
-        echo: whether the text that is tagged or searched is read twice, unless told otherwise.
+        echo: whether a text to tag or to search is read twice by default.
         subjects: of an examination, by their names in its files.
-        groups: of an examination, further sets of subjects that the benchmark reports, across its categories.
-        hub: `huggingface` or `modelscope` -> where it is there.
+        groups: of an examination, further sets of subjects to report, across categories.
+        hub: where hubs have the task.
         source: paper or page of the data set.
         aliases: other names.
         origin: the file that the task was read from.
     """
 
-    name: Annotated[Text, AfterValidator(_folder_name)]
+    name: PathPart
     title: Text
     reader: str
     metric: str
@@ -182,7 +151,7 @@ class Task:
     settings_from: Text = "the task file's author"
     folders: Texts = ()
     fields: Mapping[Text, Text] = field(default_factory=dict)
-    labels: Annotated[Mapping[str, Text], BeforeValidator(_text_keys)] = field(default_factory=dict)
+    labels: Mapping[Annotated[str, Field(coerce_numbers_to_str=True)], Text] = field(default_factory=dict)
     drop_labels: Texts = ()
     multi_label: Flag = False
     label_separator: Annotated[str, Field(min_length=1)] = ","
@@ -190,7 +159,7 @@ class Task:
     dataset_format: str | None = None
     source_prefix: str = ""
     echo: Flag = False
-    subjects: Mapping[Text, Annotated[Subject, BeforeValidator(_subject)]] = field(default_factory=dict)
+    subjects: Mapping[Text, Subject] = field(default_factory=dict)
     groups: Mapping[Text, Texts] = field(default_factory=dict)
     hub: Mapping[
         Literal["huggingface", "modelscope"],
@@ -203,12 +172,17 @@ class Task:
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """The BIO tags of the labels, `O` first; of a task whose labels are types of entities."""
+        """The BIO tags of the labels, `O` first; for a task whose labels are types of entities."""
         return ("O", *(f"{side}-{entity}" for entity in self.labels for side in "BI"))
+
+    @property
+    def label_list(self) -> str:
+        """The verbalisers, as `{labels}` in a prompt shows them."""
+        return "、".join(self.labels.values())
 
     @classmethod
     def of_files(cls, files: Sequence[str], columns: Columns, source_prefix: str = "") -> Task:
-        """The task of instruction files, which is to answer as their rows do; a place of its data is the data."""
+        """The task of instruction files: to answer as their rows do. The files are given as places of its data."""
         fields = {"prompt": columns.prompt, "response": columns.response, "history": columns.history}
         return cls(
             name=Path(files[0]).stem,
@@ -225,8 +199,8 @@ class Task:
         )
 
     def meaning(self) -> dict[str, Any]:
-        """What decides how its rows are read and asked, ready for JSON."""
-        return {name: value for name, value in asdict(self).items() if name in _MEANING}
+        """What decides how its rows are read and prompted, ready for JSON."""
+        return {name: getattr(self, name) for name in _MEANING}
 
 
 _MEANING = (

@@ -1,4 +1,4 @@
-"""The ways to solve a task; a new one is registered here."""
+"""The heads that solve tasks; a new one is registered here."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ HEADS: tuple[type[Head], ...] = (
     Generation,
     ConversationAnswers,
 )
-"""Of those that solve a task, the first is the usual one."""
+"""The first that can solve a task is its default head."""
 
 HEAD_NAMES = tuple(dict.fromkeys(head.name for head in HEADS))
 LINEAR_HEADS = tuple(dict.fromkeys(head.name for head in HEADS if issubclass(head.model_class, ChatGLMWithHead)))
-"""Those with outputs of their own; all others are the language model itself."""
+"""Heads with outputs of their own; all others are the language model itself."""
 ECHO_HEADS = tuple(dict.fromkeys(head.name for head in HEADS if head.echoes))
-"""Those that may read their text twice (`Head.echo`)."""
+"""Heads that can read their text twice (`Head.echo`)."""
 
 
 def heads_of(task: Task) -> dict[str, type[Head]]:
-    """Every head that can solve a task by its name, the usual one first."""
-    examples = reader_of(task).example_class(task)
-    return {head.name: head for head in HEADS if examples in head.solves}
+    """Name -> head, for every head that can solve a task, the default first."""
+    example = reader_of(task).example_class(task)
+    return {head.name: head for head in HEADS if example in head.solves}
 
 
 def head_of(task: Task, name: str | None) -> type[Head]:
-    """The head to solve the task with: the one asked for, or the task's own.
+    """The head of a name, or the task's default head.
 
     Raises:
         ValueError: if it cannot solve the task, naming those that can.

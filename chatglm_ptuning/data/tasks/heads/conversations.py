@@ -1,4 +1,4 @@
-"""From conversations and plain texts to token ids, truncated to the length limits."""
+"""The head for instruction files: conversations and plain texts as token ids, truncated to the length limits."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 class ConversationAnswers(Generation):
-    """The answers of conversations are written by the language model; of plain texts everything is learned.
+    """The language model writes the answers of conversations; of plain texts every token is learned.
 
-    For rows with prompt and response columns the limits have the meaning of the official flags: `max_source_length`
-    counts all ids in front of the answer, `[gMASK] sop` included, and `max_target_length` those of the answer, the end
-    token not included. For rows with a list of messages, and for plain texts, their sum limits the whole. Longer
-    sources are truncated as `cut_source` says, and answers at their end; a truncated answer gets no end token. Plain
-    texts are split into pieces, of which only the last has an end token.
+    For rows with prompt and response columns the limits are those of the official flags: `max_source_length` counts
+    all ids before the answer, including `[gMASK] sop`, and `max_target_length` those of the answer, without the end
+    token. For rows with a list of messages, and for plain texts, their sum is the limit for all ids. `cut_source`
+    truncates sources; answers are truncated at their end and then have no end token. Plain texts are split into
+    pieces, of which only the last has an end token.
 
     Raises:
         ValueError: if `max_source_length` is too small for the chat format itself.
@@ -34,13 +34,12 @@ class ConversationAnswers(Generation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        asked = self._prefixed(Conversation([Message("user", "？")]))
-        shortest = len(self.chat.encode_prompt(asked))
+        shortest = len(self.chat.encode_prompt(self._prefixed(Conversation([Message("user", "？")]))))
         if shortest > self.max_source_length:
             raise ValueError(
                 f"max_source_length={self.max_source_length} is too small: in the {self.tokenizer.chat_format} format "
                 f"a question of one character takes {shortest} tokens"
-                f"{' with the source prefix' if self.task.source_prefix else ''}; set --max_source_length higher."
+                f"{' with the source prefix' if self.task.source_prefix else ''}; increase --max_source_length."
             )
 
     @property
@@ -52,10 +51,10 @@ class ConversationAnswers(Generation):
         return replace(conversation, source_prefix=self.task.source_prefix)
 
     def encode(self, example: ConversationExample) -> Encoded:
-        """A row for each answer, or piece of a text; `labels` `[seq_len]` are -100 where nothing is learned.
+        """A row for each answer, or piece of a text; `labels` `[seq_len]` are -100 for ids that are not learned.
 
         Raises:
-            ValueError: naming file and line, if the chat format cannot write the conversation.
+            ValueError: naming file and line, if the chat format cannot encode the conversation.
         """
         if isinstance(example.content, Document):
             return self._pieces(example.content)
@@ -85,7 +84,7 @@ class ConversationAnswers(Generation):
         """Adds the row of a conversation that ends with an answer to learn, if it can be truncated to the limits.
 
         Args:
-            shares_limits: whether source and answer may each use what the other leaves free.
+            shares_limits: whether source and answer can each use the tokens that the other does not need.
         """
         rendered = self.chat.encode(conversation)
         source, target = rendered.answer_start, len(rendered.input_ids) - rendered.answer_start - 1
@@ -116,18 +115,17 @@ class ConversationAnswers(Generation):
     def ready(self, example: ConversationExample) -> Encoded:
         """The prompt of the last answer to be learned (`prompt_ids`), and the text of that answer (`reference`).
 
-        The prompt is truncated to `max_source_length`, also of rows with messages, so that there is room for an
-        answer; the reference is never truncated.
+        The prompt is truncated to `max_source_length`, the reference is not truncated.
 
         Raises:
-            ValueError: as `encode`; also for plain texts, which hold no question.
+            ValueError: as `encode`; also for plain texts, which contain no question.
         """
         left_out = example.left_out_as
         if left_out is not None:
             return Encoded(counted=[left_out])
         if isinstance(example.content, Document):
             raise ValueError(
-                f"{example.where}: a plain text has no question to answer; name two columns, or score it by its loss "
+                f"{example.where}: a plain text has no question to answer; name two columns, or evaluate its loss "
                 "(--do_eval)."
             )
         plain = self._prefixed(example.content).until_last_learned().not_learned()
@@ -147,5 +145,5 @@ class ConversationAnswers(Generation):
         return encoded
 
     def prompt_ids(self, example: ConversationExample) -> list[int]:
-        """The prompt of an example that is ready."""
+        """As `PromptHead.prompt_ids`, for an example that went through `ready`."""
         return list(example.prompt_ids)

@@ -1,4 +1,4 @@
-"""Answers that the language model writes, and answers among candidates whose likelihood it gives."""
+"""Heads that are the language model itself: it writes the answer, or ranks candidate answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGenerati
 
 
 class Generation(PromptHead):
-    """The answer is written by the language model, by beam or greedy search."""
+    """The language model writes the answer, by beam or greedy search."""
 
     name = "generation"
     solves = (GenerationExample, QuestionExample)
@@ -43,7 +43,7 @@ class Generation(PromptHead):
 
 
 class CandidateScoring(Generation):
-    """The answer is the candidate, a label's verbaliser or the example's own, of the highest likelihood."""
+    """The answer is the candidate with the highest likelihood: a label's verbaliser, or one of the example's own."""
 
     solves = (TextExample, ChoiceExample)
     masks_candidates = True
@@ -61,18 +61,19 @@ class CandidateScoring(Generation):
         predictions = []
         for example, row in zip(examples, scores, strict=True):
             best = int(row.argmax())
-            predictions.append(Prediction(example.choice(self.task, best), float(row.softmax(-1)[best])))
+            value = list(example.candidate_answers(self.task))[best]
+            predictions.append(Prediction(value, float(row.softmax(-1)[best])))
         return predictions
 
     def _candidates(self, examples: Sequence[Example]) -> list[list[list[int]]]:
-        texts = [tuple(example.candidate_answers(self.task)) for example in examples]
+        texts = [tuple(example.candidate_answers(self.task).values()) for example in examples]
         encoded = {own: [self.answer_ids(text) for text in own] for own in dict.fromkeys(texts)}
         return [encoded[own] for own in texts]
 
     def _neutral_scores(
         self, examples: Sequence[Example], candidates: Sequence[list[list[int]]], model: Inference
     ) -> list[torch.Tensor]:
-        """Scores of the same candidates behind the prompt of an empty text, each pair of the two computed once."""
+        """Scores of the candidates after the prompt of an empty text; equal pairs of both are computed once."""
         prompts = [tuple(self.prompt_ids(example.shortened(0))) for example in examples]
         keys = [(prompt, id(own)) for prompt, own in zip(prompts, candidates, strict=True)]
         of_key = dict(zip(keys, candidates, strict=True))
@@ -82,7 +83,7 @@ class CandidateScoring(Generation):
 
 
 class MultipleChoice(CandidateScoring):
-    """As `CandidateScoring`, under the name that tasks with candidates of their own have for it."""
+    """As `CandidateScoring`, by the name for tasks whose examples have their own candidates."""
 
     name = "multiple_choice"
     solves = (ChoiceExample,)

@@ -1,4 +1,4 @@
-"""What a head is: one way to solve a task, from an example to ids, and from what a model says to a prediction."""
+"""What a head is: one way to solve a task, from examples to token ids, and from outputs to predictions."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 TOKEN_UNITS = ("characters", "pieces")
 DEFAULT_TOKEN_UNIT = "pieces"
 CANDIDATE_SCORES = ("sum", "mean", "calibrated")
-"""How candidates are ranked: by their log-likelihood, by it per token, or by what the text adds to it."""
+"""How candidates are ranked: by log-likelihood, by log-likelihood per token, or by how much the text raises it."""
 
 Ids = Sequence[int]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model predicts for one example.
+    """A prediction for one example.
 
     Attributes:
-        value: a label, or the list of all labels of a multi-label task, an index of a candidate, tags, or a text.
-        confidence: its probability, of tags the least of them; None for written texts.
+        value: a label, a list of labels for a multi-label task, the index of a candidate, tags, or text.
+        confidence: its probability, for tags the lowest of them; None for written text.
     """
 
     value: Any
@@ -41,40 +41,39 @@ class Prediction:
 
 
 class Inference(Protocol):
-    """What a head may ask of a model; `evaluation/inference.py` answers."""
+    """What a head can ask of a model; `evaluation/inference.py` implements it."""
 
     def outputs(self, rows: Sequence[Ids], what: str) -> Iterator[tuple[list[int], Any]]:
-        """The outputs of the model in batches, each with the places of its rows; `what` names the progress bar."""
+        """The model's outputs in batches, each with the indices of its rows; `what` names the progress bar."""
 
     def log_likelihoods(self, prompts: Sequence[Ids], candidates: Sequence[Sequence[Ids]]) -> list[torch.Tensor]:
         """For every prompt the log-likelihood of each of its candidates, float32 `[num_candidates]`."""
 
     def answers(self, prompts: Sequence[Ids]) -> list[str]:
-        """A written answer to every prompt."""
+        """The generated answer to every prompt."""
 
 
 @dataclass(frozen=True)
 class Head(ABC):
-    """One way to solve a task, with the settings by which texts are read.
+    """One way to solve a task, with its settings.
 
     Attributes:
-        name: what `--head` takes, and a prefix checkpoint records.
+        name: the value of `--head`, which a prefix checkpoint records.
         solves: the kinds of examples that it can solve.
-        model_class: the class of the model.
-        echoes: whether it can read its text twice.
-        splits_tokens: whether it heeds `token_unit`.
-        masks_candidates: whether predictions need an attention implementation that takes a mask of one's own.
-        max_source_length: tokens of a prompt at most. For longer ones the longest texts of the example lose their
-            middle, what the task asks stays whole; texts to tag and contexts to search are read in windows that
-            overlap by `doc_stride` tokens.
-        max_target_length: tokens of an answer to learn at most.
-        token_unit: what a tag stands on: `characters` splits the tokenizer's pieces where a character of the file
-            ends, `pieces` leaves them whole.
-        echo: whether a text to tag or a context to search is read twice. Tags and spans are read off the second copy,
-            whose tokens have seen the whole text though attention is causal (Springer et al. 2024, "Repetition
-            improves language model embeddings"). Both copies of a window fit into `max_source_length`.
+        echoes: whether it supports `echo`.
+        splits_tokens: whether it uses `token_unit`.
+        masks_candidates: whether its predictions need an attention implementation that takes a custom mask.
+        max_source_length: maximum number of tokens of a prompt. In longer prompts the longest texts of the example are
+            truncated in the middle; the task's own words are kept. Texts to tag and contexts to search are read in
+            windows that overlap by `doc_stride` tokens.
+        max_target_length: maximum number of tokens of an answer to learn.
+        token_unit: what gets a tag: `characters` splits the tokenizer's pieces at the ends of the file's characters,
+            `pieces` keeps them whole.
+        echo: whether a text to tag or a context to search is in the prompt twice. Tags and spans are predicted on the
+            second copy, whose tokens have seen the whole text although attention is causal (Springer et al. 2024,
+            "Repetition improves language model embeddings"). Both copies of a window fit into `max_source_length`.
         candidate_scores: one of `CANDIDATE_SCORES`.
-        max_answer_length: characters of an extracted answer at most.
+        max_answer_length: maximum number of characters of an extracted answer.
     """
 
     name: ClassVar[str]
@@ -101,10 +100,10 @@ class Head(ABC):
 
     @abstractmethod
     def encode(self, example: Any) -> Encoded:
-        """The rows to learn an example from: `input_ids`, and what is to be learned.
+        """The training rows of an example: `input_ids` and the labels or positions to learn.
 
         Raises:
-            ValueError: naming the place in the file, if the prompt without any text is longer than
+            ValueError: naming the place in the file, if the prompt without the example's texts is longer than
                 `max_source_length`.
         """
 
@@ -112,7 +111,7 @@ class Head(ABC):
         """As `encode`; an example that is left out has no rows.
 
         Raises:
-            ValueError: as `encode`; naming the place in the file, for an example without gold.
+            ValueError: as `encode`; for an example without gold, naming the place in the file.
         """
         left_out = example.left_out_as
         if left_out is not None:
@@ -122,9 +121,7 @@ class Head(ABC):
         return self.encode(example)
 
     def ready(self, example: Example) -> Encoded:
-        """What `predict` has to know of an example beside what was read: the fields to replace, in one row.
-
-        No row, if the example cannot be predicted.
+        """The fields of an example that `predict` needs replaced, as one row; no row if it cannot be predicted.
 
         Raises:
             ValueError: naming the place in the file, if there is nothing in it to predict.
@@ -132,7 +129,7 @@ class Head(ABC):
         return Encoded(rows=[{}])
 
     def settings(self) -> dict[str, Any]:
-        """What the rows of an example depend on, beside the tokenizer; ready for JSON."""
+        """What the rows of an example depend on, besides the tokenizer; ready for JSON."""
         names = ("max_source_length", "max_target_length", "doc_stride", "token_unit", "echo")
         return {
             "head": type(self).__name__,
@@ -142,7 +139,7 @@ class Head(ABC):
 
     @abstractmethod
     def predict(self, examples: Sequence[Any], model: Inference) -> list[Prediction]:
-        """A prediction for every example, in their order.
+        """A prediction for every example, in order.
 
         Raises:
             ValueError: as `encode`.
@@ -150,21 +147,21 @@ class Head(ABC):
 
     @staticmethod
     def check(task: Task) -> None:
-        """Refuses to train on a task that the head can solve in its form, but not learn.
+        """Refuses to train on a task whose prompt the head cannot learn from.
 
         Raises:
-            ValueError: in that case.
+            ValueError: naming the task's file and the way out.
         """
         return
 
     @staticmethod
     def outputs(task: Task) -> list[str] | None:
-        """The names of a linear head's outputs, in their order; None for heads without a fixed number of them."""
+        """The names of a linear head's outputs, in order; None for heads without a fixed number of outputs."""
         return None
 
     @classmethod
     def model_settings(cls, task: Task) -> dict[str, Any]:
-        """What `load_model` is to be told: the class, and what the outputs of a linear head stand for."""
+        """Arguments for `load_model`: the class, and the names of a linear head's outputs."""
         names = cls.outputs(task)
         if names is None:
             return {"model_class": cls.model_class}
@@ -173,18 +170,18 @@ class Head(ABC):
 
 
 class PromptHead(Head):
-    """A head whose input is the task's prompt as a question in the chat format."""
+    """A head whose input is the task's prompt as a user message in the chat format."""
 
     def prompt_ids(self, example: Example) -> list[int]:
-        """The prompt of an example, to where the model answers.
+        """The token ids of an example's prompt, up to where the model answers.
 
         Raises:
-            ValueError: if the prompt without any text is longer than `max_source_length`.
+            ValueError: as `encode`.
         """
         return self._fitting_prompt(example)[0]
 
     def _fitting_prompt(self, example: Example) -> tuple[list[int], int]:
-        """As `prompt_ids`, and how long it was before truncation."""
+        """`prompt_ids`, and their number before truncation."""
         room, ids = self.max_source_length, self._ids_of(example)
         whole = len(ids)
         if whole > room:
@@ -196,7 +193,7 @@ class PromptHead(Head):
         return ids, whole
 
     def answer_ids(self, text: str) -> list[int]:
-        """An answer as it follows the prompt, with the token that ends it."""
+        """The token ids of an answer after its prompt, with the end token."""
         return self.tokenizer.chat.encode_answer(Message("assistant", text))
 
     def _ids_of(self, example: Example) -> list[int]:

@@ -1,4 +1,4 @@
-"""Labels of whole texts, by a linear head."""
+"""Linear heads for labels of whole texts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from chatglm_ptuning.model.modeling_heads import ChatGLMForSequenceClassificatio
 
 
 class SequenceClassification(PromptHead):
-    """A linear head on the token before the answer's text, whose state is the one that would say it."""
+    """A linear head on the last token before the answer's text."""
 
     name = "sequence_classification"
     solves = (TextExample,)
@@ -42,7 +42,7 @@ class SequenceClassification(PromptHead):
         return [*super()._ids_of(example), *self.tokenizer.chat.answer_header()]
 
     def _learned(self, example: TextExample) -> Any:
-        """The number of the label."""
+        """The index of the label."""
         return list(self.task.labels).index(example.label or "")
 
     def _read(self, logits: torch.Tensor) -> Prediction:
@@ -66,7 +66,7 @@ class MultiLabelClassification(SequenceClassification):
         return [float(key in (example.labels or ())) for key in self.task.labels]
 
     def _read(self, logits: torch.Tensor) -> Prediction:
-        """All labels whose sigmoid is above 0.5; for the confidence they are taken to be independent."""
+        """All labels whose sigmoid is above 0.5; the confidence assumes that labels are independent."""
         row = logits.sigmoid()
         chosen = [name for name, value in zip(self.task.labels, row.tolist(), strict=True) if value > 0.5]
         return Prediction(chosen, float(row.maximum(1 - row).prod()))

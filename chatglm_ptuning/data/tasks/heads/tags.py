@@ -1,48 +1,28 @@
-"""Texts to tag: which token stands for which character of the file."""
+"""The head for tags, and the mapping between token ids and the file's tokens."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from chatglm_ptuning.data.encoding import Encoded
 from chatglm_ptuning.data.tasks.examples import TokenExample
 from chatglm_ptuning.data.tasks.heads.head import Inference, Prediction
-from chatglm_ptuning.data.tasks.heads.windows import WindowHead, owner_of, window_starts
+from chatglm_ptuning.data.tasks.heads.windows import Span, Window, WindowHead
 from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.model.losses import IGNORED_LABEL
 from chatglm_ptuning.model.modeling_heads import ChatGLMForTokenClassification
 
 if TYPE_CHECKING:
-    from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
+    from chatglm_ptuning.model.vocabulary import Vocabulary
 
 _NOTHING = " "
-"""What is read in the place of a token of the file that has no ids, so that there is one to decide its tag."""
-
-
-@dataclass(frozen=True)
-class TagWindow:
-    """A part of a text with the prompt around it.
-
-    Attributes:
-        input_ids: `[seq_len]`.
-        spans: `[seq_len]`; (first, last + 1) of the file's tokens that this id's tag decides, None for ids without
-            one. Over all windows of a text, every token of the file is decided once at most.
-    """
-
-    input_ids: list[int]
-    spans: list[tuple[int, int] | None]
-
-    def labels(self, example: TokenExample, tags: Sequence[str]) -> list[int]:
-        """`[seq_len]`, the number of the tag of the first token that an id decides, -100 where it decides none."""
-        gold = example.tags or ()
-        return [IGNORED_LABEL if span is None else tags.index(gold[span[0]]) for span in self.spans]
+"""Encoded in the place of a token of the file that has no ids, so that there is an id to decide its tag."""
 
 
 class TokenClassification(WindowHead):
-    """A linear head on every token, which says the BIO tag of what the token stands for."""
+    """A linear head on every token that predicts its BIO tag."""
 
     name = "token_classification"
     solves = (TokenExample,)
@@ -54,27 +34,22 @@ class TokenClassification(WindowHead):
         """The tags."""
         return list(task.tags)
 
-    def windows(self, example: TokenExample) -> list[TagWindow]:
-        """The windows of a text.
+    def windows(self, example: TokenExample) -> list[Window]:
+        """The windows of a text. Their spans are the file's tokens whose tags an id decides.
+
+        Over all windows, every token of the file is decided at most once.
 
         Raises:
             ValueError: if the prompt leaves no room for the text.
         """
-        frame = self.frame_around("text", example)
         split = _by_characters if self.token_unit == "characters" else _by_pieces
-        ids, spans = split(self.tokenizer, example.tokens)
-        starts = window_starts(len(ids), frame.room, self.doc_stride)
-        windows = []
-        for window, start in enumerate(starts):
-            inside = range(start, min(start + frame.room, len(ids)))
-            own = [spans[place] if owner_of(place, starts, frame.room) == window else None for place in inside]
-            windows.append(TagWindow(*frame.fill([ids[place] for place in inside], own)))
-        return windows
+        ids, spans = split(self.tokenizer.vocabulary, example.tokens)
+        return self.windows_in("text", example, ids, spans, are_disjoint=True)
 
     def encode(self, example: TokenExample) -> Encoded:
         """A row for each window; `labels` `[seq_len]` are -100 where an id decides no tag."""
         return Encoded.of_sources(
-            {"input_ids": window.input_ids, "labels": window.labels(example, self.task.tags)}
+            {"input_ids": window.input_ids, "labels": labels_of(window, example, self.task.tags)}
             for window in self.windows(example)
         )
 
@@ -101,10 +76,16 @@ class TokenClassification(WindowHead):
         return predictions
 
 
-def tags_of(windows: Sequence[TagWindow], predicted: Sequence[Sequence[str]], number_of_tokens: int) -> list[str]:
-    """Tags of all tokens of the file from those of all ids; `O` for a token that has no id of its own.
+def labels_of(window: Window, example: TokenExample, tags: Sequence[str]) -> list[int]:
+    """`[seq_len]`, the index of the tag of the first token that an id decides, -100 where it decides none."""
+    gold = example.tags or ()
+    return [IGNORED_LABEL if span is None else tags.index(gold[span[0]]) for span in window.spans]
 
-    Where one id stands for several tokens, an entity that begins in it goes on to its end.
+
+def tags_of(windows: Sequence[Window], predicted: Sequence[Sequence[str]], number_of_tokens: int) -> list[str]:
+    """The tags of all tokens of the file; `O` for a token without ids.
+
+    If one id decides several tokens, an entity that begins in it continues to its end.
 
     Args:
         predicted: for every window, a tag for each id.
@@ -119,41 +100,38 @@ def tags_of(windows: Sequence[TagWindow], predicted: Sequence[Sequence[str]], nu
     return tags
 
 
-def _by_characters(
-    tokenizer: ChatGLMTokenizer, tokens: Sequence[str]
-) -> tuple[list[int], list[tuple[int, int] | None]]:
-    """Every token of the file by itself; of several ids the last one decides, which has seen the whole token."""
+def _by_characters(vocabulary: Vocabulary, tokens: Sequence[str]) -> tuple[list[int], list[Span | None]]:
+    """Encodes every token of the file by itself; its last id, which has seen the whole token, decides its tag."""
     ids: list[int] = []
-    spans: list[tuple[int, int] | None] = []
+    spans: list[Span | None] = []
     for place, token in enumerate(tokens):
-        own = _inner_ids(tokenizer, token) or _inner_ids(tokenizer, _NOTHING)
+        own = _inner_ids(vocabulary, token) or _inner_ids(vocabulary, _NOTHING)
         ids += own
         spans += [None] * (len(own) - 1) + [(place, place + 1)] * bool(own)
     return ids, spans
 
 
-def _inner_ids(tokenizer: ChatGLMTokenizer, token: str) -> list[int]:
-    """The ids of a token as they stand inside a text: without what the tokenizer puts in front of every text."""
-    vocabulary = tokenizer.vocabulary
-    # A line feed is an id of its own in all vocabularies of the family, and never merged with a character behind it.
+def _inner_ids(vocabulary: Vocabulary, token: str) -> list[int]:
+    """The ids of a token inside a text: without what the tokenizer puts in front of every text."""
+    # A line feed is an id of its own in all vocabularies of the family, and never merged with the next character.
     line, both = vocabulary.encode("\n"), vocabulary.encode("\n" + token)
     return both[len(line) :] if both[: len(line)] == line else vocabulary.encode(token)
 
 
-def _by_pieces(tokenizer: ChatGLMTokenizer, tokens: Sequence[str]) -> tuple[list[int], list[tuple[int, int] | None]]:
-    """The tokenizer's own pieces; of several ids inside one token of the file the last one decides."""
+def _by_pieces(vocabulary: Vocabulary, tokens: Sequence[str]) -> tuple[list[int], list[Span | None]]:
+    """Encodes the text as the tokenizer does; the last id inside a token of the file decides its tag."""
     text = "".join(tokens)
     token_at = [place for place, token in enumerate(tokens) for _ in token]
-    spans: list[tuple[int, int] | None] = []
+    spans: list[Span | None] = []
     decided: dict[int, int] = {}
-    for place, (start, end) in enumerate(tokenizer.vocabulary.offsets(text)):
+    for place, (start, end) in enumerate(vocabulary.offsets(text)):
         if end <= start:
             spans.append(None)
             continue
         first, last = token_at[start], token_at[end - 1]
         earlier = decided.get(first)
         if earlier is not None:
-            # The token began in an earlier id. That one keeps what it has before it, this one decides from it on.
+            # The token began in an earlier id, which keeps the tokens before it.
             begun = spans[earlier]
             spans[earlier] = (begun[0], first) if begun is not None and begun[0] < first else None
         behind = last + 1
@@ -161,4 +139,4 @@ def _by_pieces(tokenizer: ChatGLMTokenizer, tokens: Sequence[str]) -> tuple[list
             behind += 1  # a token without text belongs to the one before it
         spans.append((first, behind))
         decided |= dict.fromkeys(range(first, last + 1), place)
-    return tokenizer.vocabulary.encode(text), spans
+    return vocabulary.encode(text), spans

@@ -1,88 +1,89 @@
-"""A text inside a prompt, in windows that fit: what tagging and question answering have in common."""
+"""Windows of a long text inside a prompt, for tagging and question answering."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from string import Formatter
-from typing import TypeVar
 
 from chatglm_ptuning.data.tasks.examples import Example
 from chatglm_ptuning.data.tasks.heads.head import Head
 
-Mark = TypeVar("Mark")
+Span = tuple[int, int]
+"""First and last + 1, of characters or of the file's tokens."""
 
 _BETWEEN_COPIES = "\n"
 
 
 @dataclass(frozen=True)
-class Frame:
-    """The ids around a window of a text.
+class Window:
+    """A part of a text with the prompt around it.
 
     Attributes:
-        before: in front of the window, with those that every sequence starts with.
-        behind: behind the window.
-        between: between the two copies of the window, if it is read twice (`Head.echo`); else None.
-        room: ids of a window at most.
+        input_ids: `[seq_len]`.
+        spans: `[seq_len]`; what each id stands for in the text, None for ids of the prompt and of a first copy.
     """
 
-    before: list[int]
-    behind: list[int]
-    between: list[int] | None
-    room: int
-
-    def fill(self, ids: Sequence[int], marks: Sequence[Mark]) -> tuple[list[int], list[Mark | None]]:
-        """A row for the model.
-
-        Args:
-            ids: of the window.
-            marks: what each of them stands for.
-
-        Returns:
-            `input_ids` `[seq_len]` and marks `[seq_len]`. The marks are on the last copy of the window, whose tokens
-            have seen the whole of it if there are two; all other ids have None.
-        """
-        before = self.before if self.between is None else [*self.before, *ids, *self.between]
-        return [*before, *ids, *self.behind], [None] * len(before) + [*marks] + [None] * len(self.behind)
+    input_ids: list[int]
+    spans: list[Span | None]
 
 
 class WindowHead(Head):
-    """A linear head that reads a text inside the task's prompt, without the chat's roles."""
+    """A linear head that reads a text inside the task's prompt, without the roles of a chat."""
 
     echoes = True
 
-    def frame_around(self, name: str, example: Example) -> Frame:
-        """The prompt around the last `{name}` in it; an earlier one is text like any other.
+    def windows_in(
+        self, name: str, example: Example, ids: Sequence[int], spans: Sequence[Span | None], *, are_disjoint: bool
+    ) -> list[Window]:
+        """The windows of a text, each in the place of the last `{name}` of the prompt.
+
+        With `echo`, the prompt contains a window twice, and its spans are on the second copy.
+
+        Args:
+            ids: of the text.
+            spans: what each of them stands for.
+            are_disjoint: give each span to one window only, the one that shows most of the text around it.
 
         Raises:
-            ValueError: if the prompt does not have it, or leaves no room for the text.
+            ValueError: if the prompt does not contain `{name}`, or leaves no room for the text.
         """
         parts = [(text, field) for text, field, _, _ in Formatter().parse(self.task.prompt)]
         places = [place for place, (_, field) in enumerate(parts) if field == name]
         if not places:
-            raise ValueError(f"{example.where}: the task's prompt has no {{{name}}} to read.")
+            raise ValueError(f"{example.where}: the task's prompt has no {{{name}}}.")
         last = places[-1]
-        values = example.placeholders(self.task) | {"labels": "、".join(self.task.labels.values())}
+        values = example.placeholders(self.task) | {"labels": self.task.label_list}
         filled = [text + (values[field] if field else "") for text, field in parts]
         encode = self.tokenizer.vocabulary.encode
         before = [*self.tokenizer.start_ids, *encode("".join(filled[:last]) + parts[last][0])]
         text_behind = "".join(filled[last + 1 :])
         behind = encode(text_behind) if text_behind else []
-        between = encode(_BETWEEN_COPIES) if self.echo else None
-        free = self.max_source_length - len(before) - len(behind)
-        room = free if between is None else (free - len(between)) // 2
+        between = encode(_BETWEEN_COPIES)
+        room = self.max_source_length - len(before) - len(behind)
+        if self.echo:
+            room = (room - len(between)) // 2
         if room < 1:
-            twice = "" if between is None else " with the text twice (echo)"
+            twice = " with the text twice (echo)" if self.echo else ""
             raise ValueError(
                 f"{example.where}: the prompt{twice} does not fit into --max_source_length {self.max_source_length}."
             )
-        return Frame(before, behind, between, room)
+        windows, starts = [], window_starts(len(ids), room, self.doc_stride)
+        for number, start in enumerate(starts):
+            inside = range(start, min(start + room, len(ids)))
+            own = [ids[place] for place in inside]
+            first = [*before, *own, *between] if self.echo else before
+            shown = [
+                None if are_disjoint and owner_of(place, starts, room) != number else spans[place] for place in inside
+            ]
+            windows.append(Window([*first, *own, *behind], [None] * len(first) + shown + [None] * len(behind)))
+        return windows
 
 
 def window_starts(length: int, room: int, stride: int) -> list[int]:
-    """Where windows of `room` tokens begin that cover `length` tokens and overlap by `stride`.
+    """The starts of windows of `room` tokens that cover `length` tokens and overlap by `stride`.
 
-    The last one begins where the text's end comes to stand at its end.
+    The last window ends where the text ends.
     """
     if length <= room:
         return [0]
@@ -92,6 +93,6 @@ def window_starts(length: int, room: int, stride: int) -> list[int]:
 
 
 def owner_of(place: int, starts: Sequence[int], room: int) -> int:
-    """The window in which a token has most of the text around it: the greatest distance to the nearer edge."""
+    """The window that shows most of the text around a token: the greatest distance to the nearer edge."""
     inside = [window for window, start in enumerate(starts) if start <= place < start + room]
     return max(inside, key=lambda window: min(place - starts[window], starts[window] + room - 1 - place))

@@ -1,4 +1,4 @@
-"""The kinds of files that tasks are read from; a new one is registered here."""
+"""The readers of task files; a new one is registered here."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ READERS: dict[str, Reader] = {
         ConversationReader(),
     )
 }
-"""By the name that a task file gives as `reader`."""
+"""By the value of `reader` in task files."""
 
 
 def reader_of(task: Task) -> Reader:

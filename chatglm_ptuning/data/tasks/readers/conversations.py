@@ -14,16 +14,15 @@ from chatglm_ptuning.data.tasks.source import SplitSource
 
 
 class ConversationReader(Reader):
-    """Conversations and plain texts; what is learned stands in the rows themselves."""
+    """Conversations and plain texts; the rows contain both prompts and answers."""
 
     name = "conversations"
     example = ConversationExample
     optional_fields = ("prompt", "response", "history")
     options = ("dataset_format", "source_prefix")
-    placeholders = ()
 
     def read(self, source: SplitSource) -> Iterator[ConversationExample]:
-        """As `Reader.read`; at the end refuses rows of which none has the history column."""
+        """As `Reader.read`; after the last row, refuses a split in which no row has the history column."""
         columns = Columns(**source.fields, dataset_format=source.task.dataset_format)
         # A single row may do without history; if no row has the column, its name must be wrong.
         without: Row | None = None
@@ -41,15 +40,15 @@ class ConversationReader(Reader):
         if not has_history and without is not None:
             fail(
                 without,
-                f"no row has the column {columns.history!r} (this one has {names(without)}); name the right one with "
-                "--history_column, or leave that out.",
+                f"no row has the column {columns.history!r} (this one has {names(without)}); correct or remove "
+                "--history_column.",
             )
 
     def read_row(self, row: Row, columns: Columns, index: int = 0) -> ConversationExample:
-        """What a row means.
+        """The example of a row.
 
         Raises:
-            ValueError: naming file and line, if it cannot be understood.
+            ValueError: naming file and line, if the row is in no dataset format, or in several.
         """
         name, content = read_row(row, columns)
         return ConversationExample(

@@ -1,9 +1,9 @@
-"""What a reader is: one kind of files, and all that a task file may say about it."""
+"""What a reader is: it reads one kind of files, and knows what a task file can say about them."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,22 +12,22 @@ from chatglm_ptuning.data.tasks.examples import Example
 from chatglm_ptuning.data.tasks.source import SplitSource
 from chatglm_ptuning.data.tasks.task import Task
 
-SubmissionFormat = Callable[[Sequence[Example], Sequence[Any]], str]
-"""Examples and their predictions -> the content of a submission file."""
+Question = tuple[str, Any, Any, int | str]
+"""Its place for messages, its context, itself, and the id that it has if it names none; contents are not checked."""
 
 
 class Reader(ABC):
     """Reads one kind of files; docs/tasks.md describes each.
 
     Attributes:
-        name: what `reader` is in a task file.
-        fields: roles that need the name of a column.
-        optional_fields: roles that may have one.
-        takes_extra_fields: whether further columns may be named, for the prompt.
-        needs, options: keys of a task file that only some readers take: those that it must have, and may have.
-        example: the kind of examples that it gives.
-        placeholders: names that the prompt may use besides `labels` and extra fields.
-        submissions: formats of a submission file by their names.
+        name: the value of `reader` in a task file.
+        fields: roles whose columns must be named.
+        optional_fields: roles whose columns can be named.
+        takes_extra_fields: whether further columns can be named, for the prompt.
+        needs: keys of task files that only some readers take, and that this one must have.
+        options: such keys that this one can have.
+        example: the kind of its examples.
+        placeholders: names in the prompt, besides `labels` and extra fields; none if the rows contain their prompts.
     """
 
     name: ClassVar[str]
@@ -37,24 +37,23 @@ class Reader(ABC):
     needs: ClassVar[tuple[str, ...]] = ()
     options: ClassVar[tuple[str, ...]] = ()
     example: ClassVar[type[Example]]
-    placeholders: ClassVar[tuple[str, ...]]
-    submissions: ClassVar[Mapping[str, SubmissionFormat]] = {}
+    placeholders: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def read(self, source: SplitSource) -> Iterator[Example]:
         """The examples of one split, in the order of its files.
 
         Raises:
-            ValueError: naming file, line and field of what is missing or unknown; of a single row, question or
+            ValueError: naming file, line and field of what is missing or unknown; for a single row, question or
                 sentence as `source.bad_rows.add`.
         """
 
     def beside(self, source: SplitSource) -> list[Path]:
-        """Further files that the examples of a split depend on."""
+        """Further files on which the examples of a split depend."""
         return []
 
     def example_class(self, task: Task) -> type[Example]:
-        """The kind of examples that it gives for a task."""
+        """The kind of its examples for a task."""
         return self.example
 
     def metrics_of(self, task: Task) -> tuple[str, ...]:
@@ -62,7 +61,7 @@ class Reader(ABC):
         return self.example_class(task).metrics
 
     def extra_fields(self, task: Task) -> dict[str, str]:
-        """Columns of a task that only its prompt uses."""
+        """Role -> column of what only the prompt uses."""
         known = {*self.fields, *self.optional_fields}
         return {role: column for role, column in task.fields.items() if role not in known}
 
@@ -78,8 +77,39 @@ class RowReader(Reader):
         """The example of a row.
 
         Args:
-            index: its place in the split, from 0.
+            index: of the row in its split, from 0.
 
         Raises:
             ValueError: naming file, line and field of what is missing or unknown.
+        """
+
+
+class QuestionReader(Reader):
+    """Reads files of nested documents with questions, or a hub's rows, each with a question and its context."""
+
+    def read(self, source: SplitSource) -> Iterator[Example]:
+        questions: Iterator[Question]
+        if source.has_flat_rows:
+            questions = ((row.where, row.get("context"), row, index) for index, row in enumerate(source.rows()))
+        else:
+            questions = (question for path in source.paths for question in self.questions(path))
+        return source.each(questions, lambda question, _: [self.read_question(source, *question)])
+
+    @abstractmethod
+    def questions(self, path: Path) -> Iterator[Question]:
+        """The questions of a file.
+
+        Raises:
+            ValueError: naming the place, if a document is not in the expected form.
+        """
+
+    @abstractmethod
+    def read_question(self, source: SplitSource, where: str, context: Any, question: Any, index: int | str) -> Example:
+        """The example of a question.
+
+        Args:
+            where, context, question, index: see `Question`.
+
+        Raises:
+            ValueError: naming the place, and what is missing or wrong.
         """

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from chatglm_ptuning.data.sources.rows import Row, fail
 from chatglm_ptuning.data.sources.text import data_suffix, read_text
+from chatglm_ptuning.data.tasks.checked_yaml import nearest
 from chatglm_ptuning.data.tasks.examples import GenerationExample, MultiLabelExample, TextExample
 from chatglm_ptuning.data.tasks.readers.reader import RowReader
-from chatglm_ptuning.data.tasks.source import SplitSource, nearest_place
-from chatglm_ptuning.data.tasks.submission_formats import id_lines
+from chatglm_ptuning.data.tasks.source import SplitSource, is_whole, nearest_place
 from chatglm_ptuning.data.tasks.task import Task
 
 _LCSTS_DOC = re.compile(
@@ -24,87 +25,130 @@ _LCSTS_RELEVANT = 3
 """Test pairs below this human label are left out, as in the paper (Hu et al. 2015, section 4)."""
 
 
-class _LabelledTextReader(RowReader):
-    example = TextExample
-    needs = ("labels",)
-    submissions: ClassVar = {"label_lines": id_lines("label")}
-
-
-class RowsReader(_LabelledTextReader):
-    """Rows of a table with a text or two and a label, or any number of labels."""
+class RowsReader(RowReader):
+    """Rows of a table with a text or a pair of texts, and a label or any number of labels."""
 
     name = "rows"
+    example = TextExample
     fields = ("text",)
-    optional_fields = ("text_pair", "label", "id")
+    optional_fields = ("label", "id")
     takes_extra_fields = True
+    needs = ("labels",)
     options = ("drop_labels", "multi_label", "label_separator")
-    placeholders = ("text", "text_pair")
+    placeholders = ("text",)
 
-    def example_class(self, task: Task) -> type[TextExample]:
+    def example_class(self, task: Task) -> type[TextExample | MultiLabelExample]:
         return MultiLabelExample if task.multi_label else TextExample
 
     def read_row(self, source: SplitSource, row: Row, index: int) -> TextExample | MultiLabelExample:
-        shared: dict[str, Any] = {
-            "id": source.example_id(row, index),
-            "where": row.where,
-            "text": source.text(row, "text"),
-            "text_pair": source.text(row, "text_pair") if "text_pair" in source.fields else None,
-            "fields": {role: source.text(row, role) for role in self.extra_fields(source.task)},
-        }
-        if source.task.multi_label:
-            return MultiLabelExample(**shared, labels=source.labels(row))
-        label = source.label(row)
-        left_out = label in source.task.drop_labels
-        return TextExample(**shared, label=None if left_out else label, left_out=left_out)
+        read_gold = _labels if source.task.multi_label else _label
+        return self.example_class(source.task)(
+            id=source.example_id(row, index),
+            where=row.where,
+            text=source.text(row, "text"),
+            fields={role: source.text(row, role) for role in self.extra_fields(source.task)},
+            **read_gold(source, row),
+        )
 
 
-class WinogradReader(_LabelledTextReader):
-    """Rows of a text in which a noun (span 1) and a pronoun (span 2) are pointed at."""
+def _label(source: SplitSource, row: Row) -> dict[str, Any]:
+    """`label` of a row, None in a split that needs none, and whether it is `left_out`.
+
+    Raises:
+        ValueError: if it is missing where it is needed, or unknown.
+    """
+    task, value = source.task, source.get(row, "label")
+    key = _label_key(task, value)
+    if value is None or key == "" or (key == "-1" and key not in task.labels):
+        return {"label": _no_label(source, row)}
+    if _known_label(task, row, key) in task.drop_labels:
+        return {"left_out": True}
+    return {"label": key}
+
+
+def _labels(source: SplitSource, row: Row) -> dict[str, Any]:
+    """`labels` of a row in the order of the task, None in a split that needs none.
+
+    An empty list is a text without any label, and so is empty text where labels are needed.
+
+    Raises:
+        ValueError: as `_label`.
+    """
+    task, value = source.task, source.get(row, "label")
+    if value is None or (value == "" and not source.needs_gold):
+        return {"labels": _no_label(source, row)}
+    parts = value if isinstance(value, list) else str(value).split(task.label_separator)
+    keys = [_label_key(task, part) for part in parts]
+    known = {_known_label(task, row, key) for key in keys if key}
+    return {"labels": tuple(key for key in task.labels if key in known)}
+
+
+def _label_key(task: Task, value: Any) -> str:
+    """A label as a key of the task's labels; tables and hubs have whole numbers as floats."""
+    if isinstance(value, bool):
+        return json.dumps(value)
+    if is_whole(value) and str(value) not in task.labels:
+        return str(int(value))
+    return str(value).strip()
+
+
+def _no_label(source: SplitSource, row: Row) -> None:
+    if source.needs_gold and "label" not in source.fields:
+        raise ValueError(f"{source.task.origin}: 'fields' does not name the column of the label.")
+    if source.needs_gold:
+        source.missing(row, "label", source.fields["label"])
+
+
+def _known_label(task: Task, row: Row, key: str) -> str:
+    if key in task.labels or key in task.drop_labels:
+        return key
+    known = list(task.labels)
+    shown = ", ".join(known[:20]) + (f", ... ({len(known)} in all)" if len(known) > 20 else "")
+    fail(row, f"the task {task.name} has no label '{key}'{nearest(key, known)}; its labels are {shown}.")
+
+
+class WinogradReader(RowReader):
+    """Rows of a text that point at a noun (span 1) and a pronoun (span 2)."""
 
     name = "winograd"
+    example = TextExample
     fields = ("text", "span1_text", "span1_index", "span2_text", "span2_index")
     optional_fields = ("label", "id")
+    needs = ("labels",)
     options = ("drop_labels",)
     placeholders = ("text", "span1", "span2")
 
     def read_row(self, source: SplitSource, row: Row, index: int) -> TextExample:
         """As `RowReader.read_row`.
 
-        In the example's text the noun stands in `[]` and the pronoun in `__`, as the same word may stand there twice. A
-        span that does not stand where the file says is marked where it stands nearest; if nowhere, where the file says.
+        In the example's text the noun is marked by `[]` and the pronoun by `__`, since the same word may occur twice.
+        A span that is not where the file says is marked at its nearest occurrence; without any, where the file says.
         """
-        label = source.label(row)
-        left_out = label in source.task.drop_labels
+        text = source.text(row, "text")
         spans = {role: source.text(row, f"{role}_text") for role in ("span1", "span2")}
+        places = []
+        for (role, span), marks in zip(spans.items(), ("[]", "__"), strict=True):
+            start = source.get(row, f"{role}_index")
+            if isinstance(start, str) and start.isdigit():
+                start = int(start)
+            if isinstance(start, bool) or not isinstance(start, int):
+                fail(row, f"{role}_index must be the index of a character, found {start!r}.")
+            place = nearest_place(text, span, start)
+            if place is None and not 0 <= start < len(text):
+                fail(row, f"the text does not contain {role} '{span}', and has no character {start}.")
+            place = start if place is None else place
+            places.append((place, min(place + len(span), len(text)), marks))
         return TextExample(
             id=source.example_id(row, index),
             where=row.where,
-            text=_mark_spans(source, row, spans),
-            label=None if left_out else label,
-            left_out=left_out,
+            text=_with_marks(text, places),
             fields=spans,
+            **_label(source, row),
         )
 
 
-def _mark_spans(source: SplitSource, row: Row, spans: dict[str, str]) -> str:
-    text = source.text(row, "text")
-    places = []
-    for role, marks in (("span1", "[]"), ("span2", "__")):
-        start = source.get(row, f"{role}_index")
-        if isinstance(start, str) and start.isdigit():
-            start = int(start)
-        if isinstance(start, bool) or not isinstance(start, int):
-            fail(row, f"{role}_index must be the place of a character, found {start!r}.")
-        place = nearest_place(text, spans[role], start)
-        if place is None and not 0 <= start < len(text):
-            fail(row, f"{role} '{spans[role]}' is not in the text, nor is there a character {start}.")
-        place = start if place is None else place
-        places.append((place, min(place + len(spans[role]), len(text)), marks))
-    return _with_marks(text, places)
-
-
 def _with_marks(text: str, places: list[tuple[int, int, str]]) -> str:
-    """The text with a pair of marks around each span; of spans inside each other, the longer one's are outside."""
+    """The text with a pair of marks around each span (start, end, marks); of nested spans the longer is outside."""
     marked = []
     for place in range(len(text) + 1):
         ending = sorted((span for span in reversed(places) if span[1] == place), key=lambda span: -span[0])
@@ -125,24 +169,19 @@ class PairsReader(RowReader):
     placeholders = ("text",)
 
     def read_row(self, source: SplitSource, row: Row, index: int) -> GenerationExample:
+        text, target = source.text(row, "text"), None
+        if source.needs_gold or source.get(row, "target") not in (None, ""):
+            target = source.text(row, "target")
+        if source.needs_gold and not target.strip():
+            column = source.fields["target"]
+            fail(row, f"the field '{column}' is empty; the split {source.split} needs a target. Delete the row.")
         return GenerationExample(
             id=source.example_id(row, index),
             where=row.where,
-            text=source.text(row, "text"),
-            target=_target(source, row),
+            text=text,
+            target=target,
             fields={role: source.text(row, role) for role in self.extra_fields(source.task)},
         )
-
-
-def _target(source: SplitSource, row: Row) -> str | None:
-    value = source.get(row, "target")
-    if value in (None, "") and not source.needs_gold:
-        return None
-    target = source.text(row, "target")
-    if not target.strip() and source.needs_gold:
-        column = source.fields["target"]
-        fail(row, f"the field '{column}' is empty, and the split {source.split} needs a target; delete the row.")
-    return target
 
 
 class LcstsReader(PairsReader):
@@ -152,7 +191,7 @@ class LcstsReader(PairsReader):
     takes_extra_fields = False
 
     def read(self, source: SplitSource) -> Iterator[GenerationExample]:
-        """As `Reader.read`; of a test split the pairs that people found relevant."""
+        """As `Reader.read`; of a test split only the pairs that people labelled as relevant."""
         if source.paths and all(data_suffix(path) == ".txt" for path in source.paths):
             return (pair for path in source.paths for pair in _lcsts_pairs(source, path))
         return super().read(source)
@@ -161,13 +200,11 @@ class LcstsReader(PairsReader):
 def _lcsts_pairs(source: SplitSource, path: Path) -> Iterator[GenerationExample]:
     text = read_text(path)
     found = list(_LCSTS_DOC.finditer(text))
-    if len(found) != text.count("<doc id="):
+    if not found or len(found) != text.count("<doc id="):
         raise ValueError(
             f"{path} has {text.count('<doc id=')} <doc id=...>, of which {len(found)} hold a <summary> and a "
-            "<short_text>; it is damaged or not a file of LCSTS."
+            "<short_text>: it is damaged or not a file of LCSTS."
         )
-    if not found:
-        raise ValueError(f"{path} holds no <doc id=...>: it is not a file of LCSTS.")
     line, counted = 1, 0
     for match in found:
         line += text.count("\n", counted, match.start())
