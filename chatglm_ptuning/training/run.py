@@ -377,8 +377,9 @@ def predict_test(config: RunConfig, data: RunData, trainer: PrefixTrainer) -> No
         metrics |= {f"{prefix}_{name}": value for name, value in of_model.items()}
     if not config.schedule.should_save:
         return
-    write = _write_report if _is_of_registry(config) else _write_answers
-    write(config, task, predictions)
+    if not _is_of_registry(config):
+        _write_answers(config, task, predictions)
+    _write_report(config, task, list(predictions.values())[-1])
     # Last: whoever finds the scores counts on the files about them.
     _keep(trainer, "predict", metrics)
     if scores:
@@ -386,7 +387,7 @@ def predict_test(config: RunConfig, data: RunData, trainer: PrefixTrainer) -> No
 
 
 def _write_answers(config: RunConfig, task: TaskData, predictions: Mapping[str, Sequence[Prediction]]) -> None:
-    """Writes the answers as the official script does, and shows some; the last model is the tuned one."""
+    """Writes the answers as the official script does, and prints some; the last model is the tuned one."""
     texts = {name: [prediction.value for prediction in own] for name, own in predictions.items()}
     references = [example.reference for example in task.tested]
     answers = list(texts.values())[-1]
@@ -398,11 +399,12 @@ def _write_answers(config: RunConfig, task: TaskData, predictions: Mapping[str, 
     print_samples(prompts, references[shown], {name: own[shown] for name, own in texts.items()})
 
 
-def _write_report(config: RunConfig, task: TaskData, predictions: Mapping[str, Sequence[Prediction]]) -> None:
-    """Writes report and submission into the run's folder `predict`; the last model is the tuned one."""
-    flags, split, own = config.data, config.tasks[0].test.name, list(predictions.values())[-1]
+def _write_report(config: RunConfig, task: TaskData, predictions: Sequence[Prediction]) -> None:
+    """Writes report and submission into the run's folder `predict`."""
+    test = config.tasks[0].test
+    split = test.name if _is_of_registry(config) else ", ".join(test.places)
     settings = {
-        **asdict(flags),
+        **asdict(config.data),
         **asdict(inference_settings(config)),
         **asdict(config.base),
         "output_dir": str(config.output),
@@ -410,11 +412,11 @@ def _write_report(config: RunConfig, task: TaskData, predictions: Mapping[str, S
         **head_settings(task.head),
     }
     folder = config.output / "predict"
-    write_report(folder, task.head.task, task.tested, own, settings)
+    write_report(folder, task.head.task, task.tested, predictions, settings)
     if task.may_submit:
         trained_on = config.tasks[0].train
         variant = None if trained_on is None else submission_variant(task.head.task, trained_on.name)
-        write_submission(task.head.task, task.tested, own, folder, split, variant)
+        write_submission(task.head.task, task.tested, predictions, folder, split, variant)
     print(f"The predictions on {split} are in {folder}.")
 
 
