@@ -15,7 +15,7 @@ from chatglm_ptuning.model.quantization import check_quantization
 DEFAULT_MODEL = str(Path(__file__).resolve().parents[2] / "data" / "chatglm-nano")
 """The base that is bundled with the sources."""
 HUBS = ("huggingface", "modelscope")
-"""Names of the hubs in every command."""
+"""Hubs by the names that they have in every command."""
 
 _SETTINGS = ["*.json", "*.model", "*.jinja"]
 _WEIGHTS = ("*.safetensors", "*.bin")
