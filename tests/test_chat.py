@@ -52,7 +52,7 @@ def prefixed(base, prefixes):
 
 
 @pytest.mark.parametrize("chat_format", FORMATS)
-def test_the_last_of_the_stream_is_what_chat_answers(base, tokenizers, chat_format):
+def test_the_stream_ends_with_the_answer_of_chat(base, tokenizers, chat_format):
     tokenizer = tokenizers[chat_format]
     history = []
     for query in ("今天天气很好", "The answer?"):
@@ -120,7 +120,7 @@ def test_history_of_chatglm2(base, tokenizers):
         ("chatglm2", [], "observation", "role must be one of user"),
     ],
 )
-def test_another_form_of_history_or_role_is_refused(base, tokenizers, chat_format, history, role, message):
+def test_other_formats_of_history_and_unknown_roles_are_refused(base, tokenizers, chat_format, history, role, message):
     with pytest.raises(ValueError, match=message):
         base.chat(tokenizers[chat_format], "你好", history, role=role)
 
@@ -335,7 +335,7 @@ def test_a_cache_saves_work_and_changes_nothing(base, tokenizers, chat_format):
         history, cache = last[1], last[2]
 
 
-def test_a_cache_of_another_conversation_gives_what_is_shared(base, glm3):
+def test_a_cache_of_another_conversation_is_used_for_the_shared_tokens(base, glm3):
     *_, (_, _, cache) = base.stream_chat(glm3, "今天天气很好", return_past_key_values=True, **GREEDY)
     history = [("上海", "城市")]
     expected = base.chat(glm3, "你是谁？", history, **GREEDY)

@@ -1,4 +1,4 @@
-"""Both chat formats token by token: what is written down here by hand, and what the official recipes compute."""
+"""Both chat formats token by token: against ids written by hand, and against the official recipes."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_chatglm2_is_the_official_recipe(chatglm2, history):
     assert chatglm2.chat.encode_prompt(Conversation([*messages, user(query)], source_prefix)) == by_tokenizer
 
 
-def test_chatglm2_refuses_what_it_has_no_form_for(chatglm2):
+def test_chatglm2_refuses_unsupported_conversations(chatglm2):
     with pytest.raises(ValueError, match=r"alternate between user and assistant.*found user, user in front"):
         chatglm2.chat.encode(Conversation([user("甲"), user("乙"), answer("丙")]))
     with pytest.raises(ValueError, match="has no tools"):

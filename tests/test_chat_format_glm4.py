@@ -116,8 +116,8 @@ def test_glm4_prompts_are_those_of_the_chat_template(glm4, content):
     assert beside == glm4.apply_chat_template(dicts[1:], tools=tools, add_generation_prompt=True, return_dict=False)
 
 
-def test_glm4_says_which_tools_it_cannot_show(glm4):
-    with pytest.raises(ValueError, match="GLM-4's format shows tools that are objects with a 'name'"):
+def test_glm4_refuses_unsupported_tools(glm4):
+    with pytest.raises(ValueError, match="GLM-4's format needs tools that are objects with a 'name'"):
         glm4.chat.encode(Conversation([user("天气"), answer("晴")], tools=("getWeather: 查天气",)))
 
 

@@ -1,4 +1,4 @@
-"""The jinja templates, which other programs read, against the chat formats; and what the formats read back."""
+"""The jinja templates for other programs against the chat formats; and parsing of answers."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def test_the_first_chatglm_is_refused(field, tmp_path):
         ChatGLMForConditionalGeneration.from_pretrained(tmp_path)
 
 
-def test_a_base_that_reads_prompts_in_both_directions_is_refused(tmp_path):
+def test_a_bidirectional_base_is_refused(tmp_path):
     save({"model_type": "chatglm", "source_attention": "bidirectional"}, tmp_path)
     with pytest.raises(ValueError, match=r"source_attention 'bidirectional'.*version 0\.1\.0.*train") as error:
         ChatGLMForConditionalGeneration.from_pretrained(tmp_path)

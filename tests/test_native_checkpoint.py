@@ -42,7 +42,7 @@ CONFIG = {
 
 
 def make(folder, shard: str = "1GB", **changes):
-    """A checkpoint written by transformers itself, with the published form of config.json."""
+    """A checkpoint written by transformers itself, with the published format of config.json."""
     torch.manual_seed(0)
     config = CONFIG | changes
     model = GlmForCausalLM(GlmConfig.from_dict(config | {"torch_dtype": "float32", "initializer_range": 0.3})).eval()
@@ -156,7 +156,7 @@ def test_a_missing_tensor_is_named(native, tmp_path):
     del tensors["model.layers.1.mlp.down_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_bytes((native[0] / "config.json").read_bytes())
-    with pytest.raises(ValueError, match=r"not a whole base.*encoder\.layers\.1\.mlp\.dense_4h_to_h\.weight"):
+    with pytest.raises(ValueError, match=r"not a complete base.*encoder\.layers\.1\.mlp\.dense_4h_to_h\.weight"):
         ChatGLMForConditionalGeneration.from_pretrained(tmp_path)
 
 
@@ -175,14 +175,14 @@ def test_transformers_keeps_its_own_classes_for_it(native):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"partial_rotary_factor": 1.0}, "partial_rotary_factor 1.0; this network has 0.5"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'; this network has 'silu'"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings True; this network has False"),
+        ({"partial_rotary_factor": 1.0}, "partial_rotary_factor 1.0.* 0.5"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'.*silu"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings True.* False"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-         "rope_type 'yarn'; this network has 'default'"),
+         "rope_type 'yarn'.*default"),
     ],
 )  # fmt: skip
-def test_what_this_network_does_not_compute_is_refused(tmp_path, changes, named):
+def test_unsupported_values_are_refused(tmp_path, changes, named):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | changes), encoding="utf-8")
     with pytest.raises(ValueError, match=rf"config\.json has {named}"):
         ChatGLMForConditionalGeneration.from_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Prefix checkpoints: every form that `load_prefix` reads, what `save_prefix` writes, and what is refused."""
+"""Prefix checkpoints: the formats that `load_prefix` reads, what `save_prefix` writes, and what is refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Bomb:
 
 
 def state_of(model) -> tuple:
-    """What a refused load must leave as it was."""
+    """The state that a refused load must not change."""
     parameters = {name: value.detach().clone() for name, value in model.named_parameters()}
     return model.prefix_names, model.selected_prefix, model.config.pre_seq_len, parameters
 
@@ -163,11 +163,11 @@ def test_under_another_name_the_trainable_prefix_stays(trained, prefix_folders, 
     torch.testing.assert_close(model(ids).logits, before)
 
 
-# Forms and places
+# Formats and paths
 
 
 def official(folder: Path, prefix: Path, form: str, base: dict | None = None) -> Path:
-    """The prefix as the official trainer leaves it, alone or inside the whole model."""
+    """The prefix as the official trainer writes it, alone or inside the whole model."""
     folder.mkdir()
     tensors = load_file(prefix / WEIGHTS_FILE) | (base or {})
     if form == "bin":
@@ -192,7 +192,7 @@ def official(folder: Path, prefix: Path, form: str, base: dict | None = None) ->
 @pytest.mark.parametrize("form", ["bin", "safetensors", "sharded bin", "sharded safetensors"])
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("name", ["b", "projected"])
-def test_official_forms(load, prefix_folders, tmp_path, ids, form, whole, name):
+def test_official_formats(load, prefix_folders, tmp_path, ids, form, whole, name):
     model, reference = load(), load()
     base = (
         {key: torch.zeros_like(value) for key, value in model.state_dict().items()}
@@ -210,7 +210,7 @@ def test_official_forms(load, prefix_folders, tmp_path, ids, form, whole, name):
         torch.testing.assert_close(model(ids).logits, expected)
 
 
-def test_which_format_a_path_has(prefix_folders, tmp_path):
+def test_formats_are_detected(prefix_folders, tmp_path):
     kit, files = prefix_folders["a"], official(tmp_path / "p", prefix_folders["a"], "bin")
     adapter = tmp_path / "adapter"
     adapter.mkdir()
@@ -251,7 +251,7 @@ def test_the_folder_of_a_run_and_its_checkpoints(load, prefix_folders, tmp_path,
     assert torch.equal(model(ids).logits, logits["9"])
 
 
-def test_files_stand_for_their_folder(load, prefix_folders, ids):
+def test_a_file_of_a_checkpoint_can_be_given(load, prefix_folders, ids):
     model = load()
     for file in (METADATA_FILE, WEIGHTS_FILE):
         model.load_prefix(prefix_folders["b"] / file, file)
@@ -321,7 +321,7 @@ def test_other_peft_adapters_are_refused(load, tmp_path):
         load().load_prefix(tmp_path)
 
 
-# The base
+# Checks against the base
 
 
 @pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16, torch.float16])
@@ -362,12 +362,12 @@ def test_a_base_of_other_sizes_is_refused_with_both(tiny_config, prefix_folders,
         heads.load_prefix(folder)
 
 
-def test_an_unknown_base_is_said(load, prefix_folders, tmp_path, caplog):
+def test_a_checkpoint_without_its_base_warns(load, prefix_folders, tmp_path, caplog):
     load().load_prefix(official(tmp_path / "p", prefix_folders["a"], "bin"))
     assert "pytorch_model.bin does not record its base" in caplog.text
 
 
-def test_a_prefix_that_reads_prompts_in_both_directions_is_refused(load, trained, copied, ids):
+def test_a_bidirectional_prefix_is_refused(load, trained, copied, ids):
     edit_metadata(copied, source_attention="bidirectional")
     for model in (load(), trained()):
         before = state_of(model)
@@ -377,7 +377,7 @@ def test_a_prefix_that_reads_prompts_in_both_directions_is_refused(load, trained
         assert same_state(before, state_of(model))
 
 
-def test_a_prefix_of_version_0_1_that_reads_causally_loads(load, prefix_folders, copied, ids):
+def test_a_causal_prefix_of_version_0_1_loads(load, prefix_folders, copied, ids):
     edit_metadata(copied, source_attention="causal")
     model = load().eval()
     model.load_prefix(prefix_folders["a"], name="new")
@@ -413,7 +413,7 @@ def _damage(folder: Path, how: str) -> str:
         return "must hold a JSON object, it holds a list"
     if how == "metadata without sizes":
         metadata.write_text("{}")
-        return rf"{METADATA_FILE} is not a prefix's description.*pre_seq_len"
+        return rf"{METADATA_FILE} does not describe a prefix.*pre_seq_len"
     if how == "sizes as text":
         edit_metadata(folder, pre_seq_len="3")
         return "pre_seq_len must be a positive integer, got '3'"
@@ -436,7 +436,7 @@ def _damage(folder: Path, how: str) -> str:
     assert how == "not finite"
     tensors[EMBEDDING][0, 0] = torch.nan
     save_file(tensors, weights)
-    return r"embedding\.weight holds numbers that are not finite"
+    return r"embedding\.weight has numbers that are not finite"
 
 
 DAMAGES = (
@@ -483,7 +483,7 @@ def test_a_truncated_official_file(load, prefix_folders, tmp_path, keep):
         load().load_prefix(file)
 
 
-def test_what_is_no_prefix(load, tiny_base, tmp_path):
+def test_paths_without_a_prefix_are_refused(load, tiny_base, tmp_path):
     model = load()
     with pytest.raises(FileNotFoundError, match="there is no such file or folder"):
         model.load_prefix(tmp_path / "nowhere")
@@ -500,7 +500,7 @@ def test_what_is_no_prefix(load, tiny_base, tmp_path):
         model.load_prefix(tmp_path)
 
 
-def test_an_unreadable_file_is_no_damage(load, copied):
+def test_an_unreadable_file_is_not_reported_as_damaged(load, copied):
     if os.geteuid() == 0:
         pytest.skip("root reads every file")
     (copied / WEIGHTS_FILE).chmod(0)
@@ -511,5 +511,5 @@ def test_an_unreadable_file_is_no_damage(load, copied):
 def test_a_prefix_in_place_of_a_base_is_refused(load, prefix_folders, tiny_base, tmp_path):
     folder = official(tmp_path / "p", prefix_folders["a"], "bin")
     shutil.copy(tiny_base / "config.json", folder / "config.json")
-    with pytest.raises(ValueError, match=r"not a whole base.*load_prefix"):
+    with pytest.raises(ValueError, match=r"not a complete base.*load_prefix"):
         ChatGLMForConditionalGeneration.from_pretrained(folder)

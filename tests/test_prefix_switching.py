@@ -217,7 +217,7 @@ def test_an_emptied_cache_is_free_again(model, ids):
         cache.reset()
 
 
-def test_initialising_anew_makes_old_caches_invalid(trained, ids):
+def test_reinitialising_invalidates_old_caches(trained, ids):
     model = trained()
     with torch.no_grad():
         cache = model(ids, use_cache=True).past_key_values

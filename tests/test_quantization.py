@@ -70,7 +70,7 @@ def test_the_loss_is_that_of_the_quantised_weights_and_the_gradient_reaches_the_
     assert linear.dtype == (torch.int8 if bits == 8 else torch.uint8)
     assert model.transformer.output_layer.weight.dtype == torch.float32
     loss, gradient = loss_and_gradient(model, batch)
-    if bits == 8:  # which quantises the activations too, so only nearness can be asked; measured: 0.0024 and 0.99
+    if bits == 8:  # also quantises the activations, so the test is approximate; measured: 0.0024 and 0.99
         assert loss == pytest.approx(whole_loss, rel=0.005)
         assert torch.cosine_similarity(gradient.flatten(), whole.flatten(), dim=0) > 0.9
     else:
@@ -122,7 +122,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def forms(base, tmp_path_factory):
-    """The same base in every form in which people have it, as functions that load it."""
+    """The same base in every precision and quantisation, as functions that load it."""
     packed = tmp_path_factory.mktemp("packed")
     for bits in (4, 8):
         packed_base.make_packed_base(base, packed / str(bits), bits)
@@ -146,7 +146,7 @@ def with_prefix(model):
     return model
 
 
-def test_a_prefix_moves_between_all_forms_of_its_base(forms, tmp_path, ids):
+def test_a_prefix_fits_all_quantisations_of_its_base(forms, tmp_path, ids):
     for name, load in forms.items():
         model = with_prefix(load(pre_seq_len=4))
         model.save_prefix(tmp_path / name)
@@ -157,7 +157,7 @@ def test_a_prefix_moves_between_all_forms_of_its_base(forms, tmp_path, ids):
             other().load_prefix(tmp_path / name)
 
 
-def test_another_base_is_refused_in_every_form(forms, base, tmp_path):
+def test_another_base_is_refused_with_every_quantisation(forms, base, tmp_path):
     # Other linear layers alone, so that embeddings and norms cannot tell.
     model = forms["float32"](pre_seq_len=4)
     for layer in model.transformer.encoder.layers:
@@ -198,7 +198,7 @@ def test_unknown_settings_are_refused():
         quantization_settings(4, torch.float32, "int4")
 
 
-def test_no_notice_at_every_step(batch, caplog):
+def test_bitsandbytes_does_not_warn_at_every_step(batch, caplog):
     loss_and_gradient(nano(batch, 8), batch)
     assert "inputs will be cast" not in caplog.text
 

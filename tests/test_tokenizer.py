@@ -263,7 +263,7 @@ def test_build_prompt(tokenizer, processor):
 
 
 def official_chat_ids(processor, messages):
-    """Worked out from sentencepiece alone, message by message."""
+    """Computed by sentencepiece alone, message by message."""
     pieces = processor.vocab_size()
     roles = {"system": 5, "user": 6, "assistant": 7, "observation": 8}
     ids = [pieces + 1, pieces + 3]
@@ -374,7 +374,7 @@ def test_wrong_chats_are_refused(tokenizer):
         tokenizer.apply_chat_template([{"role": "boss", "content": "x"}])
     with pytest.raises(TemplateError, match='role "user" has no text under "content"'):
         tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "text", "text": "x"}]}])
-    with pytest.raises(TypeError, match="A chat is made of"):
+    with pytest.raises(TypeError, match="A chat must consist of"):
         tokenizer.apply_chat_template([{"role": "user", "content": object()}])
     with pytest.raises(ValueError, match="return_assistant_tokens_mask"):
         tokenizer.apply_chat_template([{"role": "user", "content": "x"}], return_assistant_tokens_mask=True)

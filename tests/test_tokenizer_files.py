@@ -95,7 +95,7 @@ def test_unknown_chat_format_is_logged_once(official_folder, caplog):
     with caplog.at_level("WARNING"):
         ChatGLMTokenizer.from_pretrained(folder)
         ChatGLMTokenizer.from_pretrained(folder)
-    assert caplog.text.count('give chat_format="chatglm2" or chat_format="base"') == 1
+    assert caplog.text.count('chat_format="chatglm2" or chat_format="base"') == 1
 
 
 @pytest.mark.parametrize("chat_format", ["chatglm2", "chatglm3"])
@@ -144,7 +144,7 @@ def test_own_template_is_kept_on_reload(tokenizer, tmp_path):
     assert ChatGLMTokenizer.from_pretrained(tmp_path).chat_template == tokenizer.chat_template
 
 
-def test_token_outside_the_vocabulary_gives_way(official_folder):
+def test_a_named_token_outside_the_vocabulary_is_ignored(official_folder):
     tokenizer = ChatGLMTokenizer.from_pretrained(official_folder(eos_token="<eos>", pad_token="<pad>"))
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 0)
 

@@ -341,7 +341,7 @@ def test_save_and_reload(folder, hf_folder, tmp_path):
     assert (tmp_path / "1/tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
 
 
-def test_special_tokens_of_the_folder_count(tmp_path):
+def test_special_tokens_are_read_from_the_folder(tmp_path):
     """CodeGeeX4 has more of them than GLM-4-9B; their ids are the folder's."""
     settings = tiny_glm4.tokenizer_config()
     more = dict(settings["added_tokens_decoder"])

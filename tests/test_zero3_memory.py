@@ -1,4 +1,4 @@
-"""Loading under ZeRO-3: no process but the first ever holds the whole base."""
+"""Loading under ZeRO-3: only the first process ever holds the whole base."""
 
 import ctypes
 import os
@@ -12,7 +12,7 @@ from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
 
 _M_MMAP_THRESHOLD = -3
-"""As malloc.h has it."""
+"""From malloc.h."""
 ZERO3 = Path(__file__).resolve().parents[1] / "ds_config" / "zero3.json"
 
 

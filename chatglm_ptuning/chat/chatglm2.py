@@ -12,8 +12,8 @@ from chatglm_ptuning.chat.message import Message
 class ChatGLM2Rounds(TextFormat):
     """`[Round i]\\n\\n问：Q\\n\\n答：A\\n\\n` per turn, the last one up to `答：` (build_prompt of ChatGLM2-6B).
 
-    The format knows no system messages: their texts stand in front of the first round. Messages that do not alternate
-    between user and assistant raise a ValueError, as do tools.
+    The format has no system messages: their texts precede the first round. Messages that do not alternate between user
+    and assistant raise a ValueError, as do tools.
     """
 
     name = "chatglm2"
@@ -47,8 +47,8 @@ class ChatGLM2Rounds(TextFormat):
         roles = [message.role for message in rounds]
         if not len(rounds) % 2 or roles != ["user", "assistant"] * (len(rounds) // 2) + ["user"]:
             raise ValueError(
-                "ChatGLM2's format needs messages that alternate between user and assistant, system messages before "
-                f"them; found {', '.join(message.role for message in messages)} in front of an answer."
+                "ChatGLM2's format needs messages that alternate between user and assistant, after any system "
+                f"messages; found {', '.join(message.role for message in messages)} in front of an answer."
             )
         text = "".join(f"{message.content}\n\n" for message in messages[:first])
         for index, message in enumerate(rounds):

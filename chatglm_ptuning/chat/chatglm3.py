@@ -12,22 +12,22 @@ from chatglm_ptuning.chat.message import Conversation, Message
 from chatglm_ptuning.chat.roles import ROLE_TOKENS, RoleFormat
 from chatglm_ptuning.chat.tools import inner_part
 
-# The official ChatGLM3 has seen tool definitions and calls in exactly these forms (finetune_demo,
-# preprocess_utils.py), so they are part of its chat format.
+# The official ChatGLM3 was trained on tool definitions and calls in exactly this notation (finetune_demo,
+# preprocess_utils.py), so it is part of the chat format.
 _INTRODUCTION = "Answer the following questions as best as you can. You have access to the following tools:"
 _CALL = "```python\ntool_call({arguments})\n```"
 
 
 class ChatGLM3Roles(RoleFormat):
-    """`<|role|>metadata\\n content`. Tools stand behind the text of the system message, which begins the chat."""
+    """`<|role|>metadata\\n content`. Tools follow the text of the system message, which begins the chat."""
 
     name = "chatglm3"
     special_tokens = ("[gMASK]", "sop", *ROLE_TOKENS)
     base_names = re.compile(r".*chatglm3.*")
     template_sign = "<|"
     space = " "
-    # Where a text is wanted, the cut is the space that sentencepiece puts in front of the content's first piece, so
-    # that the text is that of the decoded ids.
+    # In a rendered text the cut is the space that sentencepiece puts in front of the content's first piece, so that the
+    # text equals the decoded ids.
     template = r"""
 {%- set roles = ['system', 'user', 'assistant', 'observation'] -%}
 {%- set cut = segment_cut | default(' ') -%}
@@ -60,7 +60,7 @@ class ChatGLM3Roles(RoleFormat):
 """
 
     def show_tools(self, conversation: Conversation) -> Sequence[Message]:
-        """Tools beside the messages belong to the first one, a system message, which is made if there is none."""
+        """Tools beside the messages belong to the first system message, which is added if there is none."""
         if not conversation.tools:
             return conversation.messages
         tools = [inner_part(tool) for tool in conversation.tools]
@@ -74,11 +74,11 @@ class ChatGLM3Roles(RoleFormat):
         return f"{message.content}\n{json.dumps(message.tools, indent=4, ensure_ascii=False)}"
 
     def write_call(self, arguments: Mapping[str, Any]) -> str:
-        """A call in Python; JSON where an argument's name is no Python name."""
+        """A call in Python; JSON if an argument's name is not a Python name."""
         if not all(name.isidentifier() for name in arguments):
             return json.dumps(arguments, ensure_ascii=False)
         return _CALL.format(arguments=", ".join(f"{name}={value!r}" for name, value in arguments.items()))
 
     def last_id(self, answer: Message) -> int:
-        """`</s>`, as the official fine-tuning code has it."""
+        """`</s>`, as in the official fine-tuning code."""
         return self.vocabulary.end_id

@@ -1,7 +1,7 @@
-"""What a chat format is: from a conversation to token ids with a mask of what is learned, and from ids back to it.
+"""The interface of chat formats: a conversation to token ids with a loss mask, and generated ids to messages.
 
-The formats are one file each beside this one, registered in `formats.py`. Token ids carry the structure: roles and ends
-are written and read as ids, never as text that spells them.
+Every format has a file beside this one and is registered in `formats.py`. Roles and ends are encoded and decoded as
+ids, never as text that spells them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _TEMPLATE_CHECK = """
 {%- endfor -%}
 """
 _PLACEHOLDERS = {"[[训练时间]]": "2023年"}
-"""Placeholders that the official bases learnt to write, with what the official code shows instead."""
+"""Placeholders that the official bases write, with the text that the official code shows instead."""
 
 
 class Vocabulary(Protocol):
-    """What a chat format needs to know of a vocabulary.
+    """The part of a vocabulary that chat formats use.
 
     Attributes:
         special_ids: special tokens to ids.
@@ -50,10 +50,10 @@ class Encoded(NamedTuple):
 
     Attributes:
         input_ids: `[seq_len]`.
-        loss_mask: `[seq_len]`; True where the id is learned, that is predicted from those before it. It goes by
-            position, so an id that serves as padding elsewhere is learned like any other.
-        answer_start: index of the first id of the last answer; the ids before it are the prompt to generate it from.
-            The length if the conversation does not end with an answer.
+        loss_mask: `[seq_len]`; True where the id is supervised. It depends on the position only, so the id of the
+            padding token may be supervised, too.
+        answer_start: index of the first id of the last answer; the ids before it are its prompt. `seq_len` if the
+            conversation does not end with an answer.
     """
 
     input_ids: list[int]
@@ -62,13 +62,13 @@ class Encoded(NamedTuple):
 
 
 class Parsed(NamedTuple):
-    """What generated ids mean.
+    """The messages in generated ids.
 
     Attributes:
         messages: at least one, all of the role `assistant`. A tool call has the tool's name as `metadata` and the call
-            as `content`, as the model wrote it (`tools.call_arguments` reads it).
-        unfinished: whether more ids may change the last characters: half a UTF-8 character, half a placeholder, or
-            what may turn out to be a tool's name.
+            as `content`, as the model wrote it (`tools.call_arguments` parses it).
+        unfinished: whether more ids may change the last characters: an incomplete UTF-8 character or placeholder, or
+            text that may become a tool's name.
     """
 
     messages: list[Message]
@@ -76,19 +76,19 @@ class Parsed(NamedTuple):
 
 
 class ChatFormat(ABC):
-    """How a family of bases writes a chat.
+    """The chat format of a family of bases.
 
     Every sequence begins with the start tokens of the vocabulary, `[gMASK]` and `sop`.
 
     Class attributes:
-        name: as tokenizer_config.json and prefix checkpoints record it.
-        special_tokens: those that a vocabulary must have for it, beside its start tokens.
-        has_roles: whether messages have roles, tools and metadata. `chat` keeps its history as messages then, else as
-            (query, response) pairs.
-        base_names: matches names of bases that were taught this format.
-        template_sign: a text by which a base's own jinja template shows that it is of this format.
-        template: the format for other programs, in jinja, without the start tokens. It must give the same ids. It may
-            write `segment_cut`, where that is defined, between two parts of the text that are encoded apart. All
+        name: the name in tokenizer_config.json and prefix checkpoints.
+        special_tokens: special tokens that a vocabulary must have for this format.
+        has_roles: whether messages have roles, tools and metadata. The history of `chat` then consists of messages,
+            else of (query, response) pairs.
+        base_names: matches names of bases that were trained on this format.
+        template_sign: a text that occurs only in jinja templates of this format.
+        template: the format for other programs, in jinja, without the start tokens. It must give the same ids. If
+            `segment_cut` is defined, the template writes it between parts of the text that are encoded separately. All
             contents are texts.
     """
 
@@ -120,7 +120,7 @@ class ChatFormat(ABC):
         """Ids and loss mask of a conversation.
 
         Raises:
-            ValueError: for what the format cannot write: see the format.
+            ValueError: for a conversation that the format does not support.
         """
         answer = conversation.answer
         ids, mask = self._encode_asked(conversation.asked, opens_answer=answer is not None)
@@ -140,15 +140,15 @@ class ChatFormat(ABC):
 
     @abstractmethod
     def _encode_asked(self, asked: Conversation, opens_answer: bool) -> tuple[list[int], list[bool]]:
-        """Ids and loss mask of what precedes the last answer.
+        """Ids and loss mask of the messages before the last answer.
 
         Args:
-            opens_answer: whether an answer follows; what opens it, such as a role token, is then included.
+            opens_answer: whether an answer follows; its role token is then included.
         """
 
     @abstractmethod
     def encode_answer(self, answer: Message, followed_by: str | None = None) -> list[int]:
-        """Ids of an answer as they follow a prompt; the last one ends it.
+        """Ids of an answer after its prompt; the last id ends the answer.
 
         Args:
             followed_by: role of the next message; None at the end of the conversation.
@@ -158,27 +158,27 @@ class ChatFormat(ABC):
         """
 
     def answer_header(self, metadata: str = "") -> list[int]:
-        """The ids of an answer that precede its text: the line of its metadata, in formats that have one."""
+        """The ids of an answer in front of its text: the line of its metadata, in formats that have one."""
         return []
 
     @abstractmethod
     def training_parts(self, conversation: Conversation) -> list[Conversation]:
-        """Conversations that together hold every answer to be learned once, each ending with one."""
+        """Conversations that together supervise every supervised answer once, each ending with such an answer."""
 
     @abstractmethod
     def parse(self, ids: Sequence[int], tool_names: Sequence[str] = ()) -> Parsed:
-        """The messages in generated ids, which may be the beginning of an answer; it ends before the first stop id.
+        """The messages in generated ids, which may be incomplete; they end before the first stop id.
 
         Args:
             tool_names: names of the tools that the model may call.
         """
 
     def text_of(self, answer: Message) -> str:
-        """What a model writes to give this answer: of a tool call the tool's name and, on the next line, the call."""
+        """The text that a model writes for this answer; for a tool call its name and, on the next line, the call."""
         return answer.content
 
     def answer_text(self, ids: Sequence[int]) -> str:
-        """The text of generated ids up to the first stop id, as `text_of` gives it, without white space around it."""
+        """The text of generated ids up to the first stop id, as in `text_of`, stripped of white space."""
         return self._decode(self._until_stop(ids)).strip()
 
     def _until_stop(self, ids: Sequence[int]) -> list[int]:
@@ -189,23 +189,23 @@ class ChatFormat(ABC):
 
 
 class TextFormat(ChatFormat):
-    """A format whose prompt is one text, encoded as a whole; the answer is encoded apart, and ended by the end token.
+    """A format whose prompt is encoded as one text; the answer is encoded separately and ends with the end token.
 
-    Earlier answers have no end token, so that only the last answer can be learned. There are no tools.
+    Earlier answers have no end token, so only the last answer can be supervised. There are no tools.
     """
 
     no_tools: ClassVar[str]
-    """What is said to someone who has tools."""
+    """The error message about tools."""
 
     @abstractmethod
     def prompt_text(self, messages: Sequence[Message]) -> str:
-        """The text up to where an answer begins; the start tokens and a source prefix go in front of it."""
+        """The text up to where an answer begins, without start tokens and source prefix."""
 
     def _encode_asked(self, asked: Conversation, opens_answer: bool) -> tuple[list[int], list[bool]]:
         if any(message.loss for message in asked.messages):
             raise ValueError(
-                "In this chat format only the last answer of a conversation can be learned; use training_parts to make "
-                "one conversation of each."
+                f"In the chat format {self.name} only the last answer of a conversation can be supervised; "
+                "training_parts makes one conversation of each answer."
             )
         self._check_no_tools(asked.messages, asked.tools)
         text = asked.source_prefix + self.prompt_text(asked.messages)
@@ -218,7 +218,7 @@ class TextFormat(ChatFormat):
         return [*self.vocabulary.encode(answer.content), self.vocabulary.end_id]
 
     def training_parts(self, conversation: Conversation) -> list[Conversation]:
-        """One for each answer to be learned, with all that precedes it as history, as the model meets it in a chat."""
+        """One conversation for each supervised answer, with all messages before it as history."""
         return [
             replace(conversation, messages=[*(old.not_learned() for old in conversation.messages[:index]), message])
             for index, message in enumerate(conversation.messages)
@@ -239,14 +239,14 @@ class TextFormat(ChatFormat):
 
 
 def fill_placeholders(text: str) -> str:
-    """The text as the official code shows it."""
+    """Replaces placeholders as the official code does."""
     for placeholder, shown in _PLACEHOLDERS.items():
         text = text.replace(placeholder, shown)
     return text
 
 
 def ends_amid_something(text: str) -> bool:
-    """Whether a text ends within a UTF-8 character or a placeholder."""
+    """Whether a text ends with an incomplete UTF-8 character or placeholder."""
     return text.endswith("\ufffd") or any(
         text.endswith(word[:length]) for word in _PLACEHOLDERS for length in range(1, len(word))
     )

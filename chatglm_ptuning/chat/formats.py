@@ -1,4 +1,4 @@
-"""The chat formats there are."""
+"""The registry of chat formats."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ CHAT_FORMATS: tuple[type[ChatFormat], ...] = (
     GLM4Roles,
     PlainText,
 )
-"""A base of which nothing tells the format is taken for the first one that its vocabulary can write."""
+"""If the format of a base is not recognised, it is the first one that its vocabulary supports."""
 
 
 def formats_of(vocabulary: Vocabulary) -> dict[str, type[ChatFormat]]:
-    """The formats that a vocabulary can write, by name."""
+    """The formats that a vocabulary supports, by name."""
     return {chat_format.name: chat_format for chat_format in CHAT_FORMATS if chat_format.fits(vocabulary)}

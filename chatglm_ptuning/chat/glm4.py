@@ -12,7 +12,7 @@ from chatglm_ptuning.chat.message import Conversation, Message
 from chatglm_ptuning.chat.roles import ROLE_TOKENS, RoleFormat
 from chatglm_ptuning.chat.tools import inner_part
 
-# The words are those of the official chat template (tokenizer_config.json of glm-4-9b-chat).
+# The texts are those of the official chat template (tokenizer_config.json of glm-4-9b-chat).
 _INTRODUCTION = (
     "你是一个名为 ChatGLM 的人工智能助手。你是基于智谱AI训练的语言模型 GLM-4 模型开发的，"
     "你的任务是针对用户的问题和要求提供适当的答复和支持。\n\n# 可用工具"
@@ -21,7 +21,7 @@ _BEHIND_A_TOOL = "\n在调用上述函数时，请使用 Json 格式表示调用
 
 
 class GLM4Roles(RoleFormat):
-    """`<|role|>metadata\\ncontent`. Tools stand in a system message of their own, in front of the one that has them.
+    """`<|role|>metadata\\ncontent`. Tools have their own system message, in front of the message that has them.
 
     Tools without a name raise a ValueError.
     """
@@ -66,7 +66,7 @@ class GLM4Roles(RoleFormat):
 """
 
     def show_tools(self, conversation: Conversation) -> Sequence[Message]:
-        """See the class; tools beside the messages stand in front of the chat."""
+        """See the class; tools beside the messages precede the chat."""
         shown = [Message("system", "", tools=conversation.tools)] if conversation.tools else []
         for message in conversation.messages:
             if message.tools:
@@ -80,7 +80,7 @@ class GLM4Roles(RoleFormat):
         text = _INTRODUCTION
         for tool in map(inner_part, message.tools or ()):
             if not isinstance(tool, Mapping) or not isinstance(tool.get("name"), str):
-                raise ValueError("GLM-4's format shows tools that are objects with a 'name'; one of them has none.")
+                raise ValueError("GLM-4's format needs tools that are objects with a 'name'; one of them has none.")
             text += f"\n\n## {tool['name']}\n\n{json.dumps(tool, indent=4, ensure_ascii=False)}{_BEHIND_A_TOOL}"
         return text
 
@@ -89,6 +89,6 @@ class GLM4Roles(RoleFormat):
         return json.dumps(arguments, ensure_ascii=False)
 
     def last_id(self, answer: Message) -> int:
-        """The role that speaks next (the later versions of the official finetune_demo/finetune.py)."""
+        """The role of the next message (as in later versions of the official finetune_demo/finetune.py)."""
         calls = answer.arguments is not None or answer.metadata
         return self.role_ids["observation" if calls else "user"]

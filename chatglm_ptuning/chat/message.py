@@ -1,4 +1,4 @@
-"""What is said, before any chat format writes it: messages, conversations of messages, and plain texts."""
+"""Messages, conversations and plain texts, independent of chat formats."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Message:
     Attributes:
         role: one of `ROLES`; `observation` is the result of a tool.
         metadata: the rest of the role's line in the formats with roles: the tool's name in a tool call.
-        loss: whether the message is learned; only answers (role `assistant`) ever are.
-        tools: definitions of tools that a system message brings, as they were given; None if it brings none.
-        arguments: of a tool call, by name, or as text that is not a JSON object; the chat format writes them.
+        loss: whether the message is supervised; only answers (role `assistant`) can be.
+        tools: definitions of tools in a system message, as they were given; None if it has none.
+        arguments: arguments of a tool call, by name, or as text that is not a JSON object.
 
     Raises:
-        ValueError: for another role, or if a message that is no answer has `loss`.
+        ValueError: for another role, or for `loss` in a message that is not an answer.
     """
 
     role: str
@@ -39,7 +39,7 @@ class Message:
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> Message:
-        """The message in the form of the official chats: `role`, `content`, perhaps `metadata` and `tools`.
+        """A message in the official notation: `role`, `content`, and optionally `metadata` and `tools`.
 
         Raises:
             ValueError: if the role is unknown, or there is no text under `content`.
@@ -51,11 +51,11 @@ class Message:
 
     @property
     def is_blank(self) -> bool:
-        """Whether it holds nothing but white space."""
+        """Whether it has only white space."""
         return not (self.content.strip() or self.metadata.strip() or self.tools or self.arguments is not None)
 
     def not_learned(self) -> Message:
-        """The same message, which is not learned."""
+        """The same message, not supervised."""
         return replace(self, loss=False) if self.loss else self
 
 
@@ -65,9 +65,9 @@ class Conversation:
 
     Attributes:
         source_prefix: text in front of the conversation (the official `--source_prefix`); the chat format decides
-            where it stands.
-        tools: definitions of tools that are given beside the messages; the chat format decides where they stand.
-        followed_by: role of the message that followed the last one, where messages at the end were left out.
+            where it is written.
+        tools: definitions of tools beside the messages; the chat format decides where they are written.
+        followed_by: role of the message after the last one, if messages at the end were dropped.
     """
 
     messages: list[Message]
@@ -87,25 +87,25 @@ class Conversation:
 
     @property
     def is_learned(self) -> bool:
-        """Whether any of it is learned."""
+        """Whether any message is supervised."""
         return any(message.loss for message in self.messages)
 
     def until_last_learned(self) -> Conversation:
-        """The conversation up to the last answer that is learned; without messages if none is learned."""
+        """The conversation up to the last supervised answer; without messages if there is none."""
         end = max((index + 1 for index, message in enumerate(self.messages) if message.loss), default=0)
         if end == len(self.messages):
             return self
         return replace(self, messages=self.messages[:end], followed_by=self.messages[end].role)
 
     def not_learned(self) -> Conversation:
-        """The same conversation, of which nothing is learned."""
+        """The same conversation, with no message supervised."""
         return replace(self, messages=[message.not_learned() for message in self.messages])
 
     def missing_side(self) -> str | None:
         """`empty` if there is neither question nor answer, `one_sided` if there is only one of them, else None.
 
-        The answer is the last one that is learned (else the last one with any text), the question all since the last
-        user message before it.
+        The answer is the last supervised one (else the last one with any text); the question is all messages from the
+        last user message before it.
         """
         messages = self.messages
         answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
@@ -122,21 +122,20 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Document:
-    """A plain text, all of which is learned (language modelling)."""
+    """A plain text, all of which is supervised (language modelling)."""
 
     text: str
     is_learned: ClassVar[bool] = True
 
     def missing_side(self) -> str | None:
-        """`empty` if it holds nothing but white space, else None."""
+        """`empty` if it has only white space, else None."""
         return None if self.text.strip() else "empty"
 
 
 def turn_starts(roles: Sequence[str]) -> list[int]:
-    """Where the turns of a conversation begin, by the roles of its messages.
+    """The indices at which the turns of a conversation begin, from the roles of its messages.
 
-    A turn is a user message with all that follows it up to the next one. System messages at the beginning belong to no
-    turn.
+    A turn is a user message with all messages up to the next one. System messages at the beginning belong to no turn.
     """
     first = next((index for index, role in enumerate(roles) if role != "system"), len(roles))
     return [index for index, role in enumerate(roles) if index == first or (index > first and role == "user")]

@@ -1,4 +1,4 @@
-"""The format of bases that were never taught a chat: they continue a text."""
+"""The format of bases without chat training: they continue a text."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from chatglm_ptuning.chat.message import Message
 
 
 class PlainText(TextFormat):
-    """The contents of the messages, with nothing between them."""
+    """The contents of the messages, without separators."""
 
     name = "base"
-    # The official bases that were not taught to chat. CodeGeeX2 has ChatGLM2's tokenizer, but its prompts are plain
-    # text ("# language: Python"); the base models of ChatGLM3 and GLM-4 are only shown continuing text.
+    # The official bases without chat training. CodeGeeX2 has ChatGLM2's tokenizer, but its prompts are plain text
+    # ("# language: Python"); the base models of ChatGLM3 and GLM-4 continue text.
     base_names = re.compile(r"codegeex2.*|chatglm3-6b-base.*|glm-?4-9b(-base)?(-hf)?")
     no_tools = (
         "A base without chat format has no tools; use a chat model, or leave out tools, tool calls and observations."
@@ -30,5 +30,5 @@ class PlainText(TextFormat):
         return "".join(message.content for message in messages)
 
     def _shown(self, text: str) -> str:
-        # What continues a text may well start with a space or an indented line.
+        # The continuation of a text may start with a space or an indented line.
         return text

@@ -1,4 +1,4 @@
-"""Formats in which every message stands behind the token of its role: what ChatGLM3 and GLM-4 share."""
+"""Formats in which a role token precedes every message: the common part of ChatGLM3 and GLM-4."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from chatglm_ptuning.chat.message import ROLES, Conversation, Message
 
 ROLE_TOKENS = tuple(f"<|{role}|>" for role in ROLES)
 
-# What may follow an answer. `<|assistant|>` is among them because the models say what they think and then call a tool
-# in two assistant messages in a row, without stopping between them.
+# The roles that end an answer. `assistant` is one of them because the models write their thoughts and a tool call as
+# two consecutive assistant messages, without a stop token between them.
 _ENDS_AN_ANSWER = ("user", "observation", "assistant")
 _TOOL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]*")
 
@@ -21,13 +21,13 @@ _TOOL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]*")
 class RoleFormat(ChatFormat):
     """Every message is its role token, the encoded line of the metadata, and the encoded content.
 
-    A source prefix stands in front of the first user message's text. Of an answer, all behind `<|assistant|>` is
-    learned, and the token that ends it: the role token that follows, or the format's own at the end.
+    A source prefix precedes the first user message's text. In a supervised answer, all ids after `<|assistant|>` are
+    supervised, and the id that ends it: the next role token, or the format's own one at the end.
     """
 
     has_roles = True
     space: ClassVar[str] = ""
-    """What the vocabulary puts in front of a text that it encodes."""
+    """The text that the vocabulary puts in front of a text that it encodes."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         super().__init__(vocabulary)
@@ -36,14 +36,14 @@ class RoleFormat(ChatFormat):
 
     @abstractmethod
     def show_tools(self, conversation: Conversation) -> Sequence[Message]:
-        """The messages, with the tools beside and in them where the format shows them."""
+        """The messages, with tools where the format writes them."""
 
     @abstractmethod
     def write_tools(self, message: Message) -> str:
         """The content of a system message with `tools`.
 
         Raises:
-            ValueError: for tools that the format cannot show.
+            ValueError: for tools that the format does not support.
         """
 
     @abstractmethod
@@ -67,7 +67,7 @@ class RoleFormat(ChatFormat):
         ids = list(self.start_ids)
         mask = [False] * len(ids)
         source_prefix = asked.source_prefix
-        learned = False  # whether the message before is learned, and so the token that ends it
+        learned = False  # whether the previous message is supervised, and so the token that ends it
         for message in self.show_tools(asked):
             prefix, source_prefix = (source_prefix, "") if message.role == "user" else ("", source_prefix)
             ids += self.encode_message(message, prefix)
@@ -85,11 +85,11 @@ class RoleFormat(ChatFormat):
         return [*self.answer_header(answer.metadata), *self.vocabulary.encode(self._content(answer)), end]
 
     def answer_header(self, metadata: str = "") -> list[int]:
-        """The line behind the role token, which is encoded apart from the content."""
+        """The line after the role token, which is encoded separately from the content."""
         return self.vocabulary.encode(f"{metadata}\n")
 
     def training_parts(self, conversation: Conversation) -> list[Conversation]:
-        """The conversation itself, up to its last answer to be learned."""
+        """The conversation up to its last supervised answer."""
         whole = conversation.until_last_learned()
         return [whole] if whole.messages else []
 
@@ -108,7 +108,7 @@ class RoleFormat(ChatFormat):
         return f"{answer.metadata}\n{content}" if answer.metadata else content
 
     def answer_text(self, ids: Sequence[int]) -> str:
-        """See `ChatFormat`; the first line may be metadata or not, which does not matter here."""
+        """See `ChatFormat`; the first line may be metadata or not."""
         parts = (text.partition("\n") for text in self._texts(ids))
         texts = (line + newline + content.removeprefix(self.space) for line, newline, content in parts)
         return "\n".join(text.strip() for text in texts).strip()
@@ -134,7 +134,7 @@ class RoleFormat(ChatFormat):
 def _split_metadata(text: str, tool_names: Sequence[str]) -> tuple[str, str]:
     """The metadata line and what follows it.
 
-    A first line that can be no tool's name belongs to the answer: a prefix may have learnt to leave the line out.
+    A first line that cannot be a tool's name belongs to the answer: a prefix may have learnt to omit the metadata line.
     """
     first, newline, rest = text.partition("\n")
     name = first.strip()

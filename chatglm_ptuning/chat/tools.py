@@ -1,4 +1,4 @@
-"""What tools are called, and reading their calls, in whatever form a model of the family writes them."""
+"""Names of tools, and parsing tool calls in any notation of the family's models."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ _FENCED = re.compile(r"```[^\n]*\n(.*?)```", re.DOTALL)
 
 
 def inner_part(tool: Any) -> Any:
-    """What is inside OpenAI's `{"type": "function", "function": {...}}`: the family was shown no more of it."""
+    """The inner part of OpenAI's `{"type": "function", "function": {...}}`, the only part the family was trained on."""
     function = tool.get("function") if isinstance(tool, Mapping) else None
     return function if isinstance(function, Mapping) else tool
 
 
 def tool_names(tools: Sequence[Any]) -> list[str]:
-    """Names of the tools that are functions."""
+    """Names of those tools that are functions."""
     functions = [inner_part(tool) for tool in tools]
     return [tool["name"] for tool in functions if isinstance(tool, Mapping) and isinstance(tool.get("name"), str)]
 
 
 def call_arguments(content: str) -> dict[str, Any] | None:
-    """The arguments of a tool call, as a JSON object, a literal or `tool_call(name=literal, ...)`; None if unreadable.
+    """The arguments of a tool call: a JSON object, a literal or `tool_call(name=literal, ...)`; None for other texts.
 
-    The text comes from the model and is parsed, never run.
+    The text of the model is parsed, never run.
     """
     fenced = _FENCED.search(content)
     code = (fenced.group(1) if fenced else content).strip()

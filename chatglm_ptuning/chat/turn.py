@@ -1,4 +1,4 @@
-"""One turn of a chat in the form of the official `chat`: from query and history to ids, from ids to an answer."""
+"""One turn of the official `chat`: query and history to ids, and generated ids to an answer."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from chatglm_ptuning.chat.message import ROLES, Conversation, Message
 from chatglm_ptuning.chat.tools import call_arguments, tool_names
 
 History = list[dict[str, Any]] | list[tuple[str, str]]
-"""Messages with `role`, `content`, perhaps `metadata` and `tools` in the formats with roles, else (query, response)."""
+"""Messages (`role`, `content`, optionally `metadata`, `tools`) in formats with roles, else (query, response) pairs."""
 GivenHistory = Sequence[Mapping[str, Any] | Sequence[str]]
 
 
 class Answer(NamedTuple):
-    """What the tokens generated so far mean.
+    """The answer in the tokens generated so far.
 
     Attributes:
         response: the text; for a tool call a dictionary with `name` and `parameters`, or `name` and `content` if the
-            history lists no tools or the call cannot be read.
+            history has no tools or the call cannot be parsed.
         history: the history with the query and this answer; a new list.
         unfinished: whether more tokens may change the last characters, see `Parsed`.
     """
@@ -33,11 +33,11 @@ class ChatTurn:
     """A query with its history.
 
     Args:
-        history: of the turns before; never changed. The formats with roles also take (query, response) pairs.
-        role: who says the query; "observation" for a tool's result (formats with roles only).
+        history: the previous turns; not changed. The formats with roles also take (query, response) pairs.
+        role: role of the query; "observation" for a tool's result (formats with roles only).
 
     Raises:
-        ValueError: if the history has another form, or the role is unknown; the message names the entry.
+        ValueError: if the history has another format, or the role is unknown; the message names the entry.
     """
 
     def __init__(
@@ -53,16 +53,17 @@ class ChatTurn:
         self.history = message_history(history) if chat_format.has_roles else pair_history(history, chat_format.name)
 
     def input_ids(self) -> list[int]:
-        """The conversation up to where the answer starts."""
+        """Ids of the conversation up to where the answer starts."""
         messages = [Message.from_dict(entry) for entry in message_history(self.history)]
         return self.chat_format.encode_prompt(Conversation([*messages, Message(self.role, self.query)]))
 
     def read(self, generated_ids: Sequence[int]) -> Answer:
-        """The answer in these ids, which may be the beginning of one; it ends before the first stop id."""
+        """The answer in these ids, which may be incomplete; it ends before the first stop id."""
         if not self.chat_format.has_roles:
             (message,), unfinished = self.chat_format.parse(generated_ids)
             return Answer(message.content, [*self.history, (self.query, message.content)], unfinished)
-        tools = self._tools()
+        first = self.history[0] if self.history else {}
+        tools = first.get("tools") if first.get("role") == "system" else None
         messages, unfinished = self.chat_format.parse(generated_ids, tool_names(tools or ()))
         last = messages[-1]
         response: str | dict[str, Any] = last.content
@@ -73,17 +74,12 @@ class ChatTurn:
         said = [{"role": m.role, "metadata": m.metadata, "content": m.content} for m in messages]
         return Answer(response, [*self.history, {"role": self.role, "content": self.query}, *said], unfinished)
 
-    def _tools(self) -> Sequence[Any] | None:
-        """The tools that the system message offers; None if it offers none."""
-        first = self.history[0] if self.history else {}
-        return first.get("tools") if first.get("role") == "system" else None
-
 
 def pair_history(history: GivenHistory, chat_format: str) -> list[tuple[str, str]]:
-    """A history of (query, response) pairs, checked.
+    """Checks a history of (query, response) pairs.
 
     Raises:
-        ValueError: naming the entry that is something else.
+        ValueError: naming an entry that is not a pair.
     """
     for place, entry in enumerate(history):
         if not _is_pair(entry):
@@ -94,10 +90,10 @@ def pair_history(history: GivenHistory, chat_format: str) -> list[tuple[str, str
 
 
 def message_history(history: GivenHistory) -> list[dict[str, Any]]:
-    """A history as messages: entries with `role` and `content`; of a (query, response) pair two.
+    """A history as messages; a (query, response) pair gives two messages.
 
     Raises:
-        ValueError: naming the entry that is something else.
+        ValueError: naming an entry that is neither a message with `role` and `content` nor a pair.
     """
     messages: list[dict[str, Any]] = []
     for place, entry in enumerate(history):

@@ -1,4 +1,4 @@
-"""Masks and positions of tokens that stand behind a prefix."""
+"""Attention masks and positions of tokens behind a prefix."""
 
 from __future__ import annotations
 
@@ -52,18 +52,18 @@ def causal_mask_with_prefix(
 ) -> torch.Tensor | BlockMask | None:
     """The mask for the selected attention implementation, over the prefix, the cached tokens and the new ones.
 
-    Seen from the mask, a prefix is that many tokens in front: every real query sees all of it, and the real tokens
-    before itself. In rows whose prefix is shorter than the longest of the batch, the missing slots are masked.
+    Every real query sees the whole prefix, and the real tokens up to itself. In rows whose prefix is shorter than the
+    longest of the batch, the missing slots are masked.
 
     Args:
-        inputs_embeds: `[batch, seq_len, ...]`, read for its sizes, dtype and device only.
-        attention_mask: `[batch, cached + seq_len]` over the tokens; or 4-D, ready made, over tokens or over prefix
-            and tokens.
-        position_ids: `[batch or 1, seq_len]`. Without a mask and a cache, positions that start anew mark rows packed
-            from several sequences: each sees the prefix and itself.
+        inputs_embeds: `[batch, seq_len, ...]`; only its sizes, dtype and device are read.
+        attention_mask: `[batch, cached + seq_len]` over the tokens; or a 4-D mask over tokens, or over prefix and
+            tokens.
+        position_ids: `[batch or 1, seq_len]`. Without a mask and a cache, positions that start again at 0 mark rows
+            packed from several sequences: each sequence sees the prefix and itself.
 
     Raises:
-        ValueError: if the attention implementation cannot serve a prefix.
+        ValueError: if the attention implementation does not support a prefix.
     """
     if not prefix.length:
         return create_causal_mask(
@@ -83,7 +83,7 @@ def causal_mask_with_prefix(
         return _widen_ready_mask(attention_mask, token_slots, prefix)
     implementation = config._attn_implementation
     if implementation.startswith("paged"):
-        raise ValueError(f"A prefix needs a cache of its own tokens: attention {implementation!r} cannot serve it.")
+        raise ValueError(f"The attention implementation {implementation!r} does not support a prefix.")
     make_mask = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.get(implementation)
     if make_mask is None:  # a custom attention implementation that takes no mask
         return None
@@ -120,7 +120,7 @@ def causal_mask_with_prefix(
 
 
 def _packed_mask_function(sequence_of: torch.Tensor, prefix_length: int) -> Callable[..., torch.Tensor]:
-    """For masks over prefix and tokens; `sequence_of` `[batch, seq_len]` numbers the sequence of each token."""
+    """A mask function over prefix and tokens; `sequence_of` `[batch, seq_len]` is the sequence number of each token."""
 
     def sees(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         own = sequence_of[batch, query - prefix_length] == sequence_of[batch, (key - prefix_length).clamp(min=0)]

@@ -22,17 +22,17 @@ _OFFICIAL_SETTINGS = {"do_sample": True, "top_p": 0.8, "temperature": 0.8}
 
 
 class InvalidScoreLogitsProcessor(LogitsProcessor):
-    """Ends an answer whose scores broke (NaN, +inf or nothing but -inf), instead of failing or sampling from them.
+    """Ends an answer whose scores are invalid (NaN, +inf or only -inf), instead of failing or sampling from them.
 
     Args:
-        stop_id: the token that a broken row must choose.
+        stop_id: the token that is chosen in an invalid row.
     """
 
     def __init__(self, stop_id: int) -> None:
         self.stop_id = stop_id
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Scores `[batch, vocab]` with the broken rows replaced."""
+        """Scores `[batch, vocab]` with the invalid rows replaced."""
         broken = (scores.isnan() | scores.isposinf()).any(dim=-1) | scores.isneginf().all(dim=-1)
         if not broken.any():
             return scores
@@ -64,30 +64,28 @@ class ChatMixin:
         """Answers a query (official file: modeling_chatglm.py of ChatGLM3-6B).
 
         Args:
-            history: of the turns before, as this method returned it; not changed. In the formats chatglm3 and glm4
-                messages with `role` and `content` (pairs are taken too), in chatglm2 and base (query, response) pairs.
-            role: who says the query; "observation" for a tool's result (chatglm3 and glm4).
-            max_length: most tokens of conversation and answer together; `seq_length` of the base is a limit anyway.
-            do_sample, top_p, temperature: where not given, those of the base's generation_config.json, and where it
-                has none, True, 0.8 and 0.8 as in the official code.
+            history: the previous turns, as this method returned them; not changed. In the formats chatglm3 and glm4
+                messages with `role` and `content` (or pairs), in chatglm2 and base (query, response) pairs.
+            role: role of the query; "observation" for a tool's result (chatglm3 and glm4).
+            max_length: maximum number of tokens of conversation and answer together, at most the base's `seq_length`.
+            do_sample, top_p, temperature: by default those of the base's generation_config.json; without it True, 0.8
+                and 0.8, as in the official code.
             prefix: as for `generate`; by default the selected one.
             kwargs: more settings of `generate`; `max_new_tokens` replaces `max_length`.
 
         Returns:
-            The response and the history with this turn. The response is a text, or for a tool call a dictionary with
-            `name` and `parameters` if the history's system message has `tools`, else with `name` and `content`.
+            The response and the history with this turn. The response is a text. For a tool call it is a dictionary
+            with `name` and `parameters` if the history's system message has `tools`, else with `name` and `content`.
 
         Raises:
-            ValueError: if the history has another form, the conversation leaves no room for an answer, or the prefix
+            ValueError: if the history has another format, the conversation leaves no room for an answer, or the prefix
                 is untrained.
         """
         turn = ChatTurn(tokenizer.chat, query, history, role)
-        ids = turn.input_ids()
-        settings = self._chat_settings(
-            tokenizer, ids, max_length, do_sample, top_p, temperature, logits_processor, kwargs
-        )
+        given = {"do_sample": do_sample, "top_p": top_p, "temperature": temperature, **kwargs}
+        settings = self._chat_settings(tokenizer, turn, max_length, logits_processor, given)
         output = self.generate(**settings, num_beams=num_beams, prefix=prefix)
-        answer = turn.read(output[0, len(ids) :].tolist())
+        answer = turn.read(output[0, settings["input_ids"].shape[1] :].tolist())
         return answer.response, answer.history
 
     @torch.no_grad()
@@ -107,16 +105,16 @@ class ChatMixin:
         prefix: PrefixArgument = None,
         **kwargs: Any,
     ) -> Iterator[tuple]:
-        """Answers a query, yielding the response so far each time it has grown; the last one is the whole.
+        """Answers a query and yields the response so far each time it has grown; the last one is complete.
 
-        Arguments as in `chat`. The answer is computed between one `next` and the following one, in the caller's
-        thread: closing the generator ends it, and its errors are raised there.
+        Arguments as in `chat`. The answer is computed in the caller's thread, during each `next`. Closing the generator
+        ends it, and its errors are raised there.
 
         Args:
-            past_key_values: the cache that an earlier call gave. It saves computing the tokens at the beginning that
-                are the same in this conversation, and never changes the answer; `history` is needed all the same.
-            return_past_key_values: whether to yield the cache too. It holds this turn as far as it has been computed,
-                is the same object each time, and belongs to the prefix.
+            past_key_values: the cache of an earlier call. Tokens at the beginning that both conversations share are not
+                computed again. The cache never changes the answer, and `history` is still needed.
+            return_past_key_values: whether to yield the cache too. It is the same object each time, holds this turn
+                as far as it has been computed, and belongs to the prefix.
 
         Yields:
             (response, history), or (response, history, past_key_values).
@@ -125,11 +123,9 @@ class ChatMixin:
             ValueError: as in `chat`, and if `past_key_values` was filled under another prefix.
         """
         turn = ChatTurn(tokenizer.chat, query, history, role)
-        ids = turn.input_ids()
-        settings = self._chat_settings(
-            tokenizer, ids, max_length, do_sample, top_p, temperature, logits_processor, kwargs
-        )
-        prefix = self.resolve_prefix(prefix)
+        given = {"do_sample": do_sample, "top_p": top_p, "temperature": temperature, **kwargs}
+        settings = self._chat_settings(tokenizer, turn, max_length, logits_processor, given)
+        prefix, ids = self.resolve_prefix(prefix), settings["input_ids"][0].tolist()
         settings |= {"past_key_values": self._reusable_part(past_key_values, ids, prefix), "use_cache": True}
         generated: list[int] = []
         answer = shown = None
@@ -150,46 +146,40 @@ class ChatMixin:
     def _chat_settings(
         self,
         tokenizer: ChatGLMTokenizer,
-        ids: list[int],
+        turn: ChatTurn,
         max_length: int,
-        do_sample: bool | None,
-        top_p: float | None,
-        temperature: float | None,
         logits_processor: LogitsProcessorList | None,
-        kwargs: dict[str, Any],
+        given: dict[str, Any],
     ) -> dict[str, Any]:
+        """Arguments of `generate` for a turn; `given` ones that are None get their default."""
+        ids = turn.input_ids()
         input_ids = torch.tensor([ids], device=self.device)
-        do_sample = self._chat_default("do_sample", do_sample)
+        stop_ids = tokenizer.chat.stop_ids
         settings = {
             "input_ids": input_ids,
             "attention_mask": torch.ones_like(input_ids),
-            "do_sample": do_sample,
-            "eos_token_id": tokenizer.chat.stop_ids,
+            "eos_token_id": stop_ids,
             "pad_token_id": tokenizer.pad_token_id,
             "logits_processor": LogitsProcessorList(
-                [*(logits_processor or []), InvalidScoreLogitsProcessor(tokenizer.chat.stop_ids[0])]
+                [*(logits_processor or []), InvalidScoreLogitsProcessor(stop_ids[0])]
             ),
         }
-        if do_sample:
-            given = {"top_p": top_p, "temperature": temperature}
-            settings |= {name: self._chat_default(name, value) for name, value in given.items()}
-        if kwargs.get("max_new_tokens") is None:
-            limit = min(max_length, self.config.seq_length)
-            if len(ids) >= limit:
+        if given.get("max_new_tokens") is None:
+            settings["max_length"] = min(max_length, self.config.seq_length)
+            if len(ids) >= settings["max_length"]:
                 raise ValueError(
                     f"The conversation has {len(ids)} tokens, which leaves no room for an answer: max_length is "
                     f"{max_length}, the base's seq_length {self.config.seq_length}. Drop the oldest turns."
                 )
-            settings["max_length"] = limit
-        return settings | kwargs
-
-    def _chat_default(self, name: str, given: Any) -> Any:
-        """The value given, else the one of the base's generation_config.json, else the official one."""
-        values = (given, getattr(self.generation_config, name, None), _OFFICIAL_SETTINGS[name])
-        return next(value for value in values if value is not None)
+        for name, official in _OFFICIAL_SETTINGS.items():
+            values = (given.pop(name), getattr(self.generation_config, name, None), official)
+            settings[name] = next(value for value in values if value is not None)
+        if not settings["do_sample"]:
+            del settings["top_p"], settings["temperature"]
+        return settings | given
 
     def _reusable_part(self, cache: Cache | None, ids: list[int], prefix: PrefixBatch) -> Cache | None:
-        """The cache, cut to the tokens with which `ids` begin; None where nothing can be kept.
+        """The cache, cropped to the tokens that it shares with the beginning of `ids`; None if there are none.
 
         Raises:
             ValueError: if it was filled under another prefix.
@@ -199,7 +189,7 @@ class ChatMixin:
             return cache
         prefix.claim(cache)
         cached_ids: list[int] = getattr(cache, "cached_ids", [])[:length]
-        # The last token is computed in any case: its logits are needed.
+        # The last token is always computed: its logits are needed.
         common = next(
             (place for place, pair in enumerate(zip(cached_ids, ids, strict=False)) if pair[0] != pair[1]),
             min(len(cached_ids), len(ids) - 1),
@@ -218,9 +208,9 @@ class ChatMixin:
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> Iterator[tuple[int, Cache]]:
-        """The decoding loop that `generate` runs, after preparing its arguments, for one row: yields token by token.
+        """The decoding loop that `generate` runs after preparing its arguments, for one row; yields token by token.
 
-        The cache notes its tokens in `cached_ids`; during a forward pass none, so that one that was broken off leaves
+        `cached_ids` of the cache has its tokens. During a forward pass it is empty, so that an interrupted pass leaves
         nothing to reuse.
         """
         cache = model_kwargs["past_key_values"]

@@ -1,4 +1,4 @@
-"""Which chat format a base was trained on, from the files of its folder."""
+"""Recognises the chat format of a base from the files of its folder."""
 
 from __future__ import annotations
 
@@ -18,48 +18,38 @@ logger = logging.get_logger(__name__)
 
 
 class FolderSettings:
-    """What the files beside a vocabulary say about its base; a file that is missing or unreadable says nothing.
+    """The settings in the files beside a vocabulary; a missing or unreadable file has none.
 
     Attributes:
-        chat_format: as `save_pretrained` of this kit's tokenizer wrote it.
-        config_template: the chat template in tokenizer_config.json or chat_template.jinja.
-        names: that the base has in config.json and tokenizer_config.json, in this order: some official
-            tokenizer_config.json still name the base that the model was made from.
+        chat_format: the chat format that `save_pretrained` of this kit's tokenizer recorded.
+        templates: the chat templates in chat_template.jinja and tokenizer_config.json, as far as there are any.
+        names: names of the base in config.json and tokenizer_config.json, in this order: some official
+            tokenizer_config.json still have the name of the base that the model was made from.
     """
 
     def __init__(self, folder: Path) -> None:
         config = read_json_object_or_empty(folder / "tokenizer_config.json")
         self.chat_format: str | None = config.get("chat_format")
-        self.config_template = config.get("chat_template")
+        file = folder / "chat_template.jinja"
+        templates = (file.read_text(encoding="utf-8") if file.is_file() else None, config.get("chat_template"))
+        self.templates = [template for template in templates if template is not None]
         named = (read_json_object_or_empty(folder / "config.json").get("_name_or_path"), config.get("name_or_path"))
         self.names = [name for name in named if isinstance(name, str)]
-        self._template_file = folder / "chat_template.jinja"
-
-    @property
-    def template(self) -> Any:
-        """The folder's own template."""
-        if self._template_file.is_file():
-            return self._template_file.read_text(encoding="utf-8")
-        return self.config_template
-
-    def has_template(self, template: Any) -> bool:
-        """Whether the template is the folder's own."""
-        return template is not None and template in (self.template, self.config_template)
 
 
 def recognise_chat_format(
     vocabulary: Vocabulary, chat_template: Any, locations: Iterable[str], names: Iterable[str]
 ) -> str:
-    """The chat format of a base that does not name it, among those that its vocabulary can write.
+    """The chat format of a base whose files do not record it, among those that its vocabulary supports.
 
-    The first of these that tells it: where the base lies, if that is called like an official base without chat; its
-    chat template; the names of where it lies, and then those that its files give; else the first format of the
-    vocabulary, with a warning.
+    It is recognised by, in this order: the name of its folder, if this is an official base without chat; its chat
+    template; the name of its folder; the names in its files. Otherwise it is the first format of the vocabulary, with a
+    warning.
 
     Args:
         chat_template: jinja text, several by name, or None.
-        locations: paths or hub names; of a path only the last part counts, of the hub's cache the repository.
-        names: that the folder's files give.
+        locations: paths or hub names; only the last part of a path counts, in the hub's cache the repository.
+        names: names of the base in the folder's files.
     """
     formats = formats_of(vocabulary)
     locations = [last_part(location) for location in locations]
@@ -76,7 +66,7 @@ def recognise_chat_format(
     first, *others = formats
     alternatives = " or ".join(f'chat_format="{other}"' for other in others)
     logger.warning_once(
-        f"Nothing beside {vocabulary.path.name} tells the chat format of this base, so chats are written in that of "
-        f"{first}; for another give {alternatives} to the tokenizer or in tokenizer_config.json."
+        f"The files beside {vocabulary.path.name} do not tell the chat format of this base, so {first} is used. For "
+        f"another, set {alternatives} in the tokenizer or in tokenizer_config.json."
     )
     return first

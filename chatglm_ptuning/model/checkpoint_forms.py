@@ -1,8 +1,8 @@
-"""The forms in which the family's bases are published: which are taken, how transformers' own one is translated.
+"""The formats in which the family's bases are published, and converting those of transformers' GlmForCausalLM.
 
-transformers has the same network as `GlmForCausalLM` (`model_type: glm`, such as glm-4-9b-chat-hf), with other names:
-query, key and value apart, and the heads' numbers instead of the groups'. Everything else that shares a name with the
-family is another architecture, and is refused with what to use instead.
+transformers has the same network as `GlmForCausalLM` (`model_type: glm`, such as glm-4-9b-chat-hf), with other names,
+and with separate weights for query, key and value. Other bases whose names resemble the family's have another
+architecture and are refused; the message names a base to use instead.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from transformers.core_model_loading import Concatenate, WeightConverter, Weight
 from transformers.models.glm.configuration_glm import GlmConfig
 
 SUPPORTED = (
-    "ChatGLM2-6B, ChatGLM3-6B, CodeGeeX2-6B, GLM-4-9B (the first, of 2024) or CodeGeeX4-ALL-9B, from official folders "
-    "(model_type chatglm) or such for transformers' GlmForCausalLM (model_type glm)"
+    "ChatGLM2-6B, ChatGLM3-6B, CodeGeeX2-6B, GLM-4-9B (of 2024) or CodeGeeX4-ALL-9B, in the official format "
+    "(model_type chatglm) or in that of transformers' GlmForCausalLM (model_type glm)"
 )
 _INSTEAD = "Use glm-4-9b-chat or glm-4-9b-chat-hf (bases: glm-4-9b, glm-4-9b-hf), or chatglm3-6b."
 _OTHER_ARCHITECTURES = {
@@ -24,11 +24,11 @@ _OTHER_ARCHITECTURES = {
     "glm4_moe": "GLM-4.5 or later, a mixture of experts",
     "glm4_moe_lite": "GLM-4.7-Flash, a mixture of experts",
     "glm_moe_dsa": "GLM-5, a mixture of experts",
-    "glm4v": "GLM-4.1V, which sees images",
-    "glm4v_moe": "GLM-4.5V, which sees images",
+    "glm4v": "GLM-4.1V, which has image input",
+    "glm4v_moe": "GLM-4.5V, which has image input",
     "glm_edge": "GLM-Edge",
 }
-# Fields that only the first ChatGLM-6B has; it shares `model_type: chatglm` and nothing else.
+# Fields that only the first ChatGLM-6B has, whose `model_type` is chatglm, too.
 _FIRST_GENERATION_FIELDS = ("position_encoding_2d", "inner_hidden_size", "max_sequence_length")
 
 
@@ -36,11 +36,11 @@ def check_architecture(fields: dict[str, Any], source: str = "This") -> None:
     """Refuses a configuration of another architecture.
 
     Args:
-        fields: of a config.json.
-        source: what the message calls it.
+        fields: fields of a config.json.
+        source: name of the configuration in the message.
 
     Raises:
-        ValueError: saying what the base is and what to use instead.
+        ValueError: naming the base and what to use instead.
     """
     first_generation = [name for name in _FIRST_GENERATION_FIELDS if name in fields]
     if first_generation:
@@ -50,35 +50,35 @@ def check_architecture(fields: dict[str, Any], source: str = "This") -> None:
         )
     if "vision_config" in fields:
         raise ValueError(
-            f"{source} is a base that sees images (it has vision_config), such as glm-4v-9b or cogagent; this kit is "
+            f"{source} is a base with image input (it has vision_config), such as glm-4v-9b or cogagent; this kit is "
             f"for text. {_INSTEAD}"
         )
     attention = fields.get("source_attention", "causal")  # version 0.1.0 recorded it
     if attention != "causal":
         raise ValueError(
             f"{source} is the configuration of a base that was trained with source_attention {attention!r}; this "
-            "version reads every prompt causally. Use version 0.1.0 of chatglm-ptuning for it, or train it again."
+            "version has causal attention only. Use version 0.1.0 of chatglm-ptuning for it, or train it again."
         )
     model_type = fields.get("model_type", "chatglm")
     if model_type in _OTHER_ARCHITECTURES:
         raise ValueError(
-            f"{source} is a configuration of {_OTHER_ARCHITECTURES[model_type]} (model_type {model_type!r}): another "
-            f"architecture, in front of which this kit cannot put a prefix. {_INSTEAD}"
+            f"{source} is a configuration of {_OTHER_ARCHITECTURES[model_type]} (model_type {model_type!r}). This kit "
+            f"does not support this architecture. {_INSTEAD}"
         )
     if model_type not in ("chatglm", "glm"):
         raise ValueError(f"{source} has model_type {model_type!r}, which is not of this family. Use {SUPPORTED}.")
 
 
 def official_fields(fields: dict[str, Any], source: str, name: str) -> dict[str, Any]:
-    """The fields of any config.json of the family in the official form.
+    """Converts the fields of any config.json of the family to the official format.
 
     Args:
-        fields: as read; not changed.
-        source: what messages call it.
+        fields: the fields in the file; not changed.
+        source: name of the configuration in messages.
         name: path of the folder, or name of the repository.
 
     Raises:
-        ValueError: if it is of another architecture, or has values that this network does not.
+        ValueError: if it is of another architecture, or has values that this network does not support.
     """
     check_architecture(fields, source)
     if fields.get("model_type") == "glm":
@@ -91,7 +91,7 @@ def official_fields(fields: dict[str, Any], source: str, name: str) -> dict[str,
 
 
 def last_part(name: str) -> str:
-    """What a path, hub name or folder of the hub's cache calls a base, in lower case."""
+    """The name of a base in a path, hub name or folder of the hub's cache, in lower case."""
     parts = [part for part in re.split(r"[/\\]", name) if part]
     if len(parts) >= 3 and parts[-2] == "snapshots":
         parts = parts[:-2]
@@ -109,7 +109,7 @@ def _from_glm(fields: dict[str, Any], source: str) -> dict[str, Any]:
     }
     for name, (found, wanted) in required.items():
         if found != wanted:
-            raise ValueError(f"{source} has {name} {found!r}; this network has {wanted!r}, as the published bases.")
+            raise ValueError(f"{source} has {name} {found!r}; this network supports {wanted!r} only.")
     kept = ("initializer_range", "use_cache", "attention_dropout", "hidden_size", "num_attention_heads",
             "pad_token_id", "bos_token_id", "eos_token_id", "dtype", "torch_dtype", "_name_or_path",
             "num_labels", "id2label", "label2id", "problem_type", "quantization_config")  # fmt: skip
@@ -134,9 +134,9 @@ def _from_glm(fields: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def register_conversions() -> None:
-    """Tells transformers how the tensors of a GlmForCausalLM checkpoint become this kit's, one after the other.
+    """Registers with transformers how tensors of a GlmForCausalLM checkpoint are converted while they load.
 
-    Official checkpoints have none of these names, so nothing happens to them.
+    Official checkpoints have none of these names, so they are not changed.
     """
     conversions: list[WeightConverter | WeightRenaming] = [
         WeightRenaming(r"^model\.embed_tokens\.", "transformer.embedding.word_embeddings."),

@@ -13,26 +13,27 @@ from chatglm_ptuning.prefix.shape import PrefixShape
 
 
 class ChatGLMConfig(PreTrainedConfig):
-    """Configuration of ChatGLM2-6B, ChatGLM3-6B, CodeGeeX2-6B, GLM-4-9B and CodeGeeX4-ALL-9B, in the official names.
+    """Configuration of ChatGLM2-6B, ChatGLM3-6B, CodeGeeX2-6B, GLM-4-9B and CodeGeeX4-ALL-9B, with the official names.
 
     An official `config.json` is accepted unchanged; one of transformers' GlmForCausalLM (`model_type: glm`) is
-    translated. The three fields of P-Tuning v2:
+    converted. The fields of P-Tuning v2:
 
-    - `pre_seq_len`: number of virtual tokens in front of every layer; None or 0 means no trainable prefix.
+    - `pre_seq_len`: number of virtual tokens in front of every layer; None or 0 for no trainable prefix.
     - `prefix_projection`: whether the prefix is the output of a two-layer MLP (Li & Liang 2021, section 4.3) instead
       of a plain table (P-Tuning v2, Liu et al. 2022, section 3.3).
     - `multi_query_group_num`: number of key/value groups; the prefix holds one key and one value per group.
 
-    `prefix_dropout` is the dropout on the prefix's keys and values in training mode (official: 0.1).
-    `quantization_bit` of 4 or 8 says that the weight files are official quantised ones; once they are loaded, and so
-    de-quantised, it is 0 and `dequantized_from_bit` has the number.
+    - `prefix_dropout`: dropout on the prefix's keys and values in training mode (official: 0.1).
 
-    `position_interpolation` says what `rope_ratio` does: divide the positions (ChatGLM2-6B-32K, whose config.json is
-    known by its name), or multiply the rotary base (all others). A saved configuration says so itself.
+    `quantization_bit` of 4 or 8 means official quantised weight files. Loading de-quantises them; `quantization_bit`
+    is then 0 and `dequantized_from_bit` has the number.
+
+    `position_interpolation` tells whether `rope_ratio` divides the positions (ChatGLM2-6B-32K, which is recognised by
+    its name) or multiplies the rotary base (all others). Saved configurations record it.
 
     Raises:
-        ValueError: on sizes that do not fit together, naming the fields and their values, and on a configuration of
-            another architecture (the first ChatGLM-6B, GLM-4-0414, GLM-4.5, GLM-4V, ...), naming what to use instead.
+        ValueError: for sizes that do not fit together, naming the fields and their values, and for a configuration of
+            another architecture (the first ChatGLM-6B, GLM-4-0414, GLM-4.5, GLM-4V, ...), naming a base to use instead.
     """
 
     model_type = "chatglm"
@@ -85,7 +86,7 @@ class ChatGLMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         check_architecture(kwargs)
-        # The official files give both, `vocab_size` in some of them without the padding that the weights have.
+        # The official files have both; in some of them `vocab_size` is without the padding of the weights.
         vocab_size = kwargs.pop("vocab_size", None)
         if self.padded_vocab_size is None:
             self.padded_vocab_size = 65024 if vocab_size is None else vocab_size
@@ -103,7 +104,7 @@ class ChatGLMConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in transformers, in the official names.
+        """As in transformers, with the official names.
 
         Raises:
             ValueError: if the configuration is of another architecture.
@@ -115,7 +116,7 @@ class ChatGLMConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers, from a dictionary in the official form or in that of GlmConfig.
+        """As in transformers, from a dictionary in the official format or in that of GlmConfig.
 
         Raises:
             ValueError: if the configuration is of another architecture.
@@ -125,7 +126,7 @@ class ChatGLMConfig(PreTrainedConfig):
 
     @property
     def num_key_value_heads(self) -> int:
-        """Number of key/value heads that attention uses: the groups, or every head without multi-query attention."""
+        """Number of key/value heads: the groups, or all heads without multi-query attention."""
         return self.multi_query_group_num if self.multi_query_attention else self.num_attention_heads
 
     @property
@@ -135,12 +136,12 @@ class ChatGLMConfig(PreTrainedConfig):
 
     @property
     def position_scale(self) -> float:
-        """By which positions are divided before they are rotated."""
+        """Divides positions before the rotation."""
         return self.rope_ratio if self.position_interpolation else 1.0
 
     @property
     def prefix_shape(self) -> PrefixShape:
-        """What a prefix of this base has to fit.
+        """The sizes that a prefix of this base has to fit.
 
         Raises:
             ValueError: if the base cannot have one, naming the fields and their values.
@@ -157,7 +158,7 @@ class ChatGLMConfig(PreTrainedConfig):
     def validate_sizes(self) -> None:
         """Checks that the sizes fit together.
 
-        Called on creation and again by the model, since fields may be set in between.
+        Called on creation, and again by the model, since fields may change in between.
 
         Raises:
             ValueError: naming the fields and their values.
@@ -186,9 +187,6 @@ class ChatGLMConfig(PreTrainedConfig):
                 continue
             if not _is_number(value) or not 0 <= value < 1:
                 raise ValueError(f"{name} must be from 0 up to but not including 1, got {value!r}.")
-        self._validate_prefix()
-
-    def _validate_prefix(self) -> None:
         if self.pre_seq_len is not None and (not _is_int(self.pre_seq_len) or self.pre_seq_len < 0):
             raise ValueError(f"pre_seq_len must be None or an integer from 0 on, got {self.pre_seq_len!r}.")
         if not isinstance(self.prefix_projection, bool):

@@ -15,13 +15,14 @@ from chatglm_ptuning.prefix.batch import PrefixArgument, PrefixBatch
 
 
 class PrefixGenerationMixin(GenerationMixin):
-    """Takes the prefix through all modes of `generate` to every forward pass."""
+    """Passes the prefix through all modes of `generate` to every forward pass."""
 
     def generate(self, *args: Any, prefix: PrefixArgument = None, **kwargs: Any) -> Any:
         """As in transformers, with a prefix.
 
         Args:
-            prefix: as for the forward pass, for the rows of the input; beams and returned sequences share their row's.
+            prefix: as for the forward pass, for the rows of the input; the beams and returned sequences of a row share
+                its prefix.
 
         Raises:
             KeyError: if a prefix of that name is not loaded.
@@ -31,7 +32,7 @@ class PrefixGenerationMixin(GenerationMixin):
             prefix = self.resolve_prefix(prefix)
         self.check_prefix_is_trained(prefix)
         if prefix.length and kwargs.get("cache_implementation") == "paged":
-            raise ValueError("A prefix needs a cache of its own tokens: a paged cache cannot serve it.")
+            raise ValueError("cache_implementation 'paged' does not support a prefix. Use another cache.")
         return super().generate(*args, prefix=prefix, **kwargs)
 
     def prepare_inputs_for_generation(
@@ -46,16 +47,16 @@ class PrefixGenerationMixin(GenerationMixin):
     def create_masks_for_generate(
         self, config: PreTrainedConfig, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
     ) -> Callable | torch.Tensor | None:
-        """Called by `generate` to prepare the mask over the tokens outside a compiled forward pass, which widens it.
+        """Called by `generate` to prepare the mask over the tokens, which the compiled forward pass extends.
 
-        A BlockMask cannot be widened, so the forward pass makes the whole of it.
+        A BlockMask cannot be extended to the prefix, so the forward pass makes all of it.
         """
         if config._attn_implementation == "flex_attention":
             return attention_mask
         return create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs)
 
     def _get_logits_processor(self, *args: Any, model_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-        # The pass of classifier-free guidance without the prompt calls the model by itself, and has to see the prefix.
+        # Classifier-free guidance calls the model without the prompt; this call needs the prefix, too.
         processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
         prefix = (model_kwargs or {}).get("prefix")
         for processor in processors:
@@ -67,6 +68,6 @@ class PrefixGenerationMixin(GenerationMixin):
         return self(input_ids, prefix=prefix.for_rows(input_ids.shape[0]), **inputs)
 
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-        # An assistant model gets all arguments of this one, but the prefix is not its own.
+        # An assistant model gets all arguments of this one, except the prefix, which belongs to this model.
         own = {name: value for name, value in model_kwargs.items() if name != "prefix"}
         return super()._get_candidate_generator(*args, model_kwargs=own, **kwargs)

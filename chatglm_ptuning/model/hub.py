@@ -1,6 +1,6 @@
-"""Where a base lies: in a folder, or on the Hugging Face or ModelScope hub, from which it is fetched once.
+"""Finds a base in a folder, or downloads it from the Hugging Face or ModelScope hub.
 
-Only weights, vocabularies and settings are fetched: a repository's Python files are neither downloaded nor run.
+Only weights, vocabularies and settings are downloaded: a repository's Python files are neither downloaded nor run.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _PROBE_SECONDS = 5
 def find_base(
     model_name_or_path: str, hub: HubName = "huggingface", revision: str | None = None, weights: bool = True
 ) -> Path:
-    """The folder of a base; a hub name is downloaded into the hub's own cache, or found there.
+    """The folder of a base; a hub name is found in the hub's own cache, or downloaded into it.
 
     Args:
-        hub: one of `HUBS`, for a name of the form OWNER/NAME that is no folder.
+        hub: one of `HUBS`, for a name OWNER/NAME that is not a folder.
         revision: branch, tag or commit of a hub name.
-        weights: False for the settings and the vocabulary alone.
+        weights: False to download only the settings and the vocabulary.
 
     Raises:
         FileNotFoundError: if there is no base at a path, or the hub has none of that name or revision.
-        ConnectionError: if the hub cannot be reached and its cache has no such base, saying where to put the folder.
+        ConnectionError: if the hub cannot be reached and its cache has no such base; the message tells what to do.
         ImportError: if modelscope is needed and not installed.
-        ValueError: on an unknown hub, or a revision of a folder.
+        ValueError: for an unknown hub, or a revision of a folder.
     """
     if hub not in HUBS:
         raise ValueError(f"hub must be {' or '.join(HUBS)}, got {hub!r}.")
@@ -44,7 +44,7 @@ def find_base(
         if not (path / "config.json").exists():
             raise FileNotFoundError(f"{path} is not a base: it has no config.json.")
         if revision is not None:
-            raise ValueError(f"revision {revision!r} pins a hub name, but {path} is a folder: leave --revision out.")
+            raise ValueError(f"revision {revision!r} needs a hub name, but {path} is a folder: leave revision out.")
         return path
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise FileNotFoundError(
@@ -75,12 +75,12 @@ def _from_hugging_face(name: str, revision: str | None, patterns: list[str]) -> 
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except GatedRepoError as error:
         raise FileNotFoundError(
-            f"{name} asks for its terms to be accepted: do so on its page, then `hf auth login`."
+            f"{name} requires its terms to be accepted: accept them on its page, then run `hf auth login`."
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise FileNotFoundError(
             f"There is no folder {name} here, and no repository of that name on the Hugging Face hub (a private one "
-            "needs `hf auth login`; --hub modelscope looks at ModelScope)."
+            "needs `hf auth login`; for ModelScope set hub to modelscope)."
         ) from error
     except RevisionNotFoundError as error:
         raise FileNotFoundError(f"{name} has no revision {revision!r} on the Hugging Face hub.") from error
@@ -96,7 +96,7 @@ def _from_modelscope(name: str, revision: str | None, patterns: list[str]) -> Pa
         from modelscope import snapshot_download
         from modelscope.hub.errors import HubError, NotExistError
     except ImportError as error:
-        raise ImportError("--hub modelscope needs modelscope: pip install modelscope.") from error
+        raise ImportError("hub 'modelscope' needs modelscope: pip install modelscope.") from error
 
     reachable = _modelscope_answers()
     try:
@@ -108,7 +108,7 @@ def _from_modelscope(name: str, revision: str | None, patterns: list[str]) -> Pa
         ) from error
     except HubError as error:
         if reachable:
-            raise ConnectionError(f"ModelScope did not give {name}: {error}") from error
+            raise ConnectionError(f"ModelScope refused {name}: {error}") from error
         raise _offline(name, revision, "ModelScope", "`modelscope download` (MODELSCOPE_CACHE names it)") from error
 
 
@@ -129,5 +129,5 @@ def _offline(name: str, revision: str | None, hub: str, command: str) -> Connect
     return ConnectionError(
         f"There is no folder {name} here, {hub} cannot be reached, and its cache does not have "
         f"{wanted}. Download it on a machine with a connection, by {command} or git, copy the folder here, and give "
-        "its path as --model_name_or_path."
+        "its path as model_name_or_path."
     )

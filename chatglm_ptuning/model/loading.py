@@ -1,4 +1,4 @@
-"""Loading a base and its tokenizer for a command: the right dtype, device and quantisation for this machine."""
+"""Loads a base and its tokenizer for a command, with dtype, device and quantisation for this machine."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """The dtype of the frozen base.
 
     Args:
-        dtype: "auto", "float32", "bfloat16" or "float16". "auto" is float32 on a CPU, where 16 bits are slow, and
-            otherwise bfloat16, or float16 on GPUs that cannot compute in it.
+        dtype: "auto", "float32", "bfloat16" or "float16". "auto" is float32 on a CPU, where 16 bits are slow;
+            otherwise bfloat16, or float16 on GPUs without bfloat16.
 
     Raises:
-        ValueError: if it is none of these.
+        ValueError: for another dtype.
     """
     if dtype != "auto":
         chosen = getattr(torch, dtype, None)
@@ -44,12 +44,6 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if device.type != "cuda" or torch.cuda.is_bf16_supported() else torch.float16
-
-
-def _temporary_folder() -> str:
-    folder = tempfile.mkdtemp(prefix="chatglm-offload-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
 
 
 def load_model(
@@ -69,19 +63,18 @@ def load_model(
     model_class: type[ChatGLMPreTrainedModel] = ChatGLMForConditionalGeneration,
     **config_overrides: Any,
 ) -> ChatGLMPreTrainedModel:
-    """Loads a base once, in evaluation mode, onto this process's device unless `device_map` says otherwise.
+    """Loads a base in evaluation mode, by default onto this process's device.
 
     Args:
-        model_name_or_path: a folder in the official layout or in that of transformers' GlmForCausalLM, or a hub name.
-        hub, revision: of a hub name, see `find_base`.
-        pre_seq_len: length of a trainable prefix to put in front; None for none.
-        quantization_bit: 8 or 4 for a quantised base through bitsandbytes.
-        quantization_type: "nf4" or "fp4", the numbers of 4 bits.
+        model_name_or_path: a folder in the official format or in that of transformers' GlmForCausalLM, or a hub name.
+        hub, revision: hub and revision of a hub name, see `find_base`.
+        pre_seq_len: length of the trainable prefix; None for no prefix.
+        quantization_bit: 8 or 4 to quantise the base by bitsandbytes.
+        quantization_type: type of the 4-bit numbers, "nf4" or "fp4".
         dtype: see `choose_dtype`.
-        device_map: "auto" spreads the layers over all GPUs, the CPU's memory and the disk, as far as each is needed;
-            for inference.
-        offload_folder: for layers on the disk; by default a temporary folder that goes when the process ends.
-        max_memory: of each device, as accelerate takes it; by default what is free.
+        device_map: "auto" spreads the layers over all GPUs, then the CPU's memory and the disk; for inference.
+        offload_folder: for layers on the disk; by default a temporary folder that is removed when the process ends.
+        max_memory: memory of each device, in accelerate's format; by default the free memory.
         model_class: the language model, or one of the classes with a linear head (`modeling_heads.py`).
         config_overrides: fields of ChatGLMConfig to set.
 
@@ -92,24 +85,29 @@ def load_model(
     folder = find_base(model_name_or_path, hub, revision)
     device = best_device()
     chosen = choose_dtype(dtype, device)
-    overrides = {**config_overrides}
     if pre_seq_len:
-        overrides |= {"pre_seq_len": pre_seq_len, "prefix_projection": prefix_projection}
+        config_overrides |= {"pre_seq_len": pre_seq_len, "prefix_projection": prefix_projection}
     quantization = quantization_settings(quantization_bit, chosen, quantization_type)
     if quantization is not None:
-        overrides["quantization_config"] = quantization
-    if attn_implementation:
-        overrides["attn_implementation"] = attn_implementation
+        config_overrides["quantization_config"] = quantization
     if is_deepspeed_zero3_enabled():
-        overrides["device_map"] = None  # DeepSpeed puts every process's part where it belongs
+        device_map = None  # DeepSpeed places the part of every process
     elif device_map is None:
-        overrides["device_map"] = {"": device}
-    else:
-        overrides |= {"device_map": device_map, "offload_folder": offload_folder or _temporary_folder()}
-        overrides |= {"max_memory": max_memory} if max_memory else {}
+        device_map = {"": device}
+    elif offload_folder is None:
+        offload_folder = tempfile.mkdtemp(prefix="chatglm-offload-")
+        atexit.register(shutil.rmtree, offload_folder, ignore_errors=True)
     with head_to_come():
-        model = model_class.from_pretrained(folder, dtype=chosen, **overrides)
-    # Prefix checkpoints record it: a path in the hub's cache says little to others.
+        model = model_class.from_pretrained(
+            folder,
+            dtype=chosen,
+            attn_implementation=attn_implementation,
+            device_map=device_map,
+            offload_folder=offload_folder,
+            max_memory=max_memory,
+            **config_overrides,
+        )
+    # Prefix checkpoints record the name; a path in the hub's cache would mean nothing to others.
     model.config.name_or_path = str(model_name_or_path)
     if quantization is not None:
         keep_layout(model)
@@ -119,7 +117,7 @@ def load_model(
 def load_tokenizer(
     model_name_or_path: str, *, hub: str = "huggingface", revision: str | None = None
 ) -> ChatGLMTokenizer:
-    """Loads the tokenizer that lies beside the base; arguments as in `load_model`.
+    """Loads the tokenizer of a base; arguments as in `load_model`.
 
     Raises:
         FileNotFoundError, ConnectionError, ImportError: if there is no base, see `find_base`.

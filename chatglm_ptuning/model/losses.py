@@ -1,4 +1,4 @@
-"""The mean loss over what is supervised, for the language model and the heads."""
+"""The mean loss over all supervised positions, for the language model and the heads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 
 IGNORED_LABEL = -100
-"""The label of a position that has nothing to be learned."""
+"""The label of a masked position, which the loss ignores."""
 
 
 def cross_entropy(
@@ -17,8 +17,8 @@ def cross_entropy(
     Args:
         logits: `[..., classes]`.
         labels: `[...]`.
-        num_items_in_batch: what the sum is divided by instead of the number of labels that are not -100. The Trainer
-            passes the number in all batches of a step, so that gradient accumulation changes nothing.
+        num_items_in_batch: divides the sum, instead of the number of labels that are not -100. The Trainer passes the
+            number in all batches of a step, so that gradient accumulation does not change the loss.
     """
     labels = labels.to(logits.device)
     total = functional.cross_entropy(
@@ -31,6 +31,6 @@ def cross_entropy(
 def next_token_loss(
     logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
 ) -> torch.Tensor:
-    """`cross_entropy` of every position's logits `[batch, seq_len, vocab]` with the label of the next position."""
+    """`cross_entropy` of the logits `[batch, seq_len, vocab]` of every position with the label of the next one."""
     # The labels are shifted, not the logits, which are large.
     return cross_entropy(logits, functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL), num_items_in_batch)

@@ -1,10 +1,10 @@
 """ChatGLM2, ChatGLM3 and GLM-4 with a prefix in front of every layer, on transformers' attention and generation.
 
-The prefix never enters the cache: every attention layer puts it in front of the keys and values it attends to. So
-the cache, the attention mask and the positions that callers and `generate` see are those of the tokens alone.
+The prefix is never stored in the cache: every attention layer puts it in front of the keys and values. So the cache,
+the attention mask and the positions that callers and `generate` see are those of the tokens alone.
 
-One file from the attention to the language model, as in transformers, since its parts are read together; masks, rotary
-positions, prefixes and loading have theirs.
+As in transformers, the network is one file, from the attention to the language model. Masks, rotary positions,
+prefixes and loading have their own files.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from chatglm_ptuning.model.attention_mask import causal_mask_with_prefix, positions_from_mask
+from chatglm_ptuning.model.base_weights import describe_damage, describe_missing
 from chatglm_ptuning.model.chat_mixin import ChatMixin
 from chatglm_ptuning.model.checkpoint_forms import register_conversions
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
@@ -38,7 +39,6 @@ from chatglm_ptuning.model.prefix_encoder import PrefixEncoder
 from chatglm_ptuning.model.prefix_mixin import PrefixMixin
 from chatglm_ptuning.model.rotary import RotaryEmbedding
 from chatglm_ptuning.model.trained_module import FirstValues
-from chatglm_ptuning.model.weight_files import describe_damage, describe_missing
 from chatglm_ptuning.model.zero3 import gathered, is_partitioned
 from chatglm_ptuning.prefix.bank import TRAINABLE_PREFIX, PrefixBank
 from chatglm_ptuning.prefix.batch import PrefixArgument, PrefixBatch, PrefixSelection
@@ -57,7 +57,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain attention that also returns its weights; arguments as in transformers' attention interface."""
+    """Attention that also returns its weights; arguments as in transformers' attention interface."""
     key = repeat_kv(key, module.num_key_value_groups)
     value = repeat_kv(value, module.num_key_value_groups)
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
@@ -106,14 +106,14 @@ class SelfAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Hidden states `[batch, seq_len, hidden_size]` -> the same shape, and the weights if the attention gives them.
+        """Hidden states `[batch, seq_len, hidden_size]` -> the same shape, and the attention weights or None.
 
         Args:
             hidden_states: after the norm.
             prefix_key: `[batch, groups, pre_seq_len, kv_channels]`, likewise `prefix_value`; None for no prefix.
             position_embeddings: cosines and sines of the tokens' positions.
-            attention_mask: over prefix, cached tokens and new ones, in the form that the attention takes.
-            past_key_values: takes up the tokens' keys and values, never the prefix's.
+            attention_mask: over prefix, cached tokens and new ones, in the format of the attention implementation.
+            past_key_values: stores the tokens' keys and values, never the prefix's.
             kwargs: for the attention function.
         """
         query, key, value = self._split(self.query_key_value(hidden_states))
@@ -182,8 +182,8 @@ class GLMBlock(GradientCheckpointingLayer):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Hidden states `[batch, seq_len, hidden_size]` -> the same shape; the rest as for SelfAttention."""
-        # The prefix comes in as positional tensors: reentrant checkpointing tracks gradients of nothing else.
-        dtype = position_embeddings[0].dtype  # of the layers; the residual may be in float32
+        # The prefix is passed as positional tensors: reentrant checkpointing tracks gradients of no other arguments.
+        dtype = position_embeddings[0].dtype  # of the layers; the residual stream may be in float32
         normed = self.input_layernorm(hidden_states).to(dtype)
         attended, _ = self.self_attention(normed, prefix_key, prefix_value, position_embeddings, **kwargs)
         hidden_states = self._add(hidden_states, normed, attended)
@@ -192,7 +192,7 @@ class GLMBlock(GradientCheckpointingLayer):
 
 
 class Embedding(nn.Module):
-    """Word embeddings, in a module of their own for the official parameter name."""
+    """Word embeddings, in their own module for the official parameter name."""
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__()
@@ -256,14 +256,14 @@ class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
         output_loading_info: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """As in transformers; with a trainable prefix (`pre_seq_len`) everything but it, and a head, is frozen.
+        """As in transformers; with a trainable prefix (`pre_seq_len`) all but the prefix and a head is frozen.
 
-        Checkpoints of transformers' GlmForCausalLM load, too, tensor by tensor; official checkpoints in 4 or 8 bits are
-        de-quantised on the way (`packed_weights.py`).
+        Checkpoints of transformers' GlmForCausalLM are converted tensor by tensor while they load; official checkpoints
+        in 4 or 8 bits are de-quantised (`packed_weights.py`).
 
         Raises:
             ValueError: naming the file that is damaged or holds more than tensors, or the parameters of the base that
-                are missing or do not fit `quantization_bit`: a base is never filled up with random numbers.
+                are missing or do not fit `quantization_bit`: a base never gets random weights.
         """
         try:
             model, info = super().from_pretrained(
@@ -280,15 +280,15 @@ class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
         missing = [name for name in info["missing_keys"] if name.startswith(inside) and "prefix_encoder." not in name]
         if missing:
             raise ValueError(describe_missing(str(pretrained_model_name_or_path), missing))
-        if (encoder := getattr(model.base_model, "prefix_encoder", None)) is not None:
-            model.base_model.prefix_encoder = out_of_offload(encoder, PrefixEncoder(model.config))
-            # By this the Trainer refuses quantised models without an adapter of PEFT; here the prefix is the adapter.
+        if model._trainable is not None:
+            encoder = out_of_offload(model._trainable, PrefixEncoder(model.config))
+            model.base_model.prefix_encoder = encoder
+            # The Trainer refuses quantised models without an adapter of PEFT; here the prefix is the adapter.
             model.is_quantized = False
+            if is_partitioned(encoder.parameters()) and encoder.has_first_values:
+                with gathered(encoder.parameters()):
+                    encoder.mark_untrained()  # again: all processes now have the values of the first
         model.freeze_base()
-        encoder = getattr(model.base_model, "prefix_encoder", None)
-        if encoder is not None and is_partitioned(encoder.parameters()) and encoder.has_first_values:
-            with gathered(encoder.parameters()):
-                encoder.mark_untrained()  # again: those that every process drew gave way to those of the first
         return (model, info) if output_loading_info else model
 
     def save_pretrained(
@@ -296,11 +296,9 @@ class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
     ) -> None:
         """As in transformers: the base, and a trainable prefix under its official names; loaded prefixes are not saved.
 
-        The layout is the official one, whatever the base was loaded from.
-        A prefix that nobody has trained yet is left out, so that loading gives an untrained one again.
+        The layout is always the official one. An untrained prefix is left out, so that loading gives an untrained one.
         """
-        encoder = getattr(self.base_model, "prefix_encoder", None)
-        if encoder is not None and encoder.is_untrained:
+        if self._trainable is not None and self._trainable.is_untrained:
             tensors = self.state_dict() if state_dict is None else state_dict
             state_dict = {name: tensor for name, tensor in tensors.items() if "prefix_encoder." not in name}
         kwargs["save_original_format"] = False
@@ -308,7 +306,7 @@ class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
 
     @property
     def device(self) -> torch.device:
-        """Where the inputs belong, also when the weights are on the disk and the parameters in memory empty."""
+        """The device of the inputs, also for a model whose weights are offloaded to the disk."""
         device = super().device
         return (execution_device(self) or device) if device.type == "meta" else device
 
@@ -316,8 +314,8 @@ class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
         return super()._get_dtype_plan(dtype) | packed_dtype_plan(self.config)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # For classes outside transformers this skips modules without parameters of their own, such as PrefixEncoder,
-        # lest their initialisation overwrites loaded weights; ours never does.
+        # For classes outside transformers this skips modules without own parameters, such as PrefixEncoder, so that
+        # their initialisation does not overwrite loaded weights; ours never does.
         super()._initialize_weights(module)
 
     @torch.no_grad()
@@ -327,7 +325,7 @@ class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
         elif isinstance(module, PrefixEncoder):
             if all(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()):
                 return  # loaded with the base
-            # The official initialisation: torch's defaults, so N(0, 1) for the table.
+            # The official initialisation is torch's default: N(0, 1) for the table.
             init.normal_(module.embedding.weight)
             if module.prefix_projection:
                 for linear in (module.trans[0], module.trans[2]):
@@ -389,10 +387,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             input_ids: `[batch, seq_len]`, or instead `inputs_embeds` `[batch, seq_len, hidden_size]`.
             attention_mask: `[batch, cached + seq_len]`, 1 on real tokens; it covers the tokens, never the prefix.
             position_ids: `[batch, seq_len]`; by default 0, 1, 2, ... on the real tokens, whether padded left or right.
-            past_key_values: a cache of the tokens before. It belongs to the prefix it was filled with.
+            past_key_values: a cache of the previous tokens. It belongs to the prefix it was filled with.
             use_cache: whether to return a cache; by default as in the configuration.
-            prefix: what `prefix_batch` gives, or a name, or a list with a name or None for each row. None stands for
-                the selected prefix (of a model in training the trainable one); `prefix_batch(None)` is the plain base.
+            prefix: the result of `prefix_batch`, or a name, or a list with a name or None for each row. None means the
+                selected prefix; `prefix_batch(None)` is the plain base.
             kwargs: `output_hidden_states`, `output_attentions` and arguments for the attention function.
 
         Raises:
@@ -461,11 +459,11 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, PrefixG
         """As `ChatGLMModel.forward`, with logits `[batch, seq_len, padded_vocab_size]`.
 
         Args:
-            labels: `[batch, seq_len]`, not shifted, -100 where there is nothing to learn. The loss is computed in
-                float32 and is the mean over all supervised tokens of the batch.
-            logits_to_keep: compute the logits of the last so many positions alone (0: all), or of the given ones.
-            num_items_in_batch: what the loss is divided by instead of the number of supervised tokens here; the
-                Trainer passes the number in all of a step's batches.
+            labels: `[batch, seq_len]`, not shifted, -100 at masked positions. The loss is computed in float32 and is
+                the mean over all supervised tokens of the batch.
+            logits_to_keep: number of last positions whose logits are computed (0: all), or these positions.
+            num_items_in_batch: divides the loss, instead of the number of supervised tokens here; the Trainer passes
+                the number in all batches of a step.
             prefix: as for `ChatGLMModel.forward`.
         """
         outputs = self.transformer(
@@ -480,11 +478,8 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, PrefixG
         )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         logits = self.transformer.output_layer(hidden_states)
-        loss = None
-        if labels is not None:
-            loss = next_token_loss(logits, labels, num_items_in_batch)
         return CausalLMOutputWithPast(
-            loss=loss,
+            loss=None if labels is None else next_token_loss(logits, labels, num_items_in_batch),
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,

@@ -1,8 +1,7 @@
 """ChatGLM with a linear head: classification of sequences and tokens, and spans that answer a question.
 
-With `pre_seq_len` the base is frozen, and the head is trained beside the prefix. Both stay in float32, and
-`save_prefix` and `load_prefix` keep them together: a loaded prefix brings its own head to every forward pass, in place
-of the module here.
+With `pre_seq_len` the base is frozen, and the head is trained beside the prefix. Both stay in float32. `save_prefix`
+and `load_prefix` keep them together: forward passes with a loaded prefix use its head instead of the module here.
 """
 
 from __future__ import annotations
@@ -25,10 +24,7 @@ from transformers.utils import can_return_tuple
 
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.losses import IGNORED_LABEL, cross_entropy
-from chatglm_ptuning.model.modeling_chatglm import (
-    ChatGLMModel,
-    ChatGLMPreTrainedModel,
-)
+from chatglm_ptuning.model.modeling_chatglm import ChatGLMModel, ChatGLMPreTrainedModel
 from chatglm_ptuning.model.placement import out_of_offload
 from chatglm_ptuning.model.trained_module import FirstValues, Float32Module
 from chatglm_ptuning.prefix.batch import PrefixArgument
@@ -38,9 +34,9 @@ _head_to_come: ContextVar[bool] = ContextVar("head_to_come", default=False)
 
 @contextmanager
 def head_to_come() -> Iterator[None]:
-    """Inside, a base is loaded without a warning that its head is random: it is going to be trained or loaded.
+    """A context in which a base loads without a warning about its random head, which is trained or loaded later.
 
-    `check_prefix_is_trained` refuses one that is neither.
+    `check_prefix_is_trained` refuses an untrained head.
     """
     token = _head_to_come.set(True)
     try:
@@ -69,8 +65,8 @@ class ChatGLMWithHead(ChatGLMPreTrainedModel):
     """A transformer with a linear head on its states.
 
     Args:
-        config: with the outputs of the head.
-        transformer: a loaded one to put the head on, which stays as it is; by default a new one.
+        config: with the number of outputs of the head.
+        transformer: a loaded ChatGLMModel, which is not changed; by default a new one.
     """
 
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["prefix_encoder", "classifier_head", "qa_outputs"]
@@ -91,7 +87,7 @@ class ChatGLMWithHead(ChatGLMPreTrainedModel):
         return self.config.num_labels
 
     def _apply_head(self, states: torch.Tensor, prefix: PrefixArgument) -> torch.Tensor:
-        """States `[..., hidden_size]` -> float32 `[..., outputs]`, by the head that belongs to the prefix."""
+        """States `[..., hidden_size]` -> float32 `[..., outputs]`, with the head that belongs to the prefix."""
         states, key = self.dropout(states), self.head_key or self.head_name
         loaded = self._heads_of(prefix)
         if f"{key}.weight" in loaded:
@@ -101,7 +97,7 @@ class ChatGLMWithHead(ChatGLMPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As `ChatGLMPreTrainedModel.from_pretrained`; a head stays in memory where its base is spread."""
+        """As `ChatGLMPreTrainedModel.from_pretrained`; a head is never offloaded with its base."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         head = getattr(model, cls.head_name)
         setattr(model, cls.head_name, out_of_offload(head, Head(model.config, head.out_features)))
@@ -114,11 +110,11 @@ class ChatGLMWithHead(ChatGLMPreTrainedModel):
 
 
 class ChatGLMForSequenceClassification(ChatGLMWithHead):
-    """Classifies whole sequences by the state of their last real token, after the final norm.
+    """Classifies sequences by the state of their last real token, after the final norm.
 
-    `config.num_labels` and `config.problem_type` set the task as in transformers; without the latter, one label means
-    regression, integer labels a single class, and floating-point labels several classes at once. The head has the
-    official name, `classifier_head`.
+    `config.num_labels` and `config.problem_type` set the task as in transformers. Without `problem_type`, one label
+    means regression, integer labels a single class, and floating-point labels several classes at once. The head has
+    the official name, `classifier_head`.
     """
 
     head_kind = "sequence_classification"
@@ -137,11 +133,11 @@ class ChatGLMForSequenceClassification(ChatGLMWithHead):
         """As `ChatGLMModel.forward`, with logits `[batch, num_labels]`, float32.
 
         Args:
-            attention_mask: `[batch, seq_len]`, padded on either side. Without it, the pads are taken to be the
-                `pad_token_id`s at the end of a row.
+            attention_mask: `[batch, seq_len]`, padded on either side. Without it, the `pad_token_id`s at the end of a
+                row are padding.
             labels: `[batch]` classes or numbers, or `[batch, num_labels]` for several classes or numbers at once; -100
-                where nothing is learned.
-            num_items_in_batch: what the loss is divided by instead of the number of labels here.
+                where the loss is masked.
+            num_items_in_batch: divides the loss, instead of the number of labels here.
 
         Raises:
             ValueError: if a row has no real token.
@@ -217,13 +213,11 @@ class ChatGLMForTokenClassification(ChatGLMWithHead):
 
         Args:
             labels: `[batch, seq_len]`, -100 on tokens that have none.
-            num_items_in_batch: what the loss is divided by instead of the number of labelled tokens here.
+            num_items_in_batch: divides the loss, instead of the number of labelled tokens here.
         """
         outputs = self.transformer(input_ids=input_ids, attention_mask=attention_mask, prefix=prefix, **kwargs)
         logits = self._apply_head(outputs.last_hidden_state, prefix)
-        loss = None
-        if labels is not None:
-            loss = cross_entropy(logits, labels, num_items_in_batch)
+        loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -252,9 +246,9 @@ class ChatGLMForQuestionAnswering(ChatGLMWithHead):
         """As `ChatGLMModel.forward`, with `start_logits` and `end_logits` `[batch, seq_len]`, float32.
 
         Args:
-            start_positions: `[batch]`; a position outside the row (a window without the answer) is not learned.
+            start_positions: `[batch]`; a position outside the row (a window without the answer) is masked.
             end_positions: likewise, of the answer's last token.
-            num_items_in_batch: what each loss is divided by instead of the number of positions here.
+            num_items_in_batch: divides each loss, instead of the number of positions here.
         """
         outputs: BaseModelOutputWithPast = self.transformer(
             input_ids=input_ids, attention_mask=attention_mask, prefix=prefix, **kwargs
@@ -262,7 +256,7 @@ class ChatGLMForQuestionAnswering(ChatGLMWithHead):
         start_logits, end_logits = self._apply_head(outputs.last_hidden_state, prefix).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
-            # Pads are no places to choose from, or a row's loss would depend on the others of its batch.
+            # Padding is masked, so that the loss of a row does not depend on the length of others.
             starts, ends = (_on_real_tokens(logits, attention_mask) for logits in (start_logits, end_logits))
             start_loss = cross_entropy(starts, _inside(start_positions, starts), num_items_in_batch)
             end_loss = cross_entropy(ends, _inside(end_positions, ends), num_items_in_batch)
@@ -277,7 +271,7 @@ class ChatGLMForQuestionAnswering(ChatGLMWithHead):
 
 
 def _on_real_tokens(logits: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """The logits `[batch, seq_len]` with those of pads as low as can be."""
+    """The logits `[batch, seq_len]`, with the lowest number at padding."""
     if attention_mask is None or attention_mask.ndim != 2:
         return logits
     real = attention_mask[:, -logits.shape[1] :].bool().to(logits.device)

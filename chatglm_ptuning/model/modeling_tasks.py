@@ -1,4 +1,4 @@
-"""One transformer and one prefix under the heads of several tasks."""
+"""One transformer and one prefix with the heads of several tasks."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from chatglm_ptuning.model.modeling_heads import ChatGLMWithHead
 from chatglm_ptuning.prefix.checkpoint import HEADS_KEY
 
 _OF_LOADING = ("hf_device_map", "hf_quantizer", "is_quantized", "quantization_method")
-"""Attributes of a loaded model that the Trainer asks for."""
+"""Attributes of a loaded model that the Trainer reads."""
 
 
 class ChatGLMForMultipleTasks(ChatGLMPreTrainedModel):
-    """Solves several tasks with one prefix, each by its own head (MT-DNN, Liu et al. 2019, figure 1).
+    """Solves several tasks with one prefix, each with its own head (MT-DNN, Liu et al. 2019, figure 1).
 
-    Losses and outputs are those of the classes for a single task: `for_task` gives the model of a task, which shares
+    Losses and outputs are those of the classes for a single task: `for_task` returns the model of a task, which shares
     the transformer, its prefix and the task's head with this one. A prefix checkpoint holds all heads, `heads.TASK.*`.
 
     Args:
         language_model: a loaded base; it solves the tasks without a linear head.
-        heads: of every task by its name, `model_class` and what else its configuration says of its outputs
-            (`id2label`, `label2id`, `problem_type`).
+        heads: for every task by its name, `model_class` and the fields of its configuration (`id2label`, `label2id`,
+            `problem_type`).
 
     Raises:
-        ValueError: if a task's name cannot stand in the name of a parameter.
+        ValueError: if a task's name cannot be part of a parameter's name.
     """
 
     def __init__(self, language_model: ChatGLMForConditionalGeneration, heads: Mapping[str, Mapping[str, Any]]) -> None:
         super().__init__(language_model.config)
         self.transformer = language_model.transformer
         self.heads = nn.ModuleDict()
-        self._of_task: dict[str, ChatGLMPreTrainedModel] = {}  # no submodules: their parameters are all here already
+        self._of_task: dict[str, ChatGLMPreTrainedModel] = {}  # no submodules: all their parameters are here already
         for name, head in heads.items():
             model_class, config = head["model_class"], copy(self.config)
             if not issubclass(model_class, ChatGLMWithHead):
@@ -47,7 +47,7 @@ class ChatGLMForMultipleTasks(ChatGLMPreTrainedModel):
                 raise ValueError(f"A task with a linear head cannot have the name '{name}'.")
             config.update({key: value for key, value in head.items() if key != "model_class"})
             model = model_class(config, self.transformer)
-            # Not the whole model, whose transformer may be spread over several devices.
+            # Not the model: its transformer may be spread over several devices.
             self.heads[name] = getattr(model, model.head_name).to(language_model.device)
             model.head_key = f"{HEADS_KEY}{name}"
             self._of_task[name] = model
@@ -85,9 +85,9 @@ class ChatGLMForMultipleTasks(ChatGLMPreTrainedModel):
         labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> ModelOutput:
-        """As the forward pass of the task's own class, for a batch of that task alone.
+        """As the forward pass of the task's own class, for a batch of one task.
 
-        While training, the heads of the other tasks take part with a weight of 0, so that every process always has a
+        In training, the heads of the other tasks are added to the loss with a weight of 0, so that every process has a
         gradient for every parameter.
 
         Raises:

@@ -1,10 +1,10 @@
 """Official checkpoints in 4 or 8 bits (`chatglm2-6b-int4`), de-quantised tensor by tensor while they load.
 
-Their `config.json` has `quantization_bit`, and every linear layer of the encoder an int8 `weight` and a `weight_scale`
-of one number per output row; embedding, norms, biases and output layer are as in any other checkpoint. A weight is
-`scale * integer`, where the scale is the row's largest absolute weight over `2 ** (bits - 1) - 1`. With 4 bits a byte
-holds two neighbours of a row, the even input in the high half, each in two's complement (source: the extraction
-kernels in `quantization.py` of chatglm2-6b).
+Their `config.json` has `quantization_bit`. Every linear layer of the encoder has an int8 `weight` and a `weight_scale`
+with one number per output row; the other parameters are not quantised. A weight is `scale * integer`, where the scale
+is the row's largest absolute weight over `2 ** (bits - 1) - 1`. With 4 bits a byte holds two neighbours of a row, the
+even input in the high half, each in two's complement (source: the extraction kernels in `quantization.py` of
+chatglm2-6b).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PACKED_LAYERS = (
 
 
 def unpack(packed: torch.Tensor, scale: torch.Tensor, in_features: int, bits: int) -> torch.Tensor:
-    """Weights `[out_features, in_features]`, float32, from packed ones.
+    """De-quantises packed weights to `[out_features, in_features]`, float32.
 
     Args:
         packed: integers from -128 to 127 in any dtype, `[out_features, in_features * bits / 8]`.
@@ -40,10 +40,10 @@ def unpack(packed: torch.Tensor, scale: torch.Tensor, in_features: int, bits: in
         bits: 4 or 8.
 
     Raises:
-        ValueError: if it is neither, or the shapes do not fit.
+        ValueError: for another number of bits, or if the shapes do not fit.
     """
     if bits not in (4, 8):
-        raise ValueError(f"{bits} bits are not a published form, which are 4 and 8")
+        raise ValueError(f"official checkpoints have 4 or 8 bits, not {bits}")
     if packed.ndim != 2 or packed.shape[1] * 8 != in_features * bits or scale.shape != packed.shape[:1]:
         raise ValueError(
             f"{tuple(packed.shape)} with a weight_scale of {tuple(scale.shape)} is not {bits} bits of {in_features} "
@@ -57,7 +57,7 @@ def unpack(packed: torch.Tensor, scale: torch.Tensor, in_features: int, bits: in
 
 
 class Unpack(ConversionOps):
-    """Passes an ordinary weight on, and turns a packed one with its scale into an ordinary one."""
+    """Returns an ordinary weight unchanged, and de-quantises a packed one with its scale."""
 
     def convert(
         self,
@@ -68,9 +68,9 @@ class Unpack(ConversionOps):
         config: ChatGLMConfig,
         **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
-        """The weight under its pattern, in the dtype of the model; nothing if it cannot be had.
+        """The weight under its pattern, in the dtype of the model; nothing if it cannot be de-quantised.
 
-        What is wrong then goes into the model's `packing_errors`: transformers would only log an exception.
+        The reason is then stored in the model's `packing_errors`, as transformers would only log an exception.
         """
         (target,) = target_patterns
         tensors = {pattern: value[0] if isinstance(value, list) else value for pattern, value in input_dict.items()}
@@ -87,19 +87,9 @@ class Unpack(ConversionOps):
             return {}
         return {target: weight.to(model.get_input_embeddings().weight.dtype)}
 
-    @property
-    def reverse_op(self) -> ConversionOps:
-        """A model is saved as it is in memory: unpacked."""
-        return _AsItIs()
-
-
-class _AsItIs(ConversionOps):
-    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        return input_dict
-
 
 def register_packed_weights() -> None:
-    """Lets transformers load packed checkpoints into every ChatGLM class; called once, after other conversions."""
+    """Makes transformers load packed checkpoints into every ChatGLM class; called once, after other conversions."""
     converters = [
         WeightConverter([f"{layer}.weight", f"{layer}.weight_scale"], f"{layer}.weight", [Unpack()])
         for layer in PACKED_LAYERS
@@ -109,25 +99,25 @@ def register_packed_weights() -> None:
 
 
 def packed_dtype_plan(config: ChatGLMConfig) -> dict[str, torch.dtype]:
-    """For transformers' plan of dtypes: packed weights and their scales are read in float32, which rounds neither."""
+    """For transformers' dtype plan: packed weights and their scales are read in float32, which rounds neither."""
     if not config.quantization_bit:
         return {}
     return {rf"{re.escape(layer)}\.weight": torch.float32 for layer in PACKED_LAYERS}
 
 
 def check_unpacked(model: PreTrainedModel, source: str) -> None:
-    """Notes in the configuration that the weights are ordinary ones now, and from how many bits they came.
+    """Records in the configuration that the weights are no longer quantised, and how many bits they had.
 
     Raises:
-        ValueError: naming a weight that could not be unpacked, and why.
+        ValueError: naming a weight that could not be de-quantised, and why.
     """
     config = model.config
     for name, reason in model.packing_errors.items():
         more = f" (and {len(model.packing_errors) - 1} more)" if len(model.packing_errors) > 1 else ""
         raise ValueError(
             f"{source} says quantization_bit={config.quantization_bit} in its configuration, which does not fit the "
-            f"weights {name}{more}: {reason}. If they are not quantised, set quantization_bit to 0 there; to quantise "
-            "while loading, use --quantization_bit, or a quantization_config of bitsandbytes."
+            f"weights {name}{more}: {reason}. If they are not quantised, set quantization_bit to 0 there. To quantise "
+            "while loading, use the argument quantization_bit of load_model, or a quantization_config of bitsandbytes."
         )
     if config.quantization_bit:
         config.dequantized_from_bit, config.quantization_bit = config.quantization_bit, 0

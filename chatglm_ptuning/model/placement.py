@@ -1,4 +1,4 @@
-"""On which device each layer of a model computes that accelerate has spread over several, or offloaded."""
+"""The devices of a model that accelerate has spread over several devices, or offloaded."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ TrainedModule = TypeVar("TrainedModule", bound=FirstValues)
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """The device to which accelerate brings a module's inputs, and its weights if they are elsewhere; None if it has
-    no hook there."""
+    """The device on which accelerate runs a module; None if the module has no hook of accelerate."""
     hook = getattr(module, "_hf_hook", None)
     for one in getattr(hook, "hooks", (hook,)):  # a SequentialHook holds several
         device = getattr(one, "execution_device", None)
@@ -26,17 +25,17 @@ def execution_device(module: nn.Module) -> torch.device | None:
 
 
 def layer_devices(layers: Iterable[nn.Module]) -> tuple[torch.device, ...] | None:
-    """The device on which each layer computes; None if nothing was spread."""
+    """The device on which each layer computes; None if the model is on one device."""
     devices = [execution_device(layer) for layer in layers]
     return None if None in devices else tuple(devices)
 
 
 def out_of_offload(module: TrainedModule, fresh: TrainedModule) -> TrainedModule:
-    """A trainable prefix or head that is never offloaded, for one that accelerate may have put on the disk.
+    """Returns a trainable prefix or head in memory, in place of one that accelerate may have offloaded to the disk.
 
     Args:
-        module: of the model.
-        fresh: one of the same size with the values that an untrained one has.
+        module: the one of the model; returned if it is in memory.
+        fresh: an untrained one of the same size, which takes the offloaded values.
     """
     if not any(parameter.is_meta for parameter in module.parameters()):
         return module
@@ -46,7 +45,7 @@ def out_of_offload(module: TrainedModule, fresh: TrainedModule) -> TrainedModule
             with align_module_device(part):
                 for leaf, parameter in part.named_parameters(recurse=False):
                     values[f"{name}.{leaf}".removeprefix("module.")] = parameter.detach().clone()
-    except KeyError:  # the files of the base hold neither, so none was written to the disk
+    except KeyError:  # the base's files have no values for it, so nothing was written to the disk
         fresh.mark_untrained()
     else:
         fresh.load_state_dict(values)

@@ -10,14 +10,14 @@ from chatglm_ptuning.model.trained_module import FirstValues, Float32Module
 
 
 class PrefixEncoder(Float32Module, FirstValues):
-    """Makes the keys and values of `pre_seq_len` virtual tokens for every layer.
+    """Computes the keys and values of `pre_seq_len` virtual tokens for every layer.
 
     Without projection it is a table `embedding` `[pre_seq_len, kv_size]`, where
     `kv_size = num_layers * 2 * multi_query_group_num * kv_channels`. With projection, the table goes through
     `Linear(kv_size, hidden_size) -> tanh -> Linear(hidden_size, kv_size)` (`trans.0`, `trans.2`). Parameter names,
     shapes and results are those of the official ChatGLM2-6B code (`modeling_chatglm.py`, class PrefixEncoder).
 
-    The parameters stay in float32 whatever the type of the base is, also through `model.half()` and `model.to(dtype)`.
+    The parameters stay in float32 for a base of any dtype, also after `model.half()` and `model.to(dtype)`.
 
     Raises:
         ValueError: if `config.pre_seq_len` is None or 0.
@@ -42,7 +42,7 @@ class PrefixEncoder(Float32Module, FirstValues):
     def forward(self, prefix: torch.Tensor | None = None) -> torch.Tensor:
         """Returns the prefix in float32, `[pre_seq_len, kv_size]`.
 
-        Autocast is switched off: a prefix rounded to 16 bits learns badly.
+        Autocast is off: a prefix that is rounded to 16 bits learns badly.
 
         Args:
             prefix: indices of virtual tokens, int64 `[...]`, for a result of `[..., kv_size]` as in the official code.
@@ -62,7 +62,7 @@ class PrefixEncoder(Float32Module, FirstValues):
         return self().view(self.pre_seq_len, *self.kv_shape)
 
     def saved_parameters(self) -> dict[str, torch.Tensor]:
-        """What a prefix checkpoint holds: all parameters by their names."""
+        """The content of a prefix checkpoint: all parameters by their names."""
         return self.state_dict()
 
     @torch.no_grad()
@@ -76,7 +76,7 @@ class PrefixEncoder(Float32Module, FirstValues):
             key_values: `[pre_seq_len, num_layers * 2, groups, kv_channels]`.
 
         Raises:
-            ValueError: if the shape is another one.
+            ValueError: if the shape differs.
         """
         expected = (self.pre_seq_len, *self.kv_shape)
         if tuple(key_values.shape) != expected:

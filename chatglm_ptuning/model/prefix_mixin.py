@@ -17,7 +17,7 @@ from chatglm_ptuning.model.trained_module import FirstValues
 from chatglm_ptuning.model.virtual_tokens import key_values_before
 from chatglm_ptuning.model.zero3 import gathered, gathering_modules, is_partitioned, whole_shape
 from chatglm_ptuning.prefix.bank import TRAINABLE_PREFIX, LoadedPrefix, PrefixBank
-from chatglm_ptuning.prefix.batch import PrefixArgument, PrefixBatch, PrefixSelection, RowDropout, assemble
+from chatglm_ptuning.prefix.batch import PrefixArgument, PrefixBatch, PrefixSelection, assemble
 from chatglm_ptuning.prefix.checkpoint import PrefixCheckpoint, PrefixMetadata, has_projection
 from chatglm_ptuning.prefix.fit import check_base, check_heads
 from chatglm_ptuning.prefix.formats import kit, read_prefix
@@ -112,17 +112,12 @@ class PrefixMixin:
         rows = states.shape[0]
         if not isinstance(prefix, PrefixBatch):
             rate = self.config.prefix_dropout if self.training and self._trainable is not None else 0.0
-            row_dropout = RowDropout(TRAINABLE_PREFIX, rate, rows) if rate else None
-            prefix = self._make_batch(self._selection(prefix), states.device, states.dtype, row_dropout)
+            prefix = self._make_batch(self._selection(prefix), states.device, states.dtype, rate, rows)
         prefix.check_rows(rows)
         return prefix
 
     def _make_batch(
-        self,
-        selection: PrefixSelection,
-        device: torch.device,
-        dtype: torch.dtype,
-        row_dropout: RowDropout | None = None,
+        self, selection: PrefixSelection, device: torch.device, dtype: torch.dtype, rate: float = 0.0, rows: int = 0
     ) -> PrefixBatch:
         bank, prefixes = self._bank, {}
         for name in _distinct(selection):
@@ -131,7 +126,7 @@ class PrefixMixin:
             else:
                 prefixes[name] = bank.key_values(name, device, dtype)
         heads = {name: value.to(device) for name, value in self._loaded_heads(selection).items()}
-        batch = assemble(selection, prefixes, bank.versions, heads, row_dropout)
+        batch = assemble(selection, prefixes, bank.versions, heads, rate, rows)
         devices = layer_devices(self.base_model.encoder.layers)
         return batch if devices is None else batch.spread(devices)
 

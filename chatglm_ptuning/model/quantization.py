@@ -26,13 +26,13 @@ def check_quantization(bits: int | None, quantization_type: str) -> None:
 def quantization_settings(
     bits: int | None, dtype: torch.dtype, quantization_type: str = "nf4"
 ) -> BitsAndBytesConfig | None:
-    """Settings of bitsandbytes for a base in 8 bits, or in 4 with double quantisation; None for neither.
+    """Settings of bitsandbytes for a base in 8 bits, or in 4 bits with double quantisation; None for no quantisation.
 
-    The prefix, a head and the output layer keep their precision.
+    The prefix, a head and the output layer are not quantised.
 
     Args:
         dtype: of the computation with 4-bit weights.
-        quantization_type: the 4-bit numbers, "nf4" or "fp4".
+        quantization_type: type of the 4-bit numbers, "nf4" or "fp4".
 
     Raises:
         ValueError: if bits is not None, 0, 4 or 8, or the type is unknown.
@@ -57,15 +57,15 @@ def quantization_settings(
 
 
 def _is_no_cast_notice(record: logging.LogRecord) -> bool:
-    # bitsandbytes says at every layer of every step that 8-bit products are computed in float16.
+    # bitsandbytes logs at every layer of every step that 8-bit products are computed in float16.
     return "inputs will be cast" not in record.getMessage()
 
 
 def keep_layout(model: torch.nn.Module) -> None:
-    """Has bitsandbytes leave the layout of its 4-bit weights alone, so that every CPU computes the same.
+    """Makes bitsandbytes keep the layout of its 4-bit weights, so that every CPU computes the same.
 
-    On CPUs with AVX512-BF16 it would re-order them at the first inference: from then on they give no gradients, a
-    float32 model computes in bfloat16, and shapes that are no multiples of its blocks fail.
+    On CPUs with AVX512-BF16 it would re-order them at the first inference. They would then give no gradients, a
+    float32 model would compute in bfloat16, and shapes that are not multiples of its blocks would fail.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -1,10 +1,10 @@
-"""What makes rendering a jinja chat template to ids safe.
+"""Keeps special tokens in a user's text ordinary text when a jinja chat template is rendered to ids.
 
-A rendered chat is one string, in which a user who writes `<|user|>` looks like the template itself. While a chat is
-rendered for its ids, `RenderGuard` therefore breaks up every special token that the caller's strings spell, by a
-random mark drawn for this one call. What then still spells a token was written by the template; the marks are taken
-out again afterwards. Any Unicode text comes through unchanged, and nothing can be forged without guessing the mark.
-The templates themselves write plain spellings, so that other programs can render them too.
+A rendered chat is one string, in which a user's `<|user|>` looks like one of the template. `RenderGuard` therefore
+inserts a random mark, drawn for each call, into every special token that the caller's strings spell. The special tokens
+in the rendered text are then those of the template, and the marks are removed afterwards. Any Unicode text is
+preserved, and a token cannot be forged without guessing the mark. The templates themselves spell special tokens
+plainly, so that other programs can render them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from chatglm_ptuning.model.vocabulary import Vocabulary
 
 
 class RenderGuard:
-    """Tells the tokens that a template writes from those that the caller's text spells, for one rendering.
+    """Distinguishes the special tokens of a template from those that the caller's text spells, for one rendering.
 
-    `segment_cut` is given to the template, which writes it where the text is to be encoded in two parts.
+    The template writes `segment_cut` where the text is encoded in two parts.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -36,7 +36,7 @@ class RenderGuard:
         """A copy of messages, tools or other template inputs in which no string spells a special token.
 
         Raises:
-            TypeError: on a value that is not of JSON's types, whose text could not be seen here.
+            TypeError: for a value that is not of JSON's types, whose text cannot be checked.
         """
         if value is None or isinstance(value, (bool, int, float)):
             return value
@@ -50,10 +50,10 @@ class RenderGuard:
             return self.protect(value.messages)
         if callable(value):
             return self.protect(get_json_schema(value))
-        raise TypeError(f"A chat is made of strings, numbers, lists and mappings; {value!r} is a {type(value)}.")
+        raise TypeError(f"A chat must consist of strings, numbers, lists and mappings; {value!r} is a {type(value)}.")
 
     def parts(self, rendered: str) -> Iterator[tuple[str, bool]]:
-        """The rendered text in order, as pairs of a string and whether it is a special token."""
+        """The parts of the rendered text in order, each with whether it is a special token."""
         for segment in rendered.split(self.segment_cut):
             for index, part in enumerate(self._written_by_template.split(segment)):
                 is_special = index % 2 == 1

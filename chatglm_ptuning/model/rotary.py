@@ -1,4 +1,4 @@
-"""Cosines and sines of the tokens' positions."""
+"""Rotary position embedding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tokenizer of the family for transformers: text through its vocabulary, special tokens by id only."""
+"""The tokenizer of the family for transformers; text never becomes a special token."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from chatglm_ptuning.model.vocabulary import open_vocabulary
 
 logger = logging.get_logger(__name__)
 
-# Written by the official folders and by earlier versions of transformers; nothing here depends on them.
+# Fields in official folders and of earlier versions of transformers that have no effect here.
 _UNUSED_SETTINGS = ("auto_map", "do_lower_case", "remove_space", "encode_special_tokens", "additional_special_tokens",
                     "extra_special_tokens", "is_local", "local_files_only", "model_specific_special_tokens",
                     "image_size")  # fmt: skip
@@ -32,24 +32,23 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     """Tokenizer of the whole family, with the official ids: ChatGLM2-6B, ChatGLM3-6B, CodeGeeX2-6B and chatglm-nano
     (sentencepiece), GLM-4-9B and CodeGeeX4-ALL-9B (byte pairs).
 
-    Every sequence starts with `[gMASK] sop` (`[gMASK] <sop>`), a pair ends in eos: `</s>`, or `<|endoftext|>`. Padding
-    is `<unk>`, or `<|endoftext|>`, on the left, with position ids 0 on it and 0, 1, 2, ... on the tokens. A special
-    token comes from its id or from a chat template, never from text: "<|user|>" is text of eight characters. One thing
-    of a text is lost with sentencepiece, as with the official tokenizer: it writes spaces as U+2581, so that a U+2581
-    in the text is read back as a space.
+    Every sequence starts with `[gMASK] sop` (`[gMASK] <sop>`); a pair ends with eos: `</s>` or `<|endoftext|>`. Padding
+    is `<unk>` or `<|endoftext|>`, on the left, with position ids 0 on it and 0, 1, 2, ... on the tokens. A special
+    token comes from its id or from a chat template, never from text: "<|user|>" is text of eight characters. As in the
+    official tokenizer, sentencepiece writes spaces as U+2581, so that a U+2581 in the text is decoded to a space.
 
     Args:
         vocab_file: the `tokenizer.model`.
-        tokenizer_file: a `tokenizer.json` to read GLM-4's vocabulary from where there is no `tokenizer.model`.
-        chat_format: the name of one of `CHAT_FORMATS`; where not given, it is recognised by the files beside the
-            vocabulary (`recognise_chat_format`).
+        tokenizer_file: a `tokenizer.json` with GLM-4's vocabulary, used if there is no `tokenizer.model`.
+        chat_format: the name of one of `CHAT_FORMATS`; by default it is recognised by the files beside the vocabulary
+            (`recognise_chat_format`).
         chat_template: a jinja template to use instead of the format's own.
         special_token_ids: special tokens to ids of a GLM-4 vocabulary, as `save_pretrained` writes them.
-        added_tokens_decoder: the same in the form of the official files.
+        added_tokens_decoder: the same in the format of the official files.
         kwargs: settings of transformers' tokenizers (`padding_side`, `model_max_length`, ...).
 
     Raises:
-        ValueError: if the vocabulary is missing, damaged or of another family, or cannot write the chat format.
+        ValueError: if the vocabulary is missing, damaged or of another family, or does not support the chat format.
     """
 
     vocab_files_names: ClassVar[dict[str, str]] = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}
@@ -77,14 +76,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         beside = FolderSettings(folder)
         chat_format = chat_format or beside.chat_format
         if chat_format is None:
-            locations = [origin, str(folder)]
-            chat_format = recognise_chat_format(
-                self.vocabulary, chat_template or beside.template, locations, beside.names
-            )
+            template = chat_template or next(iter(beside.templates), None)
+            chat_format = recognise_chat_format(self.vocabulary, template, [origin, str(folder)], beside.names)
         self._chat = self._format_called(chat_format)
-        # A template of the folder stays if it was saved together with this format. An official folder's has told its
-        # format and gives way to ours, which also says where the text is cut into pieces. One by the caller stays.
-        if beside.has_template(chat_template) and beside.chat_format != chat_format:
+        # The caller's template is used, and one that was saved with this format. The template of an official folder is
+        # replaced by ours, which also marks where the text is encoded in two parts.
+        if chat_template in beside.templates and beside.chat_format != chat_format:
             chat_template = None
         if special_ids:
             kwargs["special_token_ids"] = self.vocabulary.special_ids
@@ -110,8 +107,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     @property
     def chat_format(self) -> str:
-        """The name of the chat format: `chatglm2` (numbered rounds in one text), `chatglm3`, `glm4` (role tokens) or
-        `base` (no chat, plain text).
+        """The name of the chat format: `chatglm2`, `chatglm3`, `glm4` or `base` (plain text).
 
         Setting it sets the chat template.
         """
@@ -124,7 +120,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     @property
     def chat(self) -> ChatFormat:
-        """The chat format, which writes conversations as ids and reads answers."""
+        """The chat format, which encodes conversations and decodes answers."""
         return self._chat
 
     def _format_called(self, chat_format: str) -> ChatFormat:
@@ -147,7 +143,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return len(self.vocabulary)
 
     def get_vocab(self) -> dict[str, int]:
-        """Tokens to ids; a piece spelled like a special token gives way to it."""
+        """Tokens to ids; a special token replaces a piece that is spelled like it."""
         tokens = ((self.vocabulary.token(index), index) for index in range(len(self.vocabulary)))
         return {token: index for token, index in tokens if token}
 
@@ -157,7 +153,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return list(self._chat.start_ids)
 
     def get_command(self, token: str) -> int:
-        """The id of a special token, or of `<bos>`, `<eos>`, `<unk>` or `<pad>`; the official name for it.
+        """The id of a special token, or of `<bos>`, `<eos>`, `<unk>` or `<pad>`; an official method.
 
         Raises:
             ValueError: if there is no such token.
@@ -170,7 +166,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return ids[token]
 
     def _add_tokens(self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False) -> int:
-        # transformers would look for added tokens in all text, and so turn a user's text into special tokens.
+        # transformers would search all text for added tokens, and so turn a user's text into special tokens.
         unknown = [str(token) for token in new_tokens if str(token) not in self.vocabulary]
         if unknown:
             raise ValueError(
@@ -186,11 +182,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self.vocabulary.token(index)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
-        """Writes `tokenizer.model` into a folder, also where the vocabulary came from a tokenizer.json.
-
-        Returns:
-            the path written.
-        """
+        """Writes `tokenizer.model` into a folder, also for a vocabulary from a tokenizer.json; returns its path."""
         name = self.vocab_files_names["vocab_file"]
         target = Path(save_directory, f"{filename_prefix}-{name}" if filename_prefix else name)
         content = self.vocabulary.content()
@@ -201,8 +193,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     # Text to ids
 
     def tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        """The pieces of a text. To get ids, call the tokenizer: a piece may be spelled like a special token, which is
-        what `convert_tokens_to_ids` then takes it for.
+        """The pieces of a text. For ids call the tokenizer: a piece may be spelled like a special token, and
+        `convert_tokens_to_ids` then returns the id of that.
         """
         return self.vocabulary.split(text)
 
@@ -216,7 +208,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def get_special_tokens_mask(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
     ) -> list[int]:
-        """1 for a special token and 0 for any other, for the sequence that `build_inputs_with_special_tokens` gives."""
+        """1 for a special token, else 0, for the sequence of `build_inputs_with_special_tokens`."""
         if already_has_special_tokens:
             return super().get_special_tokens_mask(token_ids_0, token_ids_1, already_has_special_tokens=True)
         mask = [1, 1] + [0] * len(token_ids_0)
@@ -272,12 +264,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def _row_offsets(
         self, first: Any, second: Any, is_split_into_words: bool, kwargs: Mapping[str, Any]
     ) -> list[tuple[int, int]]:
-        """The offsets of a row's ids after truncation; (0, 0) for a special token, as in transformers."""
+        """Offsets of a row's ids after truncation; (0, 0) for a special token, as in transformers."""
         spans = self._to_offsets(first, is_split_into_words)
         middle = len(spans)
         if second is not None:
             spans += self._to_offsets(second, is_split_into_words)
-        # Special tokens and truncation are put on by number: negative ids, which no token has, come back in place.
+        # Negative ids stand for the places of tokens, to follow them through truncation and special tokens.
         stand_ins = [-1 - place for place in range(len(spans))]
         settings = {name: kwargs[name] for name in ("truncation", "max_length", "add_special_tokens") if name in kwargs}
         row = self.prepare_for_model(stand_ins[:middle], None if second is None else stand_ins[middle:], **settings)
@@ -288,7 +280,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             return self.vocabulary.offsets(text)
         if is_split_into_words and all(isinstance(word, str) for word in text):
             return [span for word in text for span in self.vocabulary.offsets(word)]
-        raise ValueError(f"return_offsets_mapping needs texts; {text!r} has no characters to point at.")
+        raise ValueError(f"return_offsets_mapping needs texts; {text!r} has no characters.")
 
     def _to_ids(self, text: Any, is_split_into_words: bool) -> list[int]:
         if isinstance(text, str):
@@ -337,47 +329,47 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     # Chats
 
     def build_prompt(self, query: str, history: Sequence[tuple[str, str]] | None = None) -> str:
-        """The text of a chat in ChatGLM2's form, up to and including the last `答：`.
+        """The text of a chat in ChatGLM2's format, up to the last `答：`.
 
         Args:
-            query: what is asked now.
+            query: the new question.
             history: earlier rounds, each a pair of question and answer.
 
         Raises:
-            ValueError: if a round is not a pair of strings, naming it.
+            ValueError: naming a round that is not a pair of strings.
         """
         messages = map(Message.from_dict, message_history(pair_history(history or (), ChatGLM2Rounds.name)))
         return ChatGLM2Rounds(self.vocabulary).prompt_text([*messages, Message("user", query)])
 
     def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
-        """The ids of a message in ChatGLM3's and GLM-4's form: `<|role|>`, metadata and newline, the content.
+        """The ids of a message in ChatGLM3's or GLM-4's format: `<|role|>`, metadata and newline, the content.
 
         Raises:
-            ValueError: if the role is none of system, user, assistant and observation.
+            ValueError: if the role is not system, user, assistant or observation.
         """
         return self._role_format().encode_message(Message(role, message, metadata))
 
     def build_chat_input(
         self, query: str, history: Sequence[Mapping[str, Any]] | None = None, role: str = "user"
     ) -> BatchEncoding:
-        """A chat in ChatGLM3's form, with GLM-4's vocabulary in GLM-4's, to be continued after `<|assistant|>`.
+        """A chat in ChatGLM3's format (or GLM-4's, with its vocabulary) that ends with `<|assistant|>`.
 
         Args:
             query: the newest message.
-            history: earlier messages with `role`, `content` and, where they have them, `metadata` and (system) `tools`.
-            role: of the newest message; "observation" for a tool's output.
+            history: earlier messages with `role`, `content` and optionally `metadata` and (system) `tools`.
+            role: role of the newest message; "observation" for a tool's output.
 
         Returns:
             `input_ids`, `attention_mask` and `position_ids`, each a tensor `[1, seq_len]`.
 
         Raises:
-            ValueError: for an unknown role, and for an entry of the history that is no message, naming it.
+            ValueError: for an unknown role, and naming an entry of the history that is not a message.
         """
         ids = ChatTurn(self._role_format(), query, history, role).input_ids()
         return self([ids], add_special_tokens=False, return_tensors="pt")
 
     def _role_format(self) -> RoleFormat:
-        """The format with roles that the vocabulary can write, whatever the base was taught."""
+        """The format with roles that the vocabulary supports, whatever the format of the base is."""
         known = formats_of(self.vocabulary).values()
         return next(found for found in known if issubclass(found, RoleFormat))(self.vocabulary)
 
@@ -400,20 +392,19 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         tokenizer_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Renders one chat or a batch of them, to ids (the ones of `build_chat_input` or of `build_prompt`) or to text.
+        """Renders one chat or a batch of chats, to ids (those of `build_chat_input` or `build_prompt`) or to text.
 
         Arguments and results are those of transformers, with two differences. Special tokens that messages and tools
-        spell are always ordinary text in the ids, whatever `sanitize_control_tokens` says; a text (`tokenize=False`)
-        cannot tell them apart, so ids should be asked for here and not made from that text. And there is no
-        `return_assistant_tokens_mask`.
+        spell are always ordinary text in the ids, for any `sanitize_control_tokens`. (The text of `tokenize=False`
+        cannot distinguish them, so do not encode that text.) And `return_assistant_tokens_mask` is not supported.
 
         Raises:
-            ValueError: on `return_assistant_tokens_mask`, and on arguments that contradict each other.
-            TypeError: on messages or tools that are not of JSON's types.
-            jinja2.TemplateError: on a role that the format does not have, or a message without text.
+            ValueError: for `return_assistant_tokens_mask`, and for contradicting arguments.
+            TypeError: for messages or tools that are not of JSON's types.
+            jinja2.TemplateError: for a role that the format does not have, or a message without text.
         """
         if return_assistant_tokens_mask:
-            raise ValueError("ChatGLMTokenizer has no mask of the assistant's tokens (return_assistant_tokens_mask).")
+            raise ValueError("ChatGLMTokenizer does not support return_assistant_tokens_mask.")
         options = {
             "chat_template": chat_template,
             "add_generation_prompt": add_generation_prompt,
@@ -452,7 +443,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
 
 class ChatGLM4Tokenizer(ChatGLMTokenizer):
-    """The same under the name that GLM-4's official tokenizer_config.json gives, for AutoTokenizer."""
+    """The same by the class name in GLM-4's official tokenizer_config.json, for AutoTokenizer."""
 
 
 def _is_batch(text: Any, is_split_into_words: bool) -> bool:
@@ -464,7 +455,7 @@ def _is_batch(text: Any, is_split_into_words: bool) -> bool:
 
 
 def _is_pair(row: Any, is_split_into_words: bool) -> bool:
-    # A list of two words is one row; two lists of words, or two texts, are a pair.
+    # Two words are one row; two lists of words, or two texts, are a pair.
     kinds = (list, tuple) if is_split_into_words else (str, list, tuple)
     return isinstance(row, (list, tuple)) and len(row) == 2 and all(isinstance(part, kinds) for part in row)
 

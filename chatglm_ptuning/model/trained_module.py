@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -25,9 +24,7 @@ class Float32Module(nn.Module):
 class FirstValues(nn.Module):
     """Remembers a sample of its random initial values, to tell an untrained module from a trained or loaded one."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._untrained: torch.Tensor | None = None
+    _untrained: torch.Tensor | None = None
 
     def mark_untrained(self) -> None:
         """Records the present values as untrained."""

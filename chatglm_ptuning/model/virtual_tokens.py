@@ -1,4 +1,4 @@
-"""Prompt tuning: trained embeddings in front of the input, computed as the prefix that they amount to."""
+"""Prompt tuning: trained embeddings in front of the input, computed as the equivalent prefix."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from chatglm_ptuning.prefix.rotation import rotate_keys
 
 
 def key_values_before(base: PreTrainedModel, inputs_embeds: torch.Tensor) -> torch.Tensor:
-    """The prefix that embeddings in front of the input amount to, for tokens whose positions start at 0 again.
+    """The prefix that is equivalent to embeddings in front of the input, for tokens whose positions start at 0.
 
-    With it, the model gives exactly the logits of the plain base with these embeddings in front: behind a causal base
-    they act on the tokens after them through their keys and values alone, and RoPE is relative. Gradients flow back to
-    them; dropout is off.
+    With it, the model gives exactly the logits of the plain base with these embeddings in front: in a causal model they
+    act on later tokens only through their keys and values, and RoPE is relative. Gradients flow back to the embeddings;
+    dropout is off.
 
     Args:
         base: the ChatGLMModel.
@@ -35,9 +35,9 @@ def key_values_before(base: PreTrainedModel, inputs_embeds: torch.Tensor) -> tor
     cache = DynamicCache(config=config)
     position_ids = positions_from_mask(None, states, None)
     training = [module for module in encoder.modules() if module.training]
-    encoder.eval()  # under checkpointing, layers in training take no cache
+    encoder.eval()  # with gradient checkpointing, layers in training mode take no cache
     try:
-        # In a context of its own: a forward pass around this one may be collecting the layers' outputs.
+        # In its own context: an outer forward pass may be collecting the layers' outputs.
         Context().run(
             encoder,
             states.float() if config.fp32_residual_connection else states,
@@ -56,22 +56,22 @@ def key_values_before(base: PreTrainedModel, inputs_embeds: torch.Tensor) -> tor
 
 
 class VirtualTokens(Float32Module):
-    """Takes the place of a PrefixEncoder where embeddings are trained instead of keys and values.
+    """Replaces a PrefixEncoder where embeddings are trained instead of keys and values.
 
-    They run through the base once for a batch, and their keys and values are its prefix. Results and gradients are
-    those of PEFT's own forward pass, which puts the embeddings in front of every row, while rows, labels and logits
-    keep their length under every head.
+    They run through the base once per batch, and their keys and values are the prefix of the batch. Results and
+    gradients equal those of PEFT's forward pass, which puts the embeddings in front of every row; here rows, labels and
+    logits keep their length under every head.
 
     Args:
         prompt_encoder: PEFT's PromptEmbedding or PromptEncoder: int64 `[1, length]` -> float32
             `[1, length, hidden_size]`. Kept in float32.
         pre_seq_len: its number of virtual tokens.
-        base: the ChatGLMModel whose keys and values they get. It is not a submodule of this one.
+        base: the ChatGLMModel that computes the keys and values. It is not a submodule of this one.
     """
 
     prefix_projection = False
     is_untrained = False
-    """What they start from is no random prefix: words, or what PEFT's PromptEncoder gives."""
+    """Embeddings start from words, or from PEFT's PromptEncoder, not from a random prefix."""
 
     def __init__(self, prompt_encoder: nn.Module, pre_seq_len: int, base: PreTrainedModel) -> None:
         super().__init__()
@@ -91,5 +91,5 @@ class VirtualTokens(Float32Module):
 
     @torch.no_grad()
     def saved_parameters(self) -> dict[str, torch.Tensor]:
-        """What a prefix checkpoint holds: the keys and values, as the table of a PrefixEncoder."""
+        """The content of a prefix checkpoint: the keys and values, as the table of a PrefixEncoder."""
         return {"embedding.weight": self.key_values().flatten(1)}

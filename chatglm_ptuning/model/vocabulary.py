@@ -18,7 +18,8 @@ import tiktoken
 from sentencepiece import SentencePieceProcessor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+from chatglm_ptuning.chat.roles import ROLE_TOKENS
+
 SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", *ROLE_TOKENS)
 """In the order of their ids, which follow the last piece (official file: tokenization_chatglm.py of ChatGLM3-6B)."""
 

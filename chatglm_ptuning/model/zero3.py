@@ -1,7 +1,7 @@
-"""Parameters that DeepSpeed's ZeRO-3 has partitioned among processes: looking at them and using them all the same.
+"""Reads and uses parameters that DeepSpeed's ZeRO-3 has partitioned among processes.
 
-Everything here is collective: where parameters are partitioned, every process must come by in the same order. Where
-they are not, it costs nothing, and DeepSpeed is not imported.
+Where parameters are partitioned, these functions must be called on every rank, in the same order. Otherwise they cost
+nothing, and DeepSpeed is not imported.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ def is_partitioned(parameters: Iterable[torch.Tensor]) -> bool:
 
 
 def whole_shape(parameter: torch.Tensor) -> torch.Size:
-    """The shape of the whole parameter, also where ZeRO-3 has partitioned it."""
+    """The full shape of a parameter, also where ZeRO-3 has partitioned it."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def most_of_processes(model: nn.Module, count: int) -> int:
-    """The largest of the processes' counts, if their model is partitioned; otherwise the own one.
+    """The maximum of `count` over all processes if the model is partitioned; otherwise `count`.
 
-    So often each has to call a module, though it has less to compute than others: a call gathers parameters from all.
+    Every process has to call the modules equally often, also with less data: a call gathers parameters from all.
     """
     if not is_partitioned(model.parameters()):
         return count
@@ -36,10 +36,10 @@ def most_of_processes(model: nn.Module, count: int) -> int:
 
 
 def gathered(parameters: Iterable[torch.Tensor], *, modify: bool = False) -> AbstractContextManager[None]:
-    """Inside, the parameters are whole on every process.
+    """A context that gathers partitioned parameters on every process.
 
     Args:
-        modify: the block changes them; afterwards all processes have the values that process 0 gave them.
+        modify: the block changes the parameters; afterwards all processes have the values of process 0.
     """
     parameters = list(parameters)
     if not is_partitioned(parameters):
@@ -51,9 +51,9 @@ def gathered(parameters: Iterable[torch.Tensor], *, modify: bool = False) -> Abs
 
 @contextmanager
 def gathering_modules(model: nn.Module) -> Iterator[None]:
-    """Inside, a partitioned model can be called before DeepSpeed has made an engine of it.
+    """A context in which a partitioned model can be called without an engine of DeepSpeed.
 
-    Every module's own parameters are whole while it is called and no longer, as under the engine.
+    Every module's own parameters are gathered during its call only, as in the engine.
     """
     open_gatherings: dict[nn.Module, list[AbstractContextManager[None]]] = {}
 

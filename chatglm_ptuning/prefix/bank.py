@@ -1,14 +1,14 @@
-"""Many folded prefixes beside one base, by their names."""
+"""Folded prefixes of one base, by their names."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 TRAINABLE_PREFIX = "default"
-"""The name of the trainable prefix of a model with `pre_seq_len`, and of a loaded one that is given no other."""
+"""The name of the trainable prefix of a model with `pre_seq_len`, and the default name of a loaded one."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class LoadedPrefix:
     Attributes:
         key_values: float32 `[length, num_layers * 2, groups, kv_channels]`.
         heads: parameters of the linear head that was trained beside it, by their full names.
-        trained: False if it was saved with its random first values.
+        trained: False if it was saved untrained.
     """
 
     key_values: torch.Tensor
@@ -30,7 +30,7 @@ class PrefixBank:
     """Prefixes by name, on the CPU. Copies on the device of the computation are made on first use and kept.
 
     Attributes:
-        versions: a number for every name, the trainable prefix's too, that grows with new keys and values, so that
+        versions: a number for every name, including the trainable prefix. It grows with new keys and values, so that
             caches filled under earlier ones are refused.
     """
 
@@ -55,15 +55,15 @@ class PrefixBank:
         self.remove(name)
         heads = {key: value.detach().to("cpu", torch.float32) for key, value in prefix.heads.items()}
         key_values = prefix.key_values.detach().to("cpu", torch.float32)
-        self._prefixes[name] = LoadedPrefix(key_values, heads, prefix.trained)
+        self._prefixes[name] = replace(prefix, key_values=key_values, heads=heads)
         self.mark_changed(name)
 
     def mark_changed(self, name: str) -> None:
-        """Notes that `name` has other keys and values from now on."""
+        """Records that the keys and values of `name` have changed."""
         self.versions[name] = max(self.versions.values(), default=0) + 1
 
     def remove(self, name: str) -> None:
-        """Removes a prefix, if it is there, and frees its copies."""
+        """Removes a prefix, if it exists, and frees its copies."""
         self._prefixes.pop(name, None)
         self._copies = {key: copy for key, copy in self._copies.items() if key[0] != name}
 

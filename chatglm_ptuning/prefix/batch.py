@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import torch
 from torch.nn.functional import dropout, pad
 from transformers.cache_utils import Cache
+
+from chatglm_ptuning.prefix.bank import TRAINABLE_PREFIX
 
 PrefixSelection = str | None | tuple[str | None, ...]
 """A prefix's name for all rows, None for the plain base, or one of these per batch row."""
@@ -16,20 +17,20 @@ PrefixSelection = str | None | tuple[str | None, ...]
 
 @dataclass(frozen=True, eq=False)
 class PrefixBatch:
-    """Keys and values in front of the rows of a batch, with what else belongs to their prefixes.
+    """The prefixes of the rows of a batch: keys, values, lengths, mask and head.
 
     `PrefixBatch()` is the plain base, for any number of rows.
 
     Attributes:
         key_values: for layer `l` the keys `[prefixes, groups, length, kv_channels]` as entry `2 * l` and the values as
-            entry `2 * l + 1`, each on the device of its layer. Prefixes that are shorter than the longest are padded in
-            front. Empty if no row has a prefix.
-        rows: of the batch; None if it serves any number of rows alike.
-        index: the prefix of each row, int64 `[rows]`; None if one prefix serves all rows, or every row has an entry.
+            entry `2 * l + 1`, each on the device of its layer. Shorter prefixes are padded in front to the length of
+            the longest. Empty if no row has a prefix.
+        rows: number of rows; None if the batch fits any number of rows.
+        index: the prefix of each row, int64 `[rows]`; None if all rows have one prefix, or every row has its own entry.
         lengths: virtual tokens of each row; a single entry if `rows` is None.
-        mask: `[rows, length]`, False on the slots that a row with a shorter prefix leaves empty; None if all are used.
-        owner: name and version of each row's prefix, by which a cache knows what it was filled under.
-        heads: parameters of the linear head that was loaded with the prefix, by their full names; empty if none was.
+        mask: `[rows, length]`, False on the padding of shorter prefixes; None without padding.
+        owner: name and version of each row's prefix; a cache records them.
+        heads: parameters of the linear head that was loaded with the prefix, by their full names.
     """
 
     key_values: tuple[torch.Tensor, ...] = ()
@@ -42,12 +43,12 @@ class PrefixBatch:
 
     @property
     def length(self) -> int:
-        """Number of prefix slots in front of every row; 0 for the plain base."""
+        """Number of slots in front of every row; 0 for the plain base."""
         return self.key_values[0].shape[2] if self.key_values else 0
 
     @property
     def names(self) -> list[str]:
-        """The names of the prefixes in use, each once."""
+        """The names of the prefixes, each once."""
         return list(dict.fromkeys(name for name, _ in self.owner if name is not None))
 
     def layer(self, number: int, rows: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -62,25 +63,25 @@ class PrefixBatch:
         return keys, values
 
     def mask_for(self, rows: int, device: torch.device) -> torch.Tensor:
-        """Which slots each row sees, `[rows, length]`, bool."""
+        """The slots that each row sees, `[rows, length]`, bool."""
         if self.mask is None:
             return torch.ones(rows, self.length, dtype=torch.bool, device=device)
         return self.mask.to(device)
 
     def check_rows(self, rows: int) -> None:
-        """Checks that the batch is for so many rows.
+        """Checks the number of rows.
 
         Raises:
-            ValueError: if it is for another number.
+            ValueError: if the batch is for another number.
         """
         if self.rows not in (None, rows):
             raise ValueError(f"There is a prefix for each of {self.rows} rows, but the batch has {rows}.")
 
     def for_rows(self, rows: int) -> PrefixBatch:
-        """The batch for a multiple of its rows, in which those of one row follow each other (beams).
+        """The batch for a multiple of its rows; the copies of one row (its beams) follow each other.
 
         Raises:
-            ValueError: if it is no multiple.
+            ValueError: if `rows` is not a multiple.
         """
         if self.rows in (None, rows):
             return self
@@ -90,7 +91,7 @@ class PrefixBatch:
         return replace(self.select(places.tolist()), owner=self.owner)
 
     def select(self, places: Sequence[int]) -> PrefixBatch:
-        """The batch for some of its rows, in the given order."""
+        """The batch of some of its rows, in the given order."""
         if self.rows is None:
             return self
         chosen = None if self.index is None else torch.tensor(places, device=self.index.device)
@@ -104,14 +105,14 @@ class PrefixBatch:
         )
 
     def spread(self, devices: Sequence[torch.device]) -> PrefixBatch:
-        """The batch for layers on several devices, given that of each layer."""
+        """The batch for layers on several devices, one device per layer."""
         return replace(self, key_values=tuple(entry.to(devices[i // 2]) for i, entry in enumerate(self.key_values)))
 
     def claim(self, cache: Cache) -> None:
-        """Marks a cache as filled under these prefixes; refuses one that was filled under others.
+        """Records in a cache that it was filled under these prefixes.
 
         Raises:
-            ValueError: if the cached tokens have seen another prefix.
+            ValueError: if it was filled under other prefixes.
         """
         if torch.compiler.is_compiling():
             return
@@ -127,15 +128,7 @@ class PrefixBatch:
 
 
 PrefixArgument = PrefixBatch | str | Sequence[str | None] | None
-"""What `forward` and `generate` take as `prefix`: a batch, a name, or a name or None per row; None: the selected."""
-
-
-class RowDropout(NamedTuple):
-    """Dropout on one of the prefixes, drawn anew for each of so many rows (as in the official code)."""
-
-    name: str
-    rate: float
-    rows: int
+"""The argument `prefix` of `forward` and `generate`: a batch, a name, a name or None per row; None: the selected."""
 
 
 def assemble(
@@ -143,13 +136,15 @@ def assemble(
     prefixes: Mapping[str, torch.Tensor],
     versions: Mapping[str, int],
     heads: Mapping[str, torch.Tensor],
-    row_dropout: RowDropout | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rows: int = 0,
 ) -> PrefixBatch:
-    """Makes a batch of prefixes by their names.
+    """Makes the batch of the selected prefixes.
 
     Args:
-        prefixes: each selected one, `[num_layers * 2, groups, length, kv_channels]`.
-        versions: of the prefixes; 0 where there is none.
+        prefixes: every selected prefix by its name, `[num_layers * 2, groups, length, kv_channels]`.
+        versions: versions of the prefixes; 0 for a name without one.
+        dropout_rate: dropout on the trainable prefix, drawn for each of `dropout_rows` (as in the official code).
     """
     names = selection if isinstance(selection, tuple) else (selection,)
     rows = len(names) if isinstance(selection, tuple) else None
@@ -166,9 +161,15 @@ def assemble(
         if min(lengths) < length:
             mask = torch.arange(length, device=device) >= length - torch.tensor(lengths, device=device)[:, None]
     stacked = _stack(list(prefixes.values()), length)
-    if row_dropout is not None and row_dropout.name in used:
-        stacked = _drop(stacked, index, used.index(row_dropout.name), row_dropout)
-        index = None  # every row has an entry now
+    if dropout_rate and TRAINABLE_PREFIX in used:
+        # Every row gets its own entry: stacked prefixes become `[num_layers * 2, rows, ...]`.
+        if index is None:
+            stacked = dropout(stacked.expand(-1, dropout_rows, -1, -1, -1), dropout_rate)
+        else:
+            stacked = stacked.index_select(1, index)
+            dropped = (index == used.index(TRAINABLE_PREFIX))[:, None, None, None]
+            stacked = torch.where(dropped, dropout(stacked, dropout_rate), stacked)
+        index = None
     return PrefixBatch(stacked.unbind(0), rows, index, lengths, mask, owner, heads)
 
 
@@ -177,15 +178,6 @@ def _stack(prefixes: Sequence[torch.Tensor], length: int) -> torch.Tensor:
     if len(prefixes) == 1:
         return prefixes[0].unsqueeze(1)
     return torch.stack([pad(prefix, (0, 0, length - prefix.shape[2], 0)) for prefix in prefixes], dim=1)
-
-
-def _drop(stacked: torch.Tensor, index: torch.Tensor | None, place: int, row_dropout: RowDropout) -> torch.Tensor:
-    """Stacked prefixes -> one for each row, `[num_layers * 2, rows, ...]`, with dropout on the prefix at `place`."""
-    if index is None:
-        return dropout(stacked.expand(-1, row_dropout.rows, -1, -1, -1), row_dropout.rate)
-    of_rows = stacked.index_select(1, index)
-    dropped = (index == place)[:, None, None, None]
-    return torch.where(dropped, dropout(of_rows, row_dropout.rate), of_rows)
 
 
 def _spell(owner: tuple[tuple[str | None, int], ...]) -> str:

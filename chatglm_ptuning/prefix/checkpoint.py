@@ -1,4 +1,4 @@
-"""A prefix as it was read from a checkpoint of any format, and what is recorded about it."""
+"""A prefix checkpoint of any format in memory: its tensors and its metadata."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ HEADS_KEY = "heads."
 
 @dataclass(frozen=True)
 class PrefixMetadata:
-    """What `prefix_config.json` says of a prefix.
+    """The content of `prefix_config.json`.
 
     Attributes:
-        base_fingerprint: see `fingerprint_of`; None if the base is not known (the official format and PEFT's).
-        chat_format: the tokenizer's, of the training data.
+        base_fingerprint: see `fingerprint_of`; None if the base is unknown (the official format and PEFT's).
+        chat_format: chat format of the training data.
         task: what it was trained for, in the user's words.
         training: a summary of the training run.
-        head: the name of the head trained beside it (`sequence_classification`, ...); None for the language model.
-        labels: what the head's outputs stand for, in their order.
-        tasks: of a prefix that several tasks share, each task's `head` and `labels` by its name.
-        trained: False if it was saved with its random first values.
+        head: kind of the head trained beside it (`sequence_classification`, ...); None for the language model.
+        labels: labels of the head's outputs, in their order.
+        tasks: if several tasks share the prefix, each task's `head` and `labels` by its name.
+        trained: False if it was saved untrained.
     """
 
     pre_seq_len: int
@@ -56,10 +56,10 @@ class PrefixMetadata:
         shape: PrefixShape,
         base_model_name: str | None = None,
     ) -> PrefixMetadata:
-        """What the parameters themselves say, for formats that record nothing else.
+        """The metadata that follow from the parameters, for formats that record no others.
 
         Raises:
-            ValueError: naming the file, if they are incomplete or do not fit the base.
+            ValueError: naming the file, if the parameters are incomplete or do not fit the base.
         """
         pre_seq_len, kv_size = embedding_of(parameters, source).shape
         if kv_size != shape.kv_size:
@@ -76,7 +76,7 @@ class PrefixMetadata:
         return PrefixShape(self.num_layers, self.multi_query_group_num, self.kv_channels)
 
     def of_task(self, task: str) -> PrefixMetadata:
-        """The metadata for one of the tasks that share the prefix; unchanged for any other task."""
+        """The metadata for one of the tasks that share the prefix; unchanged if no such task does."""
         if task not in self.tasks:
             return self
         return replace(self, task=task, head=self.tasks[task]["head"], labels=self.tasks[task].get("labels"))
@@ -84,15 +84,15 @@ class PrefixMetadata:
 
 @dataclass(frozen=True)
 class PrefixCheckpoint:
-    """A prefix in this kit's convention: its keys serve tokens whose positions start at 0.
+    """A prefix in this kit's convention: its keys are for tokens whose positions start at 0.
 
     Attributes:
-        source: the file that holds the weights, for messages.
-        parameters: the prefix encoder's parameters under their names in it (`embedding.weight`, `trans.0.weight`, ...).
-        heads: parameters trained beside the prefix (classification heads) under their full names.
+        source: the file with the weights, for messages.
+        parameters: the prefix encoder's parameters by their names in it (`embedding.weight`, `trans.0.weight`, ...).
+        heads: parameters of the heads trained beside the prefix, by their full names.
 
     Raises:
-        ValueError: naming the file, if the prefix has numbers that are not finite.
+        ValueError: naming the file, if a parameter has NaN or infinite numbers.
     """
 
     source: Path
@@ -103,13 +103,13 @@ class PrefixCheckpoint:
     def __post_init__(self) -> None:
         for name, value in self.parameters.items():
             if not torch.isfinite(value).all():
-                raise ValueError(f"{self.source}: {name} holds numbers that are not finite; its training has diverged.")
+                raise ValueError(f"{self.source}: {name} has numbers that are not finite; its training has diverged.")
 
     def of_task(self, task: str, head_name: str) -> PrefixCheckpoint:
         """The prefix with the head of one of the tasks that share it; unchanged for a prefix of one task.
 
         Args:
-            head_name: of the head in the model that is to get it.
+            head_name: name of the head in the model.
         """
         if not self.metadata.tasks:
             return self

@@ -1,4 +1,4 @@
-"""Recognising the base that a prefix was trained on."""
+"""Fingerprints of bases, by which a prefix recognises the base that it was trained on."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ _NUMBERS_PER_TENSOR = 16
 # Squared difference over the sum of squares: about 0.02 for rounding to 4 bits, 1 for unrelated weights.
 _QUANTIZED_TOLERANCE = 0.25
 FINGERPRINT_FIELDS = frozenset({"shape", "sample_sha256", "sample"})
-"""What a fingerprint holds."""
+"""The fields that every fingerprint has."""
 
 
 def fingerprint_of(
     shape: Mapping[str, Any], names: Iterable[str], read_weight: Callable[[str], tuple[torch.Tensor | None, bool]]
 ) -> dict[str, Any]:
-    """Shape fields, and for a sample of the weights their numbers and a SHA-256 over them.
+    """Shape fields, a sample of the weights, and a SHA-256 over the sample.
 
-    The sample takes evenly spaced numbers of every named weight. The hash is over bfloat16 bytes; the numbers stand
-    beside it because loading in another precision may round a few of them the other way. Which weights were quantised
-    is recorded: their numbers are near the true ones only.
+    The sample takes evenly spaced numbers of every named weight, in bfloat16. The numbers are kept beside the hash
+    because loading in another precision may round a few of them differently. Names of quantised weights are recorded:
+    their numbers are approximate.
 
     Args:
-        shape: fields that two bases must have in common.
-        names: of the weights.
-        read_weight: gives a weight by its name, or None if it cannot be had, which leaves it out; and whether it is
-            exact.
+        shape: fields that must be equal in two bases.
+        names: names of the weights.
+        read_weight: returns a weight by its name, or None if this process does not have it (it is then left out); and
+            whether the weight has its full precision.
     """
     sample, quantized = {}, []
     for name in names:
@@ -49,10 +49,10 @@ def fingerprint_of(
 
 
 def difference(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> str | None:
-    """Says in what two fingerprints differ; None if they are of the same base, quantised or not.
+    """How two fingerprints differ; None if they are of the same base, quantised or not.
 
-    Weights that were quantised on either side are compared together and coarsely: 4 bits move a weight by a tenth or
-    two of the usual size, the weights of another base have nothing to do with these.
+    Weights that were quantised on either side are compared together and coarsely: 4 bits change a weight by 10 to 20 %
+    of the usual size, while the weights of another base are unrelated.
     """
     for name, value in recorded["shape"].items():
         if present["shape"].get(name) != value:

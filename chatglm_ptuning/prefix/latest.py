@@ -1,4 +1,4 @@
-"""Finding the prefix that was trained last."""
+"""Finds the newest trained prefix."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ RUNS_FOLDER_VARIABLE = "CHATGLM_PTUNING_OUTPUT"
 
 
 def runs_folder() -> Path:
-    """Where training runs are kept: the folder that $CHATGLM_PTUNING_OUTPUT names (the scripts set it), or `output`."""
+    """The folder of training runs: $CHATGLM_PTUNING_OUTPUT (set by the scripts), or `output`."""
     return Path(os.environ.get(RUNS_FOLDER_VARIABLE) or "output")
 
 
 def find_latest_prefix(root: str | PathLike[str] = "output") -> Path | None:
-    """The folder of the newest complete prefix under a folder of runs; None if there is none.
+    """The folder of the newest complete prefix in a folder of runs; None if there is none.
 
-    Looked for in every `root/RUN`, and where that holds none, in every `root/RUN/FOLDER` (its checkpoints). The newest
-    is the one whose `prefix_config.json`, which is written last, was written last.
+    A prefix is searched in every `root/RUN`, and if there is none, in every `root/RUN/FOLDER` (its checkpoints). The
+    newest is the one with the newest `prefix_config.json`, which is written last.
     """
     found: list[tuple[int, Path]] = []
     for run in _folders(Path(root)):
@@ -34,7 +34,7 @@ def _folders(parent: Path) -> list[Path]:
 
 
 def _written(folder: Path) -> int | None:
-    """When the prefix in a folder was completed, in nanoseconds; None if there is no complete one."""
+    """Modification time of the prefix in a folder, in nanoseconds; None if there is no complete one."""
     try:
         weights, metadata = (folder / WEIGHTS_FILE).stat(), (folder / METADATA_FILE).stat()
     except OSError:  # missing, or removed by a running training

@@ -1,4 +1,4 @@
-"""Rotary positions of the ChatGLM family, half of each head in interleaved pairs, and moving a prefix by them."""
+"""Rotary positions of the ChatGLM family (half of each head, in interleaved pairs), and rotating a prefix by them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from chatglm_ptuning.prefix.shape import PrefixShape
 
 
 def rotary_frequencies(channels: int, base: float) -> torch.Tensor:
-    """Radians per position of each pair, float32 `[channels // 2]`, for so many rotated channels."""
+    """Radians per position of each pair of the rotated channels, float32 `[channels // 2]`."""
     return 1.0 / base ** (torch.arange(0, channels, 2, dtype=torch.float32) / channels)
 
 
@@ -27,10 +27,10 @@ def apply_rotary_pos_emb(states: torch.Tensor, cos: torch.Tensor, sin: torch.Ten
 
 
 def rotate_keys(key_values: torch.Tensor, positions: int, shape: PrefixShape) -> torch.Tensor:
-    """Rotates the keys of a prefix by a number of positions, so that it serves tokens that start that much later.
+    """Rotates the keys of a prefix by a number of positions, for tokens whose positions start that much later.
 
-    RoPE is relative. So a prefix for tokens whose positions start at `n` serves tokens whose positions start at 0 after
-    a rotation by `-n`, exactly.
+    RoPE is relative. So a prefix for tokens whose positions start at `n`, rotated by `-n`, is exactly equivalent for
+    tokens whose positions start at 0.
 
     Args:
         key_values: `[length, num_layers * 2, groups, kv_channels]`; the even slices of the second axis are keys.

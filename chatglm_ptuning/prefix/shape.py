@@ -1,4 +1,4 @@
-"""What a prefix needs to know of its base."""
+"""Sizes of a base that a prefix has to fit."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PrefixShape:
-    """Sizes of the keys and values that a base takes as a prefix, and how it rotates keys by their positions.
+    """Sizes of a prefix's keys and values, and the parameters of the base's rotary positions.
 
     Attributes:
         multi_query_group_num: key/value groups of a layer.
-        kv_channels: numbers of one key or value.
-        rope_base: of the rotary frequencies.
-        position_scale: by which positions are divided before they are rotated.
+        kv_channels: size of one key or value.
+        rope_base: base of the rotary frequencies.
+        position_scale: divides positions before the rotation.
     """
 
     num_layers: int
@@ -29,10 +29,10 @@ class PrefixShape:
 
     @property
     def per_token(self) -> tuple[int, int, int]:
-        """Axes of one virtual token, `(num_layers * 2, groups, kv_channels)`: a layer's keys, then its values."""
+        """Shape of one virtual token, `(num_layers * 2, groups, kv_channels)`: a layer's keys, then its values."""
         return self.num_layers * 2, self.multi_query_group_num, self.kv_channels
 
     @property
     def kv_size(self) -> int:
-        """Numbers of one virtual token."""
+        """Size of one virtual token."""
         return self.num_layers * 2 * self.multi_query_group_num * self.kv_channels

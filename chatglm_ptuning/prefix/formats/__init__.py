@@ -1,7 +1,7 @@
-"""The formats of prefix checkpoints, side by side, and which of them a path has.
+"""The formats of prefix checkpoints, and detecting the format of a path.
 
-A format is a module with `FILES` (what it looks for, for messages), `holds(path) -> bool` and
-`read(path, shape) -> PrefixCheckpoint`; this kit's own also has `write`.
+A format is a module with `FILES` (its files, for messages), `holds(path) -> bool` and
+`read(path, shape) -> PrefixCheckpoint`; this kit's own format also has `write`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from chatglm_ptuning.prefix.formats import kit, official, peft
 from chatglm_ptuning.prefix.shape import PrefixShape
 
 FORMATS = {"kit": kit, "PEFT": peft, "official": official}
-"""In the order in which they are tried: prompt tuning leaves the first two in one folder, the last takes any file."""
+"""In the order of detection: prompt tuning writes the first two into one folder, the last accepts any file."""
 _CHECKPOINT_FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
 def detect_format(path: str | PathLike[str]) -> tuple[str, Path]:
-    """The format of a prefix, a key of FORMATS, and where the prefix is.
+    """The format of a prefix, a key of FORMATS, and the path of the prefix.
 
     Args:
-        path: a folder or file in one of the formats. Of a folder that holds only `checkpoint-N` folders, the prefix is
-            in the last of them.
+        path: a folder or file in one of the formats; or a folder with `checkpoint-N` folders, of which the last is
+            used.
 
     Raises:
         FileNotFoundError: if there is no prefix at `path`.
@@ -47,11 +47,11 @@ def read_prefix(path: str | PathLike[str], shape: PrefixShape) -> PrefixCheckpoi
 
     Args:
         path: as for `detect_format`.
-        shape: of the base. Formats that do not name layers, groups and channels are checked against it.
+        shape: sizes of the base. Formats that do not record layers, groups and channels are checked against it.
 
     Raises:
         FileNotFoundError: if there is no prefix at `path`, or a file of it is missing.
-        ValueError: if a file is damaged or incomplete, naming it.
+        ValueError: naming the file, if one is damaged or incomplete.
     """
     name, place = detect_format(path)
     return FORMATS[name].read(place, shape)

@@ -37,7 +37,7 @@ def holds(path: Path) -> bool:
 
 
 def read(path: Path, shape: PrefixShape) -> PrefixCheckpoint:
-    """Reads the prefix in a folder, or in the folder of one of its files; the files themselves say its sizes.
+    """Reads the prefix in a folder, or in the folder of one of its files; the files record its sizes.
 
     Raises:
         FileNotFoundError: if one of the files is missing.
@@ -92,14 +92,14 @@ def _read_metadata(source: Path) -> PrefixMetadata:
     attention = fields.get("source_attention", "causal")  # version 0.1.0 recorded it
     if attention != "causal":
         raise ValueError(
-            f"The prefix in {source.parent} was trained with source_attention {attention!r}; this version reads every "
-            "prompt causally. Use version 0.1.0 of chatglm-ptuning for it, or train it again."
+            f"The prefix in {source.parent} was trained with source_attention {attention!r}; this version has causal "
+            "attention only. Use version 0.1.0 of chatglm-ptuning for it, or train it again."
         )
     known = PrefixMetadata.__dataclass_fields__
     try:
         metadata = PrefixMetadata(**{key: value for key, value in fields.items() if key in known})
     except TypeError as error:
-        raise ValueError(f"{source} is not a prefix's description: {error}.") from error
+        raise ValueError(f"{source} does not describe a prefix: {error}.") from error
     for name in ("pre_seq_len", "num_layers", "multi_query_group_num", "kv_channels"):
         value = getattr(metadata, name)
         if not isinstance(value, int) or value < 1:

@@ -22,12 +22,12 @@ WEIGHTS_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
 )
-"""The official trainer writes the first; one that saved the whole model may have left any of them."""
+"""The official trainer writes the first; a trainer that saved the whole model may have written any of them."""
 FILES = WEIGHTS_FILES[0]
 
 
 def holds(path: Path) -> bool:
-    """Whether a folder has one of the official files; any file may be one, whatever its name."""
+    """Whether a folder has one of the official files; a file may have any name."""
     return path.is_file() or any((path / name).exists() for name in WEIGHTS_FILES)
 
 

@@ -14,7 +14,7 @@ FILES = METADATA_FILE
 
 
 def holds(path: Path) -> bool:
-    """Whether a folder or file is an adapter of PEFT, of whatever type."""
+    """Whether a folder or file is an adapter of PEFT, of any type."""
     return path.name == METADATA_FILE if path.is_file() else (path / METADATA_FILE).exists()
 
 
@@ -31,12 +31,12 @@ def adapter_type(folder: Path) -> str | None:
 def read(path: Path, shape: PrefixShape) -> PrefixCheckpoint:
     """Reads the prefix of an adapter.
 
-    PEFT saves the result of its projection, so there is none here. It counts the virtual tokens as positions: those of
-    the text start at `pre_seq_len`. This kit's start at 0, so the keys are rotated back by as many positions.
+    PEFT saves the output of its projection, so the result has no projection. In PEFT the virtual tokens take positions,
+    and those of the text start at `pre_seq_len`. In this kit they start at 0, so the keys are rotated back.
 
     Raises:
         FileNotFoundError: if the weights are missing.
-        ValueError: naming the file, if it is damaged, of another kind of adapter, or does not fit the base.
+        ValueError: naming the file, if it is damaged, of another adapter type, or does not fit the base.
     """
     folder = path.parent if path.is_file() else path
     adapter = read_json_object(folder / METADATA_FILE)
