@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A rehearsal at full width, also on a CPU: builds a random ChatGLM3-6B with all layers in the published layout of seven
-# shards (bfloat16, 12.5 GB), loads it, and prints the memory it took. Then, with two layers in float32 (4 GB), it trains
-# a prefix for three steps, saves it, loads it again and generates. All files are deleted afterwards.
+# A rehearsal at true width, also on a CPU. Writes a random ChatGLM3-6B with all layers in the published layout of seven
+# shards (bfloat16, 12.5 GB), loads it and prints the peak memory. Then, with two layers in float32 (4 GB), trains a
+# prefix for three steps, saves it, reloads it and generates. All files are deleted afterwards.
 #
 #   FOLDER=/path/with/13/GB/free bash scripts/rehearse.sh
 set -euo pipefail
@@ -13,7 +13,7 @@ FOLDER=$(mktemp -d -p "${FOLDER:-${TMPDIR:-/tmp}}" rehearsal-XXXXXX)
 trap 'rm -rf "$FOLDER"' EXIT
 
 stage() {
-    "$PYTHON" -m chatglm_ptuning.estimation.rehearse --model "$MODEL" "$@"
+    "$PYTHON" "$ROOT/scripts/rehearsal.py" --model "$MODEL" "$@"
 }
 
 stage --stage build --folder "$FOLDER/whole" --dtype bfloat16

@@ -68,7 +68,7 @@ def read(content, tmp_path):
 
 
 def checked(plan):
-    return check_plan(plan, list(plan.tasks), list(plan.methods))
+    return check_plan(plan)
 
 
 # ---- the plan ----
@@ -351,7 +351,7 @@ def test_a_run_that_a_killed_comparison_left_behind_keeps_its_folder(content, tm
         monkeypatch.setattr(Run, "command", ["true"])
         with pytest.raises(SystemExit):
             main(words)
-        assert "or a run that a killed one has left behind" in capsys.readouterr().err
+        assert "or a run that a killed comparison left behind" in capsys.readouterr().err
         assert int(log.read_text()) == left_behind
     finally:
         os.kill(left_behind, signal.SIGKILL)

@@ -37,7 +37,7 @@ def examples(tokenizer):
 
 def answers_of(model, tokenizer, examples, **changes):
     settings = {"batch_size": 3, "max_new_tokens": 24, "progress": False} | changes
-    return generate_answers(model, tokenizer, examples, **settings)
+    return generate_answers(model, tokenizer, [example["input_ids"] for example in examples], **settings)
 
 
 def load(model, folder, name, text):
@@ -140,14 +140,6 @@ def test_everything_is_put_back_after_a_failure(model, tokenizer, examples, monk
     assert model.training and model.generation_config is settings
 
 
-def test_sampling_is_reproducible_by_seed_and_not_greedy(model, tokenizer, examples):
-    drawn = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        drawn.append(answers_of(model, tokenizer, examples, do_sample=True, temperature=8.0, top_p=0.95))
-    assert drawn[0] == drawn[1] != drawn[2]
-
-
 def test_an_untrained_prefix_is_refused(folder, tokenizer, examples):
     model = ChatGLMForConditionalGeneration.from_pretrained(folder, pre_seq_len=4, dtype=torch.float32)
     with pytest.raises(ValueError, match="untrained"):
@@ -160,7 +152,6 @@ def test_an_untrained_prefix_is_refused(folder, tokenizer, examples):
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"num_beams": 0}, "num_beams"),
-        ({"top_p": 0.7}, "do_sample=True"),
     ],
 )
 def test_wrong_settings_are_refused(model, tokenizer, examples, changes, message):
@@ -169,7 +160,7 @@ def test_wrong_settings_are_refused(model, tokenizer, examples, changes, message
 
 
 def test_an_empty_prompt_is_refused_and_no_examples_are_no_answers(model, tokenizer, examples):
-    with pytest.raises(ValueError, match="example 1 "):
+    with pytest.raises(ValueError, match="Prompt 1 "):
         answers_of(model, tokenizer, [examples[0], {"input_ids": []}])
     assert answers_of(model, tokenizer, []) == []
 

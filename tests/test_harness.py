@@ -159,7 +159,7 @@ def test_a_context_that_is_too_long_loses_its_beginning_and_keeps_the_start(harn
     tail = harness.tokenizer(context + answer)["input_ids"][len(ids) :]
     expected = one_by_one(harness, [*start, *ids[-(21 - 2 - len(tail)) :]], tail)
     assert harness.cut_contexts == 1 and found == pytest.approx(expected, abs=1e-4)
-    with pytest.raises(ValueError, match="does not fit behind the start tokens into the 20"):
+    with pytest.raises(ValueError, match="does not fit into the 20 of the base"):
         harness.loglikelihood(ask(("问", "今天" * 30)), disable_tqdm=True)
 
 
@@ -349,7 +349,7 @@ def test_a_task_of_ones_own(base, tmp_path):
          "5 examples of cmmlu, subject arts, split dev: --num_fewshot 6 is too many"),
         (["--tasks", "ceval", "--subjects", "lawn"], r"group 'lawn' in ceval \(did you mean 'law'"),
         (["--tasks", "my_moods", "--subjects", "law"], "--subjects chooses among those of ceval and cmmlu"),
-        (["--tasks", "my_moods", "--include_path", "{data}/nowhere"], "--include_path .*nowhere is no folder"),
+        (["--tasks", "my_moods", "--include_path", "{data}/nowhere"], "--include_path .*nowhere"),
         (["--tasks", "ceval-valid_law"], "could not load the data of ceval-valid: .*--data_dir"),
     ],
 )  # fmt: skip
@@ -363,7 +363,7 @@ def test_mistakes_are_named(base, data, tmp_path, capsys, flags, message):
 
 
 def test_flags_that_do_not_fit(base, tmp_path, capsys):
-    for flags, message in ((["--compare_base"], "name it by --ptuning_checkpoint"),
+    for flags, message in ((["--compare_base"], "give --ptuning_checkpoint"),
                            (["--num_fewshot", "-1"], "--num_fewshot must be at least 0")):  # fmt: skip
         with pytest.raises(SystemExit):
             run(base, tmp_path, *flags)
@@ -407,4 +407,4 @@ def test_lm_evals_own_command_takes_the_model_and_a_prefix(base, prefix, tmp_pat
 def test_a_misspelt_task_is_named_with_the_nearest(base, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(base, tmp_path, "--tasks", "helaswag")
-    assert "lm-eval has no task 'helaswag'. Did you mean hellaswag" in capsys.readouterr().err
+    assert "lm-eval has no task 'helaswag' (did you mean 'hellaswag'" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The dress rehearsal: small always, at true width where memory and disk allow."""
+"""The rehearsal: always small, and at true width if memory and disk allow."""
 
 import json
 import shutil
@@ -10,13 +10,13 @@ import pytest
 import torch
 from conftest import TINY
 
-from chatglm_ptuning.estimation import rehearse
+import rehearsal
 from chatglm_ptuning.estimation.memory import GIB
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 
 
 def run(stage, folder, *more):
-    command = [sys.executable, "-m", "chatglm_ptuning.estimation.rehearse", "--stage", stage, "--folder", str(folder)]
+    command = [sys.executable, rehearsal.__file__, "--stage", stage, "--folder", str(folder)]
     done = subprocess.run([*command, *more], capture_output=True, text=True, check=True)
     print(done.stdout)
     return json.loads(done.stdout.splitlines()[-1])
@@ -31,13 +31,13 @@ def need(memory, disk, folder):
 
 def test_a_small_rehearsal(tmp_path):
     config = ChatGLMConfig(**TINY | {"num_layers": 5})
-    total = rehearse.build_base(tmp_path / "base", config, torch.float32, shard_bytes=30_000)
+    total = rehearsal.build_base(tmp_path / "base", config, torch.float32, shard_bytes=30_000)
     files = sorted(path.name for path in (tmp_path / "base").glob("*.bin"))
     assert files[0] == f"pytorch_model-00001-of-{len(files):05d}.bin" and len(files) > 3
     index = json.loads((tmp_path / "base" / "pytorch_model.bin.index.json").read_text("utf-8"))
     assert index["metadata"]["total_size"] == total
     assert set(index["weight_map"].values()) == set(files)
-    results = rehearse.train_and_reload(tmp_path / "base", "float32")
+    results = rehearsal.train_and_reload(tmp_path / "base", "float32")
     assert results["losses"][-1] < results["losses"][0]
     assert len(results["tokens"]) == 8
 

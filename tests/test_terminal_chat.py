@@ -154,7 +154,7 @@ def test_commands_that_are_wrong(folder, run):
     assert "Cannot read this command: No closing quotation." in printed
     assert "Usage: /prefix [NAME]" in printed
     assert "/load PATH [NAME]" in printed
-    assert "The conversation is forgotten." in printed
+    assert "New conversation." in printed
 
 
 def test_a_message_that_is_too_long_does_not_end_the_chat(folder, answers, run):
@@ -204,8 +204,8 @@ def test_a_prefix_of_another_base_is_said_and_not_used(folder, answers, run, tmp
         (["--ptuning_checkpoint", "runs/ads", "again/../runs/ads"], 1, "Two prefixes are called 'ads'"),
         (["--model_name_or_path", "./nowhere"], 1, "No base at nowhere"),
         (["--max_new_tokens", "512"], 1, "max_new_tokens must be from 1 to 511"),
-        (["--temperature", "0"], 2, "--temperature must be above 0 (use --greedy for no sampling), got 0.0."),
-        (["--top_p", "1.5"], 2, "--top_p must be above 0 and at most 1, got 1.5."),
+        (["--temperature", "0"], 2, "--temperature must be above 0 (use --greedy for no sampling), got 0.0"),
+        (["--top_p", "1.5"], 2, "--top_p must be above 0 and at most 1, got 1.5"),
         (["--topp", "0.5"], 2, "did you mean --top_p?"),
     ],
 )

@@ -1,1 +1,1 @@
-"""How much memory and time a training run takes, computed without weights."""
+"""Memory and time of a training run, estimated without weights."""

@@ -1,4 +1,4 @@
-"""Memory per GPU by part, arithmetic and time of training a prefix."""
+"""Memory per GPU, floating-point operations and time of training a prefix."""
 
 from __future__ import annotations
 
@@ -8,46 +8,23 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import AutoModelForCausalLM
 
-from chatglm_ptuning.estimation.simulation import step_memory
+from chatglm_ptuning.estimation.simulation import Job, step_memory
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.packed_weights import PACKED_LAYERS
 
 GIB = 2**30
 RESERVE = int(0.75 * GIB)
-"""What CUDA's context, its libraries' working space and the gaps between tensors take on a GPU, about."""
+"""About what CUDA's context, its libraries' working space and fragmentation take on a GPU."""
 UTILISATION = (0.25, 0.55)
-"""Which part of a GPU's peak arithmetic training reaches, from a small batch or a slow setting to a good one."""
+"""The share of a GPU's peak operations that training reaches, from a small batch or a slow setting to a good one."""
 _ZERO3_LIVE_NUMBERS = 10**9  # DeepSpeed's default of stage3_max_live_parameters
 _ADAM_STATES = 2
 _FLOAT32 = 4
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is estimated.
-
-    Attributes:
-        config: of the base, with `pre_seq_len`.
-        batch: rows per GPU and step.
-        length: tokens of a row, without the prefix.
-        dtype: of the base, and of the computation with a quantised one.
-        zero: DeepSpeed's stage, 0 to 3.
-    """
-
-    config: ChatGLMConfig
-    batch: int = 4
-    length: int = 1024
-    dtype: torch.dtype = torch.bfloat16
-    gradient_checkpointing: bool = False
-    quantization_bit: int | None = None
-    attn_implementation: str = "sdpa"
-    zero: int = 0
-    gpus: int = 1
-
-
-@dataclass(frozen=True)
 class Parameters:
-    """Numbers in the base by how they may be held, and in the prefix."""
+    """Numbers of parameters: those of the base that can be quantised (with their rows), the others, the prefix."""
 
     packed: int
     packed_rows: int
@@ -56,21 +33,16 @@ class Parameters:
 
     @property
     def base(self) -> int:
-        """All of the base."""
+        """All parameters of the base."""
         return self.packed + self.other
-
-    @property
-    def trainable_share(self) -> float:
-        """The prefix as a part of base and prefix."""
-        return self.prefix / (self.base + self.prefix)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU at the fullest moment of a step; gradients are counted as if those of a batch before stood.
+    """Bytes on one GPU at the peak of a step; gradients count in full, as when they accumulate.
 
     Attributes:
-        gathered: with ZeRO-3, the parameters that are whole on the GPU for a while.
+        gathered: with ZeRO-3, the parameters that are gathered on the GPU at one time.
         activations, logits: see `StepMemory`.
     """
 
@@ -84,7 +56,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All parts together, without the GPU's own reserve."""
+        """All parts together, without `RESERVE`."""
         return sum(vars(self).values())
 
 
@@ -105,12 +77,12 @@ def count_parameters(config: ChatGLMConfig) -> Parameters:
 
 
 def weight_bytes(parameters: Parameters, dtype: torch.dtype, quantization_bit: int | None) -> int:
-    """Bytes of the base; with bitsandbytes its linear layers in 8 or 4 bits and the rest in `dtype`."""
+    """Bytes of the base; with bitsandbytes, linear layers take 8 or 4 bits and the rest `dtype`."""
     plain = parameters.other * dtype.itemsize
     if quantization_bit == 8:
         return plain + parameters.packed + parameters.packed_rows * _FLOAT32
     if quantization_bit == 4:
-        # For 64 numbers a scale of one byte, and for 256 of these one in float32.
+        # A scale of one byte for 64 numbers, and one in float32 for 256 of these scales.
         return plain + int(parameters.packed * (0.5 + 1 / 64 + _FLOAT32 / (64 * 256)))
     return plain + parameters.packed * dtype.itemsize
 
@@ -118,20 +90,11 @@ def weight_bytes(parameters: Parameters, dtype: torch.dtype, quantization_bit: i
 def estimate_memory(job: Job) -> Memory:
     """Memory of one GPU, part by part.
 
-    Weights, prefix, gradients (float32) and AdamW's two states (float32) are arithmetic; activations and logits are
-    from `step_memory`. ZeRO divides the optimizer's states by the GPUs from stage 1 on, gradients from 2, and weights
-    and prefix with 3.
+    Weights, prefix, gradients (float32) and AdamW's two states (float32) are arithmetic; activations and logits come
+    from `step_memory`. ZeRO partitions the optimizer states from stage 1 on, gradients from stage 2, and weights and
+    prefix in stage 3.
     """
-    parameters = count_parameters(job.config)
-    step = step_memory(
-        job.config,
-        job.batch,
-        job.length,
-        dtype=job.dtype,
-        gradient_checkpointing=job.gradient_checkpointing,
-        quantization_bit=job.quantization_bit,
-        attn_implementation=job.attn_implementation,
-    )
+    parameters, step = count_parameters(job.config), step_memory(job)
     weights = weight_bytes(parameters, job.dtype, job.quantization_bit)
     prefix = parameters.prefix * _FLOAT32
 
@@ -154,9 +117,9 @@ def estimate_memory(job: Job) -> Memory:
 
 
 def largest_batch(job: Job, gpu_memory: int) -> int:
-    """The most rows per step with which the job fits a GPU of so many bytes; 0 if not even one does.
+    """The most rows per step that fit a GPU of so many bytes; 0 if none does.
 
-    Memory grows by the same amount with every row, so two batches tell.
+    Every row takes the same memory, so two batches are enough to extrapolate.
     """
     one, two = (estimate_memory(replace(job, batch=batch)).total for batch in (1, 2))
     room = gpu_memory - RESERVE - one
@@ -166,9 +129,9 @@ def largest_batch(job: Job, gpu_memory: int) -> int:
 def flops_per_example(job: Job) -> int:
     """Floating-point operations of training on one row.
 
-    The frozen base needs no gradients of its weights, so the backward pass through a linear layer costs as much as
-    the forward pass; checkpointing adds another forward pass through the layers. Attention costs
-    `4 * heads * kv_channels` for each pair of a token and what it may see, and twice that backward.
+    The frozen base needs no weight gradients, so the backward pass of a linear layer costs as much as its forward
+    pass; checkpointing adds another forward pass through the layers. Attention costs `4 * heads * kv_channels` for
+    each pair of a query and a visible key, and twice that backward.
     """
     config, tokens = job.config, job.length
     parameters = count_parameters(config)
@@ -184,7 +147,7 @@ def flops_per_example(job: Job) -> int:
 
 
 def seconds_per_1000_examples(job: Job, tflops: float) -> tuple[float, float]:
-    """From the best to the worst, on all GPUs together, each of a peak of `tflops` * 10^12 operations per second."""
+    """The best and the worst case on all GPUs together, each with a peak of `tflops` * 10^12 operations per second."""
     work = 1000 * flops_per_example(job) / (job.gpus * tflops * 1e12)
     return work / UTILISATION[1], work / UTILISATION[0]
 

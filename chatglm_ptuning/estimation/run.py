@@ -1,23 +1,19 @@
-"""`chatglm-ptuning estimate`: what a run takes on a GPU, before any weight is downloaded."""
+"""`chatglm-ptuning estimate`: memory and time of a training run, before any weight is downloaded."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from transformers.utils import logging
 
 from chatglm_ptuning.command_line import fail, parse_arguments
 from chatglm_ptuning.estimation.memory import (
     GIB,
     RESERVE,
-    Job,
-    Memory,
     count_parameters,
     estimate_memory,
     flops_per_example,
@@ -25,11 +21,13 @@ from chatglm_ptuning.estimation.memory import (
     seconds_per_1000_examples,
     with_prefix,
 )
+from chatglm_ptuning.estimation.simulation import Job
 from chatglm_ptuning.estimation.sizes import find_config
 from chatglm_ptuning.model.quantization import check_quantization
+from chatglm_ptuning.tables import Table
 
 CARDS = (8, 12, 16, 24, 80)
-"""GPUs that are asked for when none is named, in GiB."""
+"""Memory of the GPUs that are compared by default, in GiB."""
 _PART_NAMES = {
     "weights": "weights of the base",
     "gathered": "gathered by ZeRO-3",
@@ -38,9 +36,10 @@ _PART_NAMES = {
     "optimizer": "optimizer (AdamW, float32)",
     "activations": "activations",
     "logits": "logits and loss",
+    "total": "total",
 }
 _WAYS = {
-    "as it is": {},
+    "no memory saving": {},
     "`--gradient_checkpointing`": {"gradient_checkpointing": True},
     "`--quantization_bit 8 --gradient_checkpointing`": {"gradient_checkpointing": True, "quantization_bit": 8},
     "`--quantization_bit 4 --gradient_checkpointing`": {"gradient_checkpointing": True, "quantization_bit": 4},
@@ -53,22 +52,24 @@ class EstimateArguments:
 
     model: str = field(metadata={"help": "a folder with a config.json, or a known size such as chatglm3-6b, glm-4-9b"})
     pre_seq_len: int = field(default=128, metadata={"help": "number of virtual tokens"})
-    prefix_projection: bool = field(default=False, metadata={"help": "the prefix is made by a two-layer MLP"})
+    prefix_projection: bool = field(default=False, metadata={"help": "train the prefix through a two-layer MLP"})
     batch: int = field(default=4, metadata={"help": "rows per GPU and step (per_device_train_batch_size)"})
     length: int = field(default=1024, metadata={"help": "tokens of a row: source and target together"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute layers in the backward pass"})
-    quantization_bit: int | None = field(default=None, metadata={"help": "8 or 4: base through bitsandbytes"})
-    dtype: str = field(default="bfloat16", metadata={"help": "of the base: bfloat16, float16, float32"})
-    attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa (flash takes the same) or eager"})
-    zero: int = field(default=0, metadata={"help": "DeepSpeed's ZeRO stage: 0, 1, 2, 3"})
-    gpus: int = field(default=1, metadata={"help": "GPUs that train together"})
+    quantization_bit: int | None = field(default=None, metadata={"help": "8 or 4: quantise the base (bitsandbytes)"})
+    dtype: Literal["bfloat16", "float16", "float32"] = field(default="bfloat16", metadata={"help": "dtype of the base"})
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = field(
+        default="sdpa", metadata={"help": "attention implementation (flash_attention_2 takes the same as sdpa)"}
+    )
+    zero: Literal[0, 1, 2, 3] = field(default=0, metadata={"help": "DeepSpeed's ZeRO stage"})
+    gpus: int = field(default=1, metadata={"help": "number of GPUs that train together"})
     gpu_memory: float | None = field(
-        default=None, metadata={"help": f"GiB of the GPU that is to hold it (default: {', '.join(map(str, CARDS))})"}
+        default=None, metadata={"help": f"memory of the GPU in GiB (default: {', '.join(map(str, CARDS))})"}
     )
     tflops: float = field(default=100.0, metadata={"help": "peak 10^12 operations per second of one GPU in this dtype"})
     json: bool = field(default=False, metadata={"help": "print JSON instead of tables"})
     table: bool = field(
-        default=False, metadata={"help": "print as Markdown the largest batch on each GPU, by ways of saving memory"}
+        default=False, metadata={"help": "print the largest batch for each GPU and way of saving memory, as Markdown"}
     )
 
     def __post_init__(self) -> None:
@@ -79,50 +80,46 @@ class EstimateArguments:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"--{name} must be above 0, got {value}")
-        if self.zero not in (0, 1, 2, 3):
-            raise ValueError(f"--zero must be 0, 1, 2 or 3, got {self.zero}")
-        if self.dtype not in ("bfloat16", "float16", "float32"):
-            raise ValueError(f"--dtype must be bfloat16, float16 or float32, got {self.dtype!r}")
-        if self.attn_implementation not in ("sdpa", "eager", "flash_attention_2"):
-            raise ValueError(f"--attn_implementation must be sdpa, eager or flash_attention_2, got "
-                             f"{self.attn_implementation!r}")  # fmt: skip
         check_quantization(self.quantization_bit, "nf4")
 
     @property
     def cards(self) -> tuple[float, ...]:
-        """GiB of the GPUs that are asked for."""
+        """Memory of the GPUs in GiB."""
         return CARDS if self.gpu_memory is None else (self.gpu_memory,)
 
+    def job(self) -> Job:
+        """The run that the flags describe.
 
-def job_of(args: EstimateArguments) -> Job:
-    """What the flags ask for.
-
-    Raises:
-        ValueError: if the model is not known, or the sizes do not fit together.
-    """
-    return Job(
-        config=with_prefix(find_config(args.model), args.pre_seq_len, args.prefix_projection),
-        batch=args.batch,
-        length=args.length,
-        dtype=getattr(torch, args.dtype),
-        gradient_checkpointing=args.gradient_checkpointing,
-        quantization_bit=args.quantization_bit or None,
-        attn_implementation=args.attn_implementation,
-        zero=args.zero,
-        gpus=args.gpus,
-    )
+        Raises:
+            ValueError: if the model is unknown, or the sizes do not fit together.
+        """
+        return Job(
+            config=with_prefix(find_config(self.model), self.pre_seq_len, self.prefix_projection),
+            batch=self.batch,
+            length=self.length,
+            dtype=getattr(torch, self.dtype),
+            gradient_checkpointing=self.gradient_checkpointing,
+            quantization_bit=self.quantization_bit or None,
+            attn_implementation=self.attn_implementation,
+            zero=self.zero,
+            gpus=self.gpus,
+        )
 
 
 def estimate(args: EstimateArguments) -> dict[str, Any]:
-    """All that the command knows about a job; bytes, seconds and operations."""
-    job = job_of(args)
+    """The estimate that the command prints: bytes, seconds and operations.
+
+    Raises:
+        ValueError: as `EstimateArguments.job`.
+    """
+    job = args.job()
     parameters, memory = count_parameters(job.config), estimate_memory(job)
     return {
         "settings": {name: value for name, value in asdict(args).items() if name not in ("json", "table")},
         "parameters": {
             "base": parameters.base,
             "trainable": parameters.prefix,
-            "trainable_share": parameters.trainable_share,
+            "trainable_share": parameters.prefix / (parameters.base + parameters.prefix),
         },
         "memory_per_gpu": {**asdict(memory), "total": memory.total, "reserve": RESERVE},
         "flops_per_example": flops_per_example(job),
@@ -131,33 +128,26 @@ def estimate(args: EstimateArguments) -> dict[str, Any]:
     }
 
 
-def print_estimate(results: dict[str, Any], memory: Memory) -> None:
-    """Prints the estimate for a reader."""
-    console, settings = Console(), results["settings"]
-    table = Table(
-        "part", title=f"Memory per GPU: {settings['model']}, {settings['batch']} x {settings['length']} tokens"
-    )
-    table.add_column("GiB", justify="right")
-    for part, title in _PART_NAMES.items():
-        if getattr(memory, part) or part != "gathered":
-            table.add_row(title, f"{getattr(memory, part) / GIB:.2f}")
-    table.add_section()
-    table.add_row("total", f"{memory.total / GIB:.2f}")
-    console.print(table)
+def print_estimate(results: Mapping[str, Any]) -> None:
+    """Prints an estimate as a table and sentences."""
+    settings, memory = results["settings"], results["memory_per_gpu"]
+    title = f"Memory per GPU: {settings['model']}, {settings['batch']} x {settings['length']} tokens"
+    shown = [part for part in _PART_NAMES if memory[part] or part != "gathered"]
+    Table(["part", "GiB"], [[_PART_NAMES[part], f"{memory[part] / GIB:.2f}"] for part in shown], title).show()
     parameters = results["parameters"]
     best, worst = results["seconds_per_1000_examples"]
     lines = [
         f"Trainable: {parameters['trainable']:,} of {parameters['base'] + parameters['trainable']:,} parameters "
         f"({parameters['trainable_share']:.4%}).",
-        f"Arithmetic: {results['flops_per_example'] / 1e12:.2f} TFLOP per example; 1,000 examples take {_time(best)} "
+        f"Operations: {results['flops_per_example'] / 1e12:.2f} TFLOP per example; 1,000 examples take {_time(best)} "
         f"to {_time(worst)} on {settings['gpus']} x {settings['tflops']:g} TFLOP/s.",
     ]
     for card, fits in results["fits"].items():
-        left = float(card) - (memory.total + RESERVE) / GIB
+        left = float(card) - (memory["total"] + RESERVE) / GIB
         verdict = f"fits, {left:.1f} GiB left" if fits else f"does not fit, {-left:.1f} GiB too much"
         lines.append(f"A GPU of {card} GiB: {verdict} (with {RESERVE / GIB:g} GiB for CUDA itself).")
     lines.append("Computed, not measured on a GPU.")
-    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+    print("\n".join(lines))
 
 
 def _time(seconds: float) -> str:
@@ -166,22 +156,20 @@ def _time(seconds: float) -> str:
 
 def batch_table(args: EstimateArguments) -> str:
     """The largest batch on each GPU, as a Markdown table with a row for each way of saving memory."""
-    job, cards = job_of(args), args.cards
-    lines = [
-        f"| {args.model}, rows of {args.length} tokens | " + " | ".join(f"{card:g} GB" for card in cards) + " |",
-        "|---|" + "---:|" * len(cards),
-    ]
+    job = args.job()
+    rows = []
     for title, way in _WAYS.items():
-        batches = [largest_batch(replace(job, **way), int(card * GIB)) for card in cards]
-        lines.append(f"| {title} | " + " | ".join(str(batch) if batch else "-" for batch in batches) + " |")
-    return "\n".join(lines)
+        batches = [largest_batch(replace(job, **way), int(card * GIB)) for card in args.cards]
+        rows.append([title, *(str(batch or "-") for batch in batches)])
+    headings = [f"{args.model}, rows of {args.length} tokens", *(f"{card:g} GB" for card in args.cards)]
+    return Table(headings, rows).markdown()
 
 
 def main(argv: Sequence[str]) -> None:
     """Entry of the command; errors that users can mend end it with a message and exit code 1."""
     (args,) = parse_arguments(
         "chatglm-ptuning estimate",
-        "Compute memory and time of training a prefix, without weights.",
+        "Estimate memory and time of training a prefix, without weights.",
         (EstimateArguments,),
         argv,
     )
@@ -195,6 +183,5 @@ def main(argv: Sequence[str]) -> None:
         fail(str(error))
     if args.json:
         print(json.dumps(results, ensure_ascii=False, indent=2))
-        return
-    parts = {name: value for name, value in results["memory_per_gpu"].items() if name in _PART_NAMES}
-    print_estimate(results, Memory(**parts))
+    else:
+        print_estimate(results)

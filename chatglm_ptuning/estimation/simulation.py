@@ -1,4 +1,4 @@
-"""The memory of one training step, found by running the model itself on tensors that have sizes and no contents."""
+"""The memory of one training step, measured by running the model itself on fake tensors (sizes without contents)."""
 
 from __future__ import annotations
 
@@ -19,33 +19,53 @@ from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.packed_weights import PACKED_LAYERS
 
 _LAYERS = (3, 4)
-"""Every layer takes the same memory, but the first; so two short models tell what one of any length takes."""
+"""Every layer but the first takes the same memory, so two short models give that of any number of layers."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training run whose memory and time are estimated.
+
+    Attributes:
+        config: of the base, with `pre_seq_len`.
+        batch: rows per GPU and step.
+        length: tokens of a row, without the prefix.
+        dtype: of the base, and of the computation with a quantised base.
+        quantization_bit: 8 or 4 for layers of bitsandbytes.
+        zero: DeepSpeed's stage, 0 to 3.
+    """
+
+    config: ChatGLMConfig
+    batch: int = 4
+    length: int = 1024
+    dtype: torch.dtype = torch.bfloat16
+    gradient_checkpointing: bool = False
+    quantization_bit: int | None = None
+    attn_implementation: str = "sdpa"
+    zero: int = 0
+    gpus: int = 1
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """What a training step holds when it holds most, beside weights, prefix, gradients and optimizer; in bytes.
+    """Bytes at the peak of a training step, without weights, prefix, gradients and optimizer.
 
     Attributes:
-        activations: kept for the backward pass, with the temporary tensors of a layer.
-        logits: made from the output layer on: logits, their copies in float32 for the loss, their gradients.
+        activations: kept for the backward pass, and the temporary tensors of a layer.
+        logits: from the output layer on: logits, their float32 copies for the loss, their gradients.
     """
 
     activations: int
     logits: int
 
-    @property
-    def total(self) -> int:
-        """Both together."""
-        return self.activations + self.logits
-
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that operations make inside of it, while they live.
+    """Counts the bytes of the live tensors that operations inside it create.
 
     Attributes:
-        now: bytes alive.
-        peak: the most of them at one time, and how many of these were `late` ones.
+        now: live bytes.
+        peak: the most live bytes at one time, and how many of these are `late`.
+        late: set while the output layer and the loss create tensors.
     """
 
     def __init__(self, ignored: Sequence[torch.Tensor]) -> None:
@@ -53,13 +73,12 @@ class LiveBytes(TorchDispatchMode):
         self.now = 0
         self.peak = (0, 0)
         self.late = False
-        """Set while what is made belongs to the output layer and the loss."""
         self._late_now = 0
         self._sizes = {tensor.untyped_storage()._cdata: (0, False) for tensor in ignored}
         self._ignored = list(ignored)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Runs the operation and counts what it made."""
+        """Runs the operation and counts the tensors that it creates."""
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
@@ -84,12 +103,12 @@ class LiveBytes(TorchDispatchMode):
 
 
 class _QuantizedProduct(torch.autograd.Function):
-    """Makes and keeps the tensors that bitsandbytes' products make and keep."""
+    """Creates and keeps the tensors that bitsandbytes' products create and keep."""
 
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, weight: torch.Tensor, bits: int) -> torch.Tensor:
         ctx.weight = weight
-        if bits == 8:  # is computed in integers, and keeps its input
+        if bits == 8:  # computes in integers, and keeps its input
             ctx.states = states
             integers = states.to(torch.float16).to(torch.int8)
             return states.new_empty(*integers.shape[:-1], weight.shape[0])
@@ -110,72 +129,45 @@ class _QuantizedLinear(nn.Module):
         return product if self.bias is None else product + self.bias
 
 
-def step_memory(
-    config: ChatGLMConfig,
-    batch: int,
-    length: int,
-    *,
-    dtype: torch.dtype,
-    gradient_checkpointing: bool = False,
-    quantization_bit: int | None = None,
-    attn_implementation: str = "sdpa",
-) -> StepMemory:
-    """The peak of one training step of `batch` rows of `length` tokens, the prefix not counted in the length.
+def step_memory(job: Job) -> StepMemory:
+    """The peak memory of one training step.
 
     Nothing is computed and no weights are read: a model of a few layers runs its forward and backward pass on fake
-    tensors. What a GPU's kernels take as working space, and what the allocator loses, is not in it.
-
-    Args:
-        config: with `pre_seq_len`.
-        dtype: of the base.
-        quantization_bit: 8 or 4 for layers of bitsandbytes.
-        attn_implementation: "eager" or "sdpa"; the flash implementations take what "sdpa" takes.
+    tensors. The working space of GPU kernels and the fragmentation of the allocator are not included. The flash
+    attention implementations take what "sdpa" takes.
     """
-    shorter, longer = (
-        _run(config, layers, batch, length, dtype, gradient_checkpointing, quantization_bit, attn_implementation)
-        for layers in _LAYERS
-    )
-    beyond = config.num_layers - _LAYERS[1]
-    # A model of one layer has no layer like the others; the sum is never below what the loss takes.
+    shorter, longer = (_run(job, layers) for layers in _LAYERS)
+    beyond = job.config.num_layers - _LAYERS[1]
+    # A model of one layer is below the extrapolation's range; the sum is at least what the loss takes.
     return StepMemory(
         max(0, longer.activations + beyond * (longer.activations - shorter.activations)),
         longer.logits + beyond * (longer.logits - shorter.logits),
     )
 
 
-def _run(
-    config: ChatGLMConfig,
-    num_layers: int,
-    batch: int,
-    length: int,
-    dtype: torch.dtype,
-    gradient_checkpointing: bool,
-    quantization_bit: int | None,
-    attn_implementation: str,
-) -> StepMemory:
-    config = deepcopy(config)
+def _run(job: Job, num_layers: int) -> StepMemory:
+    config = deepcopy(job.config)
     config.num_layers = num_layers
-    attention = "eager" if attn_implementation == "eager" else "sdpa"
+    attention = "eager" if job.attn_implementation == "eager" else "sdpa"
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).train()
-        if gradient_checkpointing:
+        model = AutoModelForCausalLM.from_config(config, dtype=job.dtype, attn_implementation=attention).train()
+        if job.gradient_checkpointing:
             model.gradient_checkpointing_enable()
-        if quantization_bit:
+        if job.quantization_bit:
             for name, module in list(model.named_modules()):
                 if name.endswith(PACKED_LAYERS):
-                    model.set_submodule(name, _QuantizedLinear(module, quantization_bit))
-        ids = torch.zeros(batch, length, dtype=torch.long)
-        mask = torch.ones(batch, length, dtype=torch.long)
+                    model.set_submodule(name, _QuantizedLinear(module, job.quantization_bit))
+        ids = torch.zeros(job.batch, job.length, dtype=torch.long)
         live = LiveBytes([*model.parameters(), *model.buffers()])
         _watch_loss(model, live)
         with live:
-            model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
     peak, late = live.peak
     return StepMemory(peak - late, late)
 
 
 def _watch_loss(model: nn.Module, live: LiveBytes) -> None:
-    """Marks as late what is made between the output layer's start and its end in the backward pass."""
+    """Marks as late what is created from the output layer's forward pass to the end of its backward pass."""
 
     def begins(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         live.late = True

@@ -1,4 +1,4 @@
-"""Configurations of the published bases by name, as far as memory and time depend on them."""
+"""Sizes of the published bases by name, as far as memory and time depend on them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ KNOWN_SIZES = {
     "glm-4-9b-chat": _NINE_B,
     "glm-4-9b-chat-1m": _NINE_B | {"multi_query_group_num": 4},
 }
-"""Where they differ from each other (source: their config.json)."""
+"""The sizes in which they differ (source: their config.json)."""
 
 
 def find_config(model: str) -> ChatGLMConfig:
-    """The configuration of a published base by its name, or of a folder with a config.json.
+    """The configuration of a published base by name, or of a folder with a config.json.
 
     Raises:
-        ValueError: naming the known names, if it is neither; or if the folder's configuration is of another family.
+        ValueError: naming the known names, if it is neither; or if the folder holds another family of models.
     """
     folder = Path(model)
     if (folder / "config.json").is_file():

@@ -1,4 +1,4 @@
-"""Many rows through a model, in batches: what writing, scoring candidates and linear heads have in common."""
+"""Rows through a model in batches, for generation, candidates and linear heads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from chatglm_ptuning.model.zero3 import most_of_processes
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in evaluation mode; afterwards every module is as it was."""
+    """Inside, the model is in evaluation mode; afterwards the mode of every module is restored."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -27,13 +27,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def in_batches(
     model: nn.Module, rows: Sequence[Sequence[Any]], size: int, what: str, progress: bool = True
 ) -> Iterator[list[int]]:
-    """The places of the rows, the longest first, so that a batch that does not fit in memory shows at once.
+    """The places of the rows of each batch, the longest rows first, so that a lack of memory shows at once.
 
-    Of several processes that share a partitioned base, each gets as many batches as the one with the most: at the end
-    its last one again.
+    With a partitioned base (ZeRO-3) all processes get equally many batches; a process repeats its last one if needed.
 
     Args:
-        what: what is done, for a progress bar on stderr.
+        what: label of the progress bar on stderr.
         progress: whether to show it.
     """
     order = sorted(range(len(rows)), key=lambda place: len(rows[place]), reverse=True)

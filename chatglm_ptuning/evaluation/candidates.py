@@ -1,4 +1,4 @@
-"""Exact conditional log-likelihoods of candidate answers: the prompt is computed once, the candidates share a tree."""
+"""Exact conditional log-likelihoods of candidate answers: one pass for the prompt, one for a tree of candidates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
 
 CANDIDATE_ATTENTIONS = ("sdpa", "eager")
-"""Attention implementations that take the mask of a tree of candidates."""
+"""Attention implementations that accept the mask of a candidate tree."""
 
 
 def score_candidates(
@@ -33,17 +33,17 @@ def score_candidates(
 ) -> list[torch.Tensor]:
     """The log-likelihood of every candidate behind every prompt.
 
-    It is the sum over the candidate's tokens of log P(token | prompt, tokens before), the end token included if the
-    candidate has one; so a candidate that begins another is told apart from it. A prompt runs through the model once.
-    Then its candidates run through it together, as a tree in which shared beginnings are one branch: every token sees
-    the prompt and its own branch, at the position that it would have alone.
+    It is the sum of log P(token | prompt, tokens before) over the candidate's tokens, including the end token if the
+    candidate has one, which separates a candidate from a longer one. A prompt runs through the model once. Then its
+    candidates run through it together, as a tree in which common prefixes share a branch: every token attends to the
+    prompt and its own branch, at the position that it would have alone.
 
     Args:
         prompts: ids of the prompts alone.
         candidates: ids of the candidates, the same for all prompts, or a list of them for each prompt.
-        batch_size: prompts computed together.
-        chunk_size: tokens of a prompt's tree that run through the model at once, and rows of logits that are held at
-            once. Results do not depend on it.
+        batch_size: prompts per batch.
+        chunk_size: most tokens of a prompt's tree in one forward pass, and most rows of logits in memory. Results do
+            not depend on it.
         prefix: as for a forward pass, for all prompts or one for each; by default the selected one.
         progress: whether to show a bar on stderr.
 
@@ -52,14 +52,14 @@ def score_candidates(
 
     Raises:
         ValueError: if a prompt or candidate is empty or a number out of range, the prefix is untrained, the prefixes
-            are for another number of prompts, or the attention implementation takes no masks of one's own.
+            are for another number of prompts, or the attention implementation accepts no custom mask.
     """
     per_prompt = _per_prompt(prompts, candidates, batch_size, chunk_size)
     implementation = model.config._attn_implementation
     if implementation not in CANDIDATE_ATTENTIONS:
         raise ValueError(
-            f"Candidates are scored with a mask of their own, which attention {implementation!r} does not take: "
-            "call model.set_attn_implementation('sdpa')."
+            f"Scoring candidates needs a custom mask, which attention {implementation!r} does not accept: call "
+            "model.set_attn_implementation('sdpa')."
         )
     with torch.no_grad():
         prefix = model.resolve_prefix(prefix)
@@ -81,7 +81,7 @@ class _Tree:
 
     Attributes:
         tokens, parents, depths: of the inner nodes, a parent before its children; the parent of a first token is -1.
-        steps: per candidate, (inner node or -1 for the prompt, next token) along its way.
+        steps: per candidate, its path of (inner node or -1 for the prompt, next token).
         members: index of each candidate in the whole list.
     """
 
@@ -93,7 +93,7 @@ class _Tree:
 
 
 def _trees(candidates: Sequence[Sequence[int]], chunk_size: int) -> Iterator[_Tree]:
-    """Trees of at most `chunk_size` inner nodes, or of a single longer candidate; neighbours share beginnings."""
+    """Trees of at most `chunk_size` inner nodes, or of a single longer candidate."""
     tree, nodes = _Tree(), {}
     for member in sorted(range(len(candidates)), key=lambda index: tuple(candidates[index])):
         candidate = tuple(candidates[member])
@@ -143,7 +143,7 @@ def _score_batch(
         hidden = after_prompt[:, None]
         if nodes:
             inner = _run_trees(model, trees, nodes, mask, cache, prefix)
-            cache.crop(-nodes)  # what is left is the prompt, for the next trees
+            cache.crop(-nodes)  # keeps the prompt, for the next trees
             hidden = torch.cat((hidden, inner), dim=1)
         for row, tree in enumerate(trees):
             values = _log_probabilities(model, hidden[row], tree, chunk_size)
@@ -160,7 +160,7 @@ def _run_trees(
     cache: Cache,
     prefix: PrefixBatch,
 ) -> torch.Tensor:
-    """Hidden states of the inner nodes `[batch, nodes, hidden_size]`; rows with fewer nodes are filled up."""
+    """Hidden states of the inner nodes `[batch, nodes, hidden_size]`; rows with fewer nodes are padded."""
     rows, device = len(trees), prompt_mask.device
     input_ids = torch.zeros(rows, nodes, dtype=torch.long)
     depths = torch.zeros(rows, nodes, dtype=torch.long)
@@ -186,7 +186,7 @@ def _log_probabilities(
     """log P(token | node) of every step that a candidate takes; the node -1 is the end of the prompt."""
     wanted = sorted({step for steps in tree.steps for step in steps})
     values: dict[tuple[int, int], float] = {}
-    for start in range(0, len(hidden), chunk_size):  # of all rows alike, as processes that share a base keep step
+    for start in range(0, len(hidden), chunk_size):  # with ZeRO-3 all processes need equally many
         logits = model.transformer.output_layer(hidden[start : start + chunk_size]).float()
         steps = [step for step in wanted if start <= step[0] + 1 < start + chunk_size]
         if not steps:
@@ -211,7 +211,7 @@ def _per_prompt(
     shared = all(len(candidate) and isinstance(candidate[0], int) for candidate in candidates)
     per_prompt = [candidates] * len(prompts) if shared else candidates
     if len(per_prompt) != len(prompts):
-        raise ValueError(f"There are lists of candidates for {len(per_prompt)} prompts, and {len(prompts)} prompts.")
+        raise ValueError(f"There are candidates for {len(per_prompt)} prompts, but {len(prompts)} prompts.")
     for index, (prompt, row) in enumerate(zip(prompts, per_prompt, strict=True)):
         if not len(prompt):
             raise ValueError(f"Prompt {index} (counted from 0) has no tokens.")

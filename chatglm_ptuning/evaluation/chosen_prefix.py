@@ -1,4 +1,4 @@
-"""Which prefix an evaluation is about: the one named, or the one that was trained last."""
+"""The checkpoint that an evaluation scores: the one named, or the one trained last."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from chatglm_ptuning.tuning.load import load_tuned
 from chatglm_ptuning.tuning.tuning import Tuning
 
 PLAIN_BASE = "none"
-"""As --ptuning_checkpoint: no prefix."""
+"""Value of --ptuning_checkpoint: no prefix."""
 
 
 def choose_prefix(named: str | None) -> Path | None:
-    """The prefix to score, None for the plain base; says which it is."""
+    """The prefix to score, None for the plain base; prints which it is."""
     if named is not None and named.lower() == PLAIN_BASE:
         print_once("Scoring the plain base, without a prefix.")
         return None
@@ -24,14 +24,14 @@ def choose_prefix(named: str | None) -> Path | None:
         return Path(named)
     newest = find_latest_prefix(runs_folder())
     if newest is None:
-        print_once(f"Scoring the plain base: there is no trained prefix in {runs_folder()} (see --ptuning_checkpoint).")
+        print_once(f"Scoring the plain base: there is no prefix in {runs_folder()} (see --ptuning_checkpoint).")
     else:
         print_once(f"Scoring the prefix that was trained last, in {newest} (see --ptuning_checkpoint).")
     return newest
 
 
 def results_folder(prefix: Path | None) -> Path:
-    """The folder for results about a prefix, where none is named: by its run, and the step."""
+    """The default folder for results about a prefix, named after its run and step."""
     if prefix is None:
         return runs_folder() / "evaluation" / "base"
     folder = (prefix.parent if prefix.is_file() else prefix).resolve()
@@ -40,11 +40,11 @@ def results_folder(prefix: Path | None) -> Path:
 
 
 def load_chosen(model: ChatGLMPreTrainedModel, prefix: Path, chosen: bool, task: str | None = None) -> Tuning:
-    """Loads what was trained onto the base, and selects it.
+    """Loads a checkpoint onto the base, and selects it.
 
     Args:
-        chosen: whether the user has named it.
-        task: whose head is meant where several tasks share a prefix.
+        chosen: whether the user named it.
+        task: whose head to load with a prefix that several tasks share.
     """
     try:
         return load_tuned(model, prefix, task)
@@ -52,6 +52,6 @@ def load_chosen(model: ChatGLMPreTrainedModel, prefix: Path, chosen: bool, task:
         if chosen:
             raise
         raise ValueError(
-            f"{error}\nIt was taken for being the one trained last. Name another by --ptuning_checkpoint, its base by "
+            f"{error}\nIt was used because it was trained last. Name another by --ptuning_checkpoint, its base by "
             f"--model_name_or_path, or score the plain base by --ptuning_checkpoint {PLAIN_BASE}."
         ) from error

@@ -1,10 +1,10 @@
-"""Answers of a model to many prompts, in batches; reproducible unless sampling is asked for."""
+"""Answers of a model to many prompts, in batches; deterministic."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import GenerationConfig
@@ -22,59 +22,55 @@ if TYPE_CHECKING:
 def generate_answers(
     model: ChatGLMForConditionalGeneration,
     tokenizer: ChatGLMTokenizer,
-    examples: Sequence[Mapping[str, Any]],
+    prompts: Sequence[Sequence[int]],
     *,
     batch_size: int,
     max_new_tokens: int,
     num_beams: int = 1,
-    do_sample: bool = False,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    repetition_penalty: float = 1.0,
     prefix: PrefixArgument = None,
     progress: bool = True,
 ) -> list[str]:
-    """Generates one answer per prompt, greedily by default.
+    """Generates one answer per prompt without sampling; the answers are in the order of the prompts.
 
-    The settings are those given here and no others: `generation_config.json` of the base, which may ask for sampling
-    or limit the whole length, has no part in it. The answers are in the order of the examples.
+    Only the settings given here apply: `generation_config.json` of the base, which may enable sampling or limit the
+    total length, is ignored.
 
     Args:
-        examples: each with `input_ids`, the prompt alone, as `ConversationEncoder.prompt` makes them.
-        max_new_tokens: tokens of an answer at most, without its prompt.
-        temperature: of sampling; None for 1.
-        top_p: share of probability to sample from; None for all of it.
-        prefix: as for `generate`, for all examples or one for each; by default the selected one.
+        prompts: ids of the prompts alone.
+        max_new_tokens: most tokens of an answer, without its prompt.
+        prefix: as for `generate`, for all prompts or one for each; by default the selected one.
         progress: whether to show a bar on stderr.
 
     Returns:
-        The answers as the chat format's `answer_text` gives them: a tool call as name, newline and call, in which form
-        `ConversationEncoder.prompt` gives the reference.
+        The answers as the chat format's `answer_text` gives them: a tool call as name, newline and call.
 
     Raises:
-        ValueError: if a number is out of range, a prompt is empty, sampling settings come without `do_sample`, the
-            prefix is untrained, or the prefixes are for another number of examples.
+        ValueError: if a number is out of range, a prompt is empty, the prefix is untrained, or the prefixes are for
+            another number of prompts.
     """
-    _check_arguments(examples, batch_size, max_new_tokens, num_beams)
-    settings = _generation_settings(
-        tokenizer,
-        temperature,
-        top_p,
+    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens), ("num_beams", num_beams)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    for place, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"Prompt {place} (counted from 0) has no tokens.")
+    settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
-        do_sample=do_sample,
-        repetition_penalty=repetition_penalty,
+        do_sample=False,
+        eos_token_id=tokenizer.chat.stop_ids,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
     )
     prefix = model.resolve_prefix(prefix)
-    prefix.check_rows(len(examples))
+    prefix.check_rows(len(prompts))
     model.check_prefix_is_trained(prefix)
     pad = PaddingCollator(tokenizer.pad_token_id, "left")
-    prompts = [list(example["input_ids"]) for example in examples]
-    answers = [""] * len(examples)
+    answers = [""] * len(prompts)
     with evaluating(model), _without_own_settings(model):
         for rows in in_batches(model, prompts, batch_size, "generating", progress):
-            batch = pad([{"input_ids": prompts[row]} for row in rows])
-            del batch["position_ids"]  # `generate` makes its own
+            batch = pad([{"input_ids": list(prompts[row])} for row in rows])
+            del batch["position_ids"]  # `generate` computes its own
             inputs = {name: value.to(model.device) for name, value in batch.items()}
             output = model.generate(**inputs, prefix=prefix.select(rows), generation_config=settings)
             for row, new in zip(rows, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
@@ -82,43 +78,11 @@ def generate_answers(
     return answers
 
 
-def _generation_settings(
-    tokenizer: ChatGLMTokenizer, temperature: float | None, top_p: float | None, **settings: Any
-) -> GenerationConfig:
-    """All settings of `generate`, so that it takes none from elsewhere.
-
-    Raises:
-        ValueError: if sampling settings come without `do_sample`.
-    """
-    if settings["do_sample"]:
-        settings |= {
-            "temperature": 1.0 if temperature is None else temperature,
-            "top_p": 1.0 if top_p is None else top_p,
-            "top_k": 0,
-        }
-    elif temperature is not None or top_p is not None:
-        raise ValueError(f"temperature={temperature} and top_p={top_p} are for sampling: set do_sample=True with them.")
-    return GenerationConfig(
-        **settings, eos_token_id=tokenizer.chat.stop_ids, pad_token_id=tokenizer.pad_token_id, use_cache=True
-    )
-
-
 @contextmanager
 def _without_own_settings(model: ChatGLMForConditionalGeneration) -> Iterator[None]:
-    """Inside, the base has no generation settings of its own, from which `generate` fills what its argument leaves."""
+    """Inside, the base has no generation settings, which `generate` would use for what its argument leaves open."""
     settings, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield
     finally:
         model.generation_config = settings
-
-
-def _check_arguments(
-    examples: Sequence[Mapping[str, Any]], batch_size: int, max_new_tokens: int, num_beams: int
-) -> None:
-    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens), ("num_beams", num_beams)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
-    empty = [index for index, example in enumerate(examples) if not len(example["input_ids"])]
-    if empty:
-        raise ValueError(f"The prompt of example {empty[0]} (counted from 0) has no tokens.")

@@ -1,4 +1,4 @@
-"""What a loaded model answers to the heads of tasks, in batches, and by several processes together."""
+"""Predictions of a loaded model for the heads of tasks, in batches, shared by several processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class InferenceSettings:
-    """How a model is run; only `max_new_tokens` and `num_beams` change what it says."""
+    """How a model is run; only `max_new_tokens` and `num_beams` change the predictions."""
 
     batch_size: int = 8
     max_new_tokens: int = 128
@@ -48,7 +48,7 @@ def predict(
     Args:
         model: of the head's class.
         prefix: as for a forward pass, one for all examples; by default the selected one.
-        under_engine: a DeepSpeed engine manages the model already (it has been trained).
+        under_engine: whether a DeepSpeed engine manages the model (after training).
 
     Raises:
         ValueError: if a prompt is too long for `max_source_length`, or the prefix is untrained.
@@ -73,7 +73,7 @@ def predict_beside_base(
     with_base: bool,
     under_engine: bool = False,
 ) -> dict[str, list[Prediction]]:
-    """As `predict`, by `name` of what is tuned; before it, with `with_base`, by `base` of its plain base."""
+    """As `predict`, under the key `name`; before it, if `with_base`, of the plain base under the key `base`."""
     found = {}
     if with_base:
         with tuned.plain_base() as prefix:
@@ -84,7 +84,7 @@ def predict_beside_base(
 
 @dataclass(frozen=True)
 class ModelInference:
-    """A model as heads ask it (`heads.head.Inference`)."""
+    """A model with the interface that heads use (`heads.head.Inference`)."""
 
     model: ChatGLMPreTrainedModel
     tokenizer: ChatGLMTokenizer
@@ -118,7 +118,7 @@ class ModelInference:
         return generate_answers(
             self.model,
             self.tokenizer,
-            [{"input_ids": prompt} for prompt in prompts],
+            prompts,
             batch_size=self.settings.batch_size,
             max_new_tokens=self.settings.max_new_tokens,
             num_beams=self.settings.num_beams,

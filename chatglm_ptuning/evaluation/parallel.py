@@ -1,4 +1,4 @@
-"""Work on many examples by several processes: each does a share, and all of them get all results."""
+"""Work on examples that several processes share: each takes a part, and all of them get all results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 
 def process_count() -> int:
-    """The processes of `torch.distributed`, 1 without it."""
+    """The number of processes of `torch.distributed`, 1 without it."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
@@ -30,14 +30,14 @@ def is_first_process() -> bool:
 
 
 def print_once(text: str) -> None:
-    """Prints in the first process alone."""
+    """Prints in the first process only."""
     if is_first_process():
         print(text)
 
 
 @contextmanager
 def joined_processes() -> Iterator[None]:
-    """Inside, the processes that torchrun has started know one another, and each has its own accelerator."""
+    """Inside, the processes that torchrun started form a process group, and each has its own accelerator."""
     if int(os.environ.get("WORLD_SIZE") or 1) == 1 or process_count() > 1:
         yield
         return
@@ -56,15 +56,15 @@ def do_together(
     model: ChatGLMPreTrainedModel,
     under_engine: bool = False,
 ) -> list[Result]:
-    """The result of every item, in their order; the items are shared among the processes, if there are several.
+    """The result of every item, in order; several processes share the items.
 
-    Process `r` of `n` takes the items `r`, `r + n`, ... Where they do not come out even it takes one of its own twice,
-    as with a partitioned base (ZeRO-3) all processes have to compute equally often. Where an item may take several
-    passes of the model, `work` has to see to that itself, by `most_of_processes`.
+    Process `r` of `n` takes the items `r`, `r + n`, ... If the division leaves a remainder, it takes one of its items
+    twice: with a partitioned base (ZeRO-3) all processes must compute equally often. If an item may take several
+    passes of the model, `work` must ensure that by `most_of_processes`.
 
     Args:
-        work: gives a result for each item it is given.
-        under_engine: a DeepSpeed engine manages the model already (it has been trained).
+        work: computes a result for each of its items.
+        under_engine: whether a DeepSpeed engine manages the model (after training).
     """
     with nullcontext() if under_engine else gathering_modules(model):
         world = process_count()

@@ -1,4 +1,4 @@
-"""Scores of predictions, and the files that show what went wrong."""
+"""Scores of predictions, and the files for an error analysis."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from chatglm_ptuning.data.tasks.examples import Example, has_gold
 from chatglm_ptuning.data.tasks.heads.head import Head, Prediction
 from chatglm_ptuning.data.tasks.task import Task
@@ -17,13 +14,14 @@ from chatglm_ptuning.figures import draw_bars, draw_confusion_matrix
 from chatglm_ptuning.files import write_json, write_lines
 from chatglm_ptuning.metrics.sets import ClassScore
 from chatglm_ptuning.metrics.task_scores import TaskScores
+from chatglm_ptuning.tables import Table
 from chatglm_ptuning.version import kit_version
 
 WORST_ERRORS = 20
 
 
 def score_task(task: Task, examples: Sequence[Example], predictions: Sequence[Prediction]) -> TaskScores:
-    """Scores predictions, one for each example; examples that are left out (`Example.left_out`) do not count.
+    """Scores predictions, one per example; examples that are left out (`Example.left_out`) do not count.
 
     Raises:
         ValueError: if there is nothing to score, the numbers differ, or an example has no gold answer.
@@ -46,18 +44,16 @@ def write_report(
 ) -> TaskScores | None:
     """Scores, and writes into the folder:
 
-    - `predictions.jsonl`: input, gold, prediction, score, the subject of an examination, and the confidence if there is
-      one;
-    - `metrics.json`: scores, intervals, groups, the label of each number in the picture;
-    - `worst_errors.jsonl`: the 20 worst, the surest first, or where there is no confidence those of lowest score;
-    - `confusion_matrix.png`, or a table with a bar for each: `entities.png` for tags, `labels.png` for a multi-label
-      task.
+    - `predictions.jsonl`: input, gold, prediction, score, the subject of an examination, and the confidence if known;
+    - `metrics.json`: scores, intervals, groups, the label of each name in the picture;
+    - `worst_errors.jsonl`: the 20 worst errors, see `worst_errors`;
+    - `confusion_matrix.png`, or a bar for each class: `entities.png` for tags, `labels.png` for a multi-label task.
 
     Args:
-        settings: how the predictions were made; goes into `metrics.json`.
+        settings: how the predictions were made, for `metrics.json`.
 
     Returns:
-        The scores; None for a split without gold, of which `predictions.jsonl` alone is written, without scores.
+        The scores; None for a split without gold answers, of which only `predictions.jsonl` is written.
 
     Raises:
         ValueError: as `score_task`.
@@ -96,13 +92,13 @@ def _draw_class_scores(path: Path, table: Mapping[str, ClassScore], task: Task) 
 
 
 def worst_errors(rows: Sequence[dict[str, Any]], number: int = WORST_ERRORS) -> list[dict[str, Any]]:
-    """The wrong rows (`score` below 1): the lowest scores first, and among equals the surest (`confidence`)."""
+    """The wrong rows (`score` below 1), lowest scores first, and among equals highest `confidence` first."""
     wrong = [row for row in rows if row["score"] < 1]
     return sorted(wrong, key=lambda row: (row["score"], -row.get("confidence", 0.0)))[:number]
 
 
 def head_settings(head: Head) -> dict[str, Any]:
-    """What `metrics.json` says of a head among the settings."""
+    """The settings of a head, for `metrics.json`."""
     return {
         "head": head.name,
         "token_unit": head.token_unit,
@@ -113,23 +109,22 @@ def head_settings(head: Head) -> dict[str, Any]:
 
 
 def print_scores(columns: Mapping[str, Mapping[str, float]], title: str = "Scores (%)") -> None:
-    """Prints one row per metric and one column per scored model.
+    """Prints one row per metric and one column per model.
 
     Args:
-        columns: by the column's heading, metric -> score.
+        columns: heading of a column -> metric -> score.
     """
-    table = Table("metric", title=title)
-    for heading in columns:
-        table.add_column(heading, justify="right")
-    for metric in dict.fromkeys(name for scores in columns.values() for name in scores):
-        table.add_row(metric, *(f"{scores[metric]:.2f}" if metric in scores else "" for scores in columns.values()))
-    Console().print(table)
+    rows = [
+        [metric, *(f"{scores[metric]:.2f}" if metric in scores else "" for scores in columns.values())]
+        for metric in dict.fromkeys(name for scores in columns.values() for name in scores)
+    ]
+    Table(["metric", *columns], rows, title).show()
 
 
 def _that_count(
     examples: Sequence[Example], predictions: Sequence[Prediction]
 ) -> tuple[list[Example], list[Prediction]]:
-    """Examples and predictions without what is left out; all of them if there is no gold."""
+    """Examples and predictions without those left out; all of them if there are no gold answers."""
     scored = has_gold(examples)
     kept = [place for place, example in enumerate(examples) if not (scored and example.left_out)]
     return [examples[place] for place in kept], [predictions[place] for place in kept]

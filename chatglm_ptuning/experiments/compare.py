@@ -1,4 +1,4 @@
-"""`chatglm-ptuning compare`: ways of tuning × tasks × seeds on one base, each run a process of its own, as a table."""
+"""`chatglm-ptuning compare`: a table of tuning methods × tasks × seeds on one base; every run is its own process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from chatglm_ptuning.command_line import fail, parse_arguments
 from chatglm_ptuning.experiments.comparison import make_rows, runs_of, write_comparison
-from chatglm_ptuning.experiments.plan import DEFAULT_SEEDS, Plan, check_plan, read_plan, select
+from chatglm_ptuning.experiments.plan import DEFAULT_SEEDS, Plan, check_plan, read_plan
 from chatglm_ptuning.experiments.run import LOG_FILE, Run
 from chatglm_ptuning.experiments.runner import interruptible, run_all
 from chatglm_ptuning.files import check_output_folder
@@ -22,36 +22,37 @@ from chatglm_ptuning.prefix.latest import runs_folder
 
 @dataclass
 class CompareArguments:
-    """What is compared, on what, and where it goes."""
+    """Flags of the command."""
 
     plan: str | None = field(
         default=None, metadata={"help": "YAML file with base, tasks, methods and their flags (docs/compare.md)"}
     )
     model_name_or_path: str | None = field(default=None, metadata={"help": "the base (default: the plan's)"})
     methods: list[str] | None = field(
-        default=None, metadata={"help": "of the plan, these alone; without a plan: ways of tuning, as train --tuning"}
+        default=None, metadata={"help": "only these of the plan; without a plan: tuning methods, as train --tuning"}
     )
     tasks: list[str] | None = field(
-        default=None, metadata={"help": "of the plan, these alone; without a plan: names or files, as train --task"}
+        default=None, metadata={"help": "only these of the plan; without a plan: names or files, as train --task"}
     )
-    task_data: str | None = field(default=None, metadata={"help": "folder with the tasks' files, as train --task_data"})
+    task_data: str | None = field(default=None, metadata={"help": "folder of the tasks' files, as train --task_data"})
     seeds: list[int] | None = field(
-        default=None, metadata={"help": f"(default: the plan's, or {' '.join(map(str, DEFAULT_SEEDS))})"}
+        default=None,
+        metadata={"help": f"seeds of every cell (default: the plan's, or {' '.join(map(str, DEFAULT_SEEDS))})"},
     )
     reference: str | None = field(
-        default=None, metadata={"help": "method that all others are compared with (default: the plan's, or none)"}
+        default=None, metadata={"help": "the method that all others are compared with (default: the plan's, or none)"}
     )
     output_dir: str | None = field(
         default=None, metadata={"help": "folder of the runs and the table (default: output/compare)"}
     )
-    workers: int = field(default=1, metadata={"help": "runs at a time; with GPUs, each on one of them, in turn"})
+    workers: int = field(default=1, metadata={"help": "runs at a time; with GPUs, each run gets one of them"})
     dry_run: bool = field(default=False, metadata={"help": "check the plan and print every run's command"})
 
     def __post_init__(self) -> None:
         if self.plan is None:
             for name in ("model_name_or_path", "methods", "tasks"):
                 if not getattr(self, name):
-                    raise ValueError(f"--{name} is needed, or a --plan")
+                    raise ValueError(f"--{name} is required without a --plan")
         if self.workers < 1:
             raise ValueError(f"--workers must be at least 1, got {self.workers}")
         if self.seeds is not None and (not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds)):
@@ -64,13 +65,12 @@ class CompareArguments:
 def main(argv: Sequence[str]) -> None:
     """Entry of the command; exit code 1 for a wrong plan, or if a run failed.
 
-    What stands behind `--` are flags of `chatglm-ptuning train` for every run.
+    Flags behind `--` are flags of `chatglm-ptuning train` for every run.
     """
-    argv = list(argv)
     place = argv.index("--") if "--" in argv else len(argv)
     (args,) = parse_arguments(
         "chatglm-ptuning compare",
-        "Compare ways of tuning on tasks, over seeds. Flags behind -- are given to every training run.",
+        "Compare tuning methods on tasks over several seeds. Flags behind -- are flags of train for every run.",
         (CompareArguments,),
         argv[:place],
     )
@@ -87,16 +87,16 @@ def compare(args: CompareArguments, last: dict[str, Any]) -> bool:
     """Runs what has not finished yet, and writes the table of what has; returns whether a run failed.
 
     Args:
-        last: flags of every run, over all others.
+        last: flags of every run, which override all others.
 
     Raises:
         ValueError: if the plan is wrong, or another comparison is at work in the folder.
     """
     plan = _plan(args, last)
-    checked = check_plan(plan, *select(plan, *((args.tasks, args.methods) if args.plan else (None, None))))
+    checked = check_plan(plan, *((args.tasks, args.methods) if args.plan else ()))
     output = Path(args.output_dir)
     of_cells = {(cell.task, cell.method): runs_of(cell, plan.seeds, plan.base, output) for cell in checked.cells}
-    # Seed by seed, so that a comparison that is stopped has all methods on the first seeds.
+    # Seed by seed, so that an interrupted comparison has all methods on the first seeds.
     runs = [run for of_seed in zip(*of_cells.values(), strict=True) for run in of_seed]
     for (task, method), why in checked.left_out.items():
         print(f"{task} / {method}: left out, {why}")
@@ -129,8 +129,8 @@ def compare(args: CompareArguments, last: dict[str, Any]) -> bool:
                 )
     except Timeout as error:
         raise ValueError(
-            f"Another comparison is at work in {output}, or a run that a killed one has left behind; wait for it "
-            f"(`fuser {error.lock_file}` names the process), or name another folder."
+            f"Another comparison is at work in {output}, or a run that a killed comparison left behind. Wait for it "
+            f"(`fuser {error.lock_file}` names the process), or give another --output_dir."
         ) from error
     for table in tables:
         table.show()
@@ -141,7 +141,7 @@ def compare(args: CompareArguments, last: dict[str, Any]) -> bool:
 
 
 def _plan(args: CompareArguments, last: dict[str, Any]) -> Plan:
-    """The plan of the file or of the flags; flags override the file."""
+    """The plan from the file or from flags; flags override the file."""
     if args.plan is not None:
         plan = read_plan(Path(args.plan))
     else:
@@ -154,7 +154,7 @@ def _plan(args: CompareArguments, last: dict[str, Any]) -> Plan:
 
 
 def _passed_on(words: Sequence[str]) -> dict[str, Any]:
-    """Flags behind `--`, as a mapping; a flag without a value is true."""
+    """Flags behind `--` with their values; a flag without a value is true."""
     flags: dict[str, list[str]] = {}
     values: list[str] | None = None
     for word in words:
@@ -162,7 +162,7 @@ def _passed_on(words: Sequence[str]) -> dict[str, Any]:
             name, equals, value = word[2:].partition("=")
             values = flags[name] = [value] if equals else []
         elif values is None:
-            fail(f"behind -- are flags of chatglm-ptuning train; found {word}.")
+            fail(f"behind -- are flags of chatglm-ptuning train, found {word}.")
         else:
             values.append(word)
     return {name: (found[0] if len(found) == 1 else found or True) for name, found in flags.items()}

@@ -1,4 +1,4 @@
-"""What a comparison runs: the strict reading of its plan, and the cells that it is made of."""
+"""What a comparison runs: its plan, read strictly, and the cells of its table."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ OWN_FLAGS = (
     "model_name_or_path", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "seed", "do_train",
     "do_predict", "config",
 )  # fmt: skip
-"""Flags that the comparison itself gives to every run."""
+"""Flags that the comparison sets for every run."""
 HEAD_WORDS = ("linear", "verbaliser")
-"""What `head` may be besides a head's name: the task's linear head, or its head that scores answers."""
+"""Values of `head` beside the names of heads: the task's linear head, or its head that scores answers."""
 _EXAMPLE = "docs/compare.md has an example"
 
 
@@ -46,7 +46,7 @@ def _distinct(values: Sequence[Any]) -> Any:
 
 
 def _by_name(value: Any) -> Any:
-    """Name -> flags, or None where there are none; also of a list of names."""
+    """Name -> flags, or None without flags; a list of names is accepted too."""
     if isinstance(value, list):
         value = dict.fromkeys(_distinct(value))
     return {str(name): flags for name, flags in value.items()} if isinstance(value, Mapping) else value
@@ -64,18 +64,18 @@ Seeds = Annotated[
 
 @dataclass(frozen=True, config=FORBID)
 class Plan:
-    """What a comparison is to run.
+    """What a comparison runs.
 
     Attributes:
-        base: what every run tunes.
-        tasks: name in the table -> flags of its runs; `task` is the name itself where it is not given, and under
-            `methods` are flags of its cells, or None for a cell that is not run.
-        methods: name in the table -> flags of its runs; None stands for a way of tuning of that name.
+        base: the base model of every run.
+        tasks: name in the table -> flags of its runs. `task` defaults to the name; `methods` holds flags of single
+            cells, or None for a cell that is left out.
+        methods: name in the table -> flags of its runs; None for the tuning method of that name.
         seeds: of every task and method.
         common: flags of every run.
         reference: the method that all others are compared with.
         last: flags that override all others.
-        file: that the plan was read from; None if it is of flags.
+        file: that the plan was read from; None for a plan made of flags.
     """
 
     base: Annotated[Text, Field(description=_EXAMPLE)]
@@ -88,17 +88,17 @@ class Plan:
     file: InstanceOf[YamlFile] | None = None
 
     def refuse(self, place: Sequence[str], text: str) -> NoReturn:
-        """Refuses what stands at a place in the plan; the message names the file and the line, if there is a file."""
+        """Raises a ValueError about a place in the plan, with file and line if there is a file."""
         raise ValueError(text) if self.file is None else self.file.error(tuple(place), text)
 
     def cells_of(self, task: str) -> Mapping[str, Flags | None]:
-        """Method -> flags of its cell of a task, or None if that is not run."""
+        """Method -> flags of its cell of a task; None if the cell is left out."""
         return (self.tasks[task] or {}).get("methods") or {}
 
     def flags_of(self, task: str, method: str) -> dict[str, Any] | None:
-        """All flags of a cell's runs but those in `OWN_FLAGS`; None if it is not run.
+        """All flags of a cell's runs except `OWN_FLAGS`; None if the cell is left out.
 
-        What is more particular overrides what is more general: common flags, the task's, the method's, the cell's.
+        Specific flags override general ones: common, the task's, the method's, the cell's, `last`.
         """
         own = self.cells_of(task).get(method, {})
         if own is None:
@@ -116,9 +116,9 @@ class Cell:
     Attributes:
         task, method: their names in the table.
         definition: of the task.
-        head: that solves it.
-        predict_split: that is scored.
-        flags: of its runs, without the seed and the folder.
+        head: name of the head.
+        predict_split: the split that is scored.
+        flags: of its runs, without seed and folder.
     """
 
     task: str
@@ -130,19 +130,19 @@ class Cell:
 
     @property
     def folder(self) -> Path:
-        """Where its runs are, relative to the folder of the comparison."""
+        """The folder of its runs, relative to the comparison's."""
         return Path("runs", folder_name(self.task), folder_name(self.method))
 
 
 @dataclass(frozen=True)
 class CheckedPlan:
-    """A plan of which everything is known to fit, as far as that can be known without the base.
+    """A plan that has passed all checks that need no base model.
 
     Attributes:
         cells: in the order of tasks, then methods.
-        left_out: (task, method) -> why it is not run.
-        majority: task -> (split, metrics in percent) of always answering the label that is the most frequent one in
-            the training split.
+        left_out: (task, method) -> the reason why it is left out.
+        majority: task -> (split, metrics in percent) of a constant prediction, the most frequent label of the
+            training split.
     """
 
     cells: tuple[Cell, ...]
@@ -151,7 +151,7 @@ class CheckedPlan:
 
 
 def folder_name(name: str) -> str:
-    """A name of the table as the name of a folder."""
+    """The folder for a name in the table."""
     return re.sub(r"[^\w.]+", "-", name).strip("-.") or "_"
 
 
@@ -173,35 +173,26 @@ def read_plan(path: Path) -> Plan:
     return plan
 
 
-def _known(names: Iterable[str], known: Iterable[str], what: str) -> None:
+def _chosen(names: Sequence[str] | None, known: Iterable[str], what: str) -> list[str]:
+    """The known names that are chosen, in the plan's order; all if None."""
     known = list(known)
-    for name in names:
+    for name in names or ():
         if name not in known:
             raise ValueError(f"unknown {what} {name!r}{nearest(name, known)}; known are {', '.join(known)}.")
+    return [name for name in known if names is None or name in names]
 
 
-def select(plan: Plan, tasks: Sequence[str] | None, methods: Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """The tasks and methods of a plan that the command line names, in the plan's order; all where it names none.
+def check_plan(plan: Plan, tasks: Sequence[str] | None = None, methods: Sequence[str] | None = None) -> CheckedPlan:
+    """Reads every task's rows and checks every run's flags, so that errors show before the first run.
 
-    Raises:
-        ValueError: naming one that the plan does not have.
-    """
-    _known(tasks or (), plan.tasks, "task")
-    _known(methods or (), plan.methods, "method")
-    return (
-        [task for task in plan.tasks if tasks is None or task in tasks],
-        [method for method in plan.methods if methods is None or method in methods],
-    )
-
-
-def check_plan(plan: Plan, tasks: Sequence[str], methods: Sequence[str]) -> CheckedPlan:
-    """Reads every task's rows and every run's flags, so that what is wrong shows before the first run.
+    Args:
+        tasks, methods: the names to keep; None for all.
 
     Raises:
         ValueError: naming the place in the plan, the value and the way out.
     """
-    if plan.reference is not None:
-        _known([plan.reference], plan.methods, "reference")
+    tasks, methods = _chosen(tasks, plan.tasks, "task"), _chosen(methods, plan.methods, "method")
+    _chosen(plan.reference and [plan.reference], plan.methods, "reference")
     for what, names in (("tasks", plan.tasks), ("methods", plan.methods)):
         folders = {folder_name(name): name for name in reversed(names)}
         for name in names:
@@ -210,21 +201,20 @@ def check_plan(plan: Plan, tasks: Sequence[str], methods: Sequence[str]) -> Chec
                 plan.refuse((what, name), text)
     checker = FlagChecker(TRAIN_FLAGS)
     _check_flag_names(plan, checker)
-    rows = _Rows()
+    splits = _Splits()
     cells, left_out, majority = [], {}, {}
     for task in tasks:
         for method in methods:
             flags = plan.flags_of(task, method)
             try:
-                cell = "the plan says so" if flags is None else _check_cell(plan, task, method, flags, checker, rows)
+                cell = "the plan says so" if flags is None else _check_cell(plan, task, method, flags, checker, splits)
             except ValueError as error:
                 plan.refuse(("tasks", task), f"{task} by {method}: {error}")
             if isinstance(cell, str):
                 left_out[task, method] = cell
             else:
                 cells.append(cell)
-        always = rows.majority(task)
-        if always is not None:
+        if task in splits.trained and (always := splits.majority(*splits.trained[task])) is not None:
             majority[task] = always
     if not cells:
         raise ValueError("the plan leaves nothing to run: " + "; ".join(sorted(set(left_out.values()))) + ".")
@@ -242,17 +232,16 @@ def _check_flag_names(plan: Plan, checker: FlagChecker) -> None:
             checker.check_names(flags or {})
         except ValueError as error:
             plan.refuse(place, f"{'.'.join(place)}: {error}")
-        for name in OWN_FLAGS:
-            if name in (flags or {}):
-                plan.refuse(
-                    (*place, name), f"{'.'.join(place)}: --{name} is set by the comparison itself; leave it out."
-                )
+        for name in flags or {}:
+            if name in OWN_FLAGS:
+                text = f"{'.'.join(place)}: --{name} is set by the comparison itself; leave it out."
+                plan.refuse((*place, name), text)
 
 
 def _check_cell(
-    plan: Plan, task: str, method: str, flags: dict[str, Any], checker: FlagChecker, rows: _Rows
+    plan: Plan, task: str, method: str, flags: dict[str, Any], checker: FlagChecker, splits: _Splits
 ) -> Cell | str:
-    """The cell, or why it cannot be run."""
+    """The cell, or the reason why it cannot be run."""
     definition = load_task(str(flags["task"]))
     tuning = flags.get("tuning", "ptuning_v2")
     head = _head(definition, flags.get("head"), tuning != "none")
@@ -264,12 +253,20 @@ def _check_cell(
     kinds = (ModelArguments, DataArguments, TuningArguments)
     _, data, _ = checker.values({**flags, "model_name_or_path": plan.base}, kinds)
     data.setup_of_task(definition, heads_of(definition)[head])
-    predict_split = rows.read(task, definition, data, tuning != "none")
-    return Cell(task, method, definition, head, predict_split, flags)
+    split, tested = splits.tested(definition, data)
+    if not has_gold(tested):
+        raise ValueError(
+            f"the split {split} has no labels to score against; name another one of {', '.join(definition.files)} by "
+            "predict_split."
+        )
+    if tuning != "none":
+        splits.training(definition, data)
+        splits.trained.setdefault(task, (definition, data))
+    return Cell(task, method, definition, head, split, flags)
 
 
 def _head(task: Task, asked: Any, trains: bool) -> str:
-    """The head's name, of what a plan calls it."""
+    """The name of the head that `head` in a plan stands for."""
     linear = [head for head in heads_of(task) if head in LINEAR_HEADS]
     answering = [head for head in heads_of(task) if head not in LINEAR_HEADS]
     if asked in HEAD_WORDS:
@@ -282,51 +279,38 @@ def _head(task: Task, asked: Any, trains: bool) -> str:
     return head_of(task, asked).name
 
 
-class _Rows:
-    """The rows of every task that is compared, each split read once."""
+class _Splits:
+    """The examples of the splits that are used, each read once.
+
+    Attributes:
+        trained: name in the table -> definition and data of its first cell that trains.
+    """
 
     def __init__(self) -> None:
-        self._splits: dict[tuple[Any, ...], Sequence[Example]] = {}
-        self._trained: dict[str, tuple[Task, DataArguments]] = {}
+        self._examples: dict[tuple[Any, ...], Sequence[Example]] = {}
+        self.trained: dict[str, tuple[Task, DataArguments]] = {}
 
-    def read(self, name: str, task: Task, data: DataArguments, trains: bool) -> str:
-        """Reads the splits that a cell needs; returns which one is scored.
+    def tested(self, task: Task, data: DataArguments) -> tuple[str, Sequence[Example]]:
+        """The split that is scored, and its examples."""
+        split = data.predict_split or usual_split(task, "test")
+        return split, self._read(task, data, split)[: data.max_predict_samples]
 
-        Raises:
-            ValueError: as `read_examples`, or if what is to be scored has no labels.
-        """
-        split = self._split_of(task, data, "test")
-        tested = self._examples(task, data, split, data.max_predict_samples)
-        if not has_gold(tested):
-            raise ValueError(
-                f"the split {split} has no labels to score against; name another one of {', '.join(task.files)} by "
-                "predict_split."
-            )
-        if trains:
-            self._examples(task, data, self._split_of(task, data, "train"), data.max_train_samples)
-            self._trained.setdefault(name, (task, data))
-        return split
+    def training(self, task: Task, data: DataArguments) -> Sequence[Example]:
+        """The training examples."""
+        return self._read(task, data, data.train_split or usual_split(task, "train"))[: data.max_train_samples]
 
-    def majority(self, name: str) -> tuple[str, Mapping[str, float]] | None:
-        """See `CheckedPlan.majority`; None for a task without labels, with sets of them, or without training rows."""
-        if name not in self._trained:
-            return None
-        task, data = self._trained[name]
-        split = self._split_of(task, data, "test")
-        tested = self._examples(task, data, split, data.max_predict_samples)
+    def majority(self, task: Task, data: DataArguments) -> tuple[str, Mapping[str, float]] | None:
+        """See `CheckedPlan.majority`; None for a task without labels, or with several labels per text."""
+        split, tested = self.tested(task, data)
         if all(example.gold not in list(task.labels) for example in tested):
             return None
-        training = self._examples(task, data, self._split_of(task, data, "train"), data.max_train_samples)
-        counts = Counter(example.gold for example in training if not example.left_out)
+        counts = Counter(example.gold for example in self.training(task, data) if not example.left_out)
         most = max(task.labels, key=counts.__getitem__)
         return split, score_task(task, tested, [Prediction(most)] * len(tested)).metrics
 
-    def _split_of(self, task: Task, data: DataArguments, kind: str) -> str:
-        return (data.predict_split if kind == "test" else data.train_split) or usual_split(task, kind)
-
-    def _examples(self, task: Task, data: DataArguments, split: str, limit: int | None) -> Sequence[Example]:
+    def _read(self, task: Task, data: DataArguments, split: str) -> Sequence[Example]:
         key = (task.origin, data.task_data, split, tuple(data.subjects or ()))
-        if key not in self._splits:
+        if key not in self._examples:
             bad_rows = BadRows(data.skip_bad_rows)
-            self._splits[key] = read_examples(task, data.task_data, split, subjects=data.subjects, bad_rows=bad_rows)
-        return self._splits[key][:limit]
+            self._examples[key] = read_examples(task, data.task_data, split, subjects=data.subjects, bad_rows=bad_rows)
+        return self._examples[key]

@@ -1,4 +1,4 @@
-"""What a search tries next, and what it gives up: TPE and successive halving, on what is known of the trials so far."""
+"""Optuna's TPE and successive halving over the trials of a search: which setting is next, which run is pruned."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ STUDY_FILE = "study.db"
 def lost_rung(
     points: Sequence[Evaluation], others: Sequence[Run], args: SearchArguments, lower_is_better: bool
 ) -> int | None:
-    """The halving that a run loses at the last of its evaluations; None if it goes on.
+    """The rung of successive halving that prunes a run at its last evaluation; None if the run continues.
 
     Asynchronous successive halving (Li et al. 2020, "A System for Massively Parallel Hyperparameter Tuning"), with the
     decisions of optuna's `SuccessiveHalvingPruner`: rung r is at the first evaluation from step `min_resource *
-    reduction_factor ** r` on. There a run must be among the best in `reduction_factor` of those that have come so far,
-    or be the best where they are fewer.
+    reduction_factor ** r` on. There a run must be among the best 1 / `reduction_factor` of the runs that have reached
+    the rung, or the best if they are fewer.
     """
     now, before = points[-1], points[-2].step if len(points) > 1 else 0
     sign = 1 if lower_is_better else -1
@@ -43,7 +43,7 @@ def lost_rung(
 
 
 def _score_at(run: Run, step: int, rung: int) -> float:
-    """What a run had to show at a rung; NaN if it has not come so far."""
+    """The score of a run at a rung; NaN if it has not reached it."""
     ending = run.ending()
     if ending is not None and ending.error is None and ending.rung < rung:
         return math.nan
@@ -51,7 +51,7 @@ def _score_at(run: Run, step: int, rung: int) -> float:
 
 
 def propose(args: SearchArguments, rows: Sequence[Mapping[str, Any]], lower_is_better: bool) -> Setting:
-    """The setting that TPE chooses after the trials so far, the same one for the same trials."""
+    """The setting that TPE proposes after the trials so far; deterministic."""
     import optuna
 
     sampler = optuna.samplers.TPESampler(seed=args.search_seed + 1000 * len(rows), constant_liar=True)
@@ -62,7 +62,7 @@ def propose(args: SearchArguments, rows: Sequence[Mapping[str, Any]], lower_is_b
 
 
 def write_study(folder: Path, args: SearchArguments, rows: Sequence[Mapping[str, Any]], lower_is_better: bool) -> None:
-    """Writes the trials that are over into `study.db`, for optuna's own tools."""
+    """Writes the trials that have ended into `study.db`, for Optuna's own tools."""
     import optuna
 
     with write_atomically(folder.resolve() / STUDY_FILE) as temporary:
@@ -79,7 +79,7 @@ def _direction(lower_is_better: bool) -> str:
 def _distributions(args: SearchArguments) -> dict[str, optuna.distributions.BaseDistribution]:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    if args.is_grid:  # its lists may grow, and optuna's categories may not
+    if args.is_grid:  # its lists may grow, and categories of optuna may not
         return {
             "pre_seq_len": IntDistribution(1, 2**31),
             "learning_rate": FloatDistribution(0.0, 1e300),

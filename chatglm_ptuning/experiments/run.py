@@ -1,4 +1,4 @@
-"""One run of an experiment: flags for `train`, a folder, and what the folder says of how far the run has come."""
+"""One run of an experiment: flags for `train`, and a folder that tells the state of the run."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from chatglm_ptuning.files import read_json_object_or_empty, write_json
 from chatglm_ptuning.training.progress import FAILED, OTHER, PROGRESS_FILE, REASON, read_progress
 
 RUN_FILE = "run.json"
-"""The flags that a run was started with; only a folder that has it is ever emptied."""
+"""The flags that a run was started with; only a folder that has this file is ever emptied."""
 ENDING_FILE = "ending.json"
 LOG_FILE = "log.txt"
 RESULTS_FILE = "all_results.json"
 RUN_DEFAULTS = {"save_strategy": "no", "disable_tqdm": True}
-"""Flags of every run unless something says otherwise: a run that is cut off starts anew, and needs no checkpoints."""
+"""Default flags of every run. An interrupted run starts over, so it needs no checkpoints."""
 _LINES_SHOWN = 15
 
 
 class Evaluation(NamedTuple):
-    """One evaluation of a run: after which step, the score, and the loss in nats per label."""
+    """One evaluation of a run: the step, the score, and the loss in nats per label."""
 
     step: int
     score: float
@@ -39,11 +39,11 @@ class Ending:
     """How a run ended without its results.
 
     Attributes:
-        error: why it failed; None if the experiment gave it up.
+        error: why it failed; None if it was pruned.
         kind: of failure, see `training.progress`.
         code: exit code of its process, negative if a signal ended it.
         log: the last lines that it printed.
-        rung: of the halving that it was given up at, after so many `evaluations`.
+        rung: of the halving that pruned it, after so many `evaluations`.
     """
 
     error: str | None = None
@@ -56,15 +56,15 @@ class Ending:
 
 @dataclass(frozen=True)
 class Run:
-    """A run, whether it was started or not.
+    """A run, started or not.
 
     Attributes:
-        name: for people.
+        name: shown to the user.
         seed: which is among the arguments.
         arguments: of `train`, without --output_dir.
         folder: of the run.
-        scored_by: the result that the experiment wants of it.
-        files: that it wants, too, relative to the folder.
+        scored_by: the key of the results that a finished run must have.
+        files: that a finished run must have, relative to the folder.
     """
 
     name: str
@@ -82,12 +82,12 @@ class Run:
 
     @cached_property
     def lock(self) -> FileLock:
-        """Is held by the process of the run, which inherits it, and by the one that has started that."""
+        """Held by the process that started the run, and by the run's own process, which inherits it."""
         path = self.folder.with_name(f".{self.folder.name}.lock")
         return FileLock(path, on_acquired=lambda descriptor: os.set_inheritable(descriptor, True))
 
     def take(self) -> bool:
-        """Takes its lock, unless another process or another `Run` of this folder holds it; returns whether it did."""
+        """Acquires the lock if it is free; returns whether it did."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             self.lock.acquire(blocking=False)
@@ -96,20 +96,20 @@ class Run:
         return True
 
     def is_at_work(self) -> bool:
-        """Whether a process has it at hand."""
+        """Whether a process is running it."""
         taken = self.take()
         if taken:
             self.lock.release()
         return not taken
 
     def results(self) -> dict[str, Any]:
-        """What `train` has written of a finished run; nothing of one that has not finished, or had other flags."""
+        """The results of a finished run; empty if it has not finished, or was started with other flags."""
         results = read_json_object_or_empty(self.folder / RESULTS_FILE)
         whole = self.scored_by in results and all((self.folder / name).is_file() for name in self.files)
         return results if whole and self._was_started() else {}
 
     def is_pending(self) -> bool:
-        """Whether it is still to be run: it was not, or with other flags, or it was cut off."""
+        """Whether it has yet to run: it never ran, was interrupted, or ran with other flags."""
         return not self.results() and self.ending() is None
 
     def ending(self) -> Ending | None:
@@ -118,7 +118,7 @@ class Run:
         return Ending(**noted) if noted and self._was_started() else None
 
     def evaluations(self) -> list[Evaluation]:
-        """Its evaluations in their order, also while it runs; those before it was given up."""
+        """Its evaluations so far, in order; of a pruned run those before that."""
         found: dict[int, Evaluation] = {}
         loss = float("nan")
         for entry in read_progress(self.folder) if self._was_started() else []:
@@ -129,46 +129,45 @@ class Run:
         return list(found.values())[: ending and ending.evaluations]
 
     def seconds(self) -> float:
-        """From its start to the last that it said."""
-        said = [path for name in (LOG_FILE, PROGRESS_FILE) if (path := self.folder / name).exists()]
-        return max(path.stat().st_mtime for path in said) - (self.folder / RUN_FILE).stat().st_mtime
+        """From its start to its last output."""
+        written = [path for name in (LOG_FILE, PROGRESS_FILE) if (path := self.folder / name).exists()]
+        return max(path.stat().st_mtime for path in written) - (self.folder / RUN_FILE).stat().st_mtime
 
     def prepare(self) -> None:
-        """Makes its folder an empty one that says what is run: an unfinished run starts anew.
+        """Makes its folder empty but for its flags: an unfinished run starts over.
 
         Raises:
-            ValueError: if the folder holds what is no run of an experiment.
+            ValueError: if the folder holds anything but a run of an experiment.
         """
         if self.folder.exists():
             if any(self.folder.iterdir()) and not (self.folder / RUN_FILE).is_file():
                 raise ValueError(
-                    f"{self.folder} holds files that are no run of an experiment; move them away, or name another "
+                    f"{self.folder} holds files that are no run of an experiment; move them away, or give another "
                     "--output_dir."
                 )
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True)
-        (self.folder / PROGRESS_FILE).touch()  # where a run that is refused says so
+        (self.folder / PROGRESS_FILE).touch()  # so that a run with refused flags notes its failure there
         write_json(self.folder / RUN_FILE, {"arguments": list(self.arguments)})
 
     def end(self, ending: Ending) -> None:
-        """Notes how it ended without its results, so that it is not pending any longer."""
+        """Records how it ended without its results; it is no longer pending."""
         write_json(self.folder / ENDING_FILE, asdict(ending))
 
     def fail(self, code: int) -> None:
-        """Notes that its process has ended with an exit code and without its results, and what it said of that."""
+        """Records that its process ended without its results, with the error and the end of the log."""
         text = (self.folder / LOG_FILE).read_text(encoding="utf-8", errors="replace")
         lines = [line.rpartition("\r")[2] for line in text.splitlines() if line.strip()]
-        log = "\n".join(lines[-_LINES_SHOWN:])
         last = (read_progress(self.folder) or [{}])[-1]
         error = last.get(REASON) or (f"killed by signal {-code}; out of memory?" if code < 0 else f"exit code {code}")
-        self.end(Ending(error, last.get(FAILED, OTHER), code, log))
+        self.end(Ending(error, last.get(FAILED, OTHER), code, "\n".join(lines[-_LINES_SHOWN:])))
 
     def try_again(self) -> None:
         """Makes it pending although it has ended."""
         (self.folder / ENDING_FILE).unlink(missing_ok=True)
 
     def drop_weights(self) -> None:
-        """Removes what it has trained, all but the files that are read here."""
+        """Removes all its files except those that this module reads."""
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)

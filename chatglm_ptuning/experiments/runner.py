@@ -1,4 +1,4 @@
-"""Running what is pending: each run a process of `chatglm-ptuning train`, so many at a time, none of them twice."""
+"""Runs of an experiment: each is a process of `chatglm-ptuning train`, so many at a time, and none runs twice."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ def run_all(
     give_up: Callable[[Run], Ending | None] = lambda run: None,
     ended: Callable[[Run], None] = lambda run: None,
 ) -> None:
-    """Runs what is pending, `workers` at a time; with GPUs, each on one of them, in turn. Prints how each run ends.
+    """Runs what is pending, `workers` at a time; with GPUs, each run gets one of them in turn. Prints every outcome.
 
-    A run that another process has at hand is left to that one. However this ends, no process is left behind; a run
-    that is stopped by that is pending again.
+    A run that another process holds is left to that process. No process is left behind, also after an exception; a
+    run that is stopped that way is pending again.
 
     Args:
-        pending: what is to be run, the next first; asked whenever there is room for a run.
-        total: number of runs, to show.
-        give_up: asked while a run goes: how to end it before its time, if at all.
-        ended: told of each run.
+        pending: the runs to start, in order; called whenever a worker is free.
+        total: number of runs, for the progress bar.
+        give_up: called repeatedly while a run is at work; the ending of a run that is to be stopped.
+        ended: called after each run.
     """
     gpus = _gpus()
     free, running = list(range(workers)), {}
@@ -78,7 +78,7 @@ def run_all(
 
 
 def _take(pending: Iterable[Run]) -> Run | None:
-    """The first run that no other process has, with its lock held."""
+    """The first run that no other process holds, with its lock acquired."""
     for run in pending:
         if run.take():
             if run.is_pending():
@@ -99,7 +99,7 @@ def _start(run: Run, gpu: str | None) -> _Started:
 
 
 def _process(run: Run, log: IO[bytes], environment: Mapping[str, str]) -> subprocess.Popen:
-    # What is inheritable, the lock, stays open there, so that it is held also if this process is killed.
+    # The process inherits the lock, so it stays locked even if this process is killed.
     return subprocess.Popen(
         run.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, close_fds=False
     )
@@ -131,7 +131,7 @@ def _outcome(run: Run) -> str:
         return f"{run.name}: {run.scored_by} {run.results()[run.scored_by]:.4g} after {run.seconds():.0f} s"
     if ending.error is None:
         step, score, _ = run.evaluations()[-1]
-        return f"{run.name}: given up at step {step} with {run.scored_by} {score:.4g}"
+        return f"{run.name}: pruned at step {step} with {run.scored_by} {score:.4g}"
     return f"{run.name}: exit code {ending.code}\n{ending.log}"
 
 
@@ -157,7 +157,7 @@ def _gpus() -> list[str]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside, SIGTERM stops the work as Ctrl-C does; either ends the command with a message and its exit code."""
+    """Inside, SIGTERM stops the work as Ctrl-C does; both end the command with a message and an exit code."""
 
     def interrupt(number: int, frame: Any) -> NoReturn:
         raise KeyboardInterrupt("SIGTERM")
@@ -166,7 +166,7 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        print("Interrupted; the same command goes on with the runs that are left.", file=sys.stderr)
+        print("Interrupted. The same command resumes with the remaining runs.", file=sys.stderr)
         raise SystemExit(SIGTERM_EXIT_CODE if stop.args else _INTERRUPTED_EXIT_CODE) from stop
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -1,8 +1,7 @@
-"""`chatglm-ptuning search`: which prompt length, learning rate and first values suit a task on a base."""
+"""`chatglm-ptuning search`: finds the prefix length, learning rate and initial values that suit a task on a base."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,12 +21,13 @@ from chatglm_ptuning.experiments.run import RUN_DEFAULTS, Ending, Run
 from chatglm_ptuning.experiments.runner import interruptible, run_all
 from chatglm_ptuning.experiments.search_arguments import SearchArguments, Setting, passed_flags, words_of
 from chatglm_ptuning.experiments.search_report import REPORT_FILE, print_report, write_report
+from chatglm_ptuning.files import read_json_object
 from chatglm_ptuning.metrics.intervals import mean_and_deviation
 from chatglm_ptuning.training.arguments import RETIRED_FLAGS
 from chatglm_ptuning.training.progress import DEVICE, DIVERGED, REFUSED
 from chatglm_ptuning.training.run import TRAIN_FLAGS
 
-_OF_THE_GRID = {
+_GRID_LISTS = {
     "pre_seq_len",
     "learning_rate",
     "prefix_projection",
@@ -38,7 +38,7 @@ _OF_THE_GRID = {
 
 
 class SearchEnded(Exception):
-    """What makes every run of this process fail; the message is for the user."""
+    """An error that every run of this process would meet; the message is for the user."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,23 @@ class Trial:
     runs: Sequence[Run]
 
     def to_run(self) -> list[Run]:
-        """What can be run now: the first seed, and unless that was given up or has failed, the others."""
+        """The runs that can start now: the first seed alone, then the others unless a run failed or was pruned."""
         pending = [run for run in self.runs if run.is_pending()]
         if any(run.ending() for run in self.runs):
             return []
         return pending[:1] if self.runs[0] in pending else pending
 
     def row(self) -> dict[str, Any]:
-        """What is known of it: `state`, the course of each seed, and the mean or the error."""
+        """Its entry in the report: `state`, the evaluations of each seed, and the mean score or the error."""
         endings = {run.seed: ending for run in self.runs if (ending := run.ending())}
         errors = [f"seed {seed}: {ending.error}" for seed, ending in endings.items() if ending.error is not None]
-        seeds = {run.seed: course for run in self.runs if (course := _course(run, endings.get(run.seed)))}
+        seeds: dict[int, dict[str, Any]] = {}
+        for run in self.runs:
+            results = run.results()
+            pruned = run.seed in endings and endings[run.seed].error is None
+            if pruned or (results and run.seed not in endings):
+                seeds[run.seed] = {"points": run.evaluations(), "seconds": round(run.seconds(), 1)}
+                seeds[run.seed] |= {} if pruned else {"score": results[run.scored_by]}
         seconds = round(sum(course["seconds"] for course in seeds.values()), 1)
         row = {"number": self.number, "setting": self.setting, "seeds": seeds, "seconds": seconds}
         if endings:
@@ -73,23 +79,13 @@ class Trial:
         return row | {"state": "complete", "mean": mean, "deviation": deviation}
 
 
-def _course(run: Run, ending: Ending | None) -> dict[str, Any]:
-    """Of a run that has finished or was given up; empty for others."""
-    results = run.results()
-    if ending is not None and ending.error is None:
-        return {"points": run.evaluations(), "seconds": round(run.seconds(), 1)}
-    if ending is not None or not results:
-        return {}
-    return {"points": run.evaluations(), "seconds": round(run.seconds(), 1), "score": results[run.scored_by]}
-
-
 class Search:
-    """The settings in a folder, and the work of this process on them.
+    """The trials in a folder, and the work of this process on them.
 
-    The folder's report lists the settings. They are added under a lock, so that workers never try one twice.
+    The folder's report lists the trials. They are added under a lock, so that no two workers try the same one.
 
     Args:
-        common: flags of `train` that all settings share.
+        common: flags of `train` that all trials share.
     """
 
     def __init__(self, args: SearchArguments, common: Sequence[str], metric: str) -> None:
@@ -99,11 +95,11 @@ class Search:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.folder / ".lock")
         self._judged: dict[Path, int] = {}
-        """How many evaluations of a run are known not to end it."""
+        """The number of evaluations of a run that did not prune it."""
         with self.lock:
             self._check_settings()
             trials = self.trials()
-            # What failed by more than its setting is tried again: the memory of a GPU may have been another program's.
+            # A failure other than divergence may not be the setting's: another program may have used the GPU's memory.
             for run in (run for trial in trials for run in trial.runs):
                 if (ending := run.ending()) and ending.error is not None and ending.kind != DIVERGED:
                     run.try_again()
@@ -113,30 +109,29 @@ class Search:
             self._report(trials)
 
     def _check_settings(self) -> None:
-        # A grid may grow; what TPE draws from may not.
-        free = {"output_dir", "trials", "metric"} | (_OF_THE_GRID if self.args.is_grid else set())
+        # The lists of a grid may grow; the lists that TPE samples from may not.
+        free = {"output_dir", "trials", "metric"} | (_GRID_LISTS if self.args.is_grid else set())
         now = {name: value for name, value in asdict(self.args).items() if name not in free}
         now |= {"metric": self.metric, "flags of train": " ".join(self.common)}
         self.settings = now
-        before = self._written().get("settings", now)
+        before = self._report_so_far().get("settings", now)
         if before != now:
             other = [f"{name}: {before.get(name)} there, {now.get(name)} here" for name in sorted(before | now)
                      if before.get(name) != now.get(name)]  # fmt: skip
             raise ValueError(
-                f"{self.folder / REPORT_FILE} is of a search with other settings ({'; '.join(other)}). Give the same "
-                "ones to go on with it, or another --output_dir."
+                f"{self.folder / REPORT_FILE} belongs to a search with other settings ({'; '.join(other)}). Give the "
+                "same settings to resume it, or another --output_dir."
             )
 
-    def _written(self) -> dict[str, Any]:
+    def _report_so_far(self) -> dict[str, Any]:
         path = self.folder / REPORT_FILE
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return read_json_object(path) if path.exists() else {}
 
     def trials(self) -> list[Trial]:
-        """All trials so far, in their order."""
-        return self._new(0, [row["setting"] for row in self._written().get("trials", [])])
+        """All trials so far, in order."""
+        return self._new(0, [row["setting"] for row in self._report_so_far().get("trials", [])])
 
     def _new(self, number: int, settings: Iterable[Setting]) -> list[Trial]:
-        """Trials of settings, numbered from `number` on."""
         return [Trial(place, setting, self._runs(place, setting)) for place, setting in enumerate(settings, number)]
 
     def _runs(self, number: int, setting: Setting) -> list[Run]:
@@ -155,7 +150,7 @@ class Search:
         return write_report(self.folder, self.settings, [trial.row() for trial in trials], self.args, self.common)
 
     def pending(self) -> Iterator[Run]:
-        """What can be run now, the settings in their order; where all of them are taken, one more is proposed."""
+        """The runs that can start now, in the order of the trials; if all are taken, TPE proposes one more trial."""
         for trial in self.trials():
             yield from trial.to_run()
         while not self.args.is_grid:
@@ -169,7 +164,7 @@ class Search:
             yield from trials[-1].to_run()
 
     def give_up(self, run: Run) -> Ending | None:
-        """How a run ends that has lost a halving: the first seed of a setting decides for all."""
+        """The ending of a run that successive halving prunes; the first seed of a trial decides for all."""
         if self.args.pruner == "none" or run.seed != self.args.seeds[0]:
             return None
         points = run.evaluations()
@@ -182,28 +177,28 @@ class Search:
         return None
 
     def ended(self, run: Run) -> None:
-        """Keeps what is known of a run, and drops what it has trained.
+        """Updates the report after a run, and deletes its weights.
 
         Raises:
-            SearchEnded: if flags, files or base are refused before any run has shown a score, or if the GPU fails.
+            SearchEnded: if flags, files or base are refused before any run has a score, or if the GPU fails.
         """
         self._judged.pop(run.folder, None)
         ending = run.ending()
         if ending is not None and ending.error is not None:
             if ending.code == 0:
-                error = f"no evaluation has shown {run.scored_by}, which the search goes by; name another --metric."
+                error = f"no evaluation has {run.scored_by}, the metric of this search; name another --metric."
                 ending = replace(ending, kind=REFUSED, error=error)
             has_scores = any(trial.row()["state"] in ("complete", "pruned") for trial in self.trials())
             if ending.kind == DEVICE or (ending.kind == REFUSED and not has_scores):
                 run.try_again()
-                raise SearchEnded(f"{ending.error}\nThe setting is in the queue again: give the same command to go on.")
+                raise SearchEnded(f"{ending.error}\nThe trial is pending again: repeat the command to resume.")
             run.end(ending)
         run.drop_weights()
         with self.lock:
             self._report(self.trials())
 
     def work(self) -> dict[str, Any]:
-        """Tries settings until none are left to this process; returns the report."""
+        """Runs trials until this process finds none left; returns the report."""
         run_all(self.pending, ended=self.ended, give_up=self.give_up)
         with self.lock:
             report = self._report(self.trials())
@@ -215,20 +210,20 @@ def _parse(argv: Sequence[str]) -> tuple[SearchArguments, list[str], str]:
     passed_type = passed_flags()
     args, passed = parse_arguments(
         "chatglm-ptuning search",
-        "Search the length of a prefix, its learning rate and its first values for a task, on its dev split. All flags "
-        "of train that are not searched hold for every trial.",
+        "Search the prefix length, the learning rate and the initial values for a task, scored on its dev split. Other "
+        "flags of train apply to every trial.",
         (SearchArguments, passed_type),
         argv,
         RETIRED_FLAGS,
     )
     common = words_of(passed, *parse_arguments("chatglm-ptuning search", "", (passed_type,), []))
     if passed.task is None:
-        fail("--task is needed: the task whose dev split the search goes by.")
+        fail("--task is required: trials are scored on its dev split.")
     if (passed.eval_split or "").startswith("test"):
-        fail(f"--eval_split {passed.eval_split}: a search never looks at a test split; name a dev split.")
+        fail(f"--eval_split {passed.eval_split}: a search never uses a test split; name a dev split.")
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        fail("a search starts its runs itself: start the same command several times instead of a launcher.")
-    # Wrong values of flags show here, not in the first run.
+        fail("search starts its own processes: run the same command several times instead of using a launcher.")
+    # Refuses wrong values of flags before the first run.
     first = args.train_arguments(common, args.grid()[0], args.seeds[0])
     _, data_args, *_ = parse_arguments("chatglm-ptuning search", "", TRAIN_FLAGS, first)
     try:
@@ -243,7 +238,7 @@ def _parse(argv: Sequence[str]) -> tuple[SearchArguments, list[str], str]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Entry of the command; what users can mend ends it with exit code 1, SIGTERM with 143, Ctrl-C with 130."""
+    """Entry of the command; errors that users can mend end it with exit code 1, SIGTERM with 143, Ctrl-C with 130."""
     args, common, metric = _parse(argv)
     try:
         import optuna
@@ -258,4 +253,4 @@ def main(argv: Sequence[str]) -> None:
         fail(str(error))
     print_report(report, Path(args.output_dir))
     if not report["best"]:
-        fail(f"no trial has come to its end; {Path(args.output_dir, REPORT_FILE)} says why.")
+        fail(f"no trial has finished; {Path(args.output_dir, REPORT_FILE)} lists the errors.")

@@ -1,1 +1,1 @@
-"""Talking to a base and its prefixes: chat sessions and the programs around them."""
+"""Chat with a base and its prefixes."""

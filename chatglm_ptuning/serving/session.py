@@ -1,4 +1,4 @@
-"""A conversation of many turns with a model whose prefix may change between them."""
+"""A conversation with a model whose prefix may change between turns."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _MOST_NEW_TOKENS = 1024
 class ChatSession:
     """Keeps the history of one conversation, its prefix and its cache of keys and values.
 
-    The cache saves computing earlier turns again and never changes an answer. The oldest turns are forgotten when the
-    conversation would outgrow the base's `seq_length`. Several sessions may share a model.
+    The cache never changes an answer. Long conversations are truncated by dropping whole turns, oldest first, so that
+    the answer fits into the base's `seq_length`. Several sessions may share a model.
 
     Args:
         max_new_tokens: most tokens of one answer; by default half of the base's `seq_length`, 1024 at most.
@@ -31,8 +31,8 @@ class ChatSession:
         top_p, temperature: by default the base's own, see `chat`.
 
     Attributes:
-        history: the turns so far, in the form that `model.chat` takes and gives.
-        prefix: the prefix of the next answers, or None for the plain base; at first the model's selected one.
+        history: the turns so far, as `model.chat` takes and returns them.
+        prefix: name of the prefix of the next answers, None for the plain base; initially the model's selected one.
 
     Raises:
         ValueError: if max_new_tokens does not fit into `seq_length`.
@@ -64,13 +64,12 @@ class ChatSession:
         self._cache: Cache | None = None
 
     def stream(self, query: str) -> Iterator[str]:
-        """Answers a query, yielding the text piece by piece as it is generated.
+        """Answers a query and yields the text in pieces as they are generated.
 
-        Closing the iterator early ends the answer; what was yielded stays in the history. An error in the middle
-        leaves the turn in the history up to there too.
+        Closing the iterator ends the answer. The text yielded so far stays in the history, also after an error.
 
         Raises:
-            ValueError: if the query alone is too long, naming the sizes; the history is as before then.
+            ValueError: if the query alone is too long, naming the sizes; the history is unchanged.
         """
         prefix = self.model.prefix_batch(self.prefix)
         before = self._recent_history(query)
@@ -93,17 +92,17 @@ class ChatSession:
                     yield piece
 
     def switch_prefix(self, name: str | None) -> None:
-        """Answers with another prefix from now on; None for the plain base. The history stays, the cache does not.
+        """Selects the prefix of the next answers, None for the plain base; keeps the history and drops the cache.
 
         Raises:
             KeyError: if no prefix of that name is loaded.
         """
-        self.model.prefix_batch(name)  # refuses a name that is not loaded
+        self.model.prefix_batch(name)  # raises if the name is not loaded
         self.prefix = name
         self._cache = None
 
     def clear(self) -> None:
-        """Forgets the conversation."""
+        """Starts a new conversation."""
         self.history = []
         self._cache = None
 
@@ -111,7 +110,7 @@ class ChatSession:
         if self._cache is not None:
             try:
                 prefix.claim(self._cache)
-            except ValueError:  # a prefix was loaded since, perhaps under the same name
+            except ValueError:  # another prefix was loaded, perhaps under the same name
                 self._cache = None
         return self._cache
 
@@ -130,7 +129,7 @@ class ChatSession:
         return history
 
     def _text_of(self, turn: History) -> str:
-        """What the model said in a turn; of a tool call the tool's name and the call."""
+        """The model's text in a turn; of a tool call the tool's name and the call."""
         messages = map(Message.from_dict, message_history(turn))
         return "\n".join(self.tokenizer.chat.text_of(message) for message in messages if message.role == "assistant")
 

@@ -1,4 +1,4 @@
-"""`chatglm-ptuning chat`: a conversation in the terminal, answers appearing as they are generated."""
+"""`chatglm-ptuning chat`: a conversation in the terminal, with streamed answers."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from chatglm_ptuning.prefix.latest import find_latest_prefix, runs_folder
 from chatglm_ptuning.serving.session import ChatSession
 
 with contextlib.suppress(ImportError):
-    # Gives input() line editing and a history, by characters and not by bytes; Windows does without.
+    # Gives input() line editing and a history; Windows has none.
     import readline  # noqa: F401
 
-# What a model writes must not steer the terminal: all control characters but tab and line feed.
+# The output of a model must not control the terminal: all control characters but tab and line feed.
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 PLAIN_BASE = "none"
-"""What `/prefix` calls answering without a prefix."""
+"""The name of no prefix."""
 
 _HELP = """\
 /prefix              list the loaded prefixes
-/prefix NAME         answer with this prefix from now on; /prefix none: with the plain base
+/prefix NAME         use this prefix from now on; /prefix none: use the plain base
 /load PATH [NAME]    load a prefix from a folder and use it
-/clear               forget the conversation
-/help                this list
-/exit                leave (Ctrl-D does too)
-Ctrl-C stops the present answer. A message that begins with a slash needs a space before it."""
+/clear               start a new conversation
+/help                show this list
+/exit                quit (also Ctrl-D)
+Ctrl-C stops the current answer. Put a space before a message that begins with a slash."""
 
 
 @dataclass
@@ -46,44 +46,36 @@ class ChatArguments(InferenceBaseArguments):
     ptuning_checkpoint: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Prefixes to load, each PATH or NAME=PATH; the first one answers. The flag may be repeated. "
-            "By default the prefix trained last.",
+            "help": "prefixes to load, each PATH or NAME=PATH; the first is used (default: the one trained last)",
             "action": "extend",
         },
     )
     runs_folder: str = field(
         default_factory=lambda: str(runs_folder()),
-        metadata={"help": "Where the prefix trained last is looked for; by default $CHATGLM_PTUNING_OUTPUT or output."},
+        metadata={"help": "where to find the prefix trained last (default: $CHATGLM_PTUNING_OUTPUT or output)"},
     )
     temperature: float | None = field(
-        default=None, metadata={"help": "Lower is more predictable; by default the base's own, or 0.8."}
+        default=None, metadata={"help": "sampling temperature (default: the base's, or 0.8)"}
     )
     top_p: float | None = field(
         default=None,
-        metadata={
-            "help": "Sample among the likeliest tokens of this total probability; by default the base's own, or 0.8."
-        },
+        metadata={"help": "sample from the likeliest tokens of this total probability (default: the base's, or 0.8)"},
     )
     max_new_tokens: int | None = field(
         default=None,
-        metadata={"help": "Most tokens of an answer; by default half of the base's seq_length, 1024 at most."},
+        metadata={"help": "most tokens of an answer (default: half of the base's seq_length, at most 1024)"},
     )
-    greedy: bool = field(default=False, metadata={"help": "Always take the likeliest token instead of sampling."})
+    greedy: bool = field(default=False, metadata={"help": "always take the likeliest token instead of sampling"})
 
     def __post_init__(self) -> None:
-        """Checks the ranges.
-
-        Raises:
-            ValueError: naming the flag and its value.
-        """
         if self.temperature is not None and self.temperature <= 0:
-            raise ValueError(f"--temperature must be above 0 (use --greedy for no sampling), got {self.temperature}.")
+            raise ValueError(f"--temperature must be above 0 (use --greedy for no sampling), got {self.temperature}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"--top_p must be above 0 and at most 1, got {self.top_p}.")
+            raise ValueError(f"--top_p must be above 0 and at most 1, got {self.top_p}")
 
 
 class TerminalChat:
-    """Reads lines, runs commands, prints answers."""
+    """Reads lines, executes commands, prints answers."""
 
     def __init__(self, session: ChatSession, console: Console) -> None:
         self.session = session
@@ -91,7 +83,7 @@ class TerminalChat:
         self._commands = {"/prefix": self._prefix, "/load": self._load, "/clear": self._clear, "/help": self._help}
 
     def run(self) -> None:
-        """Talks until `/exit` or the end of the input."""
+        """Runs until `/exit` or the end of the input."""
         for line in self._lines():
             if not line.startswith("/"):
                 self._answer(line.strip())
@@ -109,15 +101,15 @@ class TerminalChat:
                 self.say(f"There is no command {command}; /help lists them.", "red")
 
     def say(self, message: str, style: str | None = "dim") -> None:
-        """Prints a message of the program, not of the model."""
+        """Prints a message of the program."""
         self.console.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def load(self, path: str, name: str) -> None:
-        """Loads a prefix and answers with it.
+        """Loads a prefix and selects it.
 
         Raises:
             FileNotFoundError: if there is none at the path.
-            ValueError: if it is damaged or of another base, or the name is taken for the plain base.
+            ValueError: if it is damaged or of another base, or the name is that of the plain base.
         """
         if name == PLAIN_BASE:
             raise ValueError(f"{PLAIN_BASE!r} stands for the plain base; give the prefix another name.")
@@ -125,8 +117,8 @@ class TerminalChat:
         self.session.switch_prefix(name)
 
     def _lines(self) -> Iterator[str]:
-        """Lines of the input that are not empty; Ctrl-C drops the one being typed."""
-        # The escapes are marked as invisible, or readline would count them into the width of the line.
+        """The non-empty lines of the input; Ctrl-C discards the current one."""
+        # The marks tell readline that the escapes have no width.
         prompt = "\001\033[1;32m\002> \001\033[0m\002" if sys.stdin.isatty() and sys.stdout.isatty() else ""
         while True:
             try:
@@ -186,14 +178,14 @@ class TerminalChat:
 
     def _clear(self, *_: str) -> None:
         self.session.clear()
-        self.say("The conversation is forgotten.")
+        self.say("New conversation.")
 
     def _help(self, *_: str) -> None:
         self.say(_HELP, None)
 
 
 def default_name(path: str) -> str:
-    """The name of a prefix whose path was given without one: its folder, of a checkpoint also the run's."""
+    """The default name of a prefix: its folder's, for `checkpoint-N` with the run's name."""
     folder = Path(path).resolve()
     folder = folder.parent if folder.is_file() else folder
     return f"{folder.parent.name}/{folder.name}" if folder.name.startswith("checkpoint-") else folder.name
@@ -208,7 +200,7 @@ def name_and_path(value: str) -> tuple[str, str]:
 
 
 def _load_first_prefixes(chat: TerminalChat, arguments: ChatArguments) -> None:
-    """Loads the prefixes named by the flags, or else the one that was trained last."""
+    """Loads the prefixes named by the flags, or by default the one trained last."""
     if arguments.ptuning_checkpoint:
         named = [name_and_path(value) for value in arguments.ptuning_checkpoint]
         twice = {name for name, _ in named if [other for other, _ in named].count(name) > 1}
@@ -246,7 +238,7 @@ def main(argv: Sequence[str]) -> None:
         "chatglm-ptuning chat", "Chat with a ChatGLM base and its prefixes in the terminal.", [ChatArguments], argv
     )
     for stream in (sys.stdin, sys.stdout):
-        # A byte that the terminal's encoding lacks must not end the conversation.
+        # A character that the terminal cannot encode must not end the conversation.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     console = Console()

@@ -1,1 +1,1 @@
-"""Ways of tuning beside P-Tuning v2, what each of them saves, and loading any of it onto a base."""
+"""Tuning methods: what each of them trains and saves, and how a checkpoint of any of them is loaded."""

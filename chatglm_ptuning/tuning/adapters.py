@@ -1,4 +1,4 @@
-"""Ways of tuning through PEFT: LoRA, prompt tuning and P-Tuning; every checkpoint holds an adapter that PEFT reads."""
+"""Tuning methods of PEFT: LoRA, prompt tuning and P-Tuning; every checkpoint holds an adapter that PEFT reads."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from chatglm_ptuning.files import read_tensors
 from chatglm_ptuning.model.quantization import keep_layout
@@ -19,51 +20,90 @@ from chatglm_ptuning.prefix.bank import TRAINABLE_PREFIX
 from chatglm_ptuning.prefix.batch import PrefixBatch
 from chatglm_ptuning.prefix.formats import read_prefix
 from chatglm_ptuning.tuning.methods import LoraSettings, PromptSettings
-from chatglm_ptuning.tuning.record import write_together
-from chatglm_ptuning.tuning.tuning import Tuning, heads_of, on_cpu, set_heads
+from chatglm_ptuning.tuning.record import read_record, write_together
+from chatglm_ptuning.tuning.tuning import Tuning, check_sizes, heads_of, on_cpu, set_heads
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PromptLearningConfig
 
+logger = logging.get_logger(__name__)
+
 ADAPTER_FILE = "adapter_model.safetensors"
 ENCODER_FILE = "prompt_encoder.safetensors"
-"""The parameters behind a prompt, to train on from them: PEFT's own adapter holds only what they amount to."""
+"""The parameters of the prompt encoder, to resume from them: PEFT's adapter holds only the embeddings they give."""
 
 
-def _for_training(model: PreTrainedModel) -> None:
-    """Lets the Trainer take a quantised base: what is trained is an adapter."""
+def _require_peft(method: str) -> None:
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"The tuning method {method} needs PEFT: pip install peft.") from error
+
+
+def _freeze(model: PreTrainedModel) -> None:
+    """Freezes the base, and lets the Trainer accept a quantised one."""
     if getattr(model, "is_quantized", False):
         model.is_quantized = False
         keep_layout(model)
+    model.requires_grad_(False)
 
 
 class LoraTuning(Tuning):
-    """Low-rank matrices beside linear layers (Hu et al. 2021), put into the model in place, and the linear head.
+    """Low-rank update matrices beside linear layers (Hu et al. 2021), inserted into the model, and the linear head.
 
     Args:
-        settings: of the matrices, or a configuration of PEFT's, as it stands in an adapter's folder.
+        settings: of the matrices, or a PEFT configuration read from an adapter.
 
     Raises:
-        ValueError: if the settings are out of range, or name a layer that is not there.
+        ValueError: if the settings are out of range, or name a layer that does not exist.
     """
 
     method = "lora"
 
     def __init__(self, model: PreTrainedModel, settings: LoraSettings | PeftConfig) -> None:
-        from peft import get_peft_model
+        _require_peft(self.method)
+        from peft import LoraConfig, TaskType, get_peft_model
         from peft.utils import ModulesToSaveWrapper
 
         super().__init__(model)
         if isinstance(settings, LoraSettings):
-            settings = _lora_config(settings, sorted({name.partition(".")[0] for name in self.heads()}))
+            heads = sorted({name.partition(".")[0] for name in self.heads()})
+            settings = LoraConfig(
+                task_type=None if heads else TaskType.CAUSAL_LM,
+                r=settings.rank,
+                lora_alpha=settings.alpha,
+                lora_dropout=settings.dropout,
+                target_modules=list(settings.targets),
+                modules_to_save=heads or None,
+            )
         self.config = settings
-        _for_training(model)
-        model.requires_grad_(False)
+        _freeze(model)
         self.adapter = get_peft_model(model, settings)
         self._head_wrappers = [part for part in self.adapter.modules() if isinstance(part, ModulesToSaveWrapper)]
         for wrapper in self._head_wrappers:
-            # PEFT trains a copy of the head; nobody is going to train or use the one it was made from.
+            # PEFT trains a copy of the head; the original is neither trained nor used.
             wrapper.original_module.mark_set()
+
+    @classmethod
+    def of_adapter(cls, model: PreTrainedModel, folder: Path) -> LoraTuning:
+        """Restores an adapter of this kit or of PEFT.
+
+        Raises:
+            FileNotFoundError, ValueError: if it is missing or damaged, or does not fit the base.
+        """
+        _require_peft(cls.method)
+        from peft import PeftConfig
+
+        config = PeftConfig.from_pretrained(folder)
+        config.inference_mode = False
+        tuning = cls(model, config)
+        if read_record(folder) is None:
+            logger.warning(f"{folder} does not say which base it was trained on: only its sizes could be checked.")
+            tuning.load_adapter(folder)
+        else:
+            tuning.load(folder)
+        model.eval()
+        return tuning
 
     def settings(self) -> dict[str, Any]:
         """As `Tuning.settings`."""
@@ -87,54 +127,33 @@ class LoraTuning(Tuning):
         self.load_adapter(folder)
 
     def load_adapter(self, folder: Path) -> None:
-        """Sets the values of an adapter, whoever has trained it.
+        """Loads the weights of an adapter, of this kit or not.
 
         Raises:
-            FileNotFoundError, ValueError: if it is missing or damaged, or does not fit.
+            FileNotFoundError, ValueError: if they are missing or damaged, or do not fit.
         """
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
         tensors = read_tensors(folder / ADAPTER_FILE)
         expected = get_peft_model_state_dict(self.adapter, save_embedding_layers=False)
-        ours = {name: tuple(value.shape) for name, value in expected.items()}
-        theirs = {name: tuple(value.shape) for name, value in tensors.items()}
-        if ours != theirs:
-            different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-            name = different[0]
-            raise ValueError(
-                f"{folder / ADAPTER_FILE} does not fit {type(self.model).__name__} with this LoRA: {name} has size "
-                f"{theirs.get(name, 'none')} there and {ours.get(name, 'none')} here ({len(different)} differ)."
-            )
+        check_sizes(folder / ADAPTER_FILE, tensors, expected, f"{type(self.model).__name__} with this LoRA")
         set_peft_model_state_dict(self.adapter, tensors)
 
     @contextmanager
     def plain_base(self) -> Iterator[None]:
-        """As `Tuning.plain_base`: with the matrices switched off."""
+        """As `Tuning.plain_base`: with the matrices disabled."""
         with self.adapter.disable_adapter():
             for wrapper in self._head_wrappers:
-                wrapper.enable_adapters(True)  # PEFT switches the trained head off as well
+                wrapper.enable_adapters(True)  # PEFT disables the trained head as well
             yield None
-
-
-def _lora_config(settings: LoraSettings, heads: list[str]) -> PeftConfig:
-    from peft import LoraConfig, TaskType
-
-    return LoraConfig(
-        task_type=None if heads else TaskType.CAUSAL_LM,
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=list(settings.targets),
-        modules_to_save=heads or None,
-    )
 
 
 class PromptTuning(Tuning):
     """Trained embeddings in front of the input: a table (Lester et al. 2021, `prompt`) or the result of an MLP or LSTM
     (Liu et al. 2021, `p_tuning`), and the linear head.
 
-    They are trained as the prefix that they amount to (`VirtualTokens`), and a checkpoint is a prefix checkpoint, with
-    PEFT's adapter beside it.
+    They are trained as the prefix that they are equivalent to (`VirtualTokens`). A checkpoint is a prefix checkpoint
+    with PEFT's adapter beside it.
 
     Args:
         method: `prompt` or `p_tuning`.
@@ -144,6 +163,7 @@ class PromptTuning(Tuning):
     def __init__(
         self, model: PreTrainedModel, method: str, settings: PromptSettings, first_ids: torch.Tensor | None = None
     ) -> None:
+        _require_peft(method)
         from peft import PromptEmbedding, PromptEncoder
 
         super().__init__(model)
@@ -156,10 +176,9 @@ class PromptTuning(Tuning):
         if first_ids is not None:
             with torch.no_grad():
                 encoder.embedding.weight.copy_(base.embedding(first_ids.to(base.device)))
-        _for_training(model)
-        model.requires_grad_(False)
+        _freeze(model)
         base.prefix_encoder = VirtualTokens(encoder, settings.pre_seq_len, base).to(base.device)
-        base.config.prefix_dropout = 0.0  # on keys and values, which are not what is trained
+        base.config.prefix_dropout = 0.0  # keys and values are not what is trained
         model.set_prefix(TRAINABLE_PREFIX)
         model.freeze_base()
         for parameter in self.heads().values():
@@ -175,7 +194,7 @@ class PromptTuning(Tuning):
         return asdict(self.prompt_settings)
 
     def save(self, folder: Path, details: dict[str, Any]) -> None:
-        """As `Tuning.save`: the prefix that it amounts to with the head, PEFT's adapter, and the record."""
+        """As `Tuning.save`: the equivalent prefix with the head, PEFT's adapter, and the record."""
         with write_together(folder, self.record(details)) as place:
             self.model.save_prefix(place, **details)
             with torch.no_grad():
@@ -187,12 +206,12 @@ class PromptTuning(Tuning):
             self.config.inference_mode = inference
 
     def load(self, folder: Path) -> None:
-        """As `Tuning.load`; sizes must be those of the settings here."""
+        """As `Tuning.load`; the sizes must match the settings."""
         self.checked_record(folder)
         try:
             self.tokens.prompt_encoder.load_state_dict(read_tensors(folder / ENCODER_FILE))
         except RuntimeError as error:
-            raise ValueError(f"{folder / ENCODER_FILE} does not fit the settings here: {error}") from error
+            raise ValueError(f"{folder / ENCODER_FILE} does not fit the settings of this run: {error}") from error
         set_heads(self.model, read_prefix(folder, self.model.config.prefix_shape).heads, folder)
 
     @contextmanager
@@ -206,7 +225,7 @@ def _prompt_config(model: PreTrainedModel, method: str, settings: PromptSettings
 
     config = model.config
     shared = {
-        # PEFT's classes for other heads are for encoders: under them, virtual positions count as the input's.
+        # PEFT's classes for other heads are for encoders, which count virtual positions as those of the input.
         "task_type": None if heads_of(model) else TaskType.CAUSAL_LM,
         "num_virtual_tokens": settings.pre_seq_len,
         "token_dim": config.hidden_size,

@@ -1,4 +1,4 @@
-"""The ways of tuning that `--tuning` names, with their settings and published learning rates."""
+"""The tuning methods, their default learning rates and their settings."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ LEARNING_RATES: dict[TuningMethod, float] = {
     "head_only": 1e-2,
     "none": 0.0,
 }
-"""Where --learning_rate is not given.
+"""Method -> default learning rate.
 
-`ptuning_v2`: P-Tuning v2's scripts have 5e-3 to 1e-2 for most tasks. `prompt` and `p_tuning`: PEFT's examples of these
+`ptuning_v2`: P-Tuning v2's scripts use 5e-3 to 1e-2 for most tasks. `prompt` and `p_tuning`: PEFT's examples of these
 methods. `lora`: LoRA (Hu et al. 2021), tables of GPT-2 and GPT-3. `full`: ChatGLM3's finetune_demo, sft.yaml.
 `head_only`: our choice, for bases as small as chatglm-nano.
 """
 
 TUNING_METHODS = get_args(TuningMethod)
 PROMPT_METHODS = ("prompt", "p_tuning")
-"""Those that train embeddings in front of the input."""
+"""Methods that train embeddings in front of the input."""
 PREFIX_METHODS = ("ptuning_v2", *PROMPT_METHODS)
-"""Those with virtual tokens (`pre_seq_len`)."""
+"""Methods with virtual tokens (`pre_seq_len`)."""
 PromptEncoder = Literal["mlp", "lstm"]
 LINEAR_LAYERS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
-"""The linear layers of every ChatGLM layer, by their names; what LoRA can be put beside."""
+"""Names of the linear layers of every ChatGLM layer, which LoRA can adapt."""
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Of `lora`; the defaults are those of ChatGLM3's finetune_demo (lora.yaml)."""
+    """Settings of `lora`; the defaults are those of ChatGLM3's finetune_demo (lora.yaml)."""
 
     rank: int = 8
     alpha: float = 32
@@ -44,11 +44,11 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class PromptSettings:
-    """Of `prompt` and `p_tuning`.
+    """Settings of `prompt` and `p_tuning`.
 
     Attributes:
         encoder: of `p_tuning`.
-        encoder_hidden_size: of `p_tuning`; None for the base's own.
+        encoder_hidden_size: of `p_tuning`; None for the base's hidden size.
     """
 
     pre_seq_len: int = 128

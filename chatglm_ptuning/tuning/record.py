@@ -1,4 +1,4 @@
-"""`tuning.json`: what a checkpoint that is more, or other, than a P-Tuning v2 prefix says of itself."""
+"""`tuning.json`: the metadata of every checkpoint but a P-Tuning v2 prefix, which has its own."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ RECORD_FILE = "tuning.json"
 
 @dataclass(frozen=True)
 class TuningRecord:
-    """What `tuning.json` says.
+    """The content of `tuning.json`.
 
     Attributes:
         tuning: one of TUNING_METHODS.
-        base_fingerprint: of the base before the tuning, see `fingerprint_of`.
-        files: what belongs to the checkpoint beside this record.
+        base_fingerprint: of the base before tuning, see `fingerprint_of`.
+        files: names of the checkpoint's other files.
         settings: of the method.
         details: chat format, task and training, as in a prefix checkpoint.
     """
@@ -41,7 +41,7 @@ class TuningRecord:
 
 
 def read_record(folder: str | PathLike[str]) -> TuningRecord | None:
-    """The record of a checkpoint; None if it has none, as a P-Tuning v2 prefix.
+    """The record of a checkpoint; None if it has none, such as a P-Tuning v2 prefix.
 
     Raises:
         ValueError: naming the file, if it is damaged.
@@ -55,12 +55,12 @@ def read_record(folder: str | PathLike[str]) -> TuningRecord | None:
         if record.tuning not in TUNING_METHODS or not {"shape", "sample"} <= record.base_fingerprint.keys():
             raise KeyError(record.tuning)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged, or not written by this kit: {error}.") from error
+        raise ValueError(f"{path} is damaged, or was not written by this kit: {error}.") from error
     return record
 
 
 def is_complete(folder: str | PathLike[str]) -> bool:
-    """Whether a folder holds all files of a tuned model."""
+    """Whether a folder holds all files of a checkpoint."""
     folder = Path(folder)
     try:
         record = read_record(folder)
@@ -72,10 +72,10 @@ def is_complete(folder: str | PathLike[str]) -> bool:
 
 @contextmanager
 def write_together(folder: Path, record: TuningRecord) -> Iterator[Path]:
-    """Gives an empty folder to write a checkpoint's files into; then they and their record replace what was there.
+    """Gives an empty folder to write a checkpoint's files into; they and their record then replace the old checkpoint.
 
-    The record goes first and comes back last, so that a folder never passes for whole while old files stand beside new
-    ones. Files of an earlier tuning in the same folder are removed; others are left alone.
+    The record is removed first and written last, so a folder that mixes old and new files never counts as complete.
+    Files of an earlier checkpoint in the same folder are removed; other files are kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as place:
@@ -85,12 +85,11 @@ def write_together(folder: Path, record: TuningRecord) -> Iterator[Path]:
         clear(folder)
         for name in files:
             (temporary / name).replace(folder / name)
-    content = {**asdict(record), "files": files, "kit_version": kit_version()}
-    write_json(folder / RECORD_FILE, content)
+    write_json(folder / RECORD_FILE, {**asdict(record), "files": files, "kit_version": kit_version()})
 
 
 def clear(folder: Path) -> None:
-    """Removes the record and the files that it names, and a prefix."""
+    """Removes the record, the files that it names, and a prefix."""
     try:
         record = read_record(folder)
     except ValueError:

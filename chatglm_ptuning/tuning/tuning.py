@@ -1,9 +1,9 @@
-"""What every way of tuning can do, and those that need nothing but this kit: prefix, head alone, all parameters."""
+"""The interface of a tuning method, and the methods without PEFT: prefix, head alone, all parameters, none."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +21,7 @@ HEAD_FILE = "head_model.safetensors"
 
 
 class Tuning(ABC):
-    """A base with what is tuned on it, which after construction is all that requires gradients.
+    """A base with its tuned parameters; after construction only these require gradients.
 
     Args:
         model: a ChatGLM model with a head, as it was loaded.
@@ -29,9 +29,9 @@ class Tuning(ABC):
 
     method: ClassVar[str]
     described = "tuned"
-    """Over a column of scores."""
+    """Heading of a column of scores."""
     keeps_base = True
-    """Whether the plain base can be had from the tuned model."""
+    """Whether the plain base can be restored from the tuned model."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -39,18 +39,18 @@ class Tuning(ABC):
 
     @abstractmethod
     def save(self, folder: Path, details: dict[str, Any]) -> None:
-        """Writes what is trained, and nothing of a frozen base.
+        """Writes what is trained, and nothing of the frozen base.
 
         Args:
-            details: what to record beside it: `chat_format`, `task`, `training`.
+            details: to record beside it: `chat_format`, `task`, `training`.
 
         Raises:
-            OSError: if it cannot be written; no half of it counts as a whole checkpoint then.
+            OSError: if it cannot be written; a partial checkpoint never counts as complete.
         """
 
     @abstractmethod
     def load(self, folder: Path) -> None:
-        """Sets what is trained to the values of a checkpoint of the same method, and goes on from them.
+        """Sets what is trained to the values of a checkpoint of the same method.
 
         Raises:
             FileNotFoundError, ValueError: if it is missing, damaged, of another method, size or base.
@@ -58,11 +58,11 @@ class Tuning(ABC):
 
     @contextmanager
     def plain_base(self) -> Iterator[PrefixBatch | None]:
-        """Inside, the model computes as the base did before the tuning, if it is given what this yields as `prefix`."""
+        """Inside, the model computes as the base before tuning, if called with the yielded value as `prefix`."""
         yield None
 
     def settings(self) -> dict[str, Any]:
-        """What `tuning.json` records of the method's settings."""
+        """The method's settings, for `tuning.json`."""
         return {}
 
     def heads(self) -> dict[str, torch.nn.Parameter]:
@@ -70,7 +70,7 @@ class Tuning(ABC):
         return heads_of(self.model)
 
     def record(self, details: dict[str, Any]) -> TuningRecord:
-        """What is to be written as `tuning.json`."""
+        """The content of `tuning.json`."""
         name = self.model.config.name_or_path or None
         return TuningRecord(self.method, name, self.base_fingerprint, settings=self.settings(), details=details)
 
@@ -78,7 +78,7 @@ class Tuning(ABC):
         """The record of a checkpoint of this method on this base.
 
         Raises:
-            FileNotFoundError, ValueError: if it is none, or of another method or base.
+            FileNotFoundError, ValueError: if there is none, or it is of another method or base.
         """
         record = read_record(folder)
         if record is None:
@@ -88,26 +88,28 @@ class Tuning(ABC):
         missing = [name for name in record.files if not (folder / name).exists()]
         if missing:
             raise FileNotFoundError(f"The checkpoint in {folder} is incomplete: {', '.join(missing)} is missing.")
-        self._check_base(folder, record)
-        return record
-
-    def _check_base(self, folder: Path, record: TuningRecord) -> None:
-        what = difference(record.base_fingerprint, self.base_fingerprint)
+        base = self.model.config.name_or_path
+        if base and Path(base).resolve() == folder.resolve():
+            # The checkpoint of a full tuning was loaded as the base: its weights have changed, its shape has not.
+            what = None if record.base_fingerprint["shape"] == self.base_fingerprint["shape"] else "other sizes"
+        else:
+            what = difference(record.base_fingerprint, self.base_fingerprint)
         if what is not None:
             raise ValueError(
                 f"{folder / RECORD_FILE} was trained on another base: on {record.base_model_name or 'an unnamed one'}, "
-                f"and this one is {self.model.config.name_or_path or 'unnamed'} ({what})."
+                f"and this one is {base or 'unnamed'} ({what})."
             )
+        return record
 
 
 class PrefixTuning(Tuning):
-    """P-Tuning v2: keys and values in front of every layer, and a head. A folder without a record is one of these."""
+    """P-Tuning v2: keys and values in front of every layer, and a head. Its checkpoints have no `tuning.json`."""
 
     method = "ptuning_v2"
     described = "with prefix"
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model  # a prefix checkpoint has its own record of the base
+        self.model = model  # a prefix checkpoint records the base itself
 
     def save(self, folder: Path, details: dict[str, Any]) -> None:
         """As `Tuning.save`: a prefix checkpoint."""
@@ -116,7 +118,7 @@ class PrefixTuning(Tuning):
         self.model.save_prefix(folder, **details)
 
     def load(self, folder: Path) -> None:
-        """As `Tuning.load`, by `load_prefix`: any form of prefix, also a folded prompt."""
+        """As `Tuning.load`, by `load_prefix`: any prefix format, also the prefix of a prompt."""
         self.model.load_prefix(folder)
 
     @contextmanager
@@ -175,10 +177,10 @@ class HeadTuning(Tuning):
 
 
 class FullTuning(Tuning):
-    """All parameters that the model computes with; a checkpoint is a base in the official layout.
+    """All parameters that the model uses; a checkpoint is a base in the official layout.
 
     Args:
-        tokenizer: saved with every checkpoint, so that it can be used as a base by its folder's name.
+        tokenizer: saved with every checkpoint, so that its folder can be used as a base.
 
     Raises:
         ValueError: if the base is quantised.
@@ -194,7 +196,7 @@ class FullTuning(Tuning):
         self.tokenizer = tokenizer
         model.requires_grad_(True)
         if self.heads():
-            model.transformer.output_layer.requires_grad_(False)  # a linear head does not pass through it
+            model.transformer.output_layer.requires_grad_(False)  # is not used by a linear head
 
     def save(self, folder: Path, details: dict[str, Any]) -> None:
         """As `Tuning.save`: the whole model and its tokenizer, in safetensors.
@@ -222,34 +224,27 @@ class FullTuning(Tuning):
 
     @contextmanager
     def plain_base(self) -> Iterator[None]:
-        """Refused: its parameters are no longer there."""
+        """Refused: the base's parameters are overwritten."""
         raise ValueError(
             "With --tuning full the base itself has changed, so it cannot be compared with here. Score the base by "
             "itself: --ptuning_checkpoint none."
         )
         yield
 
-    def _check_base(self, folder: Path, record: TuningRecord) -> None:
-        shape = self.base_fingerprint["shape"]
-        own = self.model.config.name_or_path and Path(self.model.config.name_or_path).resolve() == folder.resolve()
-        if own and record.base_fingerprint["shape"] == shape:
-            return  # the checkpoint itself was loaded as the base
-        super()._check_base(folder, record)
-
 
 def check_not_the_base(model: PreTrainedModel, folder: Path) -> None:
-    """Refuses to write a whole model into the folder that it was loaded from.
+    """Refuses to write a model into the folder that it was loaded from.
 
     Raises:
-        ValueError: if that is the folder.
+        ValueError: naming the folder.
     """
     base = Path(model.config.name_or_path)
     if base.exists() and folder.exists() and base.samefile(folder):
-        raise ValueError(f"{folder} holds the base that is being tuned: choose another folder for what comes of it.")
+        raise ValueError(f"{folder} holds the base that is being tuned: choose another output folder.")
 
 
 def heads_of(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
-    """Parameters outside the ChatGLMModel by their names: those of a linear head."""
+    """Parameters of the linear head by their names: those outside the ChatGLMModel."""
     inside = model.base_model_prefix + "."
     return {name: value for name, value in model.named_parameters() if not name.startswith(inside)}
 
@@ -262,16 +257,26 @@ def set_heads(model: PreTrainedModel, values: dict[str, torch.Tensor], source: P
         ValueError: if the source has another head.
     """
     ours = heads_of(model)
-    found = {name: tuple(value.shape) for name, value in values.items()}
-    wanted = {name: tuple(value.shape) for name, value in ours.items()}
-    if found != wanted:
-        raise ValueError(
-            f"{source} holds a head of {found or 'no parameters'}; {type(model).__name__} here has {wanted or 'none'}."
-        )
+    check_sizes(source, values, ours, f"the head of {type(model).__name__}")
     for name, value in values.items():
         ours[name].copy_(value)
 
 
+def check_sizes(source: Path, found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], what: str) -> None:
+    """Checks that tensors of a file have the names and sizes of those of the model.
+
+    Raises:
+        ValueError: naming the file and the first tensor that differs.
+    """
+    theirs, ours = ({name: tuple(value.shape) for name, value in tensors.items()} for tensors in (found, wanted))
+    if theirs != ours:
+        name, *more = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        raise ValueError(
+            f"{source} does not fit {what}: {name} has size {theirs.get(name, 'none')} there and "
+            f"{ours.get(name, 'none')} here ({1 + len(more)} differ)."
+        )
+
+
 def on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies for a file."""
+    """Contiguous copies on the CPU, to be saved."""
     return {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.json"
 RESULTS_FILE = "lm_eval_results.json"
-"""lm-eval's own results, in its own form."""
+"""lm-eval's own results."""
 
 
 @dataclass
@@ -35,32 +35,33 @@ class HarnessArguments(InferenceBaseArguments):
     """Flags of the command."""
 
     ptuning_checkpoint: str | None = field(
-        default=None, metadata={"help": "the prefix, a folder of this kit, official or PEFT (default: the plain base)"}
+        default=None, metadata={"help": "a prefix checkpoint of this kit, official or PEFT (default: the plain base)"}
     )
     tasks: list[str] | None = field(
-        default=None,
-        metadata={"help": "ceval, cmmlu, or any task of lm-eval by its name there (default: ceval)"},
+        default=None, metadata={"help": "ceval, cmmlu, or any task of lm-eval by its name there (default: ceval)"}
     )
     num_fewshot: int | None = field(
-        default=None, metadata={"help": "solved examples in front, the first of the dev split (default: the task's)"}
+        default=None, metadata={"help": "solved examples in the prompt, from the dev split (default: the task's)"}
     )
     data_dir: str | None = field(
         default=None,
-        metadata={"help": "folder with the published CSV files of C-Eval and CMMLU, or modelscope (default: lm-eval "
-                  "loads them from the Hugging Face hub)"},
-    )  # fmt: skip
+        metadata={
+            "help": "folder of the published CSV files of C-Eval and CMMLU, or modelscope (default: lm-eval "
+            "loads them from the Hugging Face hub)"
+        },
+    )
     subjects: list[str] | None = field(
-        default=None, metadata={"help": "of ceval and cmmlu, these subjects, categories or groups (Hard) alone"}
+        default=None, metadata={"help": "only these subjects, categories or groups (Hard) of ceval and cmmlu"}
     )
     include_path: list[str] | None = field(
-        default=None, metadata={"help": "folders with lm-eval task definitions of your own (YAML)"}
+        default=None, metadata={"help": "folders with your own lm-eval task definitions (YAML)"}
     )
     apply_chat_template: bool = field(
-        default=False, metadata={"help": "ask in the base's chat format; examples are earlier rounds"}
+        default=False, metadata={"help": "use the base's chat format; solved examples become earlier turns"}
     )
-    limit: int | None = field(default=None, metadata={"help": "the first so many questions of each task alone"})
-    per_device_eval_batch_size: int = field(default=8, metadata={"help": "requests computed together"})
-    compare_base: bool = field(default=False, metadata={"help": "score the base without the prefix too"})
+    limit: int | None = field(default=None, metadata={"help": "only the first so many questions of each task"})
+    per_device_eval_batch_size: int = field(default=8, metadata={"help": "requests per batch"})
+    compare_base: bool = field(default=False, metadata={"help": "also score the base without the prefix"})
     output_dir: str | None = field(
         default=None, metadata={"help": "folder for the reports (default: output/lm_eval/PREFIX or BASE)"}
     )
@@ -73,53 +74,60 @@ class HarnessArguments(InferenceBaseArguments):
         if self.output_dir is not None:
             check_output_folder(self.output_dir)
         if self.compare_base and self.ptuning_checkpoint is None:
-            raise ValueError("--compare_base compares a prefix with its base: name it by --ptuning_checkpoint")
+            raise ValueError("--compare_base needs the prefix to compare with its base: give --ptuning_checkpoint")
         self.tasks = self.tasks or ["ceval"]
 
 
 def run_harness(args: HarnessArguments) -> dict[str, Any]:
-    """Evaluates, prints and writes; returns what `metrics.json` holds.
+    """Evaluates, prints and writes; returns the content of `metrics.json`.
 
     In the output folder: `metrics.json`; `EXAM.png`, a bar for each subject and category; and for `prefix` and `base`
     a folder with lm-eval's own results and a report for each examination (`write_report`).
 
     Raises:
-        ValueError, OSError, ImportError: for what is wrong with a file, a flag or the installation.
+        ValueError, OSError, ImportError: if a file, a flag or the installation is wrong.
     """
-    _check_installation()
-    # Its warnings are about a loaded model, local data and examples in front: all of them are meant here.
+    try:
+        import lm_eval.models.huggingface  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"lm-evaluation-harness is needed ({error}): pip install 'lm-eval[hf]==0.4.13'.") from error
+    # Its warnings are about a loaded model, local data and few-shot examples, all of which are intended here.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from chatglm_ptuning.evaluation.harness.model import ChatGLMHarnessModel
     from chatglm_ptuning.evaluation.harness.tasks import load_harness_tasks, select_tasks
 
     selection = select_tasks(args.tasks or (), args.subjects)
-    options: dict[str, Any] = {"data_dir": args.data_dir, "num_fewshot": args.num_fewshot}
-    options["include_path"] = args.include_path or ()
-    # Tasks first: what is wrong with a file shows before minutes go into loading the base.
-    tasks = load_harness_tasks(selection, **options)
-    source = {"hub": args.hub, "revision": args.revision}
-    tokenizer = load_tokenizer(args.model_name_or_path, **source)
+
+    def load_tasks() -> list[Any]:
+        return load_harness_tasks(
+            selection, data_dir=args.data_dir, num_fewshot=args.num_fewshot, include_path=args.include_path or ()
+        )
+
+    # Errors in files show before the base is loaded, which takes minutes.
+    tasks = load_tasks()
+    tokenizer = load_tokenizer(args.model_name_or_path, hub=args.hub, revision=args.revision)
     model = load_model(
         args.model_name_or_path,
+        hub=args.hub,
+        revision=args.revision,
         quantization_bit=args.quantization_bit,
         quantization_type=args.quantization_type,
         device_map=args.device_map,
-        **source,
     )
+    names = ["base"]
     if args.ptuning_checkpoint is not None:
         model.load_prefix(args.ptuning_checkpoint)
-    subject = "base" if args.ptuning_checkpoint is None else "prefix"
+        names = ["base", "prefix"] if args.compare_base else ["prefix"]
     chosen = Path(args.ptuning_checkpoint or args.model_name_or_path)
     output = Path(args.output_dir) if args.output_dir else runs_folder() / "lm_eval" / chosen.resolve().name
     output.mkdir(parents=True, exist_ok=True)
     results = {}
-    for name in ("base", "prefix") if args.compare_base else (subject,):
+    for name in names:
         prefix = None if name == "prefix" else model.prefix_batch(None)
         harness = ChatGLMHarnessModel(model, tokenizer, prefix=prefix, batch_size=args.per_device_eval_batch_size)
-        # A task object holds the answers of its run.
-        results[name] = _evaluate(harness, tasks or load_harness_tasks(selection, **options), args)
-        tasks = []
-    return _report(args, selection, results, output, subject)
+        # A task object keeps the answers of its run, so a second run needs new ones.
+        results[name] = _evaluate(harness, tasks if name == names[0] else load_tasks(), args)
+    return _report(args, selection, results, output)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -136,13 +144,6 @@ def main(argv: Sequence[str]) -> None:
         fail(str(error))
 
 
-def _check_installation() -> None:
-    try:
-        import lm_eval.models.huggingface  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"lm-evaluation-harness is needed ({error}): pip install 'lm-eval[hf]==0.4.13'.") from error
-
-
 def _evaluate(harness: ChatGLMHarnessModel, tasks: list[Any], args: HarnessArguments) -> dict[str, Any]:
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -154,14 +155,14 @@ def _evaluate(harness: ChatGLMHarnessModel, tasks: list[Any], args: HarnessArgum
         batch_size=args.per_device_eval_batch_size,
         limit=args.limit,
         apply_chat_template=args.apply_chat_template,
-        # The tasks are objects already; lm-eval's own manager would read thousands of definitions.
+        # The tasks are objects already; lm-eval's default manager would read thousands of definitions.
         task_manager=TaskManager(include_defaults=False),
     )
     return {**results, "cut_contexts": harness.cut_contexts}
 
 
 def _report(
-    args: HarnessArguments, selection: Selection, results: Mapping[str, dict[str, Any]], output: Path, subject: str
+    args: HarnessArguments, selection: Selection, results: Mapping[str, dict[str, Any]], output: Path
 ) -> dict[str, Any]:
     content: dict[str, Any] = {"exams": {}, "other_tasks": {}}
     for name, result in results.items():
@@ -190,11 +191,12 @@ def _report(
         }
         print_scores(numbers, task)
     content["cut_contexts"] = {name: result["cut_contexts"] for name, result in results.items()}
+    version = next(iter(results.values()))["lm_eval_version"]
     content["settings"] = {**asdict(args), "output_dir": str(output), "kit_version": kit_version(),
-                           "lm_eval_version": results[subject]["lm_eval_version"]}  # fmt: skip
+                           "lm_eval_version": version}  # fmt: skip
     _write_json(output / METRICS_FILE, content)
     if any(content["cut_contexts"].values()):
-        print(f"Some contexts were too long and lost their beginning: {content['cut_contexts']}.")
+        print(f"Some contexts were too long and were truncated from the left: {content['cut_contexts']}.")
     print(f"{METRICS_FILE}, pictures and lm-eval's own results are in {output}.")
     return content
 

@@ -1,4 +1,4 @@
-"""This family as a model of lm-evaluation-harness: its start tokens, its chats and its prefixes.
+"""The ChatGLM family as a model of lm-evaluation-harness, with its start tokens, chat formats and prefixes.
 
 Importing the module needs lm_eval, and registers the class there as `chatglm`.
 """
@@ -23,22 +23,23 @@ from chatglm_ptuning.prefix.batch import PrefixArgument
 
 @register_model("chatglm")
 class ChatGLMHarnessModel(HFLM):
-    """lm-eval's HFLM with what this family does differently.
+    """lm-eval's HFLM, adapted to this family.
 
-    - Every context starts with `[gMASK] sop`, once; so do an empty one, one that is cut, each window of a long text.
-      (HFLM takes the family's `<s>`, which is written as nothing, for being there already and adds no start.)
-    - What is too long loses tokens behind the start, counted in `cut_contexts`.
-    - A chat goes through its chat format to ids, since its special tokens do not come from text. An answer's
-      candidates stand where an answer stands that the model was trained on.
-    - Log-softmax in float32, of the scored positions alone.
+    - Every context starts with `[gMASK] sop` exactly once, also an empty or truncated one and each window of a long
+      text. (HFLM would add no start: this family's `<s>` decodes to an empty text, with which every text begins.)
+    - Long contexts are truncated behind the start; `cut_contexts` counts them.
+    - The chat format encodes a chat as ids, because text cannot spell special tokens. Candidates are at the position
+      of an answer in training.
+    - Log-softmax is computed in float32, for the scored positions only.
 
     Args:
         pretrained: a loaded base, or a folder or hub name to load.
         tokenizer: of a loaded base.
         ptuning_checkpoint: a prefix to load and select.
         prefix: of every request, as for a forward pass; by default the selected one.
-        batch_size: requests computed together.
-        load_options: further arguments of `load_model`, for a base that is to be loaded.
+        batch_size: requests per batch.
+        device: is ignored; lm-eval passes it, but the base stays where it was loaded.
+        load_options: further arguments of `load_model`, for a base to load.
 
     Raises:
         FileNotFoundError, ConnectionError, ValueError: as `load_model` and `load_prefix`; on an untrained prefix.
@@ -62,7 +63,6 @@ class ChatGLMHarnessModel(HFLM):
         if ptuning_checkpoint is not None:
             pretrained.load_prefix(ptuning_checkpoint)
         pretrained.check_prefix_is_trained(prefix)
-        # `device` is lm-eval's to pass; the base is where it was loaded.
         super().__init__(
             pretrained=pretrained,
             tokenizer=tokenizer,
@@ -81,19 +81,19 @@ class ChatGLMHarnessModel(HFLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The last of the start tokens, which lm-eval takes for the context where there is none."""
+        """The last start token, which lm-eval uses as an empty context."""
         return self.tokenizer.start_ids[-1]
 
     @property
     def max_length(self) -> int:
-        """`seq_length` of the base, to which a prefix does not count."""
+        """`seq_length` of the base, which does not count the prefix."""
         room = len(self.tokenizer.start_ids) if self._without_start else 0
         return self.model.config.seq_length - room
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any
     ) -> list[int]:
-        """The ids of a text or of a chat that `apply_chat_template` has rendered, with the start tokens by default."""
+        """The ids of a text, or of a chat that `apply_chat_template` rendered; with the start tokens by default."""
         if string in self._chats:
             ids = self._chats[string][1]
         else:
@@ -110,13 +110,13 @@ class ChatGLMHarnessModel(HFLM):
         return batch["input_ids"], batch["attention_mask"]
 
     def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
-        """The text of ids; the end token alone by its name, for as text it is nothing, at which all would stop."""
+        """The text of ids; the end token by its name, because an empty text would stop every generation."""
         if tokens == self.eot_token_id:
             return self.tokenizer.eos_token
         return self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of a chat; its ids are remembered, for that text may spell special tokens that are none.
+        """The text of a chat; its ids are kept, because encoding that text would not give its special tokens.
 
         Raises:
             ValueError: if the base has no chat format, or two chats with different ids have the same text.
@@ -132,7 +132,7 @@ class ChatGLMHarnessModel(HFLM):
         return text
 
     def _chat_ids(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool) -> list[int]:
-        """Up to where the text of an answer begins, or with an answer that is begun, which the last id would end."""
+        """The ids up to the text of the answer, or with the beginning of an answer, without the id that ends it."""
         chat = self.tokenizer.chat
         conversation = Conversation([Message.from_dict(message) for message in messages])
         if add_generation_prompt:
@@ -149,7 +149,7 @@ class ChatGLMHarnessModel(HFLM):
         return list(ids), self._chat_ids([*messages[:-1], begun], False)[len(ids) :]
 
     def _fit(self, ids: Sequence[int], room: int) -> list[int]:
-        """The ids behind exactly one start, the oldest of them left out if they are more than there is room for."""
+        """The ids behind exactly one start, truncated from the left if there is no room for them."""
         start = self.tokenizer.start_ids
         ids = list(ids)
         if ids[: len(start)] == start:
@@ -165,7 +165,7 @@ class ChatGLMHarnessModel(HFLM):
     # Computation
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihoods of whole texts, in windows that leave room for the start tokens."""
+        """Log-likelihoods of texts, in windows that leave room for the start tokens."""
         with self._start_tokens_apart(True):
             return super().loglikelihood_rolling(requests, disable_tqdm)
 
@@ -187,8 +187,8 @@ class ChatGLMHarnessModel(HFLM):
                 room = self.max_length + 1 - len(continuation)
                 if room < start:
                     raise ValueError(
-                        f"A continuation of {len(continuation)} tokens does not fit behind the start tokens into the "
-                        f"{self.max_length} of the base: {texts!r:.200}"
+                        f"A continuation of {len(continuation)} tokens does not fit into the {self.max_length} of the "
+                        f"base behind the start tokens: {texts!r:.200}"
                     )
                 fitted.append((texts, self._fit(context, room), continuation))
             self._longest_continuation = max((len(continuation) for *_, continuation in fitted), default=None)
@@ -198,9 +198,9 @@ class ChatGLMHarnessModel(HFLM):
                 self._longest_continuation = None
 
     def _model_call(self, inps: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Logits of the last positions, as many as the scored ones are: lm-eval counts them from the end.
+        """Logits of the last positions, as many as are scored: lm-eval counts them from the end.
 
-        Rows are padded with zeros on the right, under which neither mask nor positions change for the tokens.
+        Rows are padded with zeros on the right, so neither mask nor positions of the tokens change.
         """
         keep = 0
         if self._longest_continuation is not None:

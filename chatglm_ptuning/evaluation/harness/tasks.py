@@ -1,8 +1,7 @@
-"""Tasks of lm-evaluation-harness for a run: C-Eval and CMMLU with local data, and any other by its name."""
+"""Tasks of lm-evaluation-harness: C-Eval and CMMLU with local data, and any other by name."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import lm_eval.tasks
 from lm_eval.api.task import Task as HarnessTask
 from lm_eval.tasks import TaskManager
 
+from chatglm_ptuning.data.tasks.checked_yaml import nearest
 from chatglm_ptuning.data.tasks.examples import ChoiceExample
 from chatglm_ptuning.data.tasks.read import chosen_subjects, read_examples
 from chatglm_ptuning.data.tasks.registry import load_task
@@ -21,14 +21,14 @@ from chatglm_ptuning.data.tasks.task import Task
 
 @dataclass(frozen=True)
 class Exam:
-    """An examination that the registry and lm-eval both have.
+    """An examination that both the registry and lm-eval have.
 
     Attributes:
-        task: of the registry, with the question as lm-eval words it.
+        task: of the registry, with lm-eval's prompt.
         group: lm-eval's name for all subjects.
-        prefix: of lm-eval's names for one, which the subject's own name follows.
-        question, answer: the columns in lm-eval's rows.
-        split: that lm-eval scores; the examples to be shown are from `dev`.
+        prefix: of lm-eval's name for a subject; the subject's name follows it.
+        question, answer: columns of lm-eval's rows.
+        split: that lm-eval scores; few-shot examples are from `dev`.
     """
 
     task: Task
@@ -56,7 +56,7 @@ def exams() -> list[Exam]:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a run scores.
+    """The tasks of a run.
 
     Attributes:
         exams: examination -> its chosen subjects.
@@ -68,12 +68,12 @@ class Selection:
 
 
 def select_tasks(names: Sequence[str], subjects: Sequence[str] | None = None) -> Selection:
-    """Takes the names of tasks apart.
+    """The examinations with their subjects, and the other tasks, that some names stand for.
 
     Args:
         names: `ceval`, `cmmlu`, lm-eval's names for them or one of their subjects (`ceval-valid_law`), or any other
             task, group or tag of lm-eval.
-        subjects: of the examinations, these subjects, categories or groups alone. Each must be one of an examination.
+        subjects: of the examinations, only these subjects, categories or groups. Each must be one of an examination.
 
     Raises:
         ValueError: if a subject is unknown, or subjects are given without an examination.
@@ -84,13 +84,21 @@ def select_tasks(names: Sequence[str], subjects: Sequence[str] | None = None) ->
         for exam in exams():
             own = _named_subjects(exam, name, subjects)
             if own is not None:
-                known = chosen[exam.task.name][1] if exam.task.name in chosen else ()
+                _, known = chosen.get(exam.task.name, (exam, ()))
                 wanted = {*known, *own}
                 chosen[exam.task.name] = exam, tuple(entry for entry in exam.task.subjects if entry in wanted)
                 break
         else:
             others.append(name)
-    _check_subjects(chosen, subjects)
+    if subjects and not chosen:
+        raise ValueError("--subjects chooses among those of ceval and cmmlu, and --tasks names neither.")
+    known = sorted(set().union(*(_subject_names(exam.task) for exam, _ in chosen.values())))
+    for name in subjects or ():
+        if name not in known:
+            raise ValueError(
+                f"No subject, category or group '{name}' in {' and '.join(chosen)}{nearest(name, known)}; a subject is "
+                "named after its file."
+            )
     return Selection({name: entry for name, entry in chosen.items() if entry[1]}, tuple(others))
 
 
@@ -106,22 +114,6 @@ def _subject_names(task: Task) -> set[str]:
     return {*task.subjects, *task.groups, *(subject.category for subject in task.subjects.values())}
 
 
-def _check_subjects(chosen: Mapping[str, tuple[Exam, Any]], subjects: Sequence[str] | None) -> None:
-    if not subjects:
-        return
-    if not chosen:
-        raise ValueError("--subjects chooses among those of ceval and cmmlu, and --tasks names neither.")
-    known = sorted(set().union(*(_subject_names(exam.task) for exam, _ in chosen.values())))
-    for name in subjects:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-            hint = f" (did you mean '{near[0]}'?)" if near else ""
-            raise ValueError(
-                f"No subject, category or group '{name}' in {' and '.join(chosen)}{hint}; a subject goes by "
-                "the name of its file."
-            )
-
-
 def load_harness_tasks(
     selection: Selection,
     *,
@@ -132,59 +124,53 @@ def load_harness_tasks(
     """Builds lm-eval's task objects from its own definitions.
 
     Args:
-        data_dir: of the examinations, the folder with the published files, or whatever else `read_examples` takes;
-            None to let lm-eval load its data sets from the Hugging Face hub.
-        num_fewshot: examples to be shown, for which the data must have enough.
-        include_path: folders with further task definitions, which go before lm-eval's own of the same name.
+        data_dir: of the examinations, the folder of the published files, or another source of `read_examples`; None to
+            let lm-eval load its data sets from the Hugging Face hub.
+        num_fewshot: number of solved examples in the prompt.
+        include_path: folders with further task definitions, which override lm-eval's own of the same name.
 
     Raises:
-        ValueError: if a file is missing or wrong, or there is no task of a name.
-        ConnectionError: if a data set cannot be had from the hub.
+        ValueError: if a file is missing or wrong, has too few examples, or a task is unknown.
+        ConnectionError: if a data set cannot be loaded from the hub.
     """
     for folder in include_path:
         if not Path(folder).is_dir():
-            raise ValueError(f"--include_path {folder} is no folder.")
+            raise ValueError(f"--include_path {folder} is not a folder.")
     folders = [str(exam.folder) for exam, _ in selection.exams.values()]
     manager = TaskManager(include_path=[*folders, *include_path], include_defaults=False)
     if any(name not in manager.all_tasks for name in selection.others):
         manager = TaskManager(include_path=list(include_path))  # half a minute: lm-eval has thousands of files
-        _check_names(selection.others, manager)
+    for name in selection.others:
+        if name not in manager.all_tasks:
+            raise ValueError(
+                f"lm-eval has no task '{name}'{nearest(name, manager.all_tasks)}. `lm_eval ls tasks` lists them; your "
+                "own definitions are found by --include_path FOLDER."
+            )
     tasks = [task for name in selection.others for task in _load(manager, name)]
     for exam, subjects in selection.exams.values():
         members: list[dict[str, Any]] = [{"task": exam.prefix + subject} for subject in subjects]
         if data_dir is not None:
             members = [_with_local_data(exam, subject, data_dir, num_fewshot or 0) for subject in subjects]
-        # As members of a group, names are lm-eval's own definitions with these changes.
+        # Members of a group are lm-eval's own definitions with these changes.
         tasks += _load(manager, {"group": f"chosen_{exam.group}", "task": members})
     return tasks
-
-
-def _check_names(names: Sequence[str], manager: TaskManager) -> None:
-    for name in names:
-        if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
-            hint = f" Did you mean {', '.join(near)}?" if near else ""
-            raise ValueError(
-                f"lm-eval has no task '{name}'.{hint} `lm_eval ls tasks` lists them; a definition of your own is found "
-                "by --include_path FOLDER."
-            )
 
 
 def _load(manager: TaskManager, specification: str | dict[str, Any]) -> list[HarnessTask]:
     try:
         return list(manager.load([specification])["tasks"].values())
-    except (OSError, RuntimeError) as error:  # what datasets raises without a network, or for what it cannot read
+    except (OSError, RuntimeError) as error:  # raised by datasets without a network, or for unreadable data
         name = specification if isinstance(specification, str) else specification["group"].removeprefix("chosen_")
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConnectionError(
-            f"lm-eval could not load the data of {name}: {reason} Without a network, name the folder of C-Eval's or "
-            "CMMLU's published files by --data_dir; another task needs a definition whose dataset_path is local "
-            "(--include_path)."
+            f"lm-eval could not load the data of {name}: {reason} Without a network, give the folder of the published "
+            "files of C-Eval or CMMLU by --data_dir, or for another task a definition with a local dataset_path by "
+            "--include_path."
         ) from error
 
 
 def _with_local_data(exam: Exam, subject: str, data_dir: str, num_fewshot: int) -> dict[str, Any]:
-    """What replaces lm-eval's data set in its definition; nothing else changes."""
+    """The changes to lm-eval's definition that replace its data set."""
     splits = {exam.split: _rows(exam, subject, data_dir, exam.split)}
     changes: dict[str, Any] = {"task": exam.prefix + subject, "dataset_path": data_dir}
     if num_fewshot:
@@ -195,16 +181,16 @@ def _with_local_data(exam: Exam, subject: str, data_dir: str, num_fewshot: int) 
                 f"--num_fewshot {num_fewshot} is too many."
             )
     else:
-        changes |= {"fewshot_split": None, "fewshot_config": None}  # the dev files need not be there
+        changes |= {"fewshot_split": None, "fewshot_config": None}  # the dev files may be missing
     return changes | {"custom_dataset": lambda **_: splits}
 
 
 def _rows(exam: Exam, subject: str, data_dir: str, split: str) -> datasets.Dataset:
-    """A split of one subject with the columns that lm-eval's definition names, all of them text but the id."""
+    """A split of one subject with the columns of lm-eval's definition, all text."""
     rows = []
     for example in read_examples(exam.task, data_dir, split, subjects=[subject]):
         if example.gold is None:
-            raise ValueError(f"{example.where}: there is no answer, and lm-eval scores against them.")
+            raise ValueError(f"{example.where}: there is no answer, which lm-eval needs to score.")
         options = dict(zip("ABCD", example.candidates, strict=True))
         rows.append(
             {"id": str(example.id), exam.question: example.question, **options, exam.answer: "ABCD"[example.answer]}
@@ -215,7 +201,7 @@ def _rows(exam: Exam, subject: str, data_dir: str, split: str) -> datasets.Datas
 def scored_examples(
     exam: Exam, samples: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> Iterator[tuple[ChoiceExample, list[float]]]:
-    """From lm-eval's samples of an examination: each question, and the log-likelihoods of its four letters."""
+    """Each question of lm-eval's samples of an examination, and the log-likelihoods of its four letters."""
     for subject, entry in exam.task.subjects.items():
         for sample in sorted(samples.get(exam.prefix + subject, ()), key=lambda sample: sample["doc_id"]):
             row = sample["doc"]

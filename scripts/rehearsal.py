@@ -1,7 +1,6 @@
-"""A dress rehearsal at true width: a random base in the published layout, loaded, trained on, saved and used.
+"""A rehearsal at true width: a random base in the published layout is written, loaded, trained, saved and used.
 
-`scripts/rehearse.sh` runs the stages one after the other, each in a process of its own, so that the peak memory that
-each prints is its own.
+`scripts/rehearse.sh` runs each stage in its own process, so that each prints its own peak memory.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -24,8 +23,8 @@ from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.loading import load_model
 
 SHARD_BYTES = 1_990_000_000
-"""Of the published files of 6 billion parameters, which are seven."""
-_SEED_NUMBERS = 2**22
+"""Gives seven files for 6 billion parameters, as published."""
+_BLOCK_NUMBERS = 2**22
 _STEPS = 3
 _PRE_SEQ_LEN = 16
 _ROWS, _LENGTH = 2, 64
@@ -36,18 +35,14 @@ class RehearsalArguments:
     """Flags of the program."""
 
     folder: str = field(metadata={"help": "where the base is written and read"})
-    stage: str = field(metadata={"help": "build, load or train"})
+    stage: Literal["build", "load", "train"] = field(metadata={"help": "the stage to run"})
     model: str = field(default="chatglm3-6b", metadata={"help": "the size, as for `chatglm-ptuning estimate`"})
-    num_layers: int | None = field(default=None, metadata={"help": "build: fewer layers than it has"})
+    num_layers: int | None = field(default=None, metadata={"help": "build: use fewer layers"})
     dtype: str = field(default="bfloat16", metadata={"help": "of the files and in memory"})
-
-    def __post_init__(self) -> None:
-        if self.stage not in _STAGES:
-            raise ValueError(f"--stage must be {', '.join(_STAGES)}, got {self.stage!r}")
 
 
 def build_base(folder: Path, config: ChatGLMConfig, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES) -> int:
-    """Writes a base of random weights as `pytorch_model-0000X-of-0000N.bin` with an index, a shard in memory at a time.
+    """Writes a base of random weights as `pytorch_model-0000X-of-0000N.bin` with an index; one shard is in memory.
 
     Returns:
         Bytes of the weights.
@@ -65,7 +60,7 @@ def build_base(folder: Path, config: ChatGLMConfig, dtype: torch.dtype, shard_by
             room = shard_bytes
         shards[-1][name] = tensor
         room -= tensor.nbytes
-    block = torch.randn(_SEED_NUMBERS, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
+    block = torch.randn(_BLOCK_NUMBERS, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         file = f"pytorch_model-{number:05d}-of-{len(shards):05d}.bin"
@@ -81,7 +76,7 @@ def build_base(folder: Path, config: ChatGLMConfig, dtype: torch.dtype, shard_by
 
 
 def _random(shape: torch.Size, block: torch.Tensor, seed: int) -> torch.Tensor:
-    """Norms of ones, and for a matrix the block again and again, from another place in each."""
+    """Ones for a norm; for a matrix the repeated block, rotated by an offset that depends on the seed."""
     if len(shape) == 1:
         return torch.ones(shape, dtype=block.dtype)
     start = (seed * 1_000_003) % block.numel()
@@ -90,28 +85,22 @@ def _random(shape: torch.Size, block: torch.Tensor, seed: int) -> torch.Tensor:
     return turned.repeat(repeats)[: shape.numel()].view(shape).clone()
 
 
-def _build(folder: Path, args: RehearsalArguments) -> dict[str, Any]:
-    config = find_config(args.model)
-    config.num_layers = args.num_layers or config.num_layers
-    return {"weights": build_base(folder, config, getattr(torch, args.dtype))}
-
-
-def _load(folder: Path, args: RehearsalArguments) -> dict[str, Any]:
+def load_base(folder: Path, dtype: str) -> dict[str, Any]:
+    """Loads a base and reads all of its weights; returns their bytes and the seconds of loading."""
     start = time.monotonic()
-    model = load_model(str(folder), dtype=args.dtype)
+    model = load_model(str(folder), dtype=dtype)
     loaded = time.monotonic() - start
     for parameter in model.parameters():
-        # A byte of every page, so that weights that are only mapped come into memory as well.
+        # Reads one byte of every page, so that memory-mapped weights count as memory too.
         parameter.detach().flatten().view(torch.uint8)[:: resource.getpagesize()].max()
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    return {"weights": weights, "load_seconds": round(loaded, 1)}
+    return {"weights": sum(parameter.nbytes for parameter in model.parameters()), "load_seconds": round(loaded, 1)}
 
 
 def train_and_reload(folder: Path, dtype: str) -> dict[str, Any]:
-    """Trains a prefix for three steps, saves it, loads base and prefix anew and generates.
+    """Trains a prefix for three steps, saves it, reloads base and prefix, and generates.
 
     Raises:
-        AssertionError: if the loaded prefix gives other logits than the trained one.
+        AssertionError: if the reloaded prefix gives other logits than the trained one.
     """
     model = load_model(str(folder), pre_seq_len=_PRE_SEQ_LEN, dtype=dtype)
     generator = torch.Generator().manual_seed(0)
@@ -137,29 +126,38 @@ def train_and_reload(folder: Path, dtype: str) -> dict[str, Any]:
     model.load_prefix(folder / "prefix")
     with torch.no_grad():
         after = model(ids).logits
-    assert torch.equal(before, after), "the loaded prefix gives other logits than the trained one"
+    assert torch.equal(before, after), "the reloaded prefix gives other logits than the trained one"
     tokens = model.generate(ids[:1, :8], max_new_tokens=8, do_sample=False, eos_token_id=-1)
     return {"losses": losses, "seconds_per_step": seconds, "tokens": tokens[0, 8:].tolist()}
 
 
-def _train(folder: Path, args: RehearsalArguments) -> dict[str, Any]:
-    return train_and_reload(folder, args.dtype)
+def run_stage(args: RehearsalArguments) -> dict[str, Any]:
+    """Runs one stage; returns its numbers.
 
-
-_STAGES = {"build": _build, "load": _load, "train": _train}
+    Raises:
+        ValueError, OSError: if the model is unknown, or the folder cannot be written or read.
+    """
+    folder = Path(args.folder)
+    if args.stage == "load":
+        return load_base(folder, args.dtype)
+    if args.stage == "train":
+        return train_and_reload(folder, args.dtype)
+    config = find_config(args.model)
+    config.num_layers = args.num_layers or config.num_layers
+    return {"weights": build_base(folder, config, getattr(torch, args.dtype))}
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs one stage and prints what came out, its time and its peak memory as JSON."""
+    """Runs one stage; prints its numbers, its time and its peak memory as JSON."""
     (args,) = parse_arguments(
-        "python -m chatglm_ptuning.estimation.rehearse",
-        "One stage of a dress rehearsal at true width.",
+        "python scripts/rehearsal.py",
+        "Run one stage of a rehearsal at true width.",
         (RehearsalArguments,),
         argv,
     )
     start = time.monotonic()
     try:
-        results = _STAGES[args.stage](Path(args.folder), args)
+        results = run_stage(args)
     except (ValueError, OSError) as error:
         fail(str(error))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

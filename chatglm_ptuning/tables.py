@@ -1,4 +1,4 @@
-"""Tables of experiments, in Markdown and on the terminal."""
+"""Tables of results, in Markdown and on the terminal."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from rich.table import Table as TerminalTable
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts whose first column names the rows; columns that are empty in every row are not shown."""
+    """A table of texts; the first column names the rows, and columns that are empty in every row are left out."""
 
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
     title: str = ""
 
     def markdown(self) -> str:
-        """As a table of Markdown, with the title as a heading above it."""
+        """The table in Markdown, with the title as a heading above it."""
         used = self._used()
         lines = ["| " + " | ".join(_cell(row[place]) for place in used) + " |" for row in (self.headings, *self.rows)]
         lines.insert(1, "|---|" + "---:|" * (len(used) - 1))
         return (f"## {self.title}\n\n" if self.title else "") + "\n".join(lines)
 
     def show(self) -> None:
-        """Prints it."""
+        """Prints the table."""
         table = TerminalTable(title=escape(self.title), title_justify="left")
         used = self._used()
         for place in used:
@@ -44,7 +44,7 @@ def _cell(text: str) -> str:
 
 
 def spread(mean: float | None, deviation: float | None, form: str = ".2f", deviation_form: str = ".2f") -> str:
-    """A mean with its standard deviation, where there are several runs."""
+    """A mean with its standard deviation, if there is one."""
     if mean is None:
         return "-"
     return f"{mean:{form}}" + ("" if deviation is None else f" ± {deviation:{deviation_form}}")
