@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from chatglm_ptuning.chat.message import Conversation, Message
-from chatglm_ptuning.data.encoding import Encoded
+from chatglm_ptuning.data.encoding import EncodedExample
 from chatglm_ptuning.data.tasks.examples import Example
 from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.data.truncation import longest_that_fits
@@ -100,7 +100,7 @@ class Head(ABC):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
     @abstractmethod
-    def encode(self, example: Any) -> Encoded:
+    def encode(self, example: Any) -> EncodedExample:
         """The rows to learn an example from: `input_ids`, and what is to be learned.
 
         Raises:
@@ -108,7 +108,7 @@ class Head(ABC):
                 `max_source_length`.
         """
 
-    def learn(self, example: Example) -> Encoded:
+    def learn(self, example: Example) -> EncodedExample:
         """As `encode`; an example that is left out has no rows.
 
         Raises:
@@ -116,12 +116,12 @@ class Head(ABC):
         """
         left_out = example.left_out_as
         if left_out is not None:
-            return Encoded(counted=[left_out])
+            return EncodedExample(counted=[left_out])
         if example.gold is None:
             raise ValueError(f"{example.where}: the example has no label or answer to learn.")
         return self.encode(example)
 
-    def ready(self, example: Example) -> Encoded:
+    def ready(self, example: Example) -> EncodedExample:
         """What `predict` has to know of an example beside what was read: the fields to replace, in one row.
 
         No row, if the example cannot be predicted.
@@ -129,7 +129,7 @@ class Head(ABC):
         Raises:
             ValueError: naming the place in the file, if there is nothing in it to predict.
         """
-        return Encoded(rows=[{}])
+        return EncodedExample(rows=[{}])
 
     def settings(self) -> dict[str, Any]:
         """What the rows of an example depend on, beside the tokenizer; ready for JSON."""

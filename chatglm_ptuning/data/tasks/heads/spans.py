@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from chatglm_ptuning.data.encoding import Encoded
+from chatglm_ptuning.data.encoding import EncodedExample
 from chatglm_ptuning.data.tasks.examples import Answer, QuestionExample
 from chatglm_ptuning.data.tasks.heads.head import Inference, Prediction
 from chatglm_ptuning.data.tasks.heads.windows import WindowHead, window_starts
@@ -103,7 +103,7 @@ class QuestionAnswering(WindowHead):
             windows.append(SpanWindow(*frame.fill(ids[inside], own)))
         return windows
 
-    def encode(self, example: QuestionExample) -> Encoded:
+    def encode(self, example: QuestionExample) -> EncodedExample:
         """A row for each window with `start_positions` and `end_positions`.
 
         A question of which no reference stands in the context has no rows: that it has no answer would be wrong to
@@ -111,8 +111,8 @@ class QuestionAnswering(WindowHead):
         """
         answers = example.answers or ()
         if learned_answer(answers) is None:
-            return Encoded(counted=["without_targets"])
-        return Encoded.of_sources(
+            return EncodedExample(counted=["without_targets"])
+        return EncodedExample.of_sources(
             {"input_ids": window.input_ids} | window.positions(answers) for window in self.windows(example)
         )
 

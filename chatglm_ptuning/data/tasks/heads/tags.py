@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from chatglm_ptuning.data.encoding import Encoded
+from chatglm_ptuning.data.encoding import EncodedExample
 from chatglm_ptuning.data.tasks.examples import TokenExample
 from chatglm_ptuning.data.tasks.heads.head import Inference, Prediction
 from chatglm_ptuning.data.tasks.heads.windows import WindowHead, owner_of, window_starts
@@ -71,9 +71,9 @@ class TokenClassification(WindowHead):
             windows.append(TagWindow(*frame.fill([ids[place] for place in inside], own)))
         return windows
 
-    def encode(self, example: TokenExample) -> Encoded:
+    def encode(self, example: TokenExample) -> EncodedExample:
         """A row for each window; `labels` `[seq_len]` are -100 where an id decides no tag."""
-        return Encoded.of_sources(
+        return EncodedExample.of_sources(
             {"input_ids": window.input_ids, "labels": window.labels(example, self.task.tags)}
             for window in self.windows(example)
         )
