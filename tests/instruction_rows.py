@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from chatglm_ptuning.data.encoding import Encoded, Lengths, encode_examples, nothing_left
+from chatglm_ptuning.data.encoding import EncodedExample, Lengths, encode_examples
 from chatglm_ptuning.data.formats.registry import Columns
 from chatglm_ptuning.data.report import PreparationReport
 from chatglm_ptuning.data.sources.rows import BadRows, Row
@@ -22,7 +22,10 @@ DETECT = Columns()
 
 
 def encode_all(
-    encode: Callable[[Example], Encoded], examples: Iterable[Example], bad_rows: BadRows | None = None, workers: int = 1
+    encode: Callable[[Example], EncodedExample],
+    examples: Iterable[Example],
+    bad_rows: BadRows | None = None,
+    workers: int = 1,
 ) -> Prepared:
     report, lengths = PreparationReport(), Lengths()
     rows: list[dict[str, Any]] = []
@@ -30,9 +33,8 @@ def encode_all(
     for _, encoded in encode_examples(encode, examples, report, bad_rows or BadRows(), **how):
         rows += encoded.rows
         lengths.add(encoded)
-    if not rows:
-        raise ValueError(nothing_left(report))
-    report.set_lengths(lengths.source, lengths.target, lengths.example)
+    report.check_not_empty()
+    report.set_lengths(lengths)
     return rows, report
 
 

@@ -33,12 +33,6 @@ def test_pads_on_the_left():
     }
 
 
-def test_rounds_the_length_up():
-    batch = PaddingCollator(0, pad_to_multiple_of=4)(EXAMPLES)
-    assert {tuple(tensor.shape) for tensor in batch.values()} == {(2, 4)}
-    assert PaddingCollator(0, pad_to_multiple_of=3)(EXAMPLES)["input_ids"].shape == (2, 3)
-
-
 def test_refuses_what_does_not_fit_together():
     with pytest.raises(ValueError, match="example 1 of the batch has 1 ids and 0 labels"):
         PaddingCollator(0)([EXAMPLES[0], {"input_ids": [8]}])

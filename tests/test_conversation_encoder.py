@@ -236,11 +236,11 @@ def test_the_report_in_numbers_and_words(chatglm3):
     assert report.summary() == (
         "102 rows, 101 used, 101 examples\n"
         "rows left out: 1 empty (first: rows.json:1)\n"
-        "examples cut: 20 without the middle of the source (--max_source_length) (first: rows.json:1), "
+        "examples truncated: 20 without the middle of the source (--max_source_length) (first: rows.json:1), "
         "1 without the end of the answer (--max_target_length) (first: rows.json:1)\n"
-        "tokens of the source before cutting: half have at most 57, 90 % 97, 99 % 106, the longest has 107\n"
-        "tokens of the target before cutting: half have at most 4, 90 % 4, 99 % 4, the longest has 12\n"
-        "tokens of the example after cutting: half have at most 62, 90 % 92, 99 % 92, the longest has 92"
+        "tokens of the source before truncation: half have at most 57, 90 % 97, 99 % 106, the maximum is 107\n"
+        "tokens of the target before truncation: half have at most 4, 90 % 4, 99 % 4, the maximum is 12\n"
+        "tokens of the example after truncation: half have at most 62, 90 % 92, 99 % 92, the maximum is 92"
     )
 
 
@@ -269,7 +269,7 @@ def test_faults_name_file_line_and_flag(chatglm2):
 def test_nothing_left_is_an_error_with_the_report(chatglm3):
     message = refusal(chatglm3, [row(prompt="", response=""), row(prompt="甲", response="")], PLAIN)
     assert message == (
-        "There is nothing to work with in the data:\n2 rows, 0 used, 0 examples\n"
+        "No row of the data can be used:\n2 rows, 0 used, 0 examples\n"
         "rows left out: 1 empty (first: rows.json:1), 1 with only a question or only an answer (first: rows.json:1)"
     )
     assert "0 rows" in refusal(chatglm3, [])

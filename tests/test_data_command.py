@@ -10,8 +10,8 @@ import tiny_tokenizer
 from rich.console import Console
 
 from chatglm_ptuning.cli import main
+from chatglm_ptuning.data.check import count_scripts, is_mojibake, special_spellings
 from chatglm_ptuning.data.show import print_example
-from chatglm_ptuning.data.writing import count_scripts, is_mojibake, special_spellings
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_show_says_what_is_cut_and_what_is_not_there(base, tmp_path, capsys):
     path = data_file(tmp_path, {"prompt": "甲" * 50, "response": "乙"}, {"prompt": "", "response": ""})
     more = ["--model_name_or_path", str(base), "--max_source_length", "20"]
     main(["data", "show", str(path), *more])
-    assert "cut: without the middle of the source" in capsys.readouterr().out
+    assert "truncated: without the middle of the source" in capsys.readouterr().out
     main(["data", "show", str(path), "--row", "2", *more])
     assert "left out: empty" in capsys.readouterr().out
     fails("data", "show", path, "--row", "3", *more)

@@ -1,14 +1,15 @@
-"""Rows of token ids on disk: made once, memory-mapped afterwards, and never seen half-written."""
+"""Rows of token ids on disk: written once, then memory-mapped, and never incomplete."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def default_cache_dir() -> Path:
-    """Where the environment variable CHATGLM_PTUNING_CACHE says, or `~/.cache/chatglm_ptuning` (XDG_CACHE_HOME)."""
+    """`data` in the folder that CHATGLM_PTUNING_CACHE names, or in `chatglm_ptuning` of the user's cache (XDG)."""
     named = os.environ.get("CHATGLM_PTUNING_CACHE")
     if named:
         return Path(named) / "data"
@@ -37,15 +38,15 @@ def default_cache_dir() -> Path:
 
 
 class TokenCache:
-    """A folder of entries, each made of a key that holds all that its content depends on.
+    """A folder of entries, each under a key of everything that its content depends on.
 
-    An entry is a folder that is written under another name and then renamed, so that it is whole or not there. Where
-    several processes want the same entry, such as the ranks of a node, one makes it and the others wait; if that one
-    is killed, the next makes it anew.
+    An entry is a folder that is written under another name and then renamed, so it is complete or not there. If several
+    processes want the same entry, such as the ranks of a node, one makes it and the others wait; if that process is
+    killed, the next one makes it again.
 
     Args:
         folder: is created with the first entry.
-        overwrite: make every entry anew, once in the life of this object.
+        overwrite: make every entry again, once in the life of this object.
     """
 
     def __init__(self, folder: str | Path | None = None, overwrite: bool = False) -> None:
@@ -53,39 +54,39 @@ class TokenCache:
         self.overwrite = overwrite
         self._made: set[str] = set()
 
-    def entry(self, key: Mapping[str, Any], make: Callable[[Path], None]) -> tuple[Path, bool]:
+    def entry(self, key: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]]) -> tuple[Path, bool]:
         """The folder of an entry, and whether it was there already.
 
         Args:
-            make: fills an empty folder with a ROWS_FILE and a FACTS_FILE.
+            make: writes ROWS_FILE into an empty folder, and returns the facts that `read_facts` gives.
 
         Raises:
-            OSError: if the cache cannot be written to, naming it.
+            OSError: if the cache cannot be written, naming it.
         """
         name = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
         final = self.folder / name
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / f"{name}.lock"):
-                anew = self.overwrite and name not in self._made
-                if _is_whole(final) and not anew:
+                if _is_complete(final) and not (self.overwrite and name not in self._made):
                     return final, True
                 self._make(final, make)
         except OSError as error:
             raise OSError(
-                f"The cache of tokens in {self.folder} cannot be written: {error.strerror or error}. Name a folder "
-                "with room by --data_cache_dir."
+                f"The cache of tokens in {self.folder} cannot be written: {error.strerror or error}. Set "
+                "data_cache_dir to a folder with free space."
             ) from error
         self._made.add(name)
         return final, False
 
-    def _make(self, final: Path, make: Callable[[Path], None]) -> None:
-        # Whoever holds the lock is alone, so what others began was left by a process that was killed.
+    def _make(self, final: Path, make: Callable[[Path], Mapping[str, Any]]) -> None:
+        # Only the process with the lock writes, so another staging folder is of a process that was killed.
         for left in self.folder.glob(f".{final.name}.*"):
             shutil.rmtree(left, ignore_errors=True)
         staged = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=self.folder))
         try:
-            make(staged)
+            facts = make(staged)
+            write_json(staged / FACTS_FILE, {**facts, "bytes": (staged / ROWS_FILE).stat().st_size})
             staged.chmod(self.folder.stat().st_mode)
             if final.exists():
                 shutil.rmtree(final)
@@ -94,16 +95,15 @@ class TokenCache:
             shutil.rmtree(staged, ignore_errors=True)
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_complete(folder: Path) -> bool:
     try:
-        facts = read_facts(folder)
-        return (folder / ROWS_FILE).stat().st_size == facts["bytes"]
+        return (folder / ROWS_FILE).stat().st_size == read_facts(folder)["bytes"]
     except (OSError, ValueError, KeyError):
         return False
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What an entry says about itself."""
+    """The facts about an entry."""
     return json.loads((folder / FACTS_FILE).read_text("utf-8"))
 
 
@@ -114,63 +114,38 @@ def open_rows(folder: Path) -> datasets.Dataset:
     return datasets.Dataset.from_file(str(folder / ROWS_FILE))
 
 
-class RowWriter:
-    """Writes rows to disk, a few of them in memory at a time.
+def write_rows(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes the rows of an entry, a few of them in memory at a time.
 
-    Beside its own values (lists of whole or of floating-point numbers, or single whole numbers) every row has `length`
-    (of its `input_ids`), `source_length` and `target_length` (before truncation), and `digest`, which is the same for
-    rows made of the same content.
+    Args:
+        rows: all with the same columns: lists of integers (int32) or of floating-point numbers (float32), and
+            integers: `length` of the `input_ids`, others (int32), and `digest` (int64).
     """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._rows: list[dict[str, Any]] = []
-        self._tokens = 0
-        self._stream: Any = None
-
-    def add(self, row: Mapping[str, Any], source_length: int, target_length: int, digest: int) -> None:
-        """Appends one row; all have the same names as the first."""
-        length = len(row["input_ids"])
-        about = {"length": length, "source_length": source_length, "target_length": target_length, "digest": digest}
-        self._rows.append({**row, **about})
-        self._tokens += length
-        if self._tokens >= _TOKENS_AT_ONCE:
-            self._flush()
-
-    def close(self, facts: Mapping[str, Any]) -> None:
-        """Finishes the file and writes the facts beside it, which make it whole."""
-        self._flush()
-        self._stream.close()
-        path = self.folder / ROWS_FILE
-        with path.open("rb") as written:
-            os.fsync(written.fileno())
-        write_json(self.folder / FACTS_FILE, {**facts, "bytes": path.stat().st_size})
-
-    def _flush(self) -> None:
-        import pyarrow
-
-        if self._stream is None:
-            columns = {name: _type_of(name, value) for name, value in (self._rows or [_NO_ROW])[0].items()}
-            self._schema = pyarrow.schema(columns)
-            self._stream = pyarrow.ipc.new_stream(str(self.folder / ROWS_FILE), self._schema)
-        if self._rows:
-            self._stream.write_batch(pyarrow.RecordBatch.from_pylist(self._rows, self._schema))
-        self._rows, self._tokens = [], 0
-
-
-_NO_ROW = {"input_ids": [0], "length": 0, "source_length": 0, "target_length": 0, "digest": 0}
-
-
-def _type_of(name: str, value: Any) -> pyarrow.DataType:
     import pyarrow
 
-    if isinstance(value, list):
-        return pyarrow.list_(pyarrow.float32() if isinstance(value[0], float) else pyarrow.int32())
-    return pyarrow.int64() if name == "digest" else pyarrow.int32()
+    def type_of(name: str, value: Any) -> pyarrow.DataType:
+        if isinstance(value, list):
+            return pyarrow.list_(pyarrow.float32() if isinstance(value[0], float) else pyarrow.int32())
+        return pyarrow.int64() if name == "digest" else pyarrow.int32()
+
+    remaining = iter(rows)
+    batch = list(itertools.islice(remaining, 1))
+    schema = pyarrow.schema({name: type_of(name, value) for row in batch for name, value in row.items()})
+    with (folder / ROWS_FILE).open("wb") as file:
+        with pyarrow.ipc.new_stream(file, schema) as stream:
+            while batch:
+                tokens = sum(row["length"] for row in batch)
+                while tokens < _TOKENS_AT_ONCE and (row := next(remaining, None)):
+                    batch.append(row)
+                    tokens += row["length"]
+                stream.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema))
+                batch = list(itertools.islice(remaining, 1))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def tokenizer_fingerprint(tokenizer: ChatGLMTokenizer) -> str:
-    """A hash over the vocabulary, the ids of the special tokens and the chat format."""
+    """A hash of the vocabulary, the ids of the special tokens and the chat format."""
     special_ids = sorted(tokenizer.vocabulary.special_ids.items())
     digest = hashlib.blake2b(f"{tokenizer.chat_format} {special_ids}".encode(), digest_size=16)
     digest.update(tokenizer.vocabulary.content())
@@ -179,8 +154,8 @@ def tokenizer_fingerprint(tokenizer: ChatGLMTokenizer) -> str:
 
 @functools.cache
 def code_fingerprint() -> str:
-    """A hash over the code that makes examples of rows."""
+    """A hash of the code that makes examples of rows."""
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted([path for room in ("chat", "data", "model") for path in _PACKAGE.glob(f"{room}/**/*.py")]):
+    for path in sorted(path for room in ("chat", "data", "model") for path in _PACKAGE.glob(f"{room}/**/*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

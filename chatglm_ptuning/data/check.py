@@ -2,55 +2,78 @@
 
 from __future__ import annotations
 
+import re
 from array import array
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from chatglm_ptuning.data.report import percentiles
+from chatglm_ptuning.data.report import in_words, percentiles
 from chatglm_ptuning.data.sources.rows import BadRows
 from chatglm_ptuning.data.tasks.examples import Example
-from chatglm_ptuning.data.writing import SCRIPTS, count_scripts, is_mojibake, special_spellings
 
 _PLACES = 5
 
 FINDINGS = {
-    "duplicates": "rows that stood before word for word",
+    "duplicates": "rows that repeat an earlier row word for word",
     "empty": "rows with neither question nor answer",
     "one_sided": "rows with only a question or only an answer",
     "without_targets": "rows with nothing to learn",
     "replacement_characters": "rows with U+FFFD, which stands for characters that were lost",
-    "mojibake": "rows with passages that were read in a wrong encoding",
+    "mojibake": "rows with passages that were decoded with a wrong encoding",
     "special_tokens": "rows that spell special tokens (they are learned as ordinary text)",
 }
 """What rows are counted for, in words."""
 
+_SCRIPTS = {
+    "han": re.compile(r"[\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+"),
+    "latin": re.compile(r"[A-Za-z\u00aa\u00ba\u00c0-\u024f\uff21-\uff3a\uff41-\uff5a]+"),
+    "kana": re.compile(r"[\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f]+"),
+    "hangul": re.compile(r"[\u1100-\u11ff\u3130-\u318f\uac00-\ud7af]+"),
+}
+_LETTERS = re.compile(r"[^\W\d_]+")
+SCRIPTS = (*_SCRIPTS, "other")
+"""Chinese characters, Latin letters, Japanese kana, Korean hangul, letters of anything else."""
 
-@dataclass
+_SPECIAL = re.compile(
+    r"<\|(?:system|user|assistant|observation|endoftext|begin_of_image|end_of_image|begin_of_video|end_of_video)\|>"
+    r"|\[[gs]?MASK\]|<[se]op>|</s>|<unk>"
+)
+
+# U+FFFD in UTF-8, and uninitialised memory, decoded as GBK: well-known sequences.
+_WELL_KNOWN = re.compile("锟斤拷|烫烫烫|屯屯屯")
+# UTF-8 of Chinese text decoded as Latin-1 or Windows-1252: a lead byte E2 to EF and two continuation bytes.
+_MISREAD = re.compile(
+    r"(?:[\u00e2-\u00ef][\u0080-\u00bf\u20ac\u201a\u0192\u201e\u2026\u2020\u2021\u02c6\u2030\u0160\u2039\u0152\u017d"
+    r"\u2018\u2019\u201c\u201d\u2022\u2013\u2014\u02dc\u2122\u0161\u203a\u0153\u017e\u0178]{2}){2,}"
+)
+
+
+@dataclass(frozen=True)
 class CheckReport:
     """What was found in the rows.
 
     Attributes:
-        rows: those that were understood.
-        bad: those that were not; `errors` says of the first of them what is wrong.
+        rows: number of rows that were understood.
+        bad: number of rows that were not understood; `errors` holds the messages about the first of them.
         formats: rows by dataset format.
-        turns: percentiles of answers in a row.
+        turns: percentiles of the answers in a row.
         characters: percentiles of the characters of `source` (all but the answers) and `target` (all answers).
-        scripts: share of the letters by script, and rows in which each stands.
+        scripts: by script, its share of the letters, and the rows in which it occurs.
         counts: rows by finding (FINDINGS).
         places: the first rows of every finding, as FILE:LINE.
     """
 
-    rows: int = 0
-    bad: int = 0
-    errors: list[str] = field(default_factory=list)
-    formats: dict[str, int] = field(default_factory=dict)
-    turns: dict[str, int] = field(default_factory=dict)
-    characters: dict[str, dict[str, int]] = field(default_factory=dict)
-    scripts: dict[str, dict[str, float]] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-    places: dict[str, list[str]] = field(default_factory=dict)
+    rows: int
+    bad: int
+    errors: list[str]
+    formats: dict[str, int]
+    turns: dict[str, int]
+    characters: dict[str, dict[str, int]]
+    scripts: dict[str, dict[str, float]]
+    counts: dict[str, int]
+    places: dict[str, list[str]]
 
     def as_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
@@ -58,17 +81,16 @@ class CheckReport:
 
     @property
     def usable(self) -> int:
-        """Rows that something can be learned from."""
+        """Number of rows from which something can be learned."""
         return self.rows - sum(self.counts.get(name, 0) for name in ("empty", "one_sided", "without_targets"))
 
     def warnings(self) -> list[str]:
         """What is suspicious, one line each, with the first places."""
         lines = []
         for name, meaning in FINDINGS.items():
-            if self.counts.get(name):
-                places = self.places.get(name, [])
-                more = ", ..." if self.counts[name] > len(places) else ""
-                lines.append(f"{self.counts[name]} {meaning}: {', '.join(places)}{more}")
+            if count := self.counts.get(name):
+                more = ", ..." if count > len(self.places[name]) else ""
+                lines.append(f"{count} {meaning}: {', '.join(self.places[name])}{more}")
         return lines
 
     def summary(self) -> str:
@@ -78,23 +100,20 @@ class CheckReport:
         lines = [f"{self.rows + self.bad} rows, dataset format: {formats}"]
         if not self.rows:
             return lines[0]
-        lines.append(f"answers in a row: {_in_words(self.turns)}")
-        for name, values in self.characters.items():
-            lines.append(f"characters of the {name}: {_in_words(values)}")
+        lines.append(f"answers in a row: {in_words(self.turns)}")
+        lines += [f"characters of the {name}: {in_words(values)}" for name, values in self.characters.items()]
         shares = ", ".join(f"{name} {100 * found['share']:.1f} %" for name, found in self.scripts.items())
-        lines.append(f"letters: {shares or 'none'}")
-        return "\n".join(lines)
+        return "\n".join([*lines, f"letters: {shares or 'none'}"])
 
 
 class Checker:
-    """Looks at examples as they pass by; what it keeps of each is a few bytes."""
+    """Looks at examples as they pass by; it keeps a few bytes of each."""
 
     def __init__(self) -> None:
-        self.report_so_far = CheckReport()
         self.seen: set[int] = set()
         self.turns, self.source, self.target = array("i"), array("i"), array("i")
-        self.letters: Counter[str] = Counter()
-        self.rows_with: Counter[str] = Counter()
+        self.formats, self.letters, self.rows_with, self.counts = Counter(), Counter(), Counter(), Counter()
+        self.places: defaultdict[str, list[str]] = defaultdict(list)
 
     def watch(self, examples: Iterable[Example]) -> Iterator[Example]:
         """The examples, each noted before it is passed on."""
@@ -106,47 +125,74 @@ class Checker:
         """What was found so far.
 
         Args:
-            bad_rows: counted the rows that could not be understood.
+            bad_rows: counted the rows that were not understood.
         """
-        report = self.report_so_far
-        report.bad, report.errors = bad_rows.count, list(bad_rows.messages)
-        report.turns = percentiles(self.turns)
-        report.characters = {"source": percentiles(self.source), "target": percentiles(self.target)}
         letters = self.letters.total()
-        report.scripts = {
-            name: {"share": round(self.letters[name] / letters, 4), "rows": self.rows_with[name]}
-            for name in SCRIPTS
-            if self.letters[name]
-        }
-        return report
+        return CheckReport(
+            rows=len(self.turns),
+            bad=bad_rows.count,
+            errors=list(bad_rows.messages),
+            formats=dict(self.formats),
+            turns=percentiles(self.turns),
+            characters={"source": percentiles(self.source), "target": percentiles(self.target)},
+            scripts={
+                name: {"share": round(self.letters[name] / letters, 4), "rows": self.rows_with[name]}
+                for name in SCRIPTS
+                if self.letters[name]
+            },
+            counts=dict(self.counts),
+            places=dict(self.places),
+        )
 
     def _note(self, example: Example) -> None:
-        report, digest, left_out = self.report_so_far, example.digest, example.left_out_as
-        report.rows += 1
-        report.formats[example.dataset_format] = report.formats.get(example.dataset_format, 0) + 1
+        self.formats[example.dataset_format] += 1
         source, target, answers = example.said()
         self.turns.append(answers)
         self.source.append(len(source))
         self.target.append(len(target))
-        text = f"{source}\n{target}"
+        text, digest = f"{source}\n{target}", example.digest
         scripts = count_scripts(text)
         self.letters.update(scripts)
         self.rows_with.update(name for name, count in scripts.items() if count)
-        findings = {
+        found = {
             "duplicates": digest in self.seen,
-            **{name: left_out == name for name in ("empty", "one_sided", "without_targets")},
+            example.left_out_as: True,
             "replacement_characters": "\ufffd" in text,
             "mojibake": is_mojibake(text),
             "special_tokens": bool(special_spellings(text)),
         }
         self.seen.add(digest)
-        for name, is_so in findings.items():
-            if is_so:
-                report.counts[name] = report.counts.get(name, 0) + 1
-                places = report.places.setdefault(name, [])
-                if len(places) < _PLACES:
-                    places.append(example.where)
+        for name in FINDINGS:
+            if found.get(name):
+                self.counts[name] += 1
+                if len(self.places[name]) < _PLACES:
+                    self.places[name].append(example.where)
 
 
-def _in_words(values: Mapping[str, int]) -> str:
-    return f"half have at most {values['50']}, 90 % {values['90']}, 99 % {values['99']}, the most is {values['100']}"
+def count_scripts(text: str) -> Counter[str]:
+    """Letters of the text by script; digits, punctuation and white space are not counted."""
+    counts = Counter({name: sum(map(len, pattern.findall(text))) for name, pattern in _SCRIPTS.items()})
+    counts["other"] = max(0, sum(map(len, _LETTERS.findall(text))) - counts.total())
+    return counts
+
+
+def special_spellings(text: str) -> list[str]:
+    """The special tokens of the family that the text spells; they are learned as ordinary text."""
+    return _SPECIAL.findall(text)
+
+
+def is_mojibake(text: str) -> bool:
+    """Whether the text has passages that come from decoding with a wrong encoding."""
+    return bool(_WELL_KNOWN.search(text)) or any(_decodes_as_utf8(match[0]) for match in _MISREAD.finditer(text))
+
+
+def _decodes_as_utf8(passage: str) -> bool:
+    # Windows-1252 leaves five bytes undefined; they are decoded as in Latin-1.
+    data = b"".join(
+        character.encode("latin-1") if ord(character) < 256 else character.encode("cp1252") for character in passage
+    )
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -13,9 +13,8 @@ from rich.console import Console
 from chatglm_ptuning.command_line import fail, parse_arguments
 from chatglm_ptuning.data.check import Checker, CheckReport
 from chatglm_ptuning.data.encoding import Lengths, encode_examples
-from chatglm_ptuning.data.histogram import draw_lengths
 from chatglm_ptuning.data.report import PreparationReport, percentiles
-from chatglm_ptuning.data.show import describe, print_example, print_tokens
+from chatglm_ptuning.data.show import describe, draw_lengths, print_example, print_tokens
 from chatglm_ptuning.data.sources.files import find_sources, iterate_rows
 from chatglm_ptuning.data.sources.rows import BadRows, Row
 from chatglm_ptuning.data.tasks.arguments import InstructionArguments
@@ -32,20 +31,18 @@ HISTOGRAM_FILE = "lengths.png"
 _HELP = """usage: chatglm-ptuning data COMMAND FILE... [flags]
 
   show   print a row as the model sees it, what is learned in green
-  check  say what is in the files and what is wrong with it; exit code 1 if anything is
+  check  report what is in the files and what is wrong with it; exit code 1 if anything is
 
 Flags: chatglm-ptuning data COMMAND --help"""
 
 
 @dataclass
 class _RowArguments(InstructionArguments):
-    """How rows are read and rendered, as in training."""
+    """How rows are read and encoded, as in training."""
 
     files: list[str] = field(init=False)
-    hub: str = field(
-        default="huggingface", metadata={"help": f"where a hub name of a base is looked up: {' or '.join(HUBS)}"}
-    )
-    revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a hub name"})
+    hub: str = field(default="huggingface", metadata={"help": f"hub of the base: {' or '.join(HUBS)}"})
+    revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a base on a hub"})
 
     def head(self, model: str) -> ConversationAnswers:
         tokenizer = load_tokenizer(model, hub=self.hub, revision=self.revision)
@@ -59,14 +56,14 @@ class ShowArguments(_RowArguments):
     model_name_or_path: str = field(
         default=DEFAULT_MODEL, metadata={"help": "folder of the base whose tokenizer is used (default: nano)"}
     )
-    row: int = field(default=1, metadata={"help": "which row, from 1"})
-    rows: int = field(default=1, metadata={"help": "how many rows, from that one on"})
+    row: int = field(default=1, metadata={"help": "number of the first row, from 1"})
+    rows: int = field(default=1, metadata={"help": "number of rows to show"})
     tokens: bool = field(default=False, metadata={"help": "one token per line, with its id"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.row < 1 or self.rows < 1:
-            raise ValueError(f"--row and --rows count from 1, got {self.row} and {self.rows}")
+            raise ValueError(f"--row and --rows must be at least 1, got {self.row} and {self.rows}")
 
 
 @dataclass
@@ -74,12 +71,12 @@ class CheckArguments(_RowArguments):
     """Flags of `data check`."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "folder of a base: count in its tokens too, and see what would be cut"}
+        default=None, metadata={"help": "folder of a base: count its tokens too, and see what would be truncated"}
     )
     output_dir: str | None = field(
-        default=None, metadata={"help": f"folder for {CHECK_FILE} and, with a tokenizer, {HISTOGRAM_FILE}"}
+        default=None, metadata={"help": f"folder for {CHECK_FILE} and, with a base, {HISTOGRAM_FILE}"}
     )
-    preprocessing_num_workers: int = field(default=1, metadata={"help": "processes that count tokens"})
+    preprocessing_num_workers: int = field(default=1, metadata={"help": "number of processes that count tokens"})
 
 
 def show(args: ShowArguments) -> None:
@@ -89,31 +86,28 @@ def show(args: ShowArguments) -> None:
         ValueError: naming file and line, if a row cannot be understood, or there are fewer rows.
     """
     head = args.head(args.model_name_or_path)
-    chat_format = head.tokenizer.chat_format
     console = Console(highlight=False, soft_wrap=True)
-    found = 0
+    source_row = None
     for source_row in itertools.islice(iterate_rows(args.files), args.row - 1, args.row - 1 + args.rows):
-        found += 1
         example = ConversationReader().read_row(source_row, args.columns())
         encoded = head.learn(example)
-        console.print(
-            f"{example.where}: dataset format {example.dataset_format}, chat format {chat_format}", markup=False
-        )
+        formats = f"dataset format {example.dataset_format}, chat format {head.tokenizer.chat_format}"
+        console.print(f"{example.where}: {formats}", markup=False)
         if encoded.counted:
-            console.print(describe(encoded), markup=False)
+            console.print(describe(encoded.counted), markup=False)
         for number, row in enumerate(encoded.rows, start=1):
             ids, labels = row["input_ids"], row["labels"]
             learned = sum(label >= 0 for label in labels)
             which = f"example {number} of {len(encoded.rows)}: " if len(encoded.rows) > 1 else ""
             console.print(f"{which}{len(ids)} tokens, {learned} learned", markup=False)
             (print_tokens if args.tokens else print_example)(head.tokenizer, ids, labels, console)
-    if not found:
+    if source_row is None:
         count = sum(1 for _ in iterate_rows(args.files))
         raise ValueError(f"There is no row {args.row}: {', '.join(args.files)} has {count}.")
 
 
 def check(args: CheckArguments) -> bool:
-    """Looks at all rows, prints what was found, and writes it if there is an output folder.
+    """Checks all rows, prints the report, and writes it if there is an output folder.
 
     Returns:
         Whether the data can be trained on: every row is understood, and something is to be learned.
@@ -136,11 +130,11 @@ def check(args: CheckArguments) -> bool:
         for _, encoded in encode_examples(learn, examples, preparation, bad_rows, num_workers=workers):
             lengths.add(encoded)
     report = checker.report(bad_rows)
-    report.errors += unreadable
+    report.errors.extend(unreadable)
     if not report.usable and not unreadable:
-        report.errors.append("There is no row that anything can be learned from.")
-    if lengths.example:
-        preparation.set_lengths(lengths.source, lengths.target, lengths.example)
+        report.errors.append("There is no row from which anything can be learned.")
+    if lengths["example"]:
+        preparation.set_lengths(lengths)
     _print_check(args, report, preparation)
     if args.output_dir is not None:
         _write_check(args, report, preparation, lengths)
@@ -149,7 +143,7 @@ def check(args: CheckArguments) -> bool:
 
 @dataclass(frozen=True)
 class _Readable:
-    """What a name stands for; what ends the reading is noted, so that the next name is read."""
+    """The sources of a name. An error that ends the reading is noted, and the next name is read."""
 
     name: str
     unreadable: list[str]
@@ -181,30 +175,26 @@ def _write_check(args: CheckArguments, report: CheckReport, preparation: Prepara
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     content = {"files": args.files, "fit": not report.errors, **report.as_dict()}
-    if lengths.example:
+    if lengths["example"]:
+        limits = {"source": args.max_source_length, "target": args.max_target_length}
+        shares = (1, 5, 25, 50, 75, 90, 95, 99, 100)
         content["tokens"] = {
             "model_name_or_path": args.model_name_or_path,
-            "max_source_length": args.max_source_length,
-            "max_target_length": args.max_target_length,
+            **{f"max_{name}_length": limit for name, limit in limits.items()},
             **preparation.as_dict(),
-            "percentiles": {
-                name: percentiles(getattr(lengths, name), (1, 5, 25, 50, 75, 90, 95, 99, 100))
-                for name in ("source", "target", "example")
-            },
+            "percentiles": {name: percentiles(values, shares) for name, values in lengths.items()},
         }
-        draw_lengths(
-            lengths.source, lengths.target, args.max_source_length, args.max_target_length, folder / HISTOGRAM_FILE
-        )
+        draw_lengths(lengths, limits, folder / HISTOGRAM_FILE)
     write_json(folder / CHECK_FILE, content)
-    print(f"{CHECK_FILE} is in {folder}{f', with {HISTOGRAM_FILE}' if lengths.example else ''}.")
+    print(f"{CHECK_FILE} is in {folder}{f', with {HISTOGRAM_FILE}' if lengths['example'] else ''}.")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Entry of the command; errors that users can mend end it with a message and exit code 1."""
+    """Entry of the command; errors that users can correct end it with a message and exit code 1."""
     command, *rest = argv or ["--help"]
     commands: dict[str, tuple[type, Callable[..., bool | None], str]] = {
         "show": (ShowArguments, show, "Print a row as the model sees it: green, or in ⟦ ⟧, is what is learned."),
-        "check": (CheckArguments, check, "Say what is in data files, and what is wrong with it."),
+        "check": (CheckArguments, check, "Report what is in data files, and what is wrong with it."),
     }
     if command not in commands:
         asked = command in ("-h", "--help", "help")

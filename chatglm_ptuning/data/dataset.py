@@ -1,10 +1,11 @@
-"""From a split of a task to what a run takes: rows to learn, through the cache, and examples to predict."""
+"""From a split of a task to the data of a run: rows to learn from, through the cache, and examples to predict."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +13,15 @@ import numpy as np
 from transformers.utils import logging
 
 from chatglm_ptuning.data.cache import (
-    RowWriter,
     TokenCache,
     code_fingerprint,
     open_rows,
     read_facts,
     tokenizer_fingerprint,
+    write_rows,
 )
 from chatglm_ptuning.data.check import Checker
-from chatglm_ptuning.data.encoding import encode_examples, nothing_left
+from chatglm_ptuning.data.encoding import encode_examples
 from chatglm_ptuning.data.report import PreparationReport
 from chatglm_ptuning.data.sources.files import DataFile
 from chatglm_ptuning.data.sources.rows import BadRows
@@ -45,9 +46,9 @@ class Split:
     Attributes:
         places: files, folders, patterns or hubs, as `read_examples` takes them.
         name: of the split.
-        subjects: of an examination, these alone.
-        limit: the first so many rows of all places together.
-        weights: one for each place: how often each of its rows is learned in an epoch. Of 2.5, all of them are learned
+        subjects: only these of an examination.
+        limit: only the first so many rows of all places together.
+        weights: one for each place: how often each of its rows is learned in an epoch. With 2.5, all rows are learned
             twice, and half of them, chosen by the seed, a third time.
     """
 
@@ -62,10 +63,10 @@ class Split:
             return
         if len(self.weights) != len(self.places):
             raise ValueError(
-                f"--train_weights has {len(self.weights)} numbers for {len(self.places)} files; give one for each."
+                f"train_weights has {len(self.weights)} numbers for {len(self.places)} files; give one for each."
             )
         if not all(0 < weight < float("inf") for weight in self.weights):
-            raise ValueError(f"--train_weights must be positive numbers, got {' '.join(map(str, self.weights))}.")
+            raise ValueError(f"train_weights must be positive numbers, got {' '.join(map(str, self.weights))}.")
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ class Loader:
     """Reads the data of a run.
 
     Attributes:
-        cache: keeps the rows.
-        skip_bad_rows: tolerate so many rows of a split that cannot be understood.
+        cache: of the rows.
+        skip_bad_rows: number of rows of a split that may be skipped because they cannot be understood.
         seed: of the choice of rows by weight.
         num_workers, progress: as for `encode_examples`.
     """
@@ -86,11 +87,11 @@ class Loader:
     progress: bool = True
 
     def rows(self, head: Head, split: Split) -> LoadedRows:
-        """The rows by which a head learns a split, from the cache or made anew.
+        """The rows from which a head learns a split, from the cache or newly encoded.
 
         Raises:
-            ValueError: naming file and line, for a row too many that cannot be understood; with the report, if no row
-                is left.
+            ValueError: naming file and line, if more rows than `skip_bad_rows` cannot be understood; with the report,
+                if no row is left.
             OSError: if the cache cannot be written.
         """
         bad_rows = BadRows(self.skip_bad_rows)
@@ -100,11 +101,11 @@ class Loader:
         reused = True
         for place, weight in zip(split.places, split.weights or [1.0] * len(split.places), strict=True):
             for part in _units(head, place, split, bad_rows):
-                remaining = None if split.limit is None else split.limit - (report.rows - report.bad)
-                if remaining is not None and remaining <= 0:
-                    break
-                part = replace(part, limit=remaining)
-                entry, was_there = self.cache.entry(_key(head, part), lambda folder: self._make(folder, head, part))  # noqa: B023
+                if split.limit is not None:
+                    part = replace(part, limit=split.limit - (report.rows - report.bad))
+                    if part.limit <= 0:
+                        break
+                entry, was_there = self.cache.entry(_key(head, part), partial(self._make, head, part))
                 facts = read_facts(entry)
                 if was_there:
                     _repeat_faults(facts, bad_rows)
@@ -112,35 +113,50 @@ class Loader:
                 report.add_counts(PreparationReport(**facts["report"]))
                 warnings += facts["warnings"]
                 parts.append((open_rows(entry), weight))
-        if not report.examples:
-            raise ValueError(nothing_left(report))
-        rows = _mixed(parts, self.seed)
-        if not len(rows):
-            raise ValueError(f"--train_weights {' '.join(map(str, split.weights or []))} leave no row; raise them.")
-        whole = _mixed([(part, 1.0) for part, _ in parts], self.seed)
-        report.set_lengths(*(column(whole, name) for name in ("source_length", "target_length", "length")))
+        report.check_not_empty()
+        chosen = _mixed(parts, self.seed)
+        if not len(chosen):
+            raise ValueError(f"train_weights {' '.join(map(str, split.weights or []))} leave no row; raise them.")
+        columns = {"source": "source_length", "target": "target_length", "example": "length"}
+        report.set_lengths(
+            {
+                name: np.concatenate([column(rows, column_name) for rows, _ in parts if len(rows)])
+                for name, column_name in columns.items()
+            }
+        )
         if bad_rows.count:
             warnings = [f"{bad_rows.count} bad rows were skipped, the first:\n{bad_rows.messages[0]}", *warnings]
-        return LoadedRows(rows, report, warnings, reused)
+        return LoadedRows(chosen, report, warnings, reused)
 
-    def _make(self, folder: Path, head: Head, part: SplitSource) -> None:
-        of_part = BadRows(None, whole=part.bad_rows)
+    def _make(self, head: Head, part: SplitSource, folder: Path) -> dict[str, Any]:
+        """Writes the rows of a part, and returns what the cache keeps about them."""
+        bad_rows = BadRows(None, whole=part.bad_rows)
         checker, report = Checker(), PreparationReport()
-        found = reader_of(head.task).read(replace(part, bad_rows=of_part))
-        examples = itertools.islice(that_count(head.task, part.split, found), part.limit)
-        writer = RowWriter(folder)
+        found = reader_of(head.task).read(replace(part, bad_rows=bad_rows))
+        examples = checker.watch(itertools.islice(that_count(head.task, part.split, found), part.limit))
         encoding = {"num_workers": self.num_workers, "progress": self.progress}
-        for example, encoded in encode_examples(head.learn, checker.watch(examples), report, of_part, **encoding):
-            for row, (source_length, target_length) in zip(encoded.rows, encoded.lengths, strict=True):
-                writer.add(row, source_length, target_length, example.digest)
-        warnings = checker.report(of_part).warnings()
-        writer.close({"report": report.as_dict(), "warnings": warnings, "faults": of_part.messages})
+        write_rows(
+            folder,
+            (
+                {
+                    **row,
+                    "length": len(row["input_ids"]),
+                    "source_length": source_length,
+                    "target_length": target_length,
+                    "digest": example.digest,
+                }
+                for example, encoded in encode_examples(head.learn, examples, report, bad_rows, **encoding)
+                for row, (source_length, target_length) in zip(encoded.rows, encoded.lengths, strict=True)
+            ),
+        )
+        warnings = checker.report(bad_rows).warnings()
+        return {"report": report.as_dict(), "warnings": warnings, "faults": bad_rows.messages}
 
     def read(self, task: Task, split: Split) -> ReadExamples:
         """The examples of a split.
 
         Raises:
-            ValueError: as `read_examples`, or for a row too many that cannot be understood.
+            ValueError: as `read_examples`; if more rows than `skip_bad_rows` cannot be understood.
         """
         found = ReadExamples([], BadRows(self.skip_bad_rows))
         for place in split.places:
@@ -156,7 +172,7 @@ class Loader:
         return found
 
     def make_ready(self, head: Head, found: ReadExamples) -> tuple[list[Example], PreparationReport]:
-        """Examples as a head predicts them, and what became of the rows.
+        """Examples ready for a head to predict, and what became of the rows.
 
         Raises:
             ValueError: naming file and line, as `Head.ready`; with the report, if none is left.
@@ -168,21 +184,21 @@ class Loader:
             for example, encoded in encode_examples(head.ready, found.examples, report, found.bad_rows, **encoding)
             for fields in encoded.rows
         ]
-        if not ready:
-            raise ValueError(nothing_left(report))
+        report.check_not_empty()
         return ready, report
 
 
 @dataclass(frozen=True)
 class LoadedRows:
-    """Rows to learn.
+    """Rows to learn from.
 
     Attributes:
-        rows: map-style and memory-mapped; what the head learns of each (`Head.encode`), `length`, and more columns that
-            tell where they come from.
+        rows: memory-mapped; the columns that the head learns (`Head.encode`), `length` of the `input_ids`,
+            `source_length` and `target_length` before truncation, and `digest`, which is the same for rows made of the
+            same content.
         report: what became of the examples.
         warnings: what is suspicious in them.
-        reused: whether all of it was in the cache.
+        reused: whether all of them were in the cache.
     """
 
     rows: datasets.Dataset
@@ -198,14 +214,14 @@ class LoadedRows:
 
 @dataclass(frozen=True)
 class ReadExamples:
-    """Examples of a split, and the count of its rows that could not be understood."""
+    """Examples of a split, and the counter of its rows that could not be understood."""
 
     examples: list[Example]
     bad_rows: BadRows
 
 
 def column(examples: Any, name: str) -> np.ndarray:
-    """A column of numbers without reading the others.
+    """A column of numbers; the other columns are not read.
 
     Args:
         examples: a `datasets.Dataset`.
@@ -214,21 +230,21 @@ def column(examples: Any, name: str) -> np.ndarray:
 
 
 def lengths_of(examples: Any) -> list[int]:
-    """The tokens of every example, in order; of prepared data without reading the examples."""
+    """The number of tokens of every example, in order; the examples of a `datasets.Dataset` are not read."""
     if "length" in getattr(examples, "column_names", ()):
         return column(examples, "length").tolist()
     return [len(example["input_ids"]) for example in examples]
 
 
 def shared_rows(first: datasets.Dataset, second: datasets.Dataset) -> int:
-    """How many different rows are in both."""
+    """The number of different rows that are in both."""
     return len(np.intersect1d(column(first, "digest"), column(second, "digest")))
 
 
 def mixture(sizes: Sequence[int], weights: Sequence[float], seed: int) -> np.ndarray:
-    """Which examples of parts that stand one behind the other are seen in an epoch, and how often; int64, ascending.
+    """The rows of concatenated parts that are learned in an epoch, repeated by weight: int64 indices, ascending.
 
-    The choice of a fraction depends on the seed, the place of the part and its size alone.
+    The choice of a fraction depends only on the seed, and on the place and the size of the part.
     """
     chosen = []
     start = 0
@@ -244,17 +260,16 @@ def mixture(sizes: Sequence[int], weights: Sequence[float], seed: int) -> np.nda
 def _mixed(parts: Sequence[tuple[datasets.Dataset, float]], seed: int) -> datasets.Dataset:
     import datasets
 
-    examples = [part for part, _ in parts]
-    filled = [part for part in examples if len(part)]
+    filled = [rows for rows, _ in parts if len(rows)]
     together = filled[0] if len(filled) == 1 else datasets.concatenate_datasets(filled)
     weights = [weight for _, weight in parts]
     if all(weight == 1 for weight in weights):
         return together
-    return together.select(mixture([len(part) for part in examples], weights, seed), keep_in_memory=True)
+    return together.select(mixture([len(rows) for rows, _ in parts], weights, seed), keep_in_memory=True)
 
 
 def _units(head: Head, place: str, split: Split, bad_rows: BadRows) -> Iterator[SplitSource]:
-    """What the rows of a place are made of, each with an entry of its own in the cache: its files, one by one."""
+    """The files of a place, one by one; each has its own entry in the cache."""
     for part in split_parts(head.task, place, split.name, split.subjects, bad_rows):
         for source in part.sources:
             yield replace(part, sources=[source])
@@ -275,7 +290,7 @@ def _key(head: Head, part: SplitSource) -> dict[str, Any]:
 
 
 def _repeat_faults(facts: dict[str, Any], bad_rows: BadRows) -> None:
-    """Counts the bad rows of an entry that is in the cache as when it was made."""
+    """Counts the bad rows of an entry from the cache as when it was made."""
     count, messages = facts["report"]["bad"], facts["faults"]
     for number in range(count):
         bad_rows.add(messages[min(number, len(messages) - 1)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -12,10 +12,10 @@ LEFT_OUT = {
     "empty": "empty",
     "one_sided": "with only a question or only an answer",
     "without_targets": "with nothing to learn",
-    "too_long": "too long to be cut to the limit",
+    "too_long": "too long to be truncated to the limit",
     "bad": "that could not be understood (--skip_bad_rows)",
 }
-CUT = {
+TRUNCATED = {
     "history_cut": "without their oldest turns",
     "source_cut": "without the middle of the source (--max_source_length)",
     "target_cut": "without the end of the answer (--max_target_length)",
@@ -28,20 +28,20 @@ class PreparationReport:
     """What became of the rows.
 
     Attributes:
-        rows: all rows; each is either used or counted in one of the five fields that follow `examples`.
+        rows: all rows; each is either used or counted in one of the five fields after `examples`.
         used: rows with at least one example.
         examples: more than `used` if conversations were split, one example for each answer to be learned, or long
             texts into pieces.
-        empty: rows left out for having neither prompt nor response.
-        one_sided: rows left out for having only one of them.
+        empty: rows left out because they have neither prompt nor response.
+        one_sided: rows left out because they have only one of them.
         without_targets: rows left out because nothing in them is to be learned.
-        too_long: rows left out because even without their questions they exceed the limit.
+        too_long: rows left out because they exceed the limit even without their questions.
         bad: rows left out because they could not be understood.
-        history_cut, source_cut, target_cut: examples whose oldest turns, middle of the source, or end of the answer
-            had to go. A cut answer has no end token.
-        places: where the first one is, of each counter of rows left out and examples cut.
-        lengths: percentiles (`50`, `90`, `99`, `100`) of the tokens of `source` and `target` before any cutting, and
-            of the `example` after it.
+        history_cut, source_cut, target_cut: examples truncated at their oldest turns, in the middle of the source, or
+            at the end of the answer. A truncated answer has no end token.
+        places: the place of the first one, for each counter of rows left out and examples truncated.
+        lengths: percentiles (`50`, `90`, `99`, `100`) of the tokens of `source` and `target` before truncation, and of
+            the `example` after it.
     """
 
     rows: int = 0
@@ -59,7 +59,7 @@ class PreparationReport:
     lengths: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def count(self, name: str, where: str) -> None:
-        """Adds one to a counter of rows left out or examples cut."""
+        """Adds one to a counter of rows left out or examples truncated."""
         setattr(self, name, getattr(self, name) + 1)
         self.places.setdefault(name, where)
 
@@ -68,21 +68,29 @@ class PreparationReport:
         return asdict(self)
 
     def add_counts(self, other: PreparationReport) -> None:
-        """Adds the counters of another part of the data, which is behind this one; lengths stay."""
+        """Adds the counters of the next part of the data; `lengths` stays."""
         self.places = other.places | self.places
         for counter in fields(self):
             if counter.name not in ("lengths", "places"):
                 setattr(self, counter.name, getattr(self, counter.name) + getattr(other, counter.name))
 
-    def set_lengths(self, source: Sequence[int], target: Sequence[int], example: Sequence[int]) -> None:
-        """Fills `lengths` from the numbers of tokens of every example."""
-        values = {"source": source, "target": target, "example": example}
-        self.lengths = {name: percentiles(numbers) for name, numbers in values.items()}
+    def set_lengths(self, lengths: Mapping[str, Sequence[int]]) -> None:
+        """Fills `lengths` from the numbers of tokens of every example: `source`, `target` and `example`."""
+        self.lengths = {name: percentiles(values) for name, values in lengths.items()}
+
+    def check_not_empty(self) -> None:
+        """Refuses data of which nothing can be used.
+
+        Raises:
+            ValueError: with the report.
+        """
+        if not self.examples:
+            raise ValueError(f"No row of the data can be used:\n{self.summary()}")
 
     def summary(self) -> str:
-        """The report in a few lines for people; without the lines that have nothing to say."""
+        """The report in a few lines for people; lines without content are left out."""
         lines = [f"{self.rows} rows, {self.used} used, {self.examples} examples"]
-        for heading, meanings in (("rows left out", LEFT_OUT), ("examples cut", CUT)):
+        for heading, meanings in (("rows left out", LEFT_OUT), ("examples truncated", TRUNCATED)):
             counted = [
                 f"{getattr(self, name)} {what}" + (f" (first: {self.places[name]})" if name in self.places else "")
                 for name, what in meanings.items()
@@ -91,19 +99,20 @@ class PreparationReport:
             if counted:
                 lines.append(f"{heading}: {', '.join(counted)}")
         for name, values in self.lengths.items():
-            if not values["100"]:
-                continue  # what is answered is no text
-            when = "after cutting" if name == "example" else "before cutting"
-            lines.append(
-                f"tokens of the {name} {when}: half have at most {values['50']}, 90 % {values['90']}, "
-                f"99 % {values['99']}, the longest has {values['100']}"
-            )
+            if values["100"]:  # 0 where answers are not text
+                when = "after" if name == "example" else "before"
+                lines.append(f"tokens of the {name} {when} truncation: {in_words(values)}")
         return "\n".join(lines)
 
 
 def percentiles(values: Sequence[int], shares: Sequence[int] = _PERCENTILES) -> dict[str, int]:
-    """The smallest value that at least so many per cent do not exceed, by share; nothing of no values."""
+    """By share, the smallest value that at least so many per cent of the values do not exceed; empty without values."""
     ordered = sorted(values)
     if not ordered:
         return {}
     return {str(share): ordered[max(0, -(-len(ordered) * share // 100) - 1)] for share in shares}
+
+
+def in_words(values: Mapping[str, int]) -> str:
+    """Percentiles for people."""
+    return f"half have at most {values['50']}, 90 % {values['90']}, 99 % {values['99']}, the maximum is {values['100']}"

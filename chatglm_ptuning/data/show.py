@@ -1,15 +1,17 @@
-"""A row as the model sees it: its tokens, with those that are learned set apart."""
+"""A row as the model sees it, and lengths in tokens, for people."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
 
-from chatglm_ptuning.data.encoding import Encoded
-from chatglm_ptuning.data.report import CUT, LEFT_OUT
+from chatglm_ptuning.data.report import LEFT_OUT, TRUNCATED
+from chatglm_ptuning.files import write_atomically
 from chatglm_ptuning.model.losses import IGNORED_LABEL
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 OPENING, CLOSING = "⟦", "⟧"
 """Around what is learned, where there are no colours."""
 _LEARNED, _GIVEN = "bold green", "dim"
+_BINS = 60
 
 
 def print_example(
@@ -25,8 +28,9 @@ def print_example(
 ) -> None:
     """Prints an example as text, special tokens included; what is learned is green, or, without colours, in ⟦ ⟧."""
     shown = Text()
-    for learned, ids in _runs(input_ids, labels):
-        text = "".join(_readable(tokenizer, ids))
+    pairs = zip(input_ids, labels, strict=True)
+    for learned, run in groupby(pairs, key=lambda pair: pair[1] != IGNORED_LABEL):
+        text = "".join(_readable(tokenizer, [index for index, _ in run]))
         if console.is_terminal:
             shown.append(text, style=_LEARNED if learned else _GIVEN)
         else:
@@ -47,37 +51,40 @@ def print_tokens(
         console.print(line, soft_wrap=True)
 
 
-def describe(encoded: Encoded) -> str:
-    """What was cut off a row, or why nothing was made of it."""
+def describe(counted: Sequence[str]) -> str:
+    """What was truncated, or why nothing was made of a row, by the counters that it adds to."""
     meanings = {name: f"left out: {what}" for name, what in LEFT_OUT.items()}
-    meanings |= {name: f"cut: {what}" for name, what in CUT.items()}
-    return "; ".join(meanings[name] for name in dict.fromkeys(encoded.counted))
+    meanings |= {name: f"truncated: {what}" for name, what in TRUNCATED.items()}
+    return "; ".join(meanings[name] for name in dict.fromkeys(counted))
 
 
-def _runs(input_ids: Sequence[int], labels: Sequence[int]) -> Iterator[tuple[bool, list[int]]]:
-    run: list[int] = []
-    before = False
-    for index, label in zip(input_ids, labels, strict=True):
-        learned = label != IGNORED_LABEL
-        if run and learned != before:
-            yield before, run
-            run = []
-        run.append(index)
-        before = learned
-    if run:
-        yield before, run
+def draw_lengths(lengths: Mapping[str, Sequence[int]], limits: Mapping[str, int], path: Path) -> None:
+    """Draws histograms of lengths, with the limit and the share beyond it, side by side as a PNG.
+
+    Args:
+        lengths: tokens of every example before truncation, by what is counted.
+        limits: of each.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), dpi=120, layout="tight")
+    for axis, (name, limit) in zip(figure.subplots(1, len(limits)), limits.items(), strict=True):
+        values = lengths[name]
+        beyond = sum(value > limit for value in values)
+        axis.hist(values, bins=_BINS, color="tab:blue")
+        axis.axvline(limit, color="tab:red", linestyle="--", label=f"limit {limit}: {beyond} of {len(values)} beyond")
+        axis.set_xlabel(f"tokens of the {name}")
+        axis.set_ylabel("examples")
+        axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+        axis.legend(loc="upper right")
+    with write_atomically(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def _readable(tokenizer: ChatGLMTokenizer, ids: Sequence[int]) -> Iterator[str]:
-    """Texts between special tokens, and those tokens as they are spelled."""
+    """Special tokens as they are spelled, and the texts between them."""
     special = set(tokenizer.all_special_ids)
-    run: list[int] = []
-    for index in ids:
-        if index in special:
-            yield tokenizer.decode(run) if run else ""
-            yield str(tokenizer.convert_ids_to_tokens(index))
-            run = []
-        else:
-            run.append(index)
-    if run:
-        yield tokenizer.decode(run)
+    for is_special, group in groupby(ids, key=special.__contains__):
+        run = list(group)
+        yield "".join(tokenizer.convert_ids_to_tokens(run)) if is_special else tokenizer.decode(run)

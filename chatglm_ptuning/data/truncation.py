@@ -1,49 +1,36 @@
-"""Cutting the source of a conversation to a number of tokens, where it hurts least."""
+"""Truncating the source of a conversation to a number of tokens, where it hurts least."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from chatglm_ptuning.chat.format import ChatFormat
 from chatglm_ptuning.chat.message import Conversation, Message, turn_starts
 
 
-@dataclass(frozen=True)
-class CutSource:
-    """A conversation whose source fits, and what was cut off it.
-
-    Attributes:
-        history_cut: whether turns were left out.
-        text_cut: whether the middle of a question, tool result or system message was left out.
-    """
-
-    conversation: Conversation
-    history_cut: bool = False
-    text_cut: bool = False
-
-
-def cut_source(conversation: Conversation, room: int, chat_format: ChatFormat) -> CutSource | None:
+def truncate_source(
+    conversation: Conversation, room: int, chat_format: ChatFormat
+) -> tuple[Conversation, list[str]] | None:
     """Shortens what precedes the last answer until its prompt has at most `room` ids.
 
-    First the oldest turns go, whole (see `turn_starts`); system messages in front and the last turn stay. If that is
-    not enough, the longest of the remaining questions, tool results and system messages lose their middle, all down to
-    the same number of characters, the shorter ones staying whole: what a text is about mostly stands at its beginning,
-    what is asked of it at its beginning or end. Role headers, the source prefix and answers are never cut.
+    First, whole turns are dropped, oldest first (see `turn_starts`); leading system messages and the last turn stay. If
+    that is not enough, the longest of the remaining questions, tool results and system messages lose their middle, all
+    down to the same number of characters; shorter ones stay whole. Their ends are kept because a text mostly says what
+    it is about at its beginning, and what is asked of it at its beginning or end. Role headers, the source prefix and
+    answers are never truncated.
 
     Args:
-        conversation: ends with the answer in question.
+        conversation: ends with the answer; its prompt has more than `room` ids.
 
     Returns:
-        None if it cannot be done.
+        The shorter conversation, and the counters of `PreparationReport` that it adds to; None if it cannot be done.
     """
 
     def fits(candidate: Conversation) -> bool:
         return len(chat_format.encode_prompt(candidate.asked)) <= room
 
-    if fits(conversation):
-        return CutSource(conversation)
     messages = conversation.messages
     starts = turn_starts([message.role for message in messages])
 
@@ -52,33 +39,33 @@ def cut_source(conversation: Conversation, room: int, chat_format: ChatFormat) -
 
     last = len(starts) - 1
     dropped = 1 + bisect_left(range(1, last), True, key=lambda count: fits(without_oldest(count))) if last else 0
-    shortened = without_oldest(dropped)
+    shortened, counted = without_oldest(dropped), ["history_cut"] * (dropped > 0)
     if dropped and fits(shortened):
-        return CutSource(shortened, history_cut=True)
+        return shortened, counted
 
     def with_texts_of(length: int) -> Conversation:
         return replace(shortened, messages=[_without_middle(message, length) for message in shortened.messages])
 
     longest = max((len(message.content) for message in shortened.messages if message.role != "assistant"), default=0)
     cut = with_texts_of(longest_that_fits(longest, lambda length: fits(with_texts_of(length))))
-    return CutSource(cut, history_cut=dropped > 0, text_cut=True) if fits(cut) else None
+    return (cut, [*counted, "source_cut"]) if fits(cut) else None
 
 
 def longest_that_fits(longest: int, fits: Callable[[int], bool]) -> int:
-    """To how many characters texts have to be shortened.
+    """The number of characters to which texts have to be shortened, by bisection.
 
-    A new seam may cost a token more, so that this is not always the very largest number, but what bisection ends with
-    was tried, or is no text at all.
+    A text with its middle removed may take a token more than a longer one, so this is not always the very largest
+    number; but it was tried, or it is 0.
 
     Args:
         longest: characters of the longest text, which is too long.
-        fits: whether all fits with each text so long at most.
+        fits: whether everything fits if each text has at most so many characters.
     """
     return longest - bisect_left(range(longest), True, key=lambda taken: fits(longest - taken))
 
 
 def without_middle(text: str, length: int) -> str:
-    """The text, if it has more than `length` characters without so much of its middle that it has as many."""
+    """A text of more than `length` characters without its middle, so that `length` are left; a shorter one as it is."""
     if len(text) <= length:
         return text
     head, tail = (length + 1) // 2, length // 2

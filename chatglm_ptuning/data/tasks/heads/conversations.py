@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from chatglm_ptuning.chat.message import Conversation, Document, Message
-from chatglm_ptuning.data.encoding import Encoded
+from chatglm_ptuning.data.encoding import EncodedExample
 from chatglm_ptuning.data.formats.registry import FORMATS
 from chatglm_ptuning.data.tasks.examples import ConversationExample
 from chatglm_ptuning.data.tasks.heads.generation import Generation
-from chatglm_ptuning.data.truncation import cut_source
+from chatglm_ptuning.data.truncation import truncate_source
 from chatglm_ptuning.model.losses import IGNORED_LABEL
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class ConversationAnswers(Generation):
 
     For rows with prompt and response columns the limits are those of the official flags: `max_source_length` counts
     all ids before the answer, including `[gMASK] sop`, and `max_target_length` those of the answer, without the end
-    token. For rows with a list of messages, and for plain texts, their sum is the limit for all ids. `cut_source`
+    token. For rows with a list of messages, and for plain texts, their sum is the limit for all ids. `truncate_source`
     truncates sources; answers are truncated at their end and then have no end token. Plain texts are split into
     pieces, of which only the last has an end token.
 
@@ -50,7 +50,7 @@ class ConversationAnswers(Generation):
     def _prefixed(self, conversation: Conversation) -> Conversation:
         return replace(conversation, source_prefix=self.task.source_prefix)
 
-    def encode(self, example: ConversationExample) -> Encoded:
+    def encode(self, example: ConversationExample) -> EncodedExample:
         """A row for each answer, or piece of a text; `labels` `[seq_len]` are -100 for ids that are not learned.
 
         Raises:
@@ -58,7 +58,7 @@ class ConversationAnswers(Generation):
         """
         if isinstance(example.content, Document):
             return self._pieces(example.content)
-        encoded = Encoded()
+        encoded = EncodedExample()
         conversation = self._prefixed(example.content).until_last_learned()
         for part in self.chat.training_parts(conversation):
             try:
@@ -69,18 +69,18 @@ class ConversationAnswers(Generation):
             encoded.counted.append("too_long")
         return encoded
 
-    def _pieces(self, document: Document) -> Encoded:
+    def _pieces(self, document: Document) -> EncodedExample:
         vocabulary, start = self.chat.vocabulary, self.chat.start_ids
         ids = [*vocabulary.encode(self.task.source_prefix + document.text), vocabulary.end_id]
         room = self.max_source_length + self.max_target_length - len(start)
-        encoded = Encoded()
+        encoded = EncodedExample()
         for begin in range(0, len(ids), room):
             piece = ids[begin : begin + room]
             encoded.rows.append({"input_ids": start + piece, "labels": [IGNORED_LABEL] * len(start) + piece})
             encoded.lengths.append((len(start), len(piece)))
         return encoded
 
-    def _add_row(self, conversation: Conversation, shares_limits: bool, encoded: Encoded) -> None:
+    def _add_row(self, conversation: Conversation, shares_limits: bool, encoded: EncodedExample) -> None:
         """Adds the row of a conversation that ends with an answer to learn, if it can be truncated to the limits.
 
         Args:
@@ -94,11 +94,11 @@ class ConversationAnswers(Generation):
             source_room = limit - min(target, target_room)
         counted = []
         if source > source_room:
-            cut = cut_source(conversation, source_room, self.chat)
-            if cut is None:
+            truncated = truncate_source(conversation, source_room, self.chat)
+            if truncated is None:
                 return
-            counted += ["history_cut"] * cut.history_cut + ["source_cut"] * cut.text_cut
-            rendered = self.chat.encode(cut.conversation)
+            shortened, counted = truncated
+            rendered = self.chat.encode(shortened)
         if shares_limits:
             target_room = limit - rendered.answer_start
         ids, mask = rendered.input_ids, rendered.loss_mask
@@ -112,7 +112,7 @@ class ConversationAnswers(Generation):
         encoded.rows.append({"input_ids": ids, "labels": labels})
         encoded.lengths.append((source, target))
 
-    def ready(self, example: ConversationExample) -> Encoded:
+    def ready(self, example: ConversationExample) -> EncodedExample:
         """The prompt of the last answer to be learned (`prompt_ids`), and the text of that answer (`reference`).
 
         The prompt is truncated to `max_source_length`, the reference is not truncated.
@@ -122,7 +122,7 @@ class ConversationAnswers(Generation):
         """
         left_out = example.left_out_as
         if left_out is not None:
-            return Encoded(counted=[left_out])
+            return EncodedExample(counted=[left_out])
         if isinstance(example.content, Document):
             raise ValueError(
                 f"{example.where}: a plain text has no question to answer; name two columns, or evaluate its loss "
@@ -133,14 +133,14 @@ class ConversationAnswers(Generation):
             whole = self.chat.encode(plain)
         except ValueError as error:
             raise ValueError(f"{example.where}: {error}") from error
-        encoded = Encoded(lengths=[(whole.answer_start, len(whole.input_ids) - whole.answer_start - 1)])
+        encoded = EncodedExample(lengths=[(whole.answer_start, len(whole.input_ids) - whole.answer_start - 1)])
         prompt = whole.input_ids[: whole.answer_start]
         if len(prompt) > self.max_source_length:
-            cut = cut_source(plain, self.max_source_length, self.chat)
-            if cut is None:
-                return Encoded(counted=["too_long"])
-            encoded.counted += ["history_cut"] * cut.history_cut + ["source_cut"] * cut.text_cut
-            prompt = self.chat.encode_prompt(cut.conversation.asked)
+            truncated = truncate_source(plain, self.max_source_length, self.chat)
+            if truncated is None:
+                return EncodedExample(counted=["too_long"])
+            shortened, encoded.counted = truncated
+            prompt = self.chat.encode_prompt(shortened.asked)
         encoded.rows.append({"prompt_ids": prompt, "reference": self.chat.text_of(plain.messages[-1])})
         return encoded
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from chatglm_ptuning.data.encoding import Encoded
+from chatglm_ptuning.data.encoding import EncodedExample
 from chatglm_ptuning.data.tasks.examples import (
     ChoiceExample,
     Example,
@@ -26,13 +26,13 @@ class Generation(PromptHead):
     solves = (GenerationExample, QuestionExample)
     model_class = ChatGLMForConditionalGeneration
 
-    def encode(self, example: Example) -> Encoded:
+    def encode(self, example: Example) -> EncodedExample:
         """The text of the answer is learned; `labels` `[seq_len]` are -100 on the prompt."""
         prompt, source = self._fitting_prompt(example)
         answer = self.answer_ids(example.answer_text(self.task) or "")
         too_long = len(answer) > self.max_target_length + 1
         learned = answer[: self.max_target_length] if too_long else answer
-        return Encoded(
+        return EncodedExample(
             [{"input_ids": prompt + learned, "labels": [IGNORED_LABEL] * len(prompt) + learned}],
             ["source_cut"] * (source > len(prompt)) + ["target_cut"] * too_long,
             [(source, len(answer) - 1)],

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from chatglm_ptuning.chat.message import Conversation, Message
-from chatglm_ptuning.data.encoding import Encoded
+from chatglm_ptuning.data.encoding import EncodedExample
 from chatglm_ptuning.data.tasks.examples import Example
 from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.data.truncation import longest_that_fits
@@ -99,7 +99,7 @@ class Head(ABC):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
     @abstractmethod
-    def encode(self, example: Any) -> Encoded:
+    def encode(self, example: Any) -> EncodedExample:
         """The training rows of an example: `input_ids` and the labels or positions to learn.
 
         Raises:
@@ -107,7 +107,7 @@ class Head(ABC):
                 `max_source_length`.
         """
 
-    def learn(self, example: Example) -> Encoded:
+    def learn(self, example: Example) -> EncodedExample:
         """As `encode`; an example that is left out has no rows.
 
         Raises:
@@ -115,18 +115,18 @@ class Head(ABC):
         """
         left_out = example.left_out_as
         if left_out is not None:
-            return Encoded(counted=[left_out])
+            return EncodedExample(counted=[left_out])
         if example.gold is None:
             raise ValueError(f"{example.where}: the example has no label or answer to learn.")
         return self.encode(example)
 
-    def ready(self, example: Example) -> Encoded:
+    def ready(self, example: Example) -> EncodedExample:
         """The fields of an example that `predict` needs replaced, as one row; no row if it cannot be predicted.
 
         Raises:
             ValueError: naming the place in the file, if there is nothing in it to predict.
         """
-        return Encoded(rows=[{}])
+        return EncodedExample(rows=[{}])
 
     def settings(self) -> dict[str, Any]:
         """What the rows of an example depend on, besides the tokenizer; ready for JSON."""

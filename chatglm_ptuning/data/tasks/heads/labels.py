@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from chatglm_ptuning.data.encoding import Encoded
+from chatglm_ptuning.data.encoding import EncodedExample
 from chatglm_ptuning.data.tasks.examples import Example, MultiLabelExample, TextExample
 from chatglm_ptuning.data.tasks.heads.head import Inference, Prediction, PromptHead
 from chatglm_ptuning.data.tasks.task import Task
@@ -26,10 +26,10 @@ class SequenceClassification(PromptHead):
         """The labels."""
         return list(task.labels)
 
-    def encode(self, example: TextExample) -> Encoded:
+    def encode(self, example: TextExample) -> EncodedExample:
         ids, source = self._fitting_prompt(example)
         row = {"input_ids": ids, "labels": self._learned(example)}
-        return Encoded([row], ["source_cut"] * (source > len(ids)), [(source, 0)])
+        return EncodedExample([row], ["source_cut"] * (source > len(ids)), [(source, 0)])
 
     def predict(self, examples: Sequence[TextExample], model: Inference) -> list[Prediction]:
         predictions: list[Prediction] = [Prediction(None)] * len(examples)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from chatglm_ptuning.data.encoding import Encoded
+from chatglm_ptuning.data.encoding import EncodedExample
 from chatglm_ptuning.data.tasks.examples import Answer, QuestionExample
 from chatglm_ptuning.data.tasks.heads.head import Inference, Prediction
 from chatglm_ptuning.data.tasks.heads.windows import Window, WindowHead
@@ -49,15 +49,15 @@ class QuestionAnswering(WindowHead):
         spans = [(first, end) if end > first else None for first, end in vocabulary.offsets(example.context)]
         return self.windows_in("context", example, vocabulary.encode(example.context), spans, are_disjoint=False)
 
-    def encode(self, example: QuestionExample) -> Encoded:
+    def encode(self, example: QuestionExample) -> EncodedExample:
         """A row for each window with `start_positions` and `end_positions`.
 
         A question without a reference in its context has no rows: "no answer" would be the wrong label.
         """
         answers = example.answers or ()
         if _learned_answer(answers) is None:
-            return Encoded(counted=["without_targets"])
-        return Encoded.of_sources(
+            return EncodedExample(counted=["without_targets"])
+        return EncodedExample.of_sources(
             {"input_ids": window.input_ids} | positions_of(window, answers) for window in self.windows(example)
         )
 

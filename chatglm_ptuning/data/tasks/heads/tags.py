@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from chatglm_ptuning.data.encoding import Encoded
+from chatglm_ptuning.data.encoding import EncodedExample
 from chatglm_ptuning.data.tasks.examples import TokenExample
 from chatglm_ptuning.data.tasks.heads.head import Inference, Prediction
 from chatglm_ptuning.data.tasks.heads.windows import Span, Window, WindowHead
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from chatglm_ptuning.model.vocabulary import Vocabulary
 
 _NOTHING = " "
-"""Encoded in the place of a token of the file that has no ids, so that there is an id to decide its tag."""
+"""EncodedExample in the place of a token of the file that has no ids, so that there is an id to decide its tag."""
 
 
 class TokenClassification(WindowHead):
@@ -46,9 +46,9 @@ class TokenClassification(WindowHead):
         ids, spans = split(self.tokenizer.vocabulary, example.tokens)
         return self.windows_in("text", example, ids, spans, are_disjoint=True)
 
-    def encode(self, example: TokenExample) -> Encoded:
+    def encode(self, example: TokenExample) -> EncodedExample:
         """A row for each window; `labels` `[seq_len]` are -100 where an id decides no tag."""
-        return Encoded.of_sources(
+        return EncodedExample.of_sources(
             {"input_ids": window.input_ids, "labels": labels_of(window, example, self.task.tags)}
             for window in self.windows(example)
         )
