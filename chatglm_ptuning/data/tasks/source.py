@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from chatglm_ptuning.data.sources.files import DataFile, DataSource
 from chatglm_ptuning.data.sources.rows import BadRows, Row, fail
 from chatglm_ptuning.data.sources.text import data_suffix
-from chatglm_ptuning.data.tasks.checked_yaml import nearest, rule_of
+from chatglm_ptuning.data.tasks.checked_yaml import fault_of, nearest
 from chatglm_ptuning.data.tasks.examples import Example
 from chatglm_ptuning.data.tasks.task import Task
 
@@ -191,15 +191,7 @@ def validated(kind: TypeAdapter[Value], value: Any, where: str, expected: str) -
         return kind.validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
-    *holders, key = first["loc"] or ("",)
-    found = first["input"]
-    if first["type"] == "missing":
-        inside = f" in '{'.'.join(map(str, holders))}'" if holders else ""
-        fault = f"there is no key '{key}'{inside}; it has {', '.join(map(str, found)) or 'nothing'}"
-    else:
-        what = f"'{'.'.join(map(str, first['loc']))}' " if first["loc"] else ""
-        fault = f"{what}{rule_of(first)}, found {str(found)[:60]}"
-    raise ValueError(f"{where}: {fault}; expected {expected}.")
+        raise ValueError(f"{where}: {fault_of(first, first['loc'])}; expected {expected}.") from error
 
 
 def nearest_place(text: str, part: str, place: int) -> int | None:
