@@ -19,6 +19,9 @@ from chatglm_ptuning.data.tasks.task import Task
 
 Unit = TypeVar("Unit")
 Value = TypeVar("Value")
+Question = tuple[str, Any, Any, int | str]
+"""Its place for messages, its context, itself, and its id if it has none; contents are not checked."""
+
 _WITHOUT_GOLD = ("test", "unlabel")
 _ABSENT = object()
 
@@ -55,13 +58,23 @@ class SplitSource:
 
     @property
     def has_flat_rows(self) -> bool:
-        """Whether a benchmark of nested documents comes as a table, with a row for each question, as on hubs."""
+        """Whether all sources are tables, as hubs have them also for benchmarks whose files are not tables."""
         return all(data_suffix(path) == ".parquet" for path in self.paths)
 
     def rows(self) -> Iterator[Row]:
         """The rows of all sources."""
         for source in self.sources:
             yield from source.rows(self.bad_rows)
+
+    def questions(self, of_file: Callable[[Path], Iterable[Question]]) -> Iterator[Question]:
+        """The questions of a benchmark with nested documents; on hubs it has a row for each question instead.
+
+        Args:
+            of_file: returns the questions of a file; raises ValueError naming the place of what is not expected.
+        """
+        if self.has_flat_rows:
+            return ((row.where, row.get("context"), row, index) for index, row in enumerate(self.rows()))
+        return (question for path in self.paths for question in of_file(path))
 
     def each(
         self, units: Iterable[Unit], read: Callable[[Unit, int], Iterable[Example]], first: int = 0

@@ -14,8 +14,8 @@ from typing_extensions import NotRequired, TypedDict
 from chatglm_ptuning.data.sources.json_rows import json_document
 from chatglm_ptuning.data.sources.rows import Row, fail
 from chatglm_ptuning.data.tasks.examples import ChoiceExample
-from chatglm_ptuning.data.tasks.readers.reader import Question, QuestionReader, Reader, RowReader
-from chatglm_ptuning.data.tasks.source import SplitSource, as_text, spellings, validated
+from chatglm_ptuning.data.tasks.readers.reader import Reader, RowReader
+from chatglm_ptuning.data.tasks.source import Question, SplitSource, as_text, spellings, validated
 
 ASKED_BLANK = "____"
 """Stands for the idiom that is asked for."""
@@ -172,38 +172,41 @@ def _candidates(source: SplitSource, row: Row) -> list[str]:
     return candidates
 
 
-class C3Reader(_ChoiceReader, QuestionReader):
+class C3Reader(_ChoiceReader):
     """C3: questions about a dialogue or text; a file is one nested list."""
 
     name = "c3"
 
-    def questions(self, path: Path) -> Iterator[Question]:
-        documents = validated(_C3, json_document(path, _C3_FORM), str(path), _C3_FORM)
-        for number, document in enumerate(documents):
-            name = number if document.id is None else document.id
-            for place, question in enumerate(document.questions):
-                where = f"{path}: document {number + 1}, question {place + 1}"
-                yield where, document.context, question, f"{name}-{place}"
+    def read(self, source: SplitSource) -> Iterator[ChoiceExample]:
+        return source.each(source.questions(_c3_questions), lambda question, _: [_c3_example(source, *question)])
 
-    def read_question(
-        self, source: SplitSource, where: str, context: Any, question: Any, index: int | str
-    ) -> ChoiceExample:
-        texts = validated(_C3_CONTEXT, context, f"{where}, its context", _C3_FORM)
-        found = validated(_C3_QUESTION, question, where, _C3_FORM)
-        choices, answer = found["choice"], found.get("answer") or None
-        if answer is None and source.needs_gold:
-            raise ValueError(f"{where}: there is no 'answer'; the split {source.split} needs one.")
-        place = None if answer is None else _place_of(answer, choices)
-        if answer is not None and place is None:
-            raise ValueError(f"{where}: the answer '{answer}' is none of the choices {', '.join(choices)}.")
-        return ChoiceExample(
-            id=question.get("id", index),
-            where=where,
-            context="\n".join(texts),
-            question=found["question"],
-            candidates=tuple(choices),
-            answer=place,
-        )
+
+def _c3_questions(path: Path) -> Iterator[Question]:
+    documents = validated(_C3, json_document(path, _C3_FORM), str(path), _C3_FORM)
+    for number, document in enumerate(documents):
+        name = number if document.id is None else document.id
+        for place, question in enumerate(document.questions):
+            where = f"{path}: document {number + 1}, question {place + 1}"
+            yield where, document.context, question, f"{name}-{place}"
+
+
+def _c3_example(source: SplitSource, where: str, context: Any, question: Any, index: int | str) -> ChoiceExample:
+    texts = validated(_C3_CONTEXT, context, f"{where}, its context", _C3_FORM)
+    found = validated(_C3_QUESTION, question, where, _C3_FORM)
+    choices, answer = found["choice"], found.get("answer") or None
+    if answer is None and source.needs_gold:
+        raise ValueError(f"{where}: there is no 'answer'; the split {source.split} needs one.")
+    place = None if answer is None else _place_of(answer, choices)
+    if answer is not None and place is None:
+        raise ValueError(f"{where}: the answer '{answer}' is none of the choices {', '.join(choices)}.")
+    return ChoiceExample(
+        id=question.get("id", index),
+        where=where,
+        context="\n".join(texts),
+        question=found["question"],
+        candidates=tuple(choices),
+        answer=place,
+    )
 
 
 def _place_of(answer: str, choices: list[str]) -> int | None:

@@ -5,15 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from chatglm_ptuning.data.sources.rows import Row
 from chatglm_ptuning.data.tasks.examples import Example
 from chatglm_ptuning.data.tasks.source import SplitSource
 from chatglm_ptuning.data.tasks.task import Task
-
-Question = tuple[str, Any, Any, int | str]
-"""Its place for messages, its context, itself, and the id that it has if it names none; contents are not checked."""
 
 
 class Reader(ABC):
@@ -81,35 +78,4 @@ class RowReader(Reader):
 
         Raises:
             ValueError: naming file, line and field of what is missing or unknown.
-        """
-
-
-class QuestionReader(Reader):
-    """Reads files of nested documents with questions, or a hub's rows, each with a question and its context."""
-
-    def read(self, source: SplitSource) -> Iterator[Example]:
-        questions: Iterator[Question]
-        if source.has_flat_rows:
-            questions = ((row.where, row.get("context"), row, index) for index, row in enumerate(source.rows()))
-        else:
-            questions = (question for path in source.paths for question in self.questions(path))
-        return source.each(questions, lambda question, _: [self.read_question(source, *question)])
-
-    @abstractmethod
-    def questions(self, path: Path) -> Iterator[Question]:
-        """The questions of a file.
-
-        Raises:
-            ValueError: naming the place, if a document is not in the expected form.
-        """
-
-    @abstractmethod
-    def read_question(self, source: SplitSource, where: str, context: Any, question: Any, index: int | str) -> Example:
-        """The example of a question.
-
-        Args:
-            where, context, question, index: see `Question`.
-
-        Raises:
-            ValueError: naming the place, and what is missing or wrong.
         """
