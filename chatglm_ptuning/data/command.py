@@ -93,7 +93,7 @@ def show(args: ShowArguments) -> None:
     found = 0
     for source_row in itertools.islice(iterate_rows(args.files), args.row - 1, args.row - 1 + args.rows):
         found += 1
-        example = ConversationReader().read_row(source_row, args.columns())
+        example = ConversationReader().example_of(source_row, args.columns())
         encoded = head.learn(example)
         console.print(
             f"{example.where}: dataset format {example.dataset_format}, chat format {chat_format}", markup=False

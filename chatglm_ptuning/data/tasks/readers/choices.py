@@ -14,7 +14,7 @@ from typing_extensions import NotRequired, TypedDict
 from chatglm_ptuning.data.sources.json_rows import json_document
 from chatglm_ptuning.data.sources.rows import Row, fail
 from chatglm_ptuning.data.tasks.examples import ChoiceExample
-from chatglm_ptuning.data.tasks.readers.reader import Reader, RowReader
+from chatglm_ptuning.data.tasks.readers.reader import Reader
 from chatglm_ptuning.data.tasks.source import Question, SplitSource, as_text, spellings, validated
 
 ASKED_BLANK = "____"
@@ -135,7 +135,7 @@ def _index(source: SplitSource, row: Row, value: Any, candidates: list[str]) -> 
     return value
 
 
-class ChoicesReader(_ChoiceReader, RowReader):
+class ChoicesReader(_ChoiceReader):
     """Rows with a list of candidates."""
 
     name = "choices"
@@ -143,7 +143,7 @@ class ChoicesReader(_ChoiceReader, RowReader):
     optional_fields = ("context", "question", "answer", "id")
 
     def read_row(self, source: SplitSource, row: Row, index: int) -> ChoiceExample:
-        """As `RowReader.read_row`; the answer is an index from 0, a candidate, or with `letters` its letter."""
+        """As `Reader.read_row`; the answer is an index from 0, a candidate, or with `letters` its letter."""
         candidates = _candidates(source, row)
         texts = {role: source.text(row, role) for role in ("context", "question") if role in source.fields}
         answer = source.get(row, "answer")
@@ -217,7 +217,7 @@ def _place_of(answer: str, choices: list[str]) -> int | None:
     return stripped.index(answer.strip()) if answer.strip() in stripped else None
 
 
-class ExamReader(_ChoiceReader, RowReader):
+class ExamReader(_ChoiceReader):
     """C-Eval and CMMLU: a table for each subject."""
 
     name = "exam"
@@ -226,7 +226,7 @@ class ExamReader(_ChoiceReader, RowReader):
     placeholders = (*_ChoiceReader.placeholders, "subject", "category")
 
     def read_row(self, source: SplitSource, row: Row, index: int) -> ChoiceExample:
-        """As `RowReader.read_row`, from the columns question, A, B, C, D and answer, in upper or lower case."""
+        """As `Reader.read_row`, from the columns question, A, B, C, D and answer, in upper or lower case."""
         cells = {name.lower(): value for name, value in row.items()}
         for name in ("question", *"abcd"):
             if name not in cells:

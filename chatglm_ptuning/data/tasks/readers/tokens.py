@@ -16,7 +16,7 @@ from chatglm_ptuning.data.sources.rows import Row, fail
 from chatglm_ptuning.data.sources.text import read_text
 from chatglm_ptuning.data.tasks.checked_yaml import nearest
 from chatglm_ptuning.data.tasks.examples import TokenExample
-from chatglm_ptuning.data.tasks.readers.reader import Reader, RowReader
+from chatglm_ptuning.data.tasks.readers.reader import Reader
 from chatglm_ptuning.data.tasks.source import SplitSource, validated
 from chatglm_ptuning.data.tasks.task import Task
 
@@ -176,7 +176,7 @@ _CLUENER_ROW = (
 )
 
 
-class CluenerReader(_TokenReader, RowReader):
+class CluenerReader(_TokenReader):
     """CLUENER2020: rows of `text` and `label`."""
 
     name = "cluener"
@@ -186,7 +186,7 @@ class CluenerReader(_TokenReader, RowReader):
         return (*super().metrics_of(task), "cluener_f1")
 
     def read_row(self, source: SplitSource, row: Row, index: int) -> TokenExample:
-        """As `RowReader.read_row`; `label` is entity type -> text -> list of `[start, end]`, both inclusive.
+        """As `Reader.read_row`; `label` is entity type -> text -> list of `[start, end]`, both inclusive.
 
         Every character is a token. Of two overlapping entities the longer one gets the tags, because BIO can hold only
         one of them; the example's `entities` are all of them.
