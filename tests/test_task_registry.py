@@ -46,7 +46,7 @@ def test_the_registry_holds_every_task():
 
 
 @pytest.mark.parametrize("name", CLUE + FEWCLUE + OTHERS + BUNDLED)
-def test_every_packaged_task_is_sound_and_says_where_its_settings_come_from(name):
+def test_every_packaged_task_is_valid_and_names_the_source_of_its_settings(name):
     task = load_task(name)
     assert task.name == name and task.head in heads_of(task)
     assert task.source != "-" and task.settings_from.startswith(("published", "measured"))
@@ -212,7 +212,7 @@ def test_the_documentation_names_every_reader_and_its_example_is_a_task(tmp_path
 
 
 @pytest.mark.parametrize("name", ["cmrc2018", "drcd"])
-def test_a_question_stands_before_the_context_that_is_searched(name):
+def test_the_prompt_has_the_question_before_the_context(name):
     # The base reads from left to right: behind the context, all questions would find the same span.
     prompt = load_task(name).prompt
     assert prompt.index("{question}") < prompt.index("{context}")
