@@ -9,7 +9,7 @@ from string import ascii_uppercase
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, TypeAdapter
-from typing_extensions import NotRequired, TypedDict
+from pydantic.dataclasses import dataclass
 
 from chatglm_ptuning.data.sources.json_rows import json_document
 from chatglm_ptuning.data.sources.rows import Row, fail
@@ -25,29 +25,37 @@ OTHER_BLANK = "〇〇〇〇"
 Texts = Annotated[list[str], Field(min_length=1)]
 
 
-class _Passage(TypedDict):
+@dataclass(frozen=True)
+class ChidRow:
+    """A row of ChID: one passage (FewCLUE), or several (CLUE)."""
+
     candidates: Texts
     content: str | Texts
 
 
-class _C3Question(TypedDict):
+@dataclass(frozen=True)
+class C3Question:
+    """A question of C3; `answer` is one of the texts in `choice`."""
+
     question: str
     choice: Texts
-    answer: NotRequired[str | None]
+    answer: str | None = None
 
 
-class _C3Document(NamedTuple):
+class C3Document(NamedTuple):
+    """A document of C3; its contents are checked question by question."""
+
     context: Any
     questions: list[Any]
     id: Any = None
 
 
-_PASSAGE, _IDIOMS = TypeAdapter(_Passage), TypeAdapter(dict[str, Any])
+_PASSAGE, _IDIOMS = TypeAdapter(ChidRow), TypeAdapter(dict[str, Any])
 _PASSAGE_FORM = 'one passage {"content": "...#idiom#...", "candidates": ["...", ...]}, or a list of them in "content"'
 _IDIOMS_FORM = "one JSON object, idiom tag -> index of the right candidate"
 _IDIOM = re.compile(r"#idiom\d*#")
 
-_C3_QUESTION, _C3, _C3_CONTEXT = TypeAdapter(_C3Question), TypeAdapter(list[_C3Document]), TypeAdapter(Texts)
+_C3_QUESTION, _C3, _C3_CONTEXT = TypeAdapter(C3Question), TypeAdapter(list[C3Document]), TypeAdapter(Texts)
 _C3_FORM = (
     'one JSON list of [[context, ...], [question, ...], id], a question being {"question": "...", "choice": ["...", '
     '...], "answer": "..."}'
@@ -89,7 +97,7 @@ def _answers_beside(path: Path) -> str:
 
 def _blanks(source: SplitSource, row: Row, index: int, answers: dict[str, Any]) -> Iterator[ChoiceExample]:
     passage = validated(_PASSAGE, row, row.where, _PASSAGE_FORM)
-    content, candidates = passage["content"], passage["candidates"]
+    content, candidates = passage.content, passage.candidates
     is_single = isinstance(content, str)
     tags = [(tag, text) for text in ([content] if is_single else content) for tag in _IDIOM.findall(text)]
     if is_single and len(tags) != 1:
@@ -193,7 +201,7 @@ def _c3_questions(path: Path) -> Iterator[Question]:
 def _c3_example(source: SplitSource, where: str, context: Any, question: Any, index: int | str) -> ChoiceExample:
     texts = validated(_C3_CONTEXT, context, f"{where}, its context", _C3_FORM)
     found = validated(_C3_QUESTION, question, where, _C3_FORM)
-    choices, answer = found["choice"], found.get("answer") or None
+    choices, answer = found.choice, found.answer or None
     if answer is None and source.needs_gold:
         raise ValueError(f"{where}: there is no 'answer'; the split {source.split} needs one.")
     place = None if answer is None else _place_of(answer, choices)
@@ -203,7 +211,7 @@ def _c3_example(source: SplitSource, where: str, context: Any, question: Any, in
         id=question.get("id", index),
         where=where,
         context="\n".join(texts),
-        question=found["question"],
+        question=found.question,
         candidates=tuple(choices),
         answer=place,
     )
