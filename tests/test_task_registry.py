@@ -113,7 +113,7 @@ def test_groups_across_categories_are_those_the_benchmarks_publish(tmp_path):
         ("{text}", "{txt}", "unknown {txt} in the prompt .did you mean 'text'"),
         ("{text}", "", "the prompt shows nothing of the row; .*{text}"),
         ("{text}", "{text!r}", "not a plain name in braces"),
-        ("labels: {0: 难过, 1: 高兴}", "", "needs 'labels'"),
+        ("labels: {0: 难过, 1: 高兴}", "", "needs the key 'labels'"),
         ("title: moods of messages", "", "there is no key 'title'"),
         ("metric:", "head: token_classification\nmetric:", "unknown head .*token_classification"),
         (

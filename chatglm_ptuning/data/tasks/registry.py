@@ -16,9 +16,6 @@ from chatglm_ptuning.data.tasks.task import Task, placeholders
 DEFINITIONS = Path(__file__).parent / "definitions"
 """One file per task, `NAME.yaml`."""
 
-_EXAMPLES = {"labels": "LABEL IN THE FILES: CHINESE VERBALISER", "subjects": "NAME: [CHINESE TITLE, CATEGORY]"}
-"""Keys that some readers need, as they are written."""
-
 
 def task_names() -> list[str]:
     """The names of the packaged tasks, sorted."""
@@ -83,7 +80,7 @@ def _check_keys(file: YamlFile, task: Task, reader: Reader) -> None:
             )
     for key in reader.needs:
         if not file.content.get(key):
-            raise file.error((), f"the reader '{reader.name}' needs '{key}': {{{_EXAMPLES[key]}}}.")
+            raise file.error((), f"the reader '{reader.name}' needs the key '{key}'; see docs/tasks.md.")
     known = [*reader.fields, *reader.optional_fields]
     for role in () if reader.takes_extra_fields else task.fields:
         file.one_of(("fields", role), role, known, f"field (of the reader '{reader.name}')")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -190,10 +191,11 @@ def as_text(row: Row, value: Any, column: str) -> str:
     fail(row, f"the field '{column}' must be text, found {shown[:60]}{'...' if len(shown) > 60 else ''}.")
 
 
-def validated(kind: TypeAdapter[Value], value: Any, where: str, expected: str) -> Value:
-    """A JSON value, checked by pydantic.
+def validated(kind: type[Value], value: Any, where: str, expected: str) -> Value:
+    """A JSON value as what a benchmark publishes, checked by pydantic.
 
     Args:
+        kind: a type, or a dataclass for objects; further keys are ignored.
         where: file and place, for messages.
         expected: the form that is expected, for messages.
 
@@ -201,10 +203,15 @@ def validated(kind: TypeAdapter[Value], value: Any, where: str, expected: str) -
         ValueError: naming the place and the key that is missing or wrong.
     """
     try:
-        return kind.validate_python(value)
+        return _adapter(kind).validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{where}: {fault_of(first, first['loc'])}; expected {expected}.") from error
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def nearest_place(text: str, part: str, place: int) -> int | None:

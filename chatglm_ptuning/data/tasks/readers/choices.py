@@ -8,7 +8,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from chatglm_ptuning.data.sources.json_rows import json_document
@@ -50,12 +50,10 @@ class C3Document(NamedTuple):
     id: Any = None
 
 
-_PASSAGE, _IDIOMS = TypeAdapter(ChidRow), TypeAdapter(dict[str, Any])
-_PASSAGE_FORM = 'one passage {"content": "...#idiom#...", "candidates": ["...", ...]}, or a list of them in "content"'
+_CHID_FORM = 'one passage {"content": "...#idiom#...", "candidates": ["...", ...]}, or a list of them in "content"'
 _IDIOMS_FORM = "one JSON object, idiom tag -> index of the right candidate"
 _IDIOM = re.compile(r"#idiom\d*#")
 
-_C3_QUESTION, _C3, _C3_CONTEXT = TypeAdapter(C3Question), TypeAdapter(list[C3Document]), TypeAdapter(Texts)
 _C3_FORM = (
     'one JSON list of [[context, ...], [question, ...], id], a question being {"question": "...", "choice": ["...", '
     '...], "answer": "..."}'
@@ -82,7 +80,7 @@ class ChidReader(_ChoiceReader):
         """
         answers: dict[str, Any] = {}
         for path in self.beside(source):
-            answers |= validated(_IDIOMS, json_document(path, _IDIOMS_FORM), str(path), _IDIOMS_FORM)
+            answers |= validated(dict[str, Any], json_document(path, _IDIOMS_FORM), str(path), _IDIOMS_FORM)
         return source.each(source.rows(), lambda row, index: _blanks(source, row, index, answers))
 
     def beside(self, source: SplitSource) -> list[Path]:
@@ -96,7 +94,7 @@ def _answers_beside(path: Path) -> str:
 
 
 def _blanks(source: SplitSource, row: Row, index: int, answers: dict[str, Any]) -> Iterator[ChoiceExample]:
-    passage = validated(_PASSAGE, row, row.where, _PASSAGE_FORM)
+    passage = validated(ChidRow, row, row.where, _CHID_FORM)
     content, candidates = passage.content, passage.candidates
     is_single = isinstance(content, str)
     tags = [(tag, text) for text in ([content] if is_single else content) for tag in _IDIOM.findall(text)]
@@ -190,7 +188,7 @@ class C3Reader(_ChoiceReader):
 
 
 def _c3_questions(path: Path) -> Iterator[Question]:
-    documents = validated(_C3, json_document(path, _C3_FORM), str(path), _C3_FORM)
+    documents = validated(list[C3Document], json_document(path, _C3_FORM), str(path), _C3_FORM)
     for number, document in enumerate(documents):
         name = number if document.id is None else document.id
         for place, question in enumerate(document.questions):
@@ -199,8 +197,8 @@ def _c3_questions(path: Path) -> Iterator[Question]:
 
 
 def _c3_example(source: SplitSource, where: str, context: Any, question: Any, index: int | str) -> ChoiceExample:
-    texts = validated(_C3_CONTEXT, context, f"{where}, its context", _C3_FORM)
-    found = validated(_C3_QUESTION, question, where, _C3_FORM)
+    texts = validated(Texts, context, f"{where}, its context", _C3_FORM)
+    found = validated(C3Question, question, where, _C3_FORM)
     choices, answer = found.choice, found.answer or None
     if answer is None and source.needs_gold:
         raise ValueError(f"{where}: there is no 'answer'; the split {source.split} needs one.")

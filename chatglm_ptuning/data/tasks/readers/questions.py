@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AliasChoices, BeforeValidator, Field, StrictInt, TypeAdapter
+from pydantic import AliasChoices, BeforeValidator, Field, StrictInt
 from pydantic.dataclasses import dataclass
 
 from chatglm_ptuning.data.sources.json_rows import json_document
@@ -74,9 +74,6 @@ class SquadFile:
     data: list[Annotated[SquadDocument, BeforeValidator(_document)]]
 
 
-_QUESTION, _FILE = TypeAdapter(SquadQuestion), TypeAdapter(SquadFile)
-
-
 class SquadReader(Reader):
     """Questions about a context that contains the answers."""
 
@@ -96,7 +93,7 @@ class SquadReader(Reader):
 
 def _questions(path: Path) -> Iterator[Question]:
     content = json_document(path, _FORM)
-    file = validated(_FILE, {"data": content} if isinstance(content, list) else content, str(path), _FORM)
+    file = validated(SquadFile, {"data": content} if isinstance(content, list) else content, str(path), _FORM)
     for number, document in enumerate(file.data, start=1):
         for place, paragraph in enumerate(document.paragraphs, start=1):
             for index, question in enumerate(paragraph.qas, start=1):
@@ -105,7 +102,7 @@ def _questions(path: Path) -> Iterator[Question]:
 
 
 def _example(source: SplitSource, where: str, context: Any, question: Any, _: int | str) -> QuestionExample:
-    found = validated(_QUESTION, question, where, _FORM)
+    found = validated(SquadQuestion, question, where, _FORM)
     if not isinstance(context, str):
         raise ValueError(f"{where}: the context must be text, found {context!r}.")
     # Test files have no answers, or an empty one that starts at -1.

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 
 from chatglm_ptuning.data.sources.json_rows import json_rows
 from chatglm_ptuning.data.sources.rows import Row, fail
@@ -169,7 +169,6 @@ def _example(
 
 Spans = dict[str, dict[str, list[Annotated[list[int], Field(min_length=2, max_length=2)]]]]
 
-_CLUENER = TypeAdapter(dict[str, Spans])
 _CLUENER_ROW = (
     'a row like {"text": "王宁在沪", "label": {"name": {"王宁": [[0, 1]]}, "address": {"沪": [[3, 3]]}}}: '
     "entity type -> text -> list of [start, end], characters from 0, both inclusive"
@@ -201,7 +200,7 @@ class CluenerReader(_TokenReader):
             )
         spans = None
         if label is not None:
-            spans = validated(_CLUENER, {"label": label}, row.where, _CLUENER_ROW)["label"]
+            spans = validated(dict[str, Spans], {"label": label}, row.where, _CLUENER_ROW)["label"]
         tags = None if spans is None else _tags_of(source.task, row, text, spans)
         with_id = replace(source, fields={"id": "id"})
         example = _example(source, with_id.example_id(row, index), row.where, list(text), tags)
