@@ -72,7 +72,7 @@ def test_equals_one_by_one_with_a_prefix_per_row(load, prefix_folders):
     assert_equals_naive(model, scores, PROMPTS, CANDIDATES, prefixes)
 
 
-def test_each_prompt_may_have_candidates_of_its_own(load):
+def test_each_prompt_can_have_its_own_candidates(load):
     model = load().eval()
     own = [CANDIDATES[:2], [[60, END]], CANDIDATES, [[61], [62]]]
     scores = score_candidates(model, PROMPTS, own, chunk_size=2)
@@ -90,7 +90,7 @@ def test_a_large_label_set_is_exact_and_sums_to_less_than_one(load):
     assert scores[0].exp().sum() < 1  # with end tokens they exclude each other
 
 
-def test_the_model_is_left_as_it_was(trained):
+def test_scoring_does_not_change_the_model(trained):
     model = trained().train()
     score_candidates(model, PROMPTS, CANDIDATES)
     assert model.training and model.transformer.training and model.selected_prefix == "default"
@@ -119,7 +119,7 @@ def test_scores_agree_with_what_a_trained_base_answers(tmp_path):
         ([[5]], [[]], {}, "no candidates for prompt 0"),
     ],
 )
-def test_refuses_what_cannot_be_scored(load, prompts, candidates, options, message):
+def test_refuses_invalid_prompts_and_candidates(load, prompts, candidates, options, message):
     with pytest.raises(ValueError, match=message):
         score_candidates(load(), prompts, candidates, **options)
 

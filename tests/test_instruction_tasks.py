@@ -94,7 +94,7 @@ def test_a_mixture_takes_conversations_beside_labels(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("prompt: '{text}'\n", "the reader 'conversations' has no 'prompt'"),
+        ("prompt: '{text}'\n", "the reader 'conversations' takes no 'prompt'"),
         ("dataset_format: csv\n", "dataset_format 'csv'"),
         ("labels: {a: b}\n", "'labels' is for the readers"),
         ("fields: {text: q}\n", "'text'"),

@@ -105,7 +105,7 @@ def test_a_head_learns_its_rows_and_evaluates_to_the_same(base, data, runs, head
         assert (folder / "predict" / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_unlabelled_split_gives_predictions_and_a_submission(base, data, runs, tmp_path):
+def test_a_split_without_labels_gives_predictions_and_a_submission(base, data, runs, tmp_path):
     for head, name in (("sequence_classification", "mood_predict.json"), ("multi_label", "moods_predict.json")):
         out = tmp_path / head
         evaluate(base, data, TASKS[head][0], out, "--ptuning_checkpoint", runs(head)[0])
@@ -121,7 +121,7 @@ def test_an_unlabelled_split_gives_predictions_and_a_submission(base, data, runs
     assert [path.name for path in part.iterdir()] == ["predictions.jsonl"]
 
 
-def test_a_repeated_id_is_seen_before_the_base_is_loaded(base, data, runs, tmp_path, capsys):
+def test_a_duplicate_id_is_reported_before_the_base_is_loaded(base, data, runs, tmp_path, capsys):
     folder = tmp_path / "files"
     moods = [{"number": number, "message": text, "mood": "sad"} for number, text in zip("aba", TEXTS, strict=False)]
     lines(folder / "dev.jsonl", moods)
@@ -155,7 +155,7 @@ def test_bad_rows_are_skipped_and_then_there_is_no_submission(base, tmp_path, ca
     assert not (tmp_path / "out" / "mood_predict.json").exists()
 
 
-def test_the_base_beside_the_prefix(base, data, runs, tmp_path):
+def test_compare_base_scores_the_base_and_the_prefix(base, data, runs, tmp_path):
     more = ["--split", "dev", "--compare_base", "--ptuning_checkpoint", runs("generation")[0]]
     evaluate(base, data, "mood.yaml", tmp_path / "both", *more)
     evaluate(base, data, "mood.yaml", tmp_path / "plain", "--split", "dev", "--ptuning_checkpoint", "none")
@@ -171,7 +171,7 @@ def refusal(capsys, main, argv) -> str:
     return capsys.readouterr().err
 
 
-def test_what_does_not_fit_is_refused_with_both_sides(base, data, runs, tmp_path, capsys):
+def test_a_mismatch_is_refused_naming_both_sides(base, data, runs, tmp_path, capsys):
     linear, tags = runs("sequence_classification")[0], runs("token_classification")[0]
     run = evaluation.main
     said = refusal(capsys, run, flags(base, data, "mood.yaml", "--ptuning_checkpoint", tags))
@@ -229,7 +229,7 @@ def test_results_cannot_go_into_a_file(base, data, tmp_path, capsys):
             assert f"{path}: {tmp_path / 'file'} is a file" in said and "another folder" in said
 
 
-def test_a_run_on_another_task_does_not_go_on_in_the_same_folder(base, data, tmp_path, capsys, caplog):
+def test_a_run_on_another_task_does_not_resume_in_the_same_folder(base, data, tmp_path, capsys, caplog):
     run = tmp_path / "run"
     train(base, data, "mood.yaml", run, "--head", "sequence_classification", "--save_strategy", "steps", steps=1)
     other = (data / "mood.yaml").read_text("utf-8").replace("name: mood", "name: weather")
@@ -248,7 +248,7 @@ def test_a_run_on_another_task_does_not_go_on_in_the_same_folder(base, data, tmp
     assert json.loads((run / "prefix_config.json").read_text("utf-8"))["task"] == "weather"
 
 
-def test_another_prompt_than_in_training_is_pointed_out(base, data, runs, tmp_path, caplog):
+def test_a_prompt_that_differs_from_training_gives_a_warning(base, data, runs, tmp_path, caplog):
     run = runs("sequence_classification")[0]
     evaluate(base, data, "mood.yaml", tmp_path / "same", "--ptuning_checkpoint", run)
     assert "with the prompt" not in caplog.text
@@ -277,7 +277,7 @@ def test_attention_that_cannot_score_candidates_is_refused_before_the_base_is_lo
     assert candidates not in " ".join(linear.split())  # but that there are no weights
 
 
-def test_tags_stand_on_what_they_were_trained_on(base, data, tmp_path):
+def test_evaluation_uses_the_token_unit_of_training(base, data, tmp_path):
     train(base, data, "cluener", tmp_path / "run", "--token_unit", "characters", steps=1)
     for more, unit in (([], "characters"), (["--token_unit", "pieces"], "pieces")):
         evaluate(

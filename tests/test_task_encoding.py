@@ -77,7 +77,7 @@ def decided(windows) -> list[int]:
 
 @pytest.mark.parametrize("chat_format", ["chatglm3", "glm4"])
 @pytest.mark.parametrize("room", [400, 48])
-def test_characters_come_back_exactly(tokenizers, chat_format, room):
+def test_tags_of_characters_round_trip_exactly(tokenizers, chat_format, room):
     encoder = tagger(tokenizers[chat_format], "characters", room, stride=7, prompt="{text}：{labels}")
     for number, tokens in enumerate(SENTENCES):
         for seed in range(4):
@@ -88,7 +88,7 @@ def test_characters_come_back_exactly(tokenizers, chat_format, room):
 
 @pytest.mark.parametrize("chat_format", ["chatglm3", "glm4"])
 @pytest.mark.parametrize("room", [400, 64])
-def test_pieces_come_back_but_for_boundaries_inside_one(tokenizers, chat_format, room):
+def test_tags_of_pieces_round_trip_except_boundaries_inside_a_piece(tokenizers, chat_format, room):
     encoder = tagger(tokenizers[chat_format], "pieces", room)
     for number, tokens in enumerate(SENTENCES[:-1]):
         for seed in range(4):
@@ -118,7 +118,7 @@ def test_the_id_that_has_seen_a_whole_character_decides_it(tokenizers):
     assert window.spans[-4:] == [None, None, (0, 1), (1, 2)]  # three bytes and a piece
 
 
-def test_windows_cover_overlap_and_are_owned_by_the_one_with_most_around():
+def test_windows_cover_the_text_and_each_token_is_decided_where_most_is_around_it():
     assert window_starts(10, 10, 3) == [0] and window_starts(0, 10, 3) == [0]
     assert window_starts(11, 10, 3) == [0, 1]
     assert window_starts(30, 10, 4) == [0, 6, 12, 18, 20]
@@ -132,7 +132,7 @@ def test_windows_cover_overlap_and_are_owned_by_the_one_with_most_around():
             assert around[owner_of(place, starts, room)] == max(around) >= 0
 
 
-def test_the_prompt_around_a_text_is_decided_by_nobody(tokenizers):
+def test_ids_of_the_prompt_decide_no_tag(tokenizers):
     tokenizer = tokenizers["glm4"]
     encoder = tagger(tokenizer, "pieces", prompt="找出{labels}：{text}\n完")
     (window,) = encoder.windows(TokenExample(id=0, tokens=tuple("春天来了")))
@@ -183,7 +183,7 @@ def smallest_around(window, start: int, end: int) -> int | None:
 
 @pytest.mark.parametrize("chat_format", ["chatglm2", "chatglm3", "glm4"])
 @pytest.mark.parametrize("room", [1000, 60])
-def test_answers_come_back_from_their_positions(tokenizers, tmp_path, chat_format, room):
+def test_answers_round_trip_through_their_positions(tokenizers, tmp_path, chat_format, room):
     encoder = QuestionAnswering(load_task("cmrc2018"), tokenizers[chat_format], room, doc_stride=20)
     encoder = replace(encoder, task=replace(encoder.task, prompt="{question}{context}答"))
     found_all = set()
@@ -207,7 +207,7 @@ def test_answers_come_back_from_their_positions(tokenizers, tmp_path, chat_forma
     assert len(found_all) == 9
 
 
-def test_a_character_shared_by_two_ids_is_taken_from_the_shorter(tokenizers):
+def test_a_character_of_two_ids_is_assigned_to_the_shorter_span(tokenizers):
     encoder = QuestionAnswering(load_task("cmrc2018"), tokenizers["chatglm3"])
     window = encoder.windows(QuestionExample(id=0, context="甲", question="？"))[0]
     shared = replace(window, input_ids=[1] * 5, spans=[None, (0, 1), (0, 2), (1, 2), (1, 3)])
@@ -216,7 +216,7 @@ def test_a_character_shared_by_two_ids_is_taken_from_the_shorter(tokenizers):
     assert positions_of(crossed, [Answer("乙", 1)]) == {"start_positions": 2, "end_positions": 2}
 
 
-def test_a_row_without_agreement_is_not_learned(tokenizers):
+def test_a_row_with_a_dropped_label_is_not_learned(tokenizers):
     encoder = SequenceClassification(load_task("cmnli"), tokenizers["chatglm3"])
     left_out = TextExample(id=0, text="今天", fields={"text_pair": "明天"}, left_out=True, where="test.json:1")
     good = TextExample(id=1, text="今天", fields={"text_pair": "明天"}, label="neutral")
@@ -225,7 +225,7 @@ def test_a_row_without_agreement_is_not_learned(tokenizers):
         rows_of(encoder, [left_out])
 
 
-def test_what_cannot_be_learned_of_questions(tokenizers, caplog):
+def test_questions_without_a_reference_in_the_context_are_not_learned(tokenizers, caplog):
     encoder = QuestionAnswering(load_task("cmrc2018"), tokenizers["chatglm3"])
     lost = QuestionExample(id=0, context="今天", question="？", answers=(Answer("明天", None),), where="a.json: Q0")
     good = QuestionExample(id=1, context="今天", question="？", answers=(Answer("明天", None), Answer("天", 1)))
@@ -243,7 +243,7 @@ PAIR = TextExample(id=0, text="甲乙丙丁" * 30, fields={"text_pair": "今天�
 
 @pytest.mark.parametrize("chat_format", FORMATS)
 @pytest.mark.parametrize("head", ["sequence_classification", "generation"])
-def test_long_pairs_lose_the_middle_of_each_text_and_nothing_of_the_question(tokenizers, chat_format, head):
+def test_long_pairs_are_truncated_in_the_middle_of_each_text_and_keep_the_question(tokenizers, chat_format, head):
     task, tokenizer = load_task("inference"), tokenizers[chat_format]
     whole = head_of(task, head)(task, tokenizer).prompt_ids(PAIR)
     room = len(whole) - 130 if chat_format != "glm4" else len(whole) // 2
@@ -258,7 +258,7 @@ def test_long_pairs_lose_the_middle_of_each_text_and_nothing_of_the_question(tok
 
 
 @pytest.mark.parametrize("chat_format", FORMATS)
-def test_a_linear_head_stands_where_the_text_of_the_answer_would_begin(tokenizers, chat_format):
+def test_a_linear_head_reads_the_token_before_the_answer(tokenizers, chat_format):
     task, tokenizer = load_task("sentiment"), tokenizers[chat_format]
     example = TextExample(id=0, text="我想去公园", label="差评")
     (row,) = rows_of(SequenceClassification(task, tokenizer), [example])
@@ -271,7 +271,7 @@ def test_a_linear_head_stands_where_the_text_of_the_answer_would_begin(tokenizer
 
 @pytest.mark.parametrize("chat_format", FORMATS)
 @pytest.mark.parametrize("target_room", [32, 3])
-def test_generation_learns_what_the_same_rows_in_a_file_would_teach(tokenizers, chat_format, target_room):
+def test_generation_learns_the_same_as_from_an_instruction_file(tokenizers, chat_format, target_room):
     task, tokenizer = load_task("news_topic"), tokenizers[chat_format]
     examples = [TextExample(id=i, text=text, label=label) for i, (text, label) in
                 enumerate([("今天天气", "农业"), ("我想去", "体育"), ("龘 abc", "汽车")])]  # fmt: skip
@@ -285,7 +285,7 @@ def test_generation_learns_what_the_same_rows_in_a_file_would_teach(tokenizers, 
         assert learned == [head.answer_ids(example.answer_text(task)) for example in examples]
 
 
-def test_labels_of_texts_with_several(tokenizers):
+def test_multi_label_rows_have_a_vector_of_labels(tokenizers):
     task = replace(load_task("news_topic"), multi_label=True)
     encoder = head_of(task, None)(task, tokenizers["chatglm3"])
     rows = rows_of(
@@ -297,7 +297,7 @@ def test_labels_of_texts_with_several(tokenizers):
         head_of(task, "generation")
 
 
-def test_a_context_is_not_searched_before_its_question_is_read():
+def test_question_answering_refuses_a_context_before_its_question():
     task = replace(load_task("cmrc2018"), prompt="{context}问：{question}")
     with pytest.raises(ValueError, match=r"cmrc2018.yaml: .* must have {question} before {context}: "):
         head_of(task, "question_answering").check(task)

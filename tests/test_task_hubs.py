@@ -7,7 +7,7 @@ import pytest
 from chatglm_ptuning.data.tasks import load_task, read_examples
 
 
-def test_a_hub_data_set_is_read_by_its_columns(tmp_path):
+def test_a_hub_dataset_is_read_by_its_columns(tmp_path):
     datasets = pytest.importorskip("datasets")
     names = ["100", "102"]
     features = datasets.Features(
@@ -32,7 +32,7 @@ def test_a_hub_data_set_is_read_by_its_columns(tmp_path):
     assert example.tags == ("B-PER", "I-PER")
 
 
-def test_a_copy_of_a_hub_s_repository_is_read_as_the_registry_knows_it(tmp_path):
+def test_a_local_copy_of_a_hub_repository_is_read_like_the_known_one(tmp_path):
     datasets = pytest.importorskip("datasets")
     card = "configs:\n"
     for config, text in (("afqmc", "不"), ("tnews", "甲")):
@@ -77,7 +77,7 @@ def test_flat_rows_of_a_hub(tmp_path, name):
     assert found == {"cmrc2018": ["他"], "chid": ["乙", "甲"], "c3": ["她"]}[name]
 
 
-def test_rows_of_a_hub_that_belong_to_no_subject_are_not_read_for_each(tmp_path):
+def test_a_hub_dataset_without_subjects_is_not_read_once_for_each_subject(tmp_path):
     datasets = pytest.importorskip("datasets")
     row = {"id": 3, "question": "几？", "A": "一", "B": "二", "C": "三", "D": "四", "answer": "B"}
     datasets.Dataset.from_list([row]).to_parquet(tmp_path / "val.parquet")
@@ -88,7 +88,7 @@ def test_rows_of_a_hub_that_belong_to_no_subject_are_not_read_for_each(tmp_path)
         read_examples(task, source, "val")
 
 
-def test_an_unreachable_hub_is_said_to_be_so(monkeypatch):
+def test_an_unreachable_hub_is_an_error_with_a_way_out(monkeypatch):
     pytest.importorskip("datasets")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match=r"could not be read from huggingface:clue/clue .*name their folder"):

@@ -87,7 +87,7 @@ def test_sequence_classification(make, tokenizer):
     assert model.training and len({label for label, _ in expected}) > 1
 
 
-def test_any_number_of_labels(make, tokenizer):
+def test_multi_label_classification(make, tokenizer):
     task = replace(load_task("news_topic"), multi_label=True)
     encoder = MultiLabelClassification(task, tokenizer, 400)
     model = make(encoder.name, len(task.labels), problem_type="multi_label_classification")
@@ -130,7 +130,7 @@ def test_token_classification(make, tokenizer, unit, echo):
 
 
 @pytest.mark.parametrize("echo", [False, True])
-def test_tags_of_a_long_text_are_each_from_the_window_that_shows_most_around(make, tokenizer, echo):
+def test_each_tag_of_a_long_text_is_from_the_window_that_shows_most_around_it(make, tokenizer, echo):
     task = replace(load_task("entities"), prompt="{text}")
     model = make("token_classification", len(task.tags))
     text = "".join(TEXTS) * 2
@@ -153,7 +153,7 @@ def test_tags_of_a_long_text_are_each_from_the_window_that_shows_most_around(mak
 
 
 @pytest.mark.parametrize("echo", [False, True])
-def test_the_best_span_of_all_spans_and_windows(make, tokenizer, echo):
+def test_the_best_span_over_all_windows_is_predicted(make, tokenizer, echo):
     task = replace(load_task("cmrc2018"), prompt="{question}：{context}")
     model = make("question_answering")
     contexts = ["".join(TEXTS), "今天天气", "龘甲乙" * 5, "问" * 30, "".join(reversed(TEXTS)) * 2]
@@ -194,7 +194,7 @@ def log_likelihood(model, prompt, answer) -> float:
 
 @pytest.mark.parametrize("kind", ["labels", "candidates"])
 @pytest.mark.parametrize("how", ["sum", "mean", "calibrated"])
-def test_candidates_by_hand(make, tokenizer, kind, how):
+def test_candidate_scores_equal_those_computed_by_hand(make, tokenizer, kind, how):
     if kind == "labels":
         task = load_task("news_topic")
         task = replace(
@@ -254,7 +254,7 @@ def test_written_answers_are_those_of_generate(make, tokenizer):
 
 
 @pytest.mark.parametrize("head", ["sequence_classification", "token_classification", "question_answering"])
-def test_a_head_of_random_values_predicts_nothing(make, tokenizer, head, tmp_path):
+def test_an_untrained_head_refuses_to_predict(make, tokenizer, head, tmp_path):
     name = {"sequence_classification": "sentiment", "token_classification": "entities"}.get(head, "cmrc2018")
     task = load_task(name)
     trained = make(head, max(len(task.labels), 2))

@@ -31,7 +31,7 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("head", ["sequence_classification", "question_answering"])
-def test_a_head_run_that_goes_on_equals_one_without_a_break(base, data, head, tmp_path):
+def test_a_resumed_head_run_equals_one_without_interruption(base, data, head, tmp_path):
     more = ["--head", head, "--save_strategy", "steps", "--save_steps", "3", "--prefix_dropout", "0.1"]
     more += ["--lr_scheduler_type", "constant", "--per_device_train_batch_size", "2"]
     train(base, data, TASKS[head][0], tmp_path / "whole", *more, steps=5)
@@ -44,7 +44,7 @@ def test_a_head_run_that_goes_on_equals_one_without_a_break(base, data, head, tm
 
 
 @pytest.mark.parametrize("head", TASKS)
-def test_rows_that_fill_up_a_batch_add_nothing(head, tiny_config):
+def test_padding_rows_of_a_batch_do_not_change_the_loss(head, tiny_config):
     torch.manual_seed(0)
     kind = {"problem_type": "multi_label_classification"} if head == "multi_label" else {}
     model_class = MODEL_CLASSES["sequence_classification" if kind else head]
@@ -69,7 +69,7 @@ def in_a_job(argv: list[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
-def test_a_head_under_deepspeed_is_saved_and_goes_on(base, data, tmp_path, stage):
+def test_a_head_under_deepspeed_is_saved_and_resumed(base, data, tmp_path, stage):
     config = Path(__file__).resolve().parents[1] / "ds_config" / f"zero{stage}.json"
     argv = flags(
         base, data, TASKS["sequence_classification"][0], "--head", "sequence_classification", "--do_train",
@@ -160,7 +160,7 @@ def write_uneven(kind: str, folder: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["token_classification", "question_answering", "multiple_choice"])
-def test_processes_that_share_a_base_keep_step_where_one_has_more_to_compute(base, tmp_path, kind):
+def test_processes_with_a_partitioned_base_and_uneven_work_do_not_deadlock(base, tmp_path, kind):
     task = write_uneven(kind, tmp_path)
     argv = flags(
         base, tmp_path, task, "--do_train", "--do_predict", "--predict_split", "dev", "--max_steps", "1",

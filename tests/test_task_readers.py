@@ -50,7 +50,7 @@ def test_clue_classification(tmp_path, name, folder):
     assert (blind.id, blind.label) == (9, None)
 
 
-def test_labels_with_white_space_or_as_whole_floats(tmp_path):
+def test_labels_with_whitespace_or_as_whole_floats(tmp_path):
     row = {"sentence": "甲", "label_desc": "news_story"}
     lines(tmp_path / "test.json", *(row | {"label": label} for label in (" 101 ", 101.0, 101, "101")))
     assert [example.label for example in read_examples(load_task("tnews"), tmp_path, "test")] == ["101"] * 4
@@ -61,7 +61,7 @@ def test_labels_with_white_space_or_as_whole_floats(tmp_path):
         read_examples(load_task("tnews"), tmp_path, "test")
 
 
-def test_rows_without_agreement_are_left_out(tmp_path, caplog):
+def test_rows_with_a_dropped_label_are_left_out(tmp_path, caplog):
     lines(tmp_path / "dev.json", CLUE_ROWS["cmnli"] | {"label": "-"}, CLUE_ROWS["cmnli"])
     assert [example.label for example in read_examples(load_task("cmnli"), tmp_path, "dev")] == ["contradiction"]
     assert "1 of 2 rows of cmnli, split dev, are labelled -" in caplog.text and "dev.json:1" in caplog.text
@@ -134,7 +134,7 @@ def test_ids_are_whole_numbers_or_text(tmp_path):
             read_examples(load_task("tnews"), tmp_path, "test")
 
 
-def test_ids_by_another_name_than_the_tasks_own(tmp_path):
+def test_ids_in_another_column_than_the_task_names(tmp_path):
     by_id = {name: value for name, value in wsc(id=41).items() if name != "idx"}
     lines(tmp_path / "test.json", by_id, by_id | {"id": 40.0}, wsc(id=39), by_id | {"id": None})
     assert [example.id for example in read_examples(load_task("fewclue_cluewsc"), tmp_path, "test")] == [41, 40, 3, 3]
@@ -152,7 +152,7 @@ def test_a_test_split_of_entities_may_be_without_tags(tmp_path, text):
         read_examples(task, tmp_path, "train")
 
 
-def test_a_first_token_that_json_begins_with(tmp_path):
+def test_a_first_token_that_looks_like_json(tmp_path):
     task = load_task("msra_ner")
     (tmp_path / task.files["train"][0][0]).write_text("[\tO\n王\tB-PER\n", "utf-8")
     (example,) = read_examples(task, tmp_path, "train")
@@ -282,7 +282,7 @@ def test_c3_is_a_nested_list_in_two_files(tmp_path):
         read_examples(task, tmp_path, "train")
 
 
-def test_a_c3_answer_may_differ_from_its_choice_by_white_space_at_the_ends(tmp_path):
+def test_a_c3_answer_can_differ_from_its_choice_by_surrounding_whitespace(tmp_path):
     task = load_task("c3")
     question = {"question": "他去哪？", "choice": ["学校", "医院 ", "医 院", " 学校"]}
     asked = [question | {"answer": answer} for answer in ("医院", "\u3000学校", "医 院\n", " 学校")]
@@ -423,7 +423,7 @@ def test_examinations_by_subject_and_category(tmp_path):
     assert [example.id for example in examples] == [7, 1]
 
 
-def test_choices_of_ones_own(tmp_path):
+def test_a_user_defined_task_of_choices(tmp_path):
     (tmp_path / "mine.yaml").write_text(
         "name: riddle\ntitle: riddles\nreader: choices\nfields: {question: q, candidates: c, answer: a}\n"
         'prompt: "{question}\\n{options}\\n"\nletters: true\nmetric: accuracy\npre_seq_len: 8\nlearning_rate: 0.01\n'

@@ -46,7 +46,7 @@ def test_the_registry_holds_every_task():
 
 
 @pytest.mark.parametrize("name", CLUE + FEWCLUE + OTHERS + BUNDLED)
-def test_every_packaged_task_is_sound_and_says_where_its_settings_come_from(name):
+def test_every_packaged_task_is_valid_and_names_the_source_of_its_settings(name):
     task = load_task(name)
     assert task.name == name and task.head in heads_of(task)
     assert task.source != "-" and task.settings_from.startswith(("published", "measured"))
@@ -113,7 +113,7 @@ def test_groups_across_categories_are_those_the_benchmarks_publish(tmp_path):
         ("{text}", "{txt}", "unknown {txt} in the prompt .did you mean 'text'"),
         ("{text}", "", "the prompt shows nothing of the row; .*{text}"),
         ("{text}", "{text!r}", "not a plain name in braces"),
-        ("labels: {0: 难过, 1: 高兴}", "", "needs 'labels'"),
+        ("labels: {0: 难过, 1: 高兴}", "", "needs the key 'labels'"),
         ("title: moods of messages", "", "there is no key 'title'"),
         ("metric:", "head: token_classification\nmetric:", "unknown head .*token_classification"),
         (
@@ -212,7 +212,7 @@ def test_the_documentation_names_every_reader_and_its_example_is_a_task(tmp_path
 
 
 @pytest.mark.parametrize("name", ["cmrc2018", "drcd"])
-def test_a_question_stands_before_the_context_that_is_searched(name):
+def test_the_prompt_has_the_question_before_the_context(name):
     # The base reads from left to right: behind the context, all questions would find the same span.
     prompt = load_task(name).prompt
     assert prompt.index("{question}") < prompt.index("{context}")

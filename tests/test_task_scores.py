@@ -43,7 +43,7 @@ def test_classification_agrees_with_scikit_learn(seed):
     assert (matrix[:, :-1] == metrics.confusion_matrix(expected, predicted, labels=LABELS)).all()
 
 
-def test_a_prediction_that_is_no_label_is_a_miss():
+def test_a_prediction_that_is_not_a_label_is_wrong():
     scores = classification_scores(["体育", "我不知道"], ["体育", "军事"], LABELS)
     assert scores == {"accuracy": 50.0, "macro_f1": 50.0}
     assert confusion_matrix(["我不知道"], ["军事"], LABELS)[1].tolist() == [0, 0, 0, 0, 1]
@@ -149,7 +149,7 @@ def test_intervals_agree_with_scipy_and_repeat():
     assert low < 50 < high and f1_interval([(2, 2, 2)] * 3) == (100.0, 100.0)
 
 
-def test_worst_errors_are_the_surest_first():
+def test_worst_errors_are_sorted_by_confidence():
     rows = [{"id": i, "score": s, "confidence": c} for i, (s, c) in enumerate([(1, 0.9), (0, 0.2), (0, 0.8), (0.5, 1)])]
     assert [row["id"] for row in worst_errors(rows)] == [2, 1, 3]
     assert len(worst_errors([{"score": 0}] * 30)) == 20
@@ -201,7 +201,7 @@ def test_reports_of_the_other_kinds(tmp_path):
     assert scores.metrics["rouge-l"] == pytest.approx(50, abs=0.01) and scores.metrics["prediction_length"] == 2.5
 
 
-def test_a_row_without_agreement_is_submitted_and_not_scored(tmp_path):
+def test_a_row_with_a_dropped_label_is_submitted_and_not_scored(tmp_path):
     row = {"sentence1": "他来了", "sentence2": "他没来"}
     labels = ["-", "neutral", "contradiction"]
     rows = [row | {"id": 4 + place, "label": label} for place, label in enumerate(labels)]
@@ -222,7 +222,7 @@ def test_a_row_without_agreement_is_submitted_and_not_scored(tmp_path):
     assert [row["id"] for row in written["cmnli_predict.json"]] == [4, 5, 6]
 
 
-def test_scores_of_choices_follow_from_their_rows(tmp_path):
+def test_equal_candidates_count_as_right_unless_letters_differ(tmp_path):
     def rows_of(name: str, candidates: str, predictions: list[int]) -> tuple[list[dict], float]:
         subject = "law" if name == "ceval" else None
         examples = [
@@ -246,7 +246,7 @@ def test_scores_of_choices_follow_from_their_rows(tmp_path):
         assert accuracy == 50 and "subject" not in rows[0]
 
 
-def test_what_cannot_be_scored_is_refused():
+def test_predictions_that_cannot_be_scored_are_refused():
     with pytest.raises(ValueError, match=r"b.json:2: there is nothing to score against"):
         score_task(load_task("bustm"), [TextExample(id=0, text="甲", where="b.json:2")], [Prediction("1")])
     with pytest.raises(ValueError, match="0 predictions for 0 examples"):
@@ -267,7 +267,7 @@ def test_names_without_a_font_are_numbered(tmp_path, monkeypatch):
     assert (image.imread(tmp_path / "a.png") != image.imread(tmp_path / "b.png")).any()
 
 
-def test_several_labels_are_scored_as_scikit_learn_does():
+def test_multi_label_scores_equal_those_of_scikit_learn():
     metrics = pytest.importorskip("sklearn.metrics")
     binarizer = pytest.importorskip("sklearn.preprocessing").MultiLabelBinarizer(classes=["a", "b", "c", "never"])
     rng = random.Random(3)

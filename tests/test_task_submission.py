@@ -108,7 +108,7 @@ def test_entities(tmp_path):
         ("cmrc2018", QUESTIONS, [None], "must be text"),
     ],
 )
-def test_what_does_not_fit_is_refused_and_nothing_written(tmp_path, task, examples, predictions, message):
+def test_invalid_predictions_are_refused_and_nothing_is_written(tmp_path, task, examples, predictions, message):
     with pytest.raises(ValueError, match=message):
         write_submission(load_task(task), examples, predictions, tmp_path)
     assert not list(tmp_path.iterdir())

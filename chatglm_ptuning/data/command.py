@@ -89,7 +89,7 @@ def show(args: ShowArguments) -> None:
     console = Console(highlight=False, soft_wrap=True)
     source_row = None
     for source_row in itertools.islice(iterate_rows(args.files), args.row - 1, args.row - 1 + args.rows):
-        example = ConversationReader().read_row(source_row, args.columns())
+        example = ConversationReader().example_of(source_row, args.columns())
         encoded = head.learn(example)
         formats = f"dataset format {example.dataset_format}, chat format {head.tokenizer.chat_format}"
         console.print(f"{example.where}: {formats}", markup=False)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from chatglm_ptuning.data.report import LEFT_OUT, TRUNCATED
-from chatglm_ptuning.files import write_atomically
+from chatglm_ptuning.figures import drawing
 from chatglm_ptuning.model.losses import IGNORED_LABEL
 
 if TYPE_CHECKING:
@@ -65,21 +65,19 @@ def draw_lengths(lengths: Mapping[str, Sequence[int]], limits: Mapping[str, int]
         lengths: tokens of every example before truncation, by what is counted.
         limits: of each.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), dpi=120, layout="tight")
-    for axis, (name, limit) in zip(figure.subplots(1, len(limits)), limits.items(), strict=True):
-        values = lengths[name]
-        beyond = sum(value > limit for value in values)
-        axis.hist(values, bins=_BINS, color="tab:blue")
-        axis.axvline(limit, color="tab:red", linestyle="--", label=f"limit {limit}: {beyond} of {len(values)} beyond")
-        axis.set_xlabel(f"tokens of the {name}")
-        axis.set_ylabel("examples")
-        axis.set_yscale("log")
-        axis.grid(alpha=0.3)
-        axis.legend(loc="upper right")
-    with write_atomically(path) as temporary:
-        figure.savefig(temporary, format="png")
+    with drawing(path, 10, 4, len(limits)) as axes:
+        for axis, (name, limit) in zip(axes, limits.items(), strict=True):
+            values = lengths[name]
+            beyond = sum(value > limit for value in values)
+            axis.hist(values, bins=_BINS, color="tab:blue")
+            axis.axvline(
+                limit, color="tab:red", linestyle="--", label=f"limit {limit}: {beyond} of {len(values)} beyond"
+            )
+            axis.set_xlabel(f"tokens of the {name}")
+            axis.set_ylabel("examples")
+            axis.set_yscale("log")
+            axis.grid(alpha=0.3)
+            axis.legend(loc="upper right")
 
 
 def _readable(tokenizer: ChatGLMTokenizer, ids: Sequence[int]) -> Iterator[str]:

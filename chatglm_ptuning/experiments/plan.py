@@ -167,7 +167,7 @@ def read_plan(path: Path) -> Plan:
         cells = plan.cells_of(task)
         place = ("tasks", task, "methods")
         if not isinstance(cells, Mapping):
-            file.fail(place, f"tasks.{task}.methods must be a mapping of methods to flags, found {cells!r}.")
+            raise file.error(place, f"tasks.{task}.methods must be a mapping of methods to flags, found {cells!r}.")
         for method in cells:
             file.one_of((*place, method), method, plan.methods, f"method in tasks.{task}.methods")
     return plan

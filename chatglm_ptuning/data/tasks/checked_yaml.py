@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
@@ -55,14 +55,6 @@ class YamlFile:
             place = place[:-1]
         return ValueError(f"{self.path}:{self.lines.get(place, 1)}: {text}")
 
-    def fail(self, place: Place, text: str) -> NoReturn:
-        """Refuses the value at a place.
-
-        Raises:
-            ValueError: always, naming file and line.
-        """
-        raise self.error(place, text)
-
     def one_of(self, place: Place, value: Any, known: Iterable[str], what: str) -> None:
         """Checks that a value is a known one.
 
@@ -71,7 +63,7 @@ class YamlFile:
         """
         known = list(known)
         if value not in known:
-            self.fail(place, f"unknown {what} {value!r}{nearest(value, known)}; known are {', '.join(known)}.")
+            raise self.error(place, f"unknown {what} {value!r}{nearest(value, known)}; known are {', '.join(known)}.")
 
     def read(self, model: type[Model], **more: Any) -> Model:
         """The content as a pydantic dataclass. Its validators get the file as their context.
@@ -84,9 +76,9 @@ class YamlFile:
         """
         content = self.content
         if not isinstance(content, Mapping):
-            self.fail((), f"must be a mapping of keys to values, found {content!r}.")
+            raise self.error((), f"must be a mapping of keys to values, found {content!r}.")
         for key in set(content) & set(more):
-            self.fail((key,), _unknown(key, model, (), more))
+            raise self.error((key,), _unknown(key, model, (), more))
         try:
             return TypeAdapter(model).validate_python({**content, **more}, context=self)
         except ValidationError as error:
@@ -94,36 +86,39 @@ class YamlFile:
         # A misspelt key also causes an error about the missing one.
         first = next((found for found in errors if found["type"] in _UNKNOWN), errors[0])
         place = tuple(key for key in first["loc"] if key != "[key]")
-        raise self.error(place, _sentence(first, place, model, more))
+        if first["type"] in _UNKNOWN:
+            raise self.error(place, _unknown(place[-1], model, place[:-1], more))
+        hint = ""
+        if first["type"] == "missing" and isinstance(place[-1], str):
+            description = _fields(model, place[:-1])[place[-1]].description
+            hint = f": {description}" if description else ""
+        elif first["type"] == "string_type" and isinstance(first["input"], (bool, int, float)):
+            hint = " (YAML reads yes, no, true, false and numbers as such: put it in quotes)"
+        elif first["type"] == "float_type" and isinstance(first["input"], str):
+            hint = " (YAML reads 5e-3 as text: write 5.0e-3)"
+        raise self.error(place, f"{fault_of(first, place)}{hint}.")
 
 
 _UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 
 
-def _sentence(error: ErrorDetails, place: Place, model: type, hidden: Iterable[str]) -> str:
-    key = ".".join(map(str, place))
-    if error["type"] in _UNKNOWN:
-        return _unknown(place[-1], model, place[:-1], hidden)
-    if error["type"] == "missing" and isinstance(place[-1], str):
-        description = _fields(model, place[:-1])[place[-1]].description
-        where = f" in {'.'.join(map(str, place[:-1]))}" if place[1:] else ""
-        return f"there is no key '{place[-1]}'{where}" + (f": {description}." if description else ".")
+def fault_of(error: ErrorDetails, place: Place) -> str:
+    """What pydantic refused, as a sentence without a full stop.
+
+    Args:
+        place: of the value, without pydantic's own marks.
+    """
     value = error["input"]
-    if error["type"] == "value_error":
-        text = str(error["ctx"]["error"])
-        return text if text.endswith(".") else f"'{key}' {text}, found {value!r}."
-    hint = ""
-    if isinstance(value, (bool, int, float)) and error["type"] == "string_type":
-        hint = " (YAML reads yes, no, true, false and numbers as such: put it in quotes)"
-    elif isinstance(value, str) and error["type"] == "float_type":
-        hint = " (YAML reads 5e-3 as text: write 5.0e-3)"
-    return f"'{key}' {rule_of(error)}, found {value!r}{hint}."
-
-
-def rule_of(error: ErrorDetails) -> str:
-    """The rule of pydantic that a value breaks, as the words after the value's name."""
+    key = ".".join(map(str, place))
+    if error["type"] == "missing":
+        inside = f" in {'.'.join(map(str, place[:-1]))}" if place[1:] else ""
+        return f"there is no key '{place[-1]}'{inside}"
     _, should, rule = error["msg"].rpartition("should ")
-    return should + rule
+    rule = str(error["ctx"]["error"]) if error["type"] == "value_error" else should + rule
+    if rule.endswith("."):
+        return rule[:-1]
+    shown = repr(value)
+    return f"'{key}' {rule}, found {shown if len(shown) <= 60 else shown[:60] + '...'}".removeprefix("'' ")
 
 
 def _unknown(key: Any, model: type, place: Place, hidden: Iterable[str]) -> str:

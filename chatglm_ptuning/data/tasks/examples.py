@@ -88,7 +88,8 @@ class Example(ABC):
 
     def answer_text(self, task: Task) -> str | None:
         """The gold as the text of an answer; None in a split without gold."""
-        return self.gold
+        candidates = self.candidate_answers(task)
+        return candidates[self.gold] if candidates and self.gold is not None else self.gold
 
     @property
     def digest(self) -> int:
@@ -163,9 +164,6 @@ class TextExample(_RowExample):
 
     def candidate_answers(self, task: Task) -> Mapping[str, str]:
         return task.labels
-
-    def answer_text(self, task: Task) -> str | None:
-        return None if self.label is None else task.labels[self.label]
 
     def counted(self, task: Task) -> list[str]:
         return [] if self.label is None else [task.labels[self.label]]
@@ -444,9 +442,6 @@ class ChoiceExample(Example):
 
     def candidate_answers(self, task: Task) -> dict[int, str]:
         return dict(enumerate(ascii_uppercase[: len(self.candidates)] if task.letters else self.candidates))
-
-    def answer_text(self, task: Task) -> str | None:
-        return self.readable(task, self.answer)
 
     def readable(self, task: Task, prediction: int | None) -> str | None:
         return None if prediction is None else self.candidate_answers(task)[prediction]

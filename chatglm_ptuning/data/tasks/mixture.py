@@ -125,18 +125,22 @@ def read_mixture(path: str | Path) -> Mixture:
     file = read_yaml(Path(path), "mixture file")
     found = file.read(_MixtureFile)
     if not found.tasks:
-        file.fail(("tasks",), "'tasks' names no task; write for example `tasks: {eprstmt: {task_data: FOLDER}}`.")
+        raise file.error(
+            ("tasks",), "'tasks' names no task; write for example `tasks: {eprstmt: {task_data: FOLDER}}`."
+        )
     seen: dict[str, str] = {}
     weighted = [entry.task.name for entry in found.tasks.values() if entry.weight is not None]
     for key, entry in found.tasks.items():
         place, name = ("tasks", key), entry.task.name
         if name in seen:
-            file.fail(place, f"duplicate task {name} in 'tasks', as {seen[name]} and as {key}.")
+            raise file.error(place, f"duplicate task {name} in 'tasks', as {seen[name]} and as {key}.")
         seen[name] = key
         if weighted and entry.weight is None:
-            file.fail(place, f"{weighted[0]} has a 'weight' and {name} has none; give every task a weight, or none.")
+            raise file.error(
+                place, f"{weighted[0]} has a 'weight' and {name} has none; give every task a weight, or none."
+            )
         if "task" in file.content["tasks"][key] and key not in (name, *entry.task.aliases):
             logger.warning(f"{path}: '{key}' is the task {name}; scores and --task call it that.")
     if weighted and "temperature" in file.content:
-        file.fail(("temperature",), "'temperature' cannot be used with 'weight'; remove one of them.")
+        raise file.error(("temperature",), "'temperature' cannot be used with 'weight'; remove one of them.")
     return Mixture(tuple(found.tasks.values()), found.temperature)

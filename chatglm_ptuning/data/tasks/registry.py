@@ -16,9 +16,6 @@ from chatglm_ptuning.data.tasks.task import Task, placeholders
 DEFINITIONS = Path(__file__).parent / "definitions"
 """One file per task, `NAME.yaml`."""
 
-_EXAMPLES = {"labels": "LABEL IN THE FILES: CHINESE VERBALISER", "subjects": "NAME: [CHINESE TITLE, CATEGORY]"}
-"""Keys that some readers need, as they are written."""
-
 
 def task_names() -> list[str]:
     """The names of the packaged tasks, sorted."""
@@ -62,7 +59,7 @@ def _read(path: Path) -> Task:
     reader = READERS[task.reader]
     task = replace(task, head=task.head or next(iter(heads_of(task))))
     if not task.files:
-        file.fail(("files",), "'files' names no split; write for example `files: {train: train.json}`.")
+        raise file.error(("files",), "'files' names no split; write for example `files: {train: train.json}`.")
     _check_keys(file, task, reader)
     _check_prompt(file, task, reader)
     _check_labels(file, task)
@@ -78,23 +75,27 @@ def _check_keys(file: YamlFile, task: Task, reader: Reader) -> None:
             takers.setdefault(key, []).append(other.name)
     for key, names in takers.items():
         if file.content.get(key) and reader.name not in names:
-            file.fail((key,), f"'{key}' is for the readers {', '.join(names)}, not for '{reader.name}'; remove it.")
+            raise file.error(
+                (key,), f"'{key}' is for the readers {', '.join(names)}, not for '{reader.name}'; remove it."
+            )
     for key in reader.needs:
         if not file.content.get(key):
-            file.fail((), f"the reader '{reader.name}' needs '{key}': {{{_EXAMPLES[key]}}}.")
+            raise file.error((), f"the reader '{reader.name}' needs the key '{key}'; see docs/tasks.md.")
     known = [*reader.fields, *reader.optional_fields]
     for role in () if reader.takes_extra_fields else task.fields:
         file.one_of(("fields", role), role, known, f"field (of the reader '{reader.name}')")
     for role in reader.fields:
         if role not in task.fields:
-            file.fail(("fields",), f"'fields' does not name the column of '{role}', which '{reader.name}' needs.")
+            raise file.error(
+                ("fields",), f"'fields' does not name the column of '{role}', which '{reader.name}' needs."
+            )
 
 
 def _check_prompt(file: YamlFile, task: Task, reader: Reader) -> None:
     place = ("prompt",)
     if bool(reader.placeholders) != bool(task.prompt):
         need = "needs a 'prompt'" if reader.placeholders else "takes no 'prompt': its rows contain their prompts"
-        file.fail(place, f"the reader '{reader.name}' {need}; see docs/tasks.md.")
+        raise file.error(place, f"the reader '{reader.name}' {need}; see docs/tasks.md.")
     if not task.prompt:
         return
     try:
@@ -105,11 +106,13 @@ def _check_prompt(file: YamlFile, task: Task, reader: Reader) -> None:
     for name in names:
         if name not in known:
             shown = ", ".join(f"{{{entry}}}" for entry in known)
-            file.fail(place, f"unknown {{{name}}} in the prompt{nearest(name, known)}; known are {shown}.")
+            raise file.error(place, f"unknown {{{name}}} in the prompt{nearest(name, known)}; known are {shown}.")
     if not set(names) - {"labels"}:
-        file.fail(place, "the prompt shows nothing of the row; write for example {text} where it belongs.")
+        raise file.error(place, "the prompt shows nothing of the row; write for example {text} where it belongs.")
     if task.letters and "options" not in names:
-        file.fail(place, "with 'letters' the prompt must list the candidates: write {options} where they belong.")
+        raise file.error(
+            place, "with 'letters' the prompt must list the candidates: write {options} where they belong."
+        )
 
 
 def _check_labels(file: YamlFile, task: Task) -> None:
@@ -117,12 +120,14 @@ def _check_labels(file: YamlFile, task: Task) -> None:
     for label, verbaliser in task.labels.items():
         other = owners.setdefault(verbaliser, label)
         if other != label:
-            file.fail(("labels", label), f"the labels '{other}' and '{label}' have the same verbaliser {verbaliser}.")
+            raise file.error(
+                ("labels", label), f"the labels '{other}' and '{label}' have the same verbaliser {verbaliser}."
+            )
     if "label_separator" in file.content and not task.multi_label:
-        file.fail(("label_separator",), "'label_separator' needs 'multi_label: true'.")
+        raise file.error(("label_separator",), "'label_separator' needs 'multi_label: true'.")
     if task.multi_label and task.drop_labels:
         text = "'drop_labels' cannot be used with 'multi_label'; remove these rows from the files."
-        file.fail(("drop_labels",), text)
+        raise file.error(("drop_labels",), text)
 
 
 def _check_choices(file: YamlFile, task: Task, reader: Reader) -> None:
@@ -130,7 +135,7 @@ def _check_choices(file: YamlFile, task: Task, reader: Reader) -> None:
     whose = f"(of the reader '{reader.name}'{' with multi_label' if task.multi_label else ''})"
     metrics = reader.metrics_of(task)
     if task.metric not in metrics and task.metric in reader.metrics_of(replace(task, multi_label=True)):
-        file.fail(("metric",), f"the metric '{task.metric}' needs 'multi_label: true'.")
+        raise file.error(("metric",), f"the metric '{task.metric}' needs 'multi_label: true'.")
     file.one_of(("metric",), task.metric, metrics, f"metric {whose}")
     file.one_of(("head",), task.head, heads_of(task), f"head {whose}")
     if task.dataset_format is not None:
@@ -141,6 +146,6 @@ def _check_choices(file: YamlFile, task: Task, reader: Reader) -> None:
     taken = {*task.subjects, *(subject.category for subject in task.subjects.values())}
     for name, members in task.groups.items():
         if name in taken:
-            file.fail(("groups", name), f"the group '{name}' has the name of a subject or category.")
+            raise file.error(("groups", name), f"the group '{name}' has the name of a subject or category.")
         for member in members:
             file.one_of(("groups", name), member, task.subjects, f"subject in groups.{name}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -13,12 +14,15 @@ from pydantic import TypeAdapter, ValidationError
 from chatglm_ptuning.data.sources.files import DataFile, DataSource
 from chatglm_ptuning.data.sources.rows import BadRows, Row, fail
 from chatglm_ptuning.data.sources.text import data_suffix
-from chatglm_ptuning.data.tasks.checked_yaml import nearest, rule_of
+from chatglm_ptuning.data.tasks.checked_yaml import fault_of, nearest
 from chatglm_ptuning.data.tasks.examples import Example
 from chatglm_ptuning.data.tasks.task import Task
 
 Unit = TypeVar("Unit")
 Value = TypeVar("Value")
+Question = tuple[str, Any, Any, int | str]
+"""Its place for messages, its context, itself, and its id if it has none; contents are not checked."""
+
 _WITHOUT_GOLD = ("test", "unlabel")
 _ABSENT = object()
 
@@ -55,7 +59,7 @@ class SplitSource:
 
     @property
     def has_flat_rows(self) -> bool:
-        """Whether a benchmark of nested documents comes as a table, with a row for each question, as on hubs."""
+        """Whether all sources are tables, as hubs have them also for benchmarks whose files are not tables."""
         return all(data_suffix(path) == ".parquet" for path in self.paths)
 
     def rows(self, *, json_in_text: bool = True) -> Iterator[Row]:
@@ -66,6 +70,16 @@ class SplitSource:
         """
         for source in self.sources:
             yield from source.rows(self.bad_rows, json_in_text=json_in_text)
+
+    def questions(self, of_file: Callable[[Path], Iterable[Question]]) -> Iterator[Question]:
+        """The questions of a benchmark with nested documents; on hubs it has a row for each question instead.
+
+        Args:
+            of_file: returns the questions of a file; raises ValueError naming the place of what is not expected.
+        """
+        if self.has_flat_rows:
+            return ((row.where, row.get("context"), row, index) for index, row in enumerate(self.rows()))
+        return (question for path in self.paths for question in of_file(path))
 
     def each(
         self, units: Iterable[Unit], read: Callable[[Unit, int], Iterable[Example]], first: int = 0
@@ -181,10 +195,11 @@ def as_text(row: Row, value: Any, column: str) -> str:
     fail(row, f"the field '{column}' must be text, found {shown[:60]}{'...' if len(shown) > 60 else ''}.")
 
 
-def validated(kind: TypeAdapter[Value], value: Any, where: str, expected: str) -> Value:
-    """A JSON value, checked by pydantic.
+def validated(kind: type[Value], value: Any, where: str, expected: str) -> Value:
+    """A JSON value as what a benchmark publishes, checked by pydantic.
 
     Args:
+        kind: a type, or a dataclass for objects; further keys are ignored.
         where: file and place, for messages.
         expected: the form that is expected, for messages.
 
@@ -192,18 +207,15 @@ def validated(kind: TypeAdapter[Value], value: Any, where: str, expected: str) -
         ValueError: naming the place and the key that is missing or wrong.
     """
     try:
-        return kind.validate_python(value)
+        return _adapter(kind).validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
-    *holders, key = first["loc"] or ("",)
-    found = first["input"]
-    if first["type"] == "missing":
-        inside = f" in '{'.'.join(map(str, holders))}'" if holders else ""
-        fault = f"there is no key '{key}'{inside}; it has {', '.join(map(str, found)) or 'nothing'}"
-    else:
-        what = f"'{'.'.join(map(str, first['loc']))}' " if first["loc"] else ""
-        fault = f"{what}{rule_of(first)}, found {str(found)[:60]}"
-    raise ValueError(f"{where}: {fault}; expected {expected}.")
+        raise ValueError(f"{where}: {fault_of(first, first['loc'])}; expected {expected}.") from error
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def nearest_place(text: str, part: str, place: int) -> int | None:

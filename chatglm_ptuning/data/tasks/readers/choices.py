@@ -8,14 +8,14 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import Field, TypeAdapter
-from typing_extensions import NotRequired, TypedDict
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from chatglm_ptuning.data.sources.json_rows import json_document
 from chatglm_ptuning.data.sources.rows import Row, fail
 from chatglm_ptuning.data.tasks.examples import ChoiceExample
-from chatglm_ptuning.data.tasks.readers.reader import Question, QuestionReader, Reader, RowReader
-from chatglm_ptuning.data.tasks.source import SplitSource, as_text, spellings, validated
+from chatglm_ptuning.data.tasks.readers.reader import Reader
+from chatglm_ptuning.data.tasks.source import Question, SplitSource, as_text, spellings, validated
 
 ASKED_BLANK = "____"
 """Stands for the idiom that is asked for."""
@@ -25,29 +25,35 @@ OTHER_BLANK = "〇〇〇〇"
 Texts = Annotated[list[str], Field(min_length=1)]
 
 
-class _Passage(TypedDict):
+@dataclass(frozen=True)
+class ChidRow:
+    """A row of ChID: one passage (FewCLUE), or several (CLUE)."""
+
     candidates: Texts
     content: str | Texts
 
 
-class _C3Question(TypedDict):
+@dataclass(frozen=True)
+class C3Question:
+    """A question of C3; `answer` is one of the texts in `choice`."""
+
     question: str
     choice: Texts
-    answer: NotRequired[str | None]
+    answer: str | None = None
 
 
-class _C3Document(NamedTuple):
+class C3Document(NamedTuple):
+    """A document of C3; its contents are checked question by question."""
+
     context: Any
     questions: list[Any]
     id: Any = None
 
 
-_PASSAGE, _IDIOMS = TypeAdapter(_Passage), TypeAdapter(dict[str, Any])
-_PASSAGE_FORM = 'one passage {"content": "...#idiom#...", "candidates": ["...", ...]}, or a list of them in "content"'
+_CHID_FORM = 'one passage {"content": "...#idiom#...", "candidates": ["...", ...]}, or a list of them in "content"'
 _IDIOMS_FORM = "one JSON object, idiom tag -> index of the right candidate"
 _IDIOM = re.compile(r"#idiom\d*#")
 
-_C3_QUESTION, _C3, _C3_CONTEXT = TypeAdapter(_C3Question), TypeAdapter(list[_C3Document]), TypeAdapter(Texts)
 _C3_FORM = (
     'one JSON list of [[context, ...], [question, ...], id], a question being {"question": "...", "choice": ["...", '
     '...], "answer": "..."}'
@@ -74,7 +80,7 @@ class ChidReader(_ChoiceReader):
         """
         answers: dict[str, Any] = {}
         for path in self.beside(source):
-            answers |= validated(_IDIOMS, json_document(path, _IDIOMS_FORM), str(path), _IDIOMS_FORM)
+            answers |= validated(dict[str, Any], json_document(path, _IDIOMS_FORM), str(path), _IDIOMS_FORM)
         return source.each(source.rows(), lambda row, index: _blanks(source, row, index, answers))
 
     def beside(self, source: SplitSource) -> list[Path]:
@@ -88,8 +94,8 @@ def _answers_beside(path: Path) -> str:
 
 
 def _blanks(source: SplitSource, row: Row, index: int, answers: dict[str, Any]) -> Iterator[ChoiceExample]:
-    passage = validated(_PASSAGE, row, row.where, _PASSAGE_FORM)
-    content, candidates = passage["content"], passage["candidates"]
+    passage = validated(ChidRow, row, row.where, _CHID_FORM)
+    content, candidates = passage.content, passage.candidates
     is_single = isinstance(content, str)
     tags = [(tag, text) for text in ([content] if is_single else content) for tag in _IDIOM.findall(text)]
     if is_single and len(tags) != 1:
@@ -135,7 +141,7 @@ def _index(source: SplitSource, row: Row, value: Any, candidates: list[str]) -> 
     return value
 
 
-class ChoicesReader(_ChoiceReader, RowReader):
+class ChoicesReader(_ChoiceReader):
     """Rows with a list of candidates."""
 
     name = "choices"
@@ -143,7 +149,7 @@ class ChoicesReader(_ChoiceReader, RowReader):
     optional_fields = ("context", "question", "answer", "id")
 
     def read_row(self, source: SplitSource, row: Row, index: int) -> ChoiceExample:
-        """As `RowReader.read_row`; the answer is an index from 0, a candidate, or with `letters` its letter."""
+        """As `Reader.read_row`; the answer is an index from 0, a candidate, or with `letters` its letter."""
         candidates = _candidates(source, row)
         texts = {role: source.text(row, role) for role in ("context", "question") if role in source.fields}
         answer = source.get(row, "answer")
@@ -172,38 +178,41 @@ def _candidates(source: SplitSource, row: Row) -> list[str]:
     return candidates
 
 
-class C3Reader(_ChoiceReader, QuestionReader):
+class C3Reader(_ChoiceReader):
     """C3: questions about a dialogue or text; a file is one nested list."""
 
     name = "c3"
 
-    def questions(self, path: Path) -> Iterator[Question]:
-        documents = validated(_C3, json_document(path, _C3_FORM), str(path), _C3_FORM)
-        for number, document in enumerate(documents):
-            name = number if document.id is None else document.id
-            for place, question in enumerate(document.questions):
-                where = f"{path}: document {number + 1}, question {place + 1}"
-                yield where, document.context, question, f"{name}-{place}"
+    def read(self, source: SplitSource) -> Iterator[ChoiceExample]:
+        return source.each(source.questions(_c3_questions), lambda question, _: [_c3_example(source, *question)])
 
-    def read_question(
-        self, source: SplitSource, where: str, context: Any, question: Any, index: int | str
-    ) -> ChoiceExample:
-        texts = validated(_C3_CONTEXT, context, f"{where}, its context", _C3_FORM)
-        found = validated(_C3_QUESTION, question, where, _C3_FORM)
-        choices, answer = found["choice"], found.get("answer") or None
-        if answer is None and source.needs_gold:
-            raise ValueError(f"{where}: there is no 'answer'; the split {source.split} needs one.")
-        place = None if answer is None else _place_of(answer, choices)
-        if answer is not None and place is None:
-            raise ValueError(f"{where}: the answer '{answer}' is none of the choices {', '.join(choices)}.")
-        return ChoiceExample(
-            id=question.get("id", index),
-            where=where,
-            context="\n".join(texts),
-            question=found["question"],
-            candidates=tuple(choices),
-            answer=place,
-        )
+
+def _c3_questions(path: Path) -> Iterator[Question]:
+    documents = validated(list[C3Document], json_document(path, _C3_FORM), str(path), _C3_FORM)
+    for number, document in enumerate(documents):
+        name = number if document.id is None else document.id
+        for place, question in enumerate(document.questions):
+            where = f"{path}: document {number + 1}, question {place + 1}"
+            yield where, document.context, question, f"{name}-{place}"
+
+
+def _c3_example(source: SplitSource, where: str, context: Any, question: Any, index: int | str) -> ChoiceExample:
+    texts = validated(Texts, context, f"{where}, its context", _C3_FORM)
+    found = validated(C3Question, question, where, _C3_FORM)
+    choices, answer = found.choice, found.answer or None
+    if answer is None and source.needs_gold:
+        raise ValueError(f"{where}: there is no 'answer'; the split {source.split} needs one.")
+    place = None if answer is None else _place_of(answer, choices)
+    if answer is not None and place is None:
+        raise ValueError(f"{where}: the answer '{answer}' is none of the choices {', '.join(choices)}.")
+    return ChoiceExample(
+        id=question.get("id", index),
+        where=where,
+        context="\n".join(texts),
+        question=found.question,
+        candidates=tuple(choices),
+        answer=place,
+    )
 
 
 def _place_of(answer: str, choices: list[str]) -> int | None:
@@ -214,7 +223,7 @@ def _place_of(answer: str, choices: list[str]) -> int | None:
     return stripped.index(answer.strip()) if answer.strip() in stripped else None
 
 
-class ExamReader(_ChoiceReader, RowReader):
+class ExamReader(_ChoiceReader):
     """C-Eval and CMMLU: a table for each subject."""
 
     name = "exam"
@@ -223,7 +232,7 @@ class ExamReader(_ChoiceReader, RowReader):
     placeholders = (*_ChoiceReader.placeholders, "subject", "category")
 
     def read_row(self, source: SplitSource, row: Row, index: int) -> ChoiceExample:
-        """As `RowReader.read_row`, from the columns question, A, B, C, D and answer, in upper or lower case."""
+        """As `Reader.read_row`, from the columns question, A, B, C, D and answer, in upper or lower case."""
         cells = {name.lower(): value for name, value in row.items()}
         for name in ("question", *"abcd"):
             if name not in cells:

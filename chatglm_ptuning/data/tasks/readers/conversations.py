@@ -30,7 +30,7 @@ class ConversationReader(Reader):
 
         def read(row: Row, index: int) -> list[ConversationExample]:
             nonlocal has_history, without
-            example = self.read_row(row, columns, index)
+            example = self.example_of(row, columns, index)
             has_history = has_history or columns.history in row
             if not has_history and without is None and example.dataset_format in ("columns", "alpaca"):
                 without = row
@@ -40,11 +40,11 @@ class ConversationReader(Reader):
         if not has_history and without is not None:
             fail(
                 without,
-                f"no row has the column {columns.history!r} (this one has {names(without)}); correct or remove "
-                "--history_column.",
+                f"no row has the column {columns.history!r} (this one has {names(without)}); name the right "
+                "one with --history_column, or leave that out.",
             )
 
-    def read_row(self, row: Row, columns: Columns, index: int = 0) -> ConversationExample:
+    def example_of(self, row: Row, columns: Columns, index: int = 0) -> ConversationExample:
         """The example of a row.
 
         Raises:

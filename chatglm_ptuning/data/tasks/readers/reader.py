@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from chatglm_ptuning.data.sources.rows import Row
 from chatglm_ptuning.data.tasks.examples import Example
 from chatglm_ptuning.data.tasks.source import SplitSource
 from chatglm_ptuning.data.tasks.task import Task
 
-Question = tuple[str, Any, Any, int | str]
-"""Its place for messages, its context, itself, and the id that it has if it names none; contents are not checked."""
 
-
-class Reader(ABC):
-    """Reads one kind of files; docs/tasks.md describes each.
+class Reader:
+    """Reads one kind of files; docs/tasks.md describes each. Subclasses override `read_row` or `read`.
 
     Attributes:
         name: the value of `reader` in a task file.
@@ -39,14 +35,25 @@ class Reader(ABC):
     example: ClassVar[type[Example]]
     placeholders: ClassVar[tuple[str, ...]] = ()
 
-    @abstractmethod
     def read(self, source: SplitSource) -> Iterator[Example]:
-        """The examples of one split, in the order of its files.
+        """The examples of one split, in the order of its files; by default one for each row of them.
 
         Raises:
             ValueError: naming file, line and field of what is missing or unknown; for a single row, question or
                 sentence as `source.bad_rows.add`.
         """
+        return source.each(source.rows(), lambda row, index: [self.read_row(source, row, index)])
+
+    def read_row(self, source: SplitSource, row: Row, index: int) -> Example:
+        """The example of a row, for readers that do not override `read`.
+
+        Args:
+            index: of the row in its split, from 0.
+
+        Raises:
+            ValueError: naming file, line and field of what is missing or unknown.
+        """
+        raise NotImplementedError
 
     def beside(self, source: SplitSource) -> list[Path]:
         """Further files on which the examples of a split depend."""
@@ -64,52 +71,3 @@ class Reader(ABC):
         """Role -> column of what only the prompt uses."""
         known = {*self.fields, *self.optional_fields}
         return {role: column for role, column in task.fields.items() if role not in known}
-
-
-class RowReader(Reader):
-    """Reads files in which every row is an example."""
-
-    def read(self, source: SplitSource) -> Iterator[Example]:
-        return source.each(source.rows(), lambda row, index: [self.read_row(source, row, index)])
-
-    @abstractmethod
-    def read_row(self, source: SplitSource, row: Row, index: int) -> Example:
-        """The example of a row.
-
-        Args:
-            index: of the row in its split, from 0.
-
-        Raises:
-            ValueError: naming file, line and field of what is missing or unknown.
-        """
-
-
-class QuestionReader(Reader):
-    """Reads files of nested documents with questions, or a hub's rows, each with a question and its context."""
-
-    def read(self, source: SplitSource) -> Iterator[Example]:
-        questions: Iterator[Question]
-        if source.has_flat_rows:
-            questions = ((row.where, row.get("context"), row, index) for index, row in enumerate(source.rows()))
-        else:
-            questions = (question for path in source.paths for question in self.questions(path))
-        return source.each(questions, lambda question, _: [self.read_question(source, *question)])
-
-    @abstractmethod
-    def questions(self, path: Path) -> Iterator[Question]:
-        """The questions of a file.
-
-        Raises:
-            ValueError: naming the place, if a document is not in the expected form.
-        """
-
-    @abstractmethod
-    def read_question(self, source: SplitSource, where: str, context: Any, question: Any, index: int | str) -> Example:
-        """The example of a question.
-
-        Args:
-            where, context, question, index: see `Question`.
-
-        Raises:
-            ValueError: naming the place, and what is missing or wrong.
-        """

@@ -12,7 +12,7 @@ from chatglm_ptuning.data.sources.rows import Row, fail
 from chatglm_ptuning.data.sources.text import data_suffix, read_text
 from chatglm_ptuning.data.tasks.checked_yaml import nearest
 from chatglm_ptuning.data.tasks.examples import GenerationExample, MultiLabelExample, TextExample
-from chatglm_ptuning.data.tasks.readers.reader import RowReader
+from chatglm_ptuning.data.tasks.readers.reader import Reader
 from chatglm_ptuning.data.tasks.source import SplitSource, is_whole, nearest_place
 from chatglm_ptuning.data.tasks.task import Task
 
@@ -25,7 +25,7 @@ _LCSTS_RELEVANT = 3
 """Test pairs below this human label are left out, as in the paper (Hu et al. 2015, section 4)."""
 
 
-class RowsReader(RowReader):
+class RowsReader(Reader):
     """Rows of a table with a text or a pair of texts, and a label or any number of labels."""
 
     name = "rows"
@@ -107,7 +107,7 @@ def _known_label(task: Task, row: Row, key: str) -> str:
     fail(row, f"the task {task.name} has no label '{key}'{nearest(key, known)}; its labels are {shown}.")
 
 
-class WinogradReader(RowReader):
+class WinogradReader(Reader):
     """Rows of a text that point at a noun (span 1) and a pronoun (span 2)."""
 
     name = "winograd"
@@ -119,7 +119,7 @@ class WinogradReader(RowReader):
     placeholders = ("text", "span1", "span2")
 
     def read_row(self, source: SplitSource, row: Row, index: int) -> TextExample:
-        """As `RowReader.read_row`.
+        """As `Reader.read_row`.
 
         In the example's text the noun is marked by `[]` and the pronoun by `__`, since the same word may occur twice.
         A span that is not where the file says is marked at its nearest occurrence; without any, where the file says.
@@ -158,7 +158,7 @@ def _with_marks(text: str, places: list[tuple[int, int, str]]) -> str:
     return "".join(marked)
 
 
-class PairsReader(RowReader):
+class PairsReader(Reader):
     """Rows with a source text and a target."""
 
     name = "pairs"

@@ -9,14 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 
 from chatglm_ptuning.data.sources.json_rows import json_rows
 from chatglm_ptuning.data.sources.rows import Row, fail
 from chatglm_ptuning.data.sources.text import read_text
 from chatglm_ptuning.data.tasks.checked_yaml import nearest
 from chatglm_ptuning.data.tasks.examples import TokenExample
-from chatglm_ptuning.data.tasks.readers.reader import Reader, RowReader
+from chatglm_ptuning.data.tasks.readers.reader import Reader
 from chatglm_ptuning.data.tasks.source import SplitSource, validated
 from chatglm_ptuning.data.tasks.task import Task
 
@@ -169,14 +169,13 @@ def _example(
 
 Spans = dict[str, dict[str, list[Annotated[list[int], Field(min_length=2, max_length=2)]]]]
 
-_CLUENER = TypeAdapter(dict[str, Spans])
 _CLUENER_ROW = (
     'a row like {"text": "王宁在沪", "label": {"name": {"王宁": [[0, 1]]}, "address": {"沪": [[3, 3]]}}}: '
     "entity type -> text -> list of [start, end], characters from 0, both inclusive"
 )
 
 
-class CluenerReader(_TokenReader, RowReader):
+class CluenerReader(_TokenReader):
     """CLUENER2020: rows of `text` and `label`."""
 
     name = "cluener"
@@ -186,7 +185,7 @@ class CluenerReader(_TokenReader, RowReader):
         return (*super().metrics_of(task), "cluener_f1")
 
     def read_row(self, source: SplitSource, row: Row, index: int) -> TokenExample:
-        """As `RowReader.read_row`; `label` is entity type -> text -> list of `[start, end]`, both inclusive.
+        """As `Reader.read_row`; `label` is entity type -> text -> list of `[start, end]`, both inclusive.
 
         Every character is a token. Of two overlapping entities the longer one gets the tags, because BIO can hold only
         one of them; the example's `entities` are all of them.
@@ -201,7 +200,7 @@ class CluenerReader(_TokenReader, RowReader):
             )
         spans = None
         if label is not None:
-            spans = validated(_CLUENER, {"label": label}, row.where, _CLUENER_ROW)["label"]
+            spans = validated(dict[str, Spans], {"label": label}, row.where, _CLUENER_ROW)["label"]
         tags = None if spans is None else _tags_of(source.task, row, text, spans)
         with_id = replace(source, fields={"id": "id"})
         example = _example(source, with_id.example_id(row, index), row.where, list(text), tags)
