@@ -262,7 +262,7 @@ def _check_cell(
     flags = {**flags, "head": head}
     kinds = (ModelArguments, DataArguments, TuningArguments)
     _, data, _ = checker.values({**flags, "model_name_or_path": plan.base}, kinds)
-    data.echo_of(definition, head)
+    data.echo_of(definition, head_of(definition, head))
     predict_split = rows.read(task, definition, data, tuning != "none")
     return Cell(task, method, definition, head, predict_split, flags)
 

@@ -232,7 +232,7 @@ def _parse(argv: Sequence[str]) -> tuple[SearchArguments, list[str], str]:
     _, data_args, *_ = parse_arguments("chatglm-ptuning search", "", TRAIN_FLAGS, first)
     try:
         task = data_args.chosen_task()
-        data_args.echo_of(task, head_of(task, data_args.head).name)
+        data_args.echo_of(task, head_of(task, data_args.head))
     except ValueError as error:
         fail(str(error))
     metric, known = args.metric or task.metric, [*reader_of(task).metrics_of(task), "loss"]

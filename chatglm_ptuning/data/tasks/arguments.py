@@ -100,7 +100,7 @@ class TaskArguments:
         default=None,
         metadata={"help": f"of the heads {' and '.join(ECHO_HEADS)}: put the text into the prompt twice, and read tags "
                   "and spans off the second copy, which has seen all of it (default: as the prefix was trained, else "
-                  "the task's own)"},
+                  "as the task's file says, else the head's own)"},
     )  # fmt: skip
     candidate_scores: str = field(
         default="sum",
@@ -164,26 +164,26 @@ class TaskArguments:
             max_target_length,
             self.doc_stride,
             self.token_unit or recorded or DEFAULT_TOKEN_UNIT,
-            self.echo_of(task, chosen.name, trained),
+            self.echo_of(task, chosen, trained),
             self.candidate_scores,
             self.max_answer_length,
         )
 
-    def echo_of(self, task: Task, head: str, trained: TrainedReading | None = None) -> bool:
-        """Whether the text is read twice: as the checkpoint was trained, else as --echo says, else as the task does.
+    def echo_of(self, task: Task, head: type[Head], trained: TrainedReading | None = None) -> bool:
+        """Whether the text is read twice: as the checkpoint was trained, else by --echo, the task's file, the head.
 
         Raises:
             ValueError: if --echo contradicts the checkpoint, or is true and the head does not read a text twice.
         """
-        if head not in ECHO_HEADS:
+        if not head.echoes:
             if self.echo:
                 raise ValueError(
-                    f"--echo true is for the heads {' and '.join(ECHO_HEADS)}; {task.name} is solved by {head} here. "
-                    "Leave --echo out."
+                    f"--echo true is for the heads {' and '.join(ECHO_HEADS)}; {task.name} is solved by {head.name} "
+                    "here. Leave --echo out."
                 )
             return False
         if trained is None:
-            return task.echo if self.echo is None else self.echo
+            return next(echo for echo in (self.echo, task.echo, head.echo) if echo is not None)
         if self.echo not in (None, trained.echo):
             raise ValueError(
                 f"--echo is {str(self.echo).lower()}, but what is in {trained.source} was trained with "

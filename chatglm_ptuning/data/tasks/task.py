@@ -161,7 +161,8 @@ class Task:
         letters: the prompt lists candidates as A, B, C, ..., and the letter is the answer.
         dataset_format: of instruction rows; None to detect it from the field names.
         source_prefix: text in front of every conversation.
-        echo: whether the text that is tagged or searched is read twice, unless told otherwise.
+        echo: whether the text that is tagged or searched is read twice, unless told otherwise; None for the head's own
+            default.
         subjects: of an examination, by their names in its files.
         groups: of an examination, further sets of subjects that the benchmark reports, across its categories.
         hub: `huggingface` or `modelscope` -> where it is there.
@@ -189,7 +190,7 @@ class Task:
     letters: Flag = False
     dataset_format: str | None = None
     source_prefix: str = ""
-    echo: Flag = False
+    echo: Flag | None = None
     subjects: Mapping[Text, Annotated[Subject, BeforeValidator(_subject)]] = field(default_factory=dict)
     groups: Mapping[Text, Texts] = field(default_factory=dict)
     hub: Mapping[

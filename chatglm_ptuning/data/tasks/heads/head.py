@@ -72,7 +72,8 @@ class Head(ABC):
             ends, `pieces` leaves them whole.
         echo: whether a text to tag or a context to search is read twice. Tags and spans are read off the second copy,
             whose tokens have seen the whole text though attention is causal (Springer et al. 2024, "Repetition
-            improves language model embeddings"). Both copies of a window fit into `max_source_length`.
+            improves language model embeddings"). Both copies of a window fit into `max_source_length`. The default is
+            the head's own, by measurement.
         candidate_scores: one of `CANDIDATE_SCORES`.
         max_answer_length: characters of an extracted answer at most.
     """

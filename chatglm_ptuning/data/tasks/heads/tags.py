@@ -41,6 +41,7 @@ class TagWindow:
         return [IGNORED_LABEL if span is None else tags.index(gold[span[0]]) for span in self.spans]
 
 
+@dataclass(frozen=True)
 class TokenClassification(WindowHead):
     """A linear head on every token, which says the BIO tag of what the token stands for."""
 
@@ -48,6 +49,8 @@ class TokenClassification(WindowHead):
     solves = (TokenExample,)
     model_class = ChatGLMForTokenClassification
     splits_tokens = True
+
+    echo: bool = True
 
     @staticmethod
     def outputs(task: Task) -> list[str]:
