@@ -257,10 +257,10 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """The tasks of `task_runs`, and a tagging task of its own whose file asks for echo."""
+    """The tasks of `task_runs`, and a tagging task of its own whose file says that its text is read once."""
     folder = write_tasks(tmp_path_factory.mktemp("data"))
     own = yaml.safe_load(Path(load_task("cluener").origin).read_text("utf-8"))
-    own |= {"name": "people", "echo": True, "folders": ["cluener"], "aliases": [], "hub": {}}
+    own |= {"name": "people", "echo": False, "folders": ["cluener"], "aliases": [], "hub": {}}
     (folder / "people.yaml").write_text(yaml.safe_dump(own, allow_unicode=True), "utf-8")
     return folder
 
@@ -279,11 +279,21 @@ def refused(capsys, run, *arguments) -> str:
     return " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize(("task", "head"), [("cluener", []), ("cmrc2018", ["--head", "question_answering"])])
-def test_what_a_prefix_was_trained_with_is_recorded_and_used(base, data, tmp_path, capsys, task, head):
+def test_the_measured_default_of_each_head():
+    assert {head.name: head.echo for head in HEADS if head.echoes} == {
+        "token_classification": True,
+        "question_answering": False,
+    }
+    assert not any(head.echo for head in HEADS if not head.echoes)
+
+
+@pytest.mark.parametrize(
+    ("task", "head", "default"), [("cluener", [], True), ("cmrc2018", ["--head", "question_answering"], False)]
+)
+def test_what_a_prefix_was_trained_with_is_recorded_and_used(base, data, tmp_path, capsys, task, head, default):
     for echo in (True, False):
         run, other = tmp_path / str(echo), str(not echo).lower()
-        asked = ["--echo", "true"] if echo else []
+        asked = [] if echo == default else ["--echo", str(echo).lower()]
         train(base, data, task, run, *head, *asked, "--do_predict", "--predict_split", "dev", steps=1)
         assert recorded(run) == {task: echo} and used(run / "predict") is echo
         scored = ["--split", "dev", "--ptuning_checkpoint", run]
@@ -301,18 +311,18 @@ def test_what_a_prefix_was_trained_with_is_recorded_and_used(base, data, tmp_pat
 
 def test_the_task_file_is_the_default_and_the_flag_overrides_it(base, data, tmp_path):
     train(base, data, "people.yaml", tmp_path / "own", steps=1)
-    assert recorded(tmp_path / "own") == {"people": True}
-    train(base, data, "people.yaml", tmp_path / "flag", "--echo", "false", steps=1)
-    assert recorded(tmp_path / "flag") == {"people": False}
+    assert recorded(tmp_path / "own") == {"people": False}
+    train(base, data, "people.yaml", tmp_path / "flag", "--echo", "true", steps=1)
+    assert recorded(tmp_path / "flag") == {"people": True}
     # The checkpoint says how it was trained, whatever the task's file says now; and for another task, too.
     for run, task, echo in itertools.product(("own", "flag"), ("people.yaml", "cluener"), (True, False)):
-        if echo == (run == "own"):
+        if echo == (run == "flag"):
             evaluate(base, data, task, tmp_path / "r", "--split", "dev", "--ptuning_checkpoint", tmp_path / run)
             assert used(tmp_path / "r") is echo
 
 
 def test_a_prefix_of_before_reads_texts_once(base, data, tmp_path, capsys):
-    train(base, data, "cluener", tmp_path / "run", steps=1)
+    train(base, data, "cluener", tmp_path / "run", "--echo", "false", steps=1)
     description = tmp_path / "run" / METADATA_FILE
     content = json.loads(description.read_text("utf-8"))
     del content["training"]["echo"]
@@ -332,7 +342,7 @@ def test_other_methods_record_it_as_well(base, data, tmp_path):
 
 def test_a_run_resumes_only_with_its_own_setting(base, data, tmp_path, capsys):
     saving = ["--save_strategy", "steps", "--save_steps", "1"]
-    train(base, data, "cluener", tmp_path / "run", "--echo", "true", *saving, steps=1)
+    train(base, data, "cluener", tmp_path / "run", "--echo", "false", *saving, steps=1)
     said = refused(capsys, train, base, data, "cluener", tmp_path / "run", *saving)
     assert "echo true" in said and "echo false" in said and "--overwrite_output_dir" in said
 
@@ -368,8 +378,8 @@ def test_tasks_that_share_a_prefix_each_have_their_own(base, data, tmp_path, cap
     words = ["train", "--task_mixture", str(tmp_path / "mix.yaml"), "--model_name_or_path", str(base), "--do_train",
              "--max_steps", "1", "--pre_seq_len", "2", "--disable_tqdm", "true"]  # fmt: skip
     command([*words, "--output_dir", str(tmp_path / "own")])
-    assert recorded(tmp_path / "own") == {"people": True, "cluener": False}
-    for task, echo in (("people.yaml", True), ("cluener", False)):
+    assert recorded(tmp_path / "own") == {"people": False, "cluener": True}
+    for task, echo in (("people.yaml", False), ("cluener", True)):
         evaluate(base, data, task, tmp_path / "r", "--split", "dev", "--ptuning_checkpoint", tmp_path / "own")
         assert used(tmp_path / "r") is echo
     command([*words, "--output_dir", str(tmp_path / "flag"), "--echo", "true"])

@@ -47,7 +47,7 @@ def tokenizers(tmp_path_factory):
 
 def tagger(tokenizer, unit, room=400, stride=16, prompt="找出下面句子里的{labels}：{text}"):
     task = replace(load_task("entities"), prompt=prompt)
-    return TokenClassification(task, tokenizer, room, doc_stride=stride, token_unit=unit)
+    return TokenClassification(task, tokenizer, room, doc_stride=stride, token_unit=unit, echo=False)
 
 
 def random_tags(count: int, seed: int) -> tuple[str, ...]:

@@ -115,7 +115,7 @@ class TaskArguments(InstructionArguments):
         default=None,
         metadata={"help": f"heads {' and '.join(ECHO_HEADS)}: put the text into the prompt twice, and read tags and "
                   "spans off the second copy, which has seen the whole text (default: as the prefix was trained, else "
-                  "the task's own)"},
+                  "as the task file says, else the head's default)"},
     )  # fmt: skip
     candidate_scores: Literal["sum", "mean", "calibrated"] = field(
         default="sum",
@@ -167,7 +167,7 @@ class TaskArguments(InstructionArguments):
                 )
             return False
         if trained is None:
-            return task.echo if self.echo is None else self.echo
+            return next(echo for echo in (self.echo, task.echo, head.echo) if echo is not None)
         if self.echo not in (None, trained.echo):
             raise ValueError(
                 f"--echo is {str(self.echo).lower()}, but {trained.source} was trained with "

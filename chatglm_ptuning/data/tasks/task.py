@@ -130,7 +130,7 @@ class Task:
         letters: the prompt lists the candidates as A, B, C, ..., and the letter is the answer.
         dataset_format: of instruction rows; None to detect it from the field names.
         source_prefix: text in front of every conversation.
-        echo: whether a text to tag or to search is read twice by default.
+        echo: whether a text to tag or to search is read twice by default; None for the head's default.
         subjects: of an examination, by their names in its files.
         groups: of an examination, further sets of subjects to report, across categories.
         hub: where hubs have the task.
@@ -158,7 +158,7 @@ class Task:
     letters: Flag = False
     dataset_format: str | None = None
     source_prefix: str = ""
-    echo: Flag = False
+    echo: Flag | None = None
     subjects: Mapping[Text, Subject] = field(default_factory=dict)
     groups: Mapping[Text, Texts] = field(default_factory=dict)
     hub: Mapping[

@@ -71,7 +71,8 @@ class Head(ABC):
             `pieces` keeps them whole.
         echo: whether a text to tag or a context to search is in the prompt twice. Tags and spans are predicted on the
             second copy, whose tokens have seen the whole text although attention is causal (Springer et al. 2024,
-            "Repetition improves language model embeddings"). Both copies of a window fit into `max_source_length`.
+            "Repetition improves language model embeddings"). Both copies of a window fit into `max_source_length`. The
+            default is the head's, by measurement.
         candidate_scores: one of `CANDIDATE_SCORES`.
         max_answer_length: maximum number of characters of an extracted answer.
     """

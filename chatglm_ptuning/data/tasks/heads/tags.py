@@ -21,6 +21,7 @@ _NOTHING = " "
 """EncodedExample in the place of a token of the file that has no ids, so that there is an id to decide its tag."""
 
 
+@dataclass(frozen=True)
 class TokenClassification(WindowHead):
     """A linear head on every token that predicts its BIO tag."""
 
@@ -28,6 +29,8 @@ class TokenClassification(WindowHead):
     solves = (TokenExample,)
     model_class = ChatGLMForTokenClassification
     splits_tokens = True
+
+    echo: bool = True
 
     @staticmethod
     def outputs(task: Task) -> list[str]:
