@@ -18,13 +18,11 @@ from chatglm_ptuning.data.show import describe, draw_lengths, print_example, pri
 from chatglm_ptuning.data.sources.files import find_sources, iterate_rows
 from chatglm_ptuning.data.sources.rows import BadRows, Row
 from chatglm_ptuning.data.tasks.arguments import InstructionArguments
-from chatglm_ptuning.data.tasks.heads.conversations import ConversationAnswers
+from chatglm_ptuning.data.tasks.heads.head import Head
 from chatglm_ptuning.data.tasks.readers.conversations import ConversationReader
 from chatglm_ptuning.data.tasks.source import SplitSource
 from chatglm_ptuning.files import write_json
-from chatglm_ptuning.model.arguments import DEFAULT_MODEL
-from chatglm_ptuning.model.hub import HUBS
-from chatglm_ptuning.model.loading import load_tokenizer
+from chatglm_ptuning.model.arguments import TokenizerArguments
 
 CHECK_FILE = "data_check.json"
 HISTOGRAM_FILE = "lengths.png"
@@ -37,25 +35,19 @@ Flags: chatglm-ptuning data COMMAND --help"""
 
 
 @dataclass
-class _RowArguments(InstructionArguments):
+class _RowArguments(InstructionArguments, TokenizerArguments):
     """How rows are read and encoded, as in training."""
 
     files: list[str] = field(init=False)
-    hub: str = field(default="huggingface", metadata={"help": f"hub of the base: {' or '.join(HUBS)}"})
-    revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a base on a hub"})
 
-    def head(self, model: str) -> ConversationAnswers:
-        tokenizer = load_tokenizer(model, hub=self.hub, revision=self.revision)
-        return self.setup_of_files(self.files).make_head(tokenizer)
+    def head(self) -> Head:
+        return self.setup_of_files(self.files).make_head(self.load_tokenizer())
 
 
 @dataclass
 class ShowArguments(_RowArguments):
     """Flags of `data show`."""
 
-    model_name_or_path: str = field(
-        default=DEFAULT_MODEL, metadata={"help": "folder of the base whose tokenizer is used (default: nano)"}
-    )
     row: int = field(default=1, metadata={"help": "number of the first row, from 1"})
     rows: int = field(default=1, metadata={"help": "number of rows to show"})
     tokens: bool = field(default=False, metadata={"help": "one token per line, with its id"})
@@ -85,7 +77,7 @@ def show(args: ShowArguments) -> None:
     Raises:
         ValueError: naming file and line, if a row cannot be understood, or there are fewer rows.
     """
-    head = args.head(args.model_name_or_path)
+    head = args.head()
     console = Console(highlight=False, soft_wrap=True)
     source_row = None
     for source_row in itertools.islice(iterate_rows(args.files), args.row - 1, args.row - 1 + args.rows):
@@ -126,7 +118,7 @@ def check(args: CheckArguments) -> bool:
         for _ in examples:
             pass
     else:
-        learn, workers = args.head(args.model_name_or_path).learn, args.preprocessing_num_workers
+        learn, workers = args.head().learn, args.preprocessing_num_workers
         for _, encoded in encode_examples(learn, examples, preparation, bad_rows, num_workers=workers):
             lengths.add(encoded)
     report = checker.report(bad_rows)

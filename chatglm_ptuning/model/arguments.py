@@ -17,8 +17,8 @@ DEFAULT_MODEL = str(Path(__file__).resolve().parents[2] / "data" / "chatglm-nano
 
 
 @dataclass
-class BaseArguments:
-    """The base model that a command uses."""
+class TokenizerArguments:
+    """The base model whose tokenizer a command uses."""
 
     model_name_or_path: str = field(
         default=DEFAULT_MODEL,
@@ -29,10 +29,6 @@ class BaseArguments:
         default=None,
         metadata={"help": "branch, tag or commit of a hub name (default: main)", "aliases": ["--model_revision"]},
     )
-    quantization_bit: Literal[0, 4, 8] | None = field(
-        default=None, metadata={"help": "quantise the base model to 4 or 8 bits (bitsandbytes)"}
-    )
-    quantization_type: Literal["nf4", "fp4"] = field(default="nf4", metadata={"help": "type of the 4-bit numbers"})
 
     def load_config(self) -> ChatGLMConfig:
         """The configuration of the base, without its weights; errors as `find_base`."""
@@ -42,6 +38,16 @@ class BaseArguments:
     def load_tokenizer(self) -> ChatGLMTokenizer:
         """As `loading.load_tokenizer`."""
         return load_tokenizer(self.model_name_or_path, hub=self.hub, revision=self.revision)
+
+
+@dataclass
+class BaseArguments(TokenizerArguments):
+    """The base model that a command uses."""
+
+    quantization_bit: Literal[0, 4, 8] | None = field(
+        default=None, metadata={"help": "quantise the base model to 4 or 8 bits (bitsandbytes)"}
+    )
+    quantization_type: Literal["nf4", "fp4"] = field(default="nf4", metadata={"help": "type of the 4-bit numbers"})
 
     def load_model(self, **settings: Any) -> ChatGLMPreTrainedModel:
         """As `loading.load_model`.

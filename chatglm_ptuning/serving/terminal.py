@@ -15,7 +15,6 @@ from rich.console import Console
 
 from chatglm_ptuning.command_line import fail, parse_arguments
 from chatglm_ptuning.model.arguments import InferenceBaseArguments
-from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.prefix.latest import find_latest_prefix, runs_folder
 from chatglm_ptuning.serving.session import ChatSession
 
@@ -243,15 +242,7 @@ def main(argv: Sequence[str]) -> None:
             stream.reconfigure(errors="replace")
     console = Console()
     try:
-        source = {"hub": arguments.hub, "revision": arguments.revision}
-        tokenizer = load_tokenizer(arguments.model_name_or_path, **source)
-        model = load_model(
-            arguments.model_name_or_path,
-            quantization_bit=arguments.quantization_bit,
-            quantization_type=arguments.quantization_type,
-            device_map=arguments.device_map,
-            **source,
-        )
+        tokenizer, model = arguments.load_tokenizer(), arguments.load_model()
         session = ChatSession(
             model,
             tokenizer,

@@ -9,8 +9,8 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from chatglm_ptuning.data.sources.rows import BadRows, Row, without_nulls
+from chatglm_ptuning.model.hub import HUBS
 
-HUBS = ("huggingface", "modelscope")
 _OPTIONS = ("config", "split", "revision")
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from chatglm_ptuning.data.dataset import Split
 from chatglm_ptuning.data.formats.registry import FORMATS, Columns
 from chatglm_ptuning.data.tasks.heads import ECHO_HEADS, HEAD_NAMES
 from chatglm_ptuning.data.tasks.heads.conversations import ConversationAnswers
-from chatglm_ptuning.data.tasks.heads.head import DEFAULT_TOKEN_UNIT, Head
+from chatglm_ptuning.data.tasks.heads.head import DEFAULT_TOKEN_UNIT, CandidateScores, Head, TokenUnit
 from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
@@ -106,7 +106,7 @@ class TaskArguments(InstructionArguments):
     subjects: list[str] | None = field(
         default=None, metadata={"help": "examinations: use only these subjects or categories"}
     )
-    token_unit: Literal["pieces", "characters"] | None = field(
+    token_unit: TokenUnit | None = field(
         default=None,
         metadata={"help": "what a tag labels: pieces of the tokenizer, or characters (exact at every boundary) "
                   f"(default: as the prefix was trained, else {DEFAULT_TOKEN_UNIT})"},
@@ -117,7 +117,7 @@ class TaskArguments(InstructionArguments):
                   "spans off the second copy, which has seen the whole text (default: as the prefix was trained, else "
                   "as the task file says, else the head's default)"},
     )  # fmt: skip
-    candidate_scores: Literal["sum", "mean", "calibrated"] = field(
+    candidate_scores: CandidateScores = field(
         default="sum",
         metadata={"help": "how candidate answers are ranked: sum (log-likelihood), mean (per token), or calibrated "
                   "(what the text adds to it)"},

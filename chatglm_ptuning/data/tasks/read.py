@@ -12,13 +12,14 @@ from pathlib import Path
 from transformers.utils import logging
 
 from chatglm_ptuning.data.sources.files import DataFile, DataSource, find_sources
-from chatglm_ptuning.data.sources.hub import HUBS, HubDataset, first_line, is_on_hub
+from chatglm_ptuning.data.sources.hub import HubDataset, first_line, is_on_hub
 from chatglm_ptuning.data.sources.rows import BadRows
 from chatglm_ptuning.data.tasks.checked_yaml import nearest
 from chatglm_ptuning.data.tasks.examples import Example, has_gold
 from chatglm_ptuning.data.tasks.readers import reader_of
 from chatglm_ptuning.data.tasks.source import SplitSource, needs_gold, spellings
 from chatglm_ptuning.data.tasks.task import HubSource, Task
+from chatglm_ptuning.model.hub import HUBS
 
 logger = logging.get_logger(__name__)
 

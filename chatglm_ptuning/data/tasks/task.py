@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from string import Formatter
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from chatglm_ptuning.data.formats.registry import Columns
 from chatglm_ptuning.data.tasks.checked_yaml import FORBID, Count, Flag, PositiveNumber, Text, Texts
+from chatglm_ptuning.model.hub import HubName
 
 
 def placeholders(template: str) -> list[str]:
@@ -162,7 +163,7 @@ class Task:
     subjects: Mapping[Text, Subject] = field(default_factory=dict)
     groups: Mapping[Text, Texts] = field(default_factory=dict)
     hub: Mapping[
-        Literal["huggingface", "modelscope"],
+        HubName,
         Annotated[HubSource, BeforeValidator(lambda value: {"id": value} if isinstance(value, str) else value)],
     ] = field(default_factory=dict)
     submission: Submission | None = None

@@ -17,7 +17,6 @@ from chatglm_ptuning.figures import draw_bars
 from chatglm_ptuning.files import check_output_folder, write_text
 from chatglm_ptuning.metrics.task_scores import TaskScores
 from chatglm_ptuning.model.arguments import InferenceBaseArguments
-from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.prefix.latest import runs_folder
 from chatglm_ptuning.version import kit_version
 
@@ -105,15 +104,7 @@ def run_harness(args: HarnessArguments) -> dict[str, Any]:
 
     # Errors in files show before the base is loaded, which takes minutes.
     tasks = load_tasks()
-    tokenizer = load_tokenizer(args.model_name_or_path, hub=args.hub, revision=args.revision)
-    model = load_model(
-        args.model_name_or_path,
-        hub=args.hub,
-        revision=args.revision,
-        quantization_bit=args.quantization_bit,
-        quantization_type=args.quantization_type,
-        device_map=args.device_map,
-    )
+    tokenizer, model = args.load_tokenizer(), args.load_model()
     names = ["base"]
     if args.ptuning_checkpoint is not None:
         model.load_prefix(args.ptuning_checkpoint)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from chatglm_ptuning.chat.message import Conversation, Message
 from chatglm_ptuning.data.encoding import EncodedExample
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
-TOKEN_UNITS = ("characters", "pieces")
-DEFAULT_TOKEN_UNIT = "pieces"
-CANDIDATE_SCORES = ("sum", "mean", "calibrated")
+TokenUnit = Literal["pieces", "characters"]
+DEFAULT_TOKEN_UNIT: TokenUnit = "pieces"
+CandidateScores = Literal["sum", "mean", "calibrated"]
 """How candidates are ranked: by log-likelihood, by log-likelihood per token, or by how much the text raises it."""
 
 Ids = Sequence[int]
@@ -73,7 +73,7 @@ class Head(ABC):
             second copy, whose tokens have seen the whole text although attention is causal (Springer et al. 2024,
             "Repetition improves language model embeddings"). Both copies of a window fit into `max_source_length`. The
             default is the head's, by measurement.
-        candidate_scores: one of `CANDIDATE_SCORES`.
+        candidate_scores: how candidate answers are ranked: by the sum of log-likelihoods, by their mean, or calibrated.
         max_answer_length: maximum number of characters of an extracted answer.
     """
 
@@ -89,9 +89,9 @@ class Head(ABC):
     max_source_length: int = 1024
     max_target_length: int = 128
     doc_stride: int = 64
-    token_unit: str = DEFAULT_TOKEN_UNIT
+    token_unit: TokenUnit = DEFAULT_TOKEN_UNIT
     echo: bool = False
-    candidate_scores: str = "sum"
+    candidate_scores: CandidateScores = "sum"
     max_answer_length: int = 50
 
     def __post_init__(self) -> None:
