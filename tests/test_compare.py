@@ -310,6 +310,30 @@ def test_runs_are_real_resumed_and_may_fail(folder, content, tmp_path):
     assert next(row for row in again if row["method"] == "prefix")["scores"] == rows["prefix"]["scores"]
 
 
+def test_instruction_files_are_compared(content, tmp_path):
+    rows = [{"prompt": text, "response": "好"} for text, _ in TEST]
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    content["base"] = str(tiny_base.make_base(tmp_path))
+    content["seeds"] = [1]
+    content["common"] |= {"max_target_length": 4}
+    content["tasks"] = {"answers": dict.fromkeys(("train_file", "validation_file"), str(tmp_path / "rows.json"))}
+    content["methods"] = {"prefix": {}, "plain base": {"tuning": "none"}, "linear": {"head": "linear"}}
+    path, output = tmp_path / "plan.yaml", tmp_path / "output"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    refused = command(path, output)
+    assert refused.returncode == 1 and "answers by linear: rows has no linear head" in refused.stderr
+    done = command(path, output, "--methods", "prefix", "plain base")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((output / "comparison.json").read_text("utf-8"))["rows"]
+    found = {row["method"]: row for row in found}
+    assert {(name, row["metric"], row["split"]) for name, row in found.items()} == {
+        ("prefix", "rouge-l", "rows.json"),
+        ("plain base", "rouge-l", "rows.json"),
+    }
+    results = json.loads((output / "runs/answers/prefix/seed-1/all_results.json").read_text("utf-8"))
+    assert found["prefix"]["scores"] == [results["predict_rouge-l"]]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -137,6 +137,22 @@ def test_every_setting_is_tried_with_every_seed_and_the_best_command_repeats_the
         assert results["eval_loss"] == points[-1][2]
 
 
+@pytest.mark.parametrize("metric", [None, "loss"])
+def test_instruction_files_are_searched_by_their_answers_or_their_loss(base, tmp_path, metric):
+    rows = [{"prompt": text, "response": answer} for answer, texts in (("好", TEXTS["yes"]), ("你", TEXTS["no"]))
+            for text in texts]  # fmt: skip
+    file, out = tmp_path / "rows.json", tmp_path / "search"
+    file.write_text(json.dumps(rows), "utf-8")
+    arguments = [word for word in flags(base, file, out) if word not in ("--task", str(file))]
+    place = arguments.index("--task_data")
+    arguments[place : place + 2] = ["--train_file", str(file), "--validation_file", str(file)]
+    command([*arguments, "--max_target_length", "4", *(["--metric", metric] if metric else [])])
+    found = report(out)
+    results = json.loads((out / "runs/trial-0/seed-42/all_results.json").read_text("utf-8"))
+    assert found["best"]["seeds"]["42"]["score"] == results[f"eval_{metric or 'rouge-l'}"]
+    assert ("eval_rouge-l" in results) == (metric is None)
+
+
 def test_a_run_from_init_prefix_text_starts_as_the_base_with_that_text_in_front(base, task, tmp_path):
     text = "请问今天天气"
     tokenizer = load_tokenizer(str(base))

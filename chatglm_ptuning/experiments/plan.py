@@ -13,13 +13,12 @@ from pydantic import AfterValidator, BeforeValidator, Field, InstanceOf
 from pydantic.dataclasses import dataclass
 
 from chatglm_ptuning.command_line import FlagChecker
-from chatglm_ptuning.data.sources.rows import BadRows
-from chatglm_ptuning.data.tasks.arguments import usual_split
+from chatglm_ptuning.data.cache import TokenCache
+from chatglm_ptuning.data.dataset import Loader, Split
 from chatglm_ptuning.data.tasks.checked_yaml import FORBID, Text, YamlFile, nearest, read_yaml
 from chatglm_ptuning.data.tasks.examples import Example, has_gold
 from chatglm_ptuning.data.tasks.heads import LINEAR_HEADS, head_of, heads_of
 from chatglm_ptuning.data.tasks.heads.head import Prediction
-from chatglm_ptuning.data.tasks.read import read_examples
 from chatglm_ptuning.data.tasks.registry import load_task
 from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.evaluation.report import score_task
@@ -33,6 +32,10 @@ OWN_FLAGS = (
     "do_predict", "config",
 )  # fmt: skip
 """Flags that the comparison sets for every run."""
+FILE_FLAGS = ("train_file", "validation_file", "test_file")
+"""Flags of a task in the plan that is to learn instruction files."""
+_TASK_FLAGS = ("task_data", "subjects", "train_split", "eval_split", "predict_split")
+"""Flags that do not apply to instruction files, though the plan may have them for all tasks."""
 HEAD_WORDS = ("linear", "verbaliser")
 """Values of `head` beside the names of heads: the task's linear head, or its head that scores answers."""
 _EXAMPLE = "docs/compare.md has an example"
@@ -68,8 +71,8 @@ class Plan:
 
     Attributes:
         base: the base model of every run.
-        tasks: name in the table -> flags of its runs. `task` defaults to the name; `methods` holds flags of single
-            cells, or None for a cell that is left out.
+        tasks: name in the table -> flags of its runs. `task` defaults to the name if no instruction files are named;
+            `methods` holds flags of single cells, or None for a cell that is left out.
         methods: name in the table -> flags of its runs; None for the tuning method of that name.
         seeds: of every task and method.
         common: flags of every run.
@@ -104,9 +107,12 @@ class Plan:
         if own is None:
             return None
         of_method = self.methods[method]
-        flags = {**RUN_DEFAULTS, **self.common, "task": task, **(self.tasks[task] or {}),
+        of_task = self.tasks[task] or {}
+        name = {} if any(files in of_task for files in FILE_FLAGS) else {"task": task}
+        flags = {**RUN_DEFAULTS, **self.common, **name, **of_task,
                  **({"tuning": method} if of_method is None else of_method), **own, **self.last}  # fmt: skip
-        return {name: value for name, value in flags.items() if value is not None and name != "methods"}
+        unused = {"methods", *(() if "task" in flags else _TASK_FLAGS)}
+        return {name: value for name, value in flags.items() if value is not None and name not in unused}
 
 
 @dataclass(frozen=True)
@@ -242,27 +248,36 @@ def _check_cell(
     plan: Plan, task: str, method: str, flags: dict[str, Any], checker: FlagChecker, splits: _Splits
 ) -> Cell | str:
     """The cell, or the reason why it cannot be run."""
-    definition = load_task(str(flags["task"]))
-    tuning = flags.get("tuning", "ptuning_v2")
-    head = _head(definition, flags.get("head"), tuning != "none")
+    tuning, asked = flags.get("tuning", "ptuning_v2"), flags.pop("head", None)
+    kinds = (ModelArguments, DataArguments, TuningArguments)
+    _, data, _ = checker.values({**flags, "model_name_or_path": plan.base}, kinds)
+    if data.task is None:
+        definition = data.setup_of_files(data.train_file or data.validation_file or data.test_file).task
+    else:
+        definition = load_task(data.task)
+    head = _head(definition, asked, tuning != "none")
     if tuning == "none" and head in LINEAR_HEADS:
         return f"the plain base has no {head.replace('_', ' ')} head"
     if tuning == "head_only" and head not in LINEAR_HEADS:
         return f"{head} has no head to train alone"
-    flags = {**flags, "head": head}
-    kinds = (ModelArguments, DataArguments, TuningArguments)
-    _, data, _ = checker.values({**flags, "model_name_or_path": plan.base}, kinds)
-    data.setup_of_task(definition, heads_of(definition)[head])
-    split, tested = splits.tested(definition, data)
-    if not has_gold(tested):
+    if data.task is not None:
+        flags["head"] = head
+        data.setup_of_task(definition, heads_of(definition)[head])
+    split = data.split(definition, "test")
+    if not has_gold(splits.read(definition, data, split)):
         raise ValueError(
-            f"the split {split} has no labels to score against; name another one of {', '.join(definition.files)} by "
-            "predict_split."
+            f"the split {split.name} has no labels to score against; name another one of "
+            f"{', '.join(definition.files)} by predict_split."
         )
     if tuning != "none":
-        splits.training(definition, data)
+        splits.read(definition, data, data.split(definition, "train"))
         splits.trained.setdefault(task, (definition, data))
-    return Cell(task, method, definition, head, split, flags)
+    return Cell(task, method, definition, head, _shown(data, split), flags)
+
+
+def _shown(data: DataArguments, split: Split) -> str:
+    """A split as the table names it: by its name, or by the instruction files."""
+    return split.name if data.task is not None else ", ".join(Path(place).name for place in split.places)
 
 
 def _head(task: Task, asked: Any, trains: bool) -> str:
@@ -290,27 +305,20 @@ class _Splits:
         self._examples: dict[tuple[Any, ...], Sequence[Example]] = {}
         self.trained: dict[str, tuple[Task, DataArguments]] = {}
 
-    def tested(self, task: Task, data: DataArguments) -> tuple[str, Sequence[Example]]:
-        """The split that is scored, and its examples."""
-        split = data.predict_split or usual_split(task, "test")
-        return split, self._read(task, data, split)[: data.max_predict_samples]
-
-    def training(self, task: Task, data: DataArguments) -> Sequence[Example]:
-        """The training examples."""
-        return self._read(task, data, data.train_split or usual_split(task, "train"))[: data.max_train_samples]
-
     def majority(self, task: Task, data: DataArguments) -> tuple[str, Mapping[str, float]] | None:
         """See `CheckedPlan.majority`; None for a task without labels, or with several labels per text."""
-        split, tested = self.tested(task, data)
+        split = data.split(task, "test")
+        tested = self.read(task, data, split)
         if all(example.gold not in list(task.labels) for example in tested):
             return None
-        counts = Counter(example.gold for example in self.training(task, data) if not example.left_out)
+        training = self.read(task, data, data.split(task, "train"))
+        counts = Counter(example.gold for example in training if not example.left_out)
         most = max(task.labels, key=counts.__getitem__)
-        return split, score_task(task, tested, [Prediction(most)] * len(tested)).metrics
+        return split.name, score_task(task, tested, [Prediction(most)] * len(tested)).metrics
 
-    def _read(self, task: Task, data: DataArguments, split: str) -> Sequence[Example]:
-        key = (task.origin, data.task_data, split, tuple(data.subjects or ()))
+    def read(self, task: Task, data: DataArguments, split: Split) -> Sequence[Example]:
+        """The examples of a split."""
+        key = (task.origin, *split.places, split.name, split.limit, *(split.subjects or ()))
         if key not in self._examples:
-            bad_rows = BadRows(data.skip_bad_rows)
-            self._examples[key] = read_examples(task, data.task_data, split, subjects=data.subjects, bad_rows=bad_rows)
+            self._examples[key] = Loader(TokenCache(), data.skip_bad_rows).read(task, split).examples
         return self._examples[key]

@@ -210,15 +210,15 @@ def _parse(argv: Sequence[str]) -> tuple[SearchArguments, list[str], str]:
     passed_type = passed_flags()
     args, passed = parse_arguments(
         "chatglm-ptuning search",
-        "Search the prefix length, the learning rate and the initial values for a task, scored on its dev split. Other "
-        "flags of train apply to every trial.",
+        "Search the prefix length, the learning rate and the initial values for a task, scored on its dev split, or "
+        "for instruction files, scored on --validation_file. Other flags of train apply to every trial.",
         (SearchArguments, passed_type),
         argv,
         RETIRED_FLAGS,
     )
     common = words_of(passed, *parse_arguments("chatglm-ptuning search", "", (passed_type,), []))
-    if passed.task is None:
-        fail("--task is required: trials are scored on its dev split.")
+    if passed.task is None and not (passed.train_file and passed.validation_file):
+        fail("give --task, whose dev split the trials are scored on, or --train_file and --validation_file.")
     if (passed.eval_split or "").startswith("test"):
         fail(f"--eval_split {passed.eval_split}: a search never uses a test split; name a dev split.")
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
@@ -227,13 +227,18 @@ def _parse(argv: Sequence[str]) -> tuple[SearchArguments, list[str], str]:
     first = args.train_arguments(common, args.grid()[0], args.seeds[0])
     _, data_args, *_ = parse_arguments("chatglm-ptuning search", "", TRAIN_FLAGS, first)
     try:
-        task = load_task(data_args.task)
-        data_args.setup_of_task(task, head_of(task, data_args.head))
+        if data_args.task is None:
+            task = data_args.setup_of_files(data_args.train_file).task
+        else:
+            task = load_task(data_args.task)
+            data_args.setup_of_task(task, head_of(task, data_args.head))
     except ValueError as error:
         fail(str(error))
     metric, known = args.metric or task.metric, [*reader_of(task).metrics_of(task), "loss"]
     if metric not in known:
         fail(f"--metric of {task.name} must be one of {', '.join(known)}, got {metric!r}")
+    if data_args.task is None and metric != "loss":
+        common += flag_words({"predict_with_generate": True})
     return args, common, metric
 
 

@@ -18,8 +18,7 @@ PROJECTIONS = {"false": (False,), "true": (True,), "both": (False, True)}
 _SET_BY_SEARCH = {
     "seed", "do_train", "do_eval", "do_predict", "predict_split", "max_predict_samples", "compare_base",
     "eval_strategy", "save_strategy", "load_best_model_at_end", "overwrite_output_dir", "resume_from_checkpoint",
-    "ptuning_checkpoint", "train_file", "train_weights", "validation_file", "test_file", "predict_with_generate",
-    "disable_tqdm", "report_to",
+    "ptuning_checkpoint", "test_file", "predict_with_generate", "disable_tqdm", "report_to",
 }  # fmt: skip
 """Flags of `train` that `search` sets itself, or that do not apply to it."""
 

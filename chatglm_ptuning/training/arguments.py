@@ -10,7 +10,9 @@ import torch
 from transformers import Seq2SeqTrainingArguments
 from transformers.utils import logging
 
+from chatglm_ptuning.data.dataset import Split
 from chatglm_ptuning.data.tasks.arguments import TaskArguments
+from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.files import check_output_folder
 from chatglm_ptuning.model.arguments import BaseArguments
 from chatglm_ptuning.prefix.latest import runs_folder
@@ -160,6 +162,25 @@ class DataArguments(TaskArguments):
             limit = getattr(self, name)
             if limit is not None and limit < 1:
                 raise ValueError(f"--{name} must be at least 1 (leave it out for all rows), got {limit}")
+
+    def split(self, task: Task, kind: Literal["train", "dev", "test"]) -> Split:
+        """The rows to train on, to evaluate on during training, or to test on.
+
+        Args:
+            task: the task that --task names, or that of the instruction files.
+
+        Raises:
+            ValueError: if the flags name no file, or the task has no such split.
+        """
+        limits = {"train": self.max_train_samples, "dev": self.max_eval_samples, "test": self.max_predict_samples}
+        if self.task is not None:
+            named = {"train": self.train_split, "dev": self.eval_split, "test": self.predict_split}
+            return self.split_of_task(task, kind, named[kind], limits[kind])
+        name = "train_file" if kind == "train" else "validation_file"
+        files = getattr(self, name) if kind != "test" else self.test_file or self.validation_file
+        if not files:
+            raise ValueError(f"--{name} is needed for what the flags ask.")
+        return Split(files, limit=limits[kind], weights=self.train_weights if kind == "train" else None)
 
 
 @dataclass

@@ -152,12 +152,10 @@ def resolve(
     if data_args.task_mixture is not None:
         mixture = read_mixture(data_args.task_mixture)
         tasks = _tasks_of_mixture(mixture, model_args, data_args, args)
-    elif data_args.task is not None:
-        tasks = (_registry_task(model_args, data_args, args),)
-        if args.tuning == "ptuning_v2" and args.learning_rate_is_default:
-            args.learning_rate = tasks[0].task.learning_rate
     else:
-        tasks = (_file_task(data_args, args),)
+        tasks = (_single_task(model_args, data_args, args),)
+        if data_args.task is not None and args.tuning == "ptuning_v2" and args.learning_rate_is_default:
+            args.learning_rate = tasks[0].task.learning_rate
     base = replace(model_args, pre_seq_len=_prefix_length(model_args, args, tasks))
     if args.tuning == "full" and base.dtype == "auto":
         # Weights that are trained must be in float32: small steps are rounded away in 16 bits.
@@ -232,46 +230,28 @@ def _check_flags(
 # ---- tasks ----
 
 
-def _file_task(flags: DataArguments, args: PrefixTrainingArguments) -> RunTask:
-    """The task of instruction files."""
-
-    def split(needed: bool, name: str, limit: int | None, weights: list[float] | None = None) -> Split | None:
-        if not needed:
-            return None
-        if not getattr(flags, name):
-            raise ValueError(f"--{name} is needed for what the flags ask.")
-        return Split(getattr(flags, name), limit=limit, weights=weights)
-
-    train = split(args.do_train, "train_file", flags.max_train_samples, flags.train_weights)
-    dev = split(args.do_eval, "validation_file", flags.max_eval_samples)
-    test = split(args.do_predict, "test_file" if flags.test_file else "validation_file", flags.max_predict_samples)
-    files = next(found.places for found in (train, dev, test) if found is not None)
-    return RunTask(flags.setup_of_files(files), train, dev, test)
-
-
-def _registry_task(model_args: ModelArguments, flags: DataArguments, args: PrefixTrainingArguments) -> RunTask:
-    """The task that --task names, with the head that --head or the checkpoint names."""
-    task, checkpoint = load_task(flags.task), model_args.ptuning_checkpoint
-    if checkpoint is None:
-        head, trained = head_of(task, flags.head), None
+def _single_task(model_args: ModelArguments, flags: DataArguments, args: PrefixTrainingArguments) -> RunTask:
+    """The task of instruction files; or the task that --task names, with the head of --head or of the checkpoint."""
+    checkpoint = model_args.ptuning_checkpoint
+    if flags.task is None:
+        setup = flags.setup_of_files(flags.train_file or flags.validation_file or flags.test_file or [""])
+    elif checkpoint is None:
+        task = load_task(flags.task)
+        head = head_of(task, flags.head)
         head.check(task)
+        setup = flags.setup_of_task(task, head)
     else:
-        details = recorded_details(checkpoint, model_args)
+        task, details = load_task(flags.task), recorded_details(checkpoint, model_args)
         head = heads_of(task)[recorded_head(details, task, flags.head, checkpoint)]
-        trained = recorded_reading(details, task, checkpoint)
-    if flags.compare_base and args.do_predict and head.name in LINEAR_HEADS:
-        raise ValueError(
-            f"--compare_base: the base has no {head.name.replace('_', ' ')} head; compare it by --head generation."
-        )
-
-    def split(needed: bool, kind: str, named: str | None, limit: int | None) -> Split | None:
-        return flags.split_of_task(task, kind, named, limit) if needed else None
-
+        setup = flags.setup_of_task(task, head, recorded_reading(details, task, checkpoint))
+    if flags.compare_base and args.do_predict and setup.head.name in LINEAR_HEADS:
+        name = setup.head.name.replace("_", " ")
+        raise ValueError(f"--compare_base: the base has no {name} head; compare it by --head generation.")
     return RunTask(
-        flags.setup_of_task(task, head, trained),
-        split(args.do_train, "train", flags.train_split, flags.max_train_samples),
-        split(args.do_eval, "dev", flags.eval_split, flags.max_eval_samples),
-        split(args.do_predict, "test", flags.predict_split, flags.max_predict_samples),
+        setup,
+        flags.split(setup.task, "train") if args.do_train else None,
+        flags.split(setup.task, "dev") if args.do_eval else None,
+        flags.split(setup.task, "test") if args.do_predict else None,
     )
 
 
