@@ -145,7 +145,7 @@ class Loader:
         return {"report": report.as_dict(), "warnings": checker.warnings(), "faults": bad_rows.messages}
 
     def read(self, task: Task, split: Split) -> ReadExamples:
-        """The examples of a split.
+        """The examples of a split, before there is a tokenizer: faults in files show before a base is loaded.
 
         Raises:
             ValueError: as `read_examples`; if more rows than `skip_bad_rows` cannot be understood.
