@@ -1,4 +1,4 @@
-"""Rows to examples: labels, limits, what is cut and left out, and what the report says of it."""
+"""Rows to examples: labels, limits, what is truncated and left out, and what the report says about it."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_conversation_is_one_example_or_one_for_each_answer(chatglm2, chatglm3
     assert counted(report) == {"rows": 1, "used": 1, "examples": 2}
 
 
-def test_what_just_fits_is_not_cut(tokenizer):
+def test_what_just_fits_is_not_truncated(tokenizer):
     answer = 4 + (3 if tokenizer.chat_format == "chatglm3" else 1)
     rows = [row(prompt="甲乙丙", response="丁戊己庚")]
     shown, report = trained(tokenizer, rows, FRAME[tokenizer.chat_format] + 3, answer)
@@ -106,7 +106,7 @@ def test_a_long_question_loses_its_middle(chatglm2, chatglm3):
     assert counted(report) == {"rows": 1, "used": 1, "examples": 1, "source_cut": 1}
 
 
-def test_the_oldest_rounds_go_first_and_whole(chatglm2, chatglm3):
+def test_whole_rounds_are_dropped_oldest_first(chatglm2, chatglm3):
     rows = [row(prompt="戊", response="己", history=[["甲甲甲", "乙"], ["丙", "丁"]])]
     shown, report = trained(chatglm2, rows, 45, 10, columns=HISTORY)
     assert shown == ["[gMASK]sop▁[Round▁1]\n\n问：丙\n\n答：丁\n\n[Round▁2]\n\n问：戊\n\n答：【▁己</s>】"]
@@ -116,7 +116,7 @@ def test_the_oldest_rounds_go_first_and_whole(chatglm2, chatglm3):
     assert counted(report) == {"rows": 1, "used": 1, "examples": 1, "history_cut": 1}
 
 
-def test_rounds_and_question_are_cut_when_rounds_are_not_enough(chatglm3):
+def test_the_question_is_truncated_if_dropping_rounds_is_not_enough(chatglm3):
     rows = [row(prompt="丙丁戊己庚", response="辛", history=[["甲", "乙"]])]
     shown, report = trained(chatglm3, rows, 7 + 2, 10, columns=HISTORY)
     assert shown == ["[gMASK]sop<|user|>▁\n▁丙庚<|assistant|>【▁\n▁辛</s>】"]
@@ -136,7 +136,7 @@ def test_a_conversation_may_share_both_limits(chatglm3):
     assert counted(report) == {"rows": 1, "used": 1, "examples": 1, "source_cut": 1, "target_cut": 1}
 
 
-def test_a_conversation_loses_its_oldest_turns_but_not_its_system_message(chatglm3):
+def test_a_truncated_conversation_keeps_its_system_message(chatglm3):
     rows = [turns("甲", "乙", "丙", "丁", "戊", "己", system="公园")]
     shown, report = trained(chatglm3, rows, 32, 4)
     assert shown == [
@@ -145,7 +145,7 @@ def test_a_conversation_loses_its_oldest_turns_but_not_its_system_message(chatgl
     assert counted(report) == {"rows": 1, "used": 1, "examples": 1, "history_cut": 1}
 
 
-def test_the_longest_texts_of_the_last_turn_are_cut_and_answers_are_not(chatglm3):
+def test_the_longest_texts_of_the_last_turn_are_truncated_but_not_answers(chatglm3):
     messages = [
         {"role": "user", "content": "甲乙丙"},
         {"role": "assistant", "content": "f()", "metadata": "get"},
@@ -159,7 +159,7 @@ def test_the_longest_texts_of_the_last_turn_are_cut_and_answers_are_not(chatglm3
     assert counted(report) == {"rows": 1, "used": 1, "examples": 1, "source_cut": 1}
 
 
-def test_rows_without_use_are_counted_and_left_out(tokenizer):
+def test_unusable_rows_are_counted_and_left_out(tokenizer):
     rows = [
         row(prompt="", response=None),
         row(prompt="甲", response=" "),
@@ -175,7 +175,7 @@ def test_rows_without_use_are_counted_and_left_out(tokenizer):
     }  # fmt: skip
 
 
-def test_a_row_that_cannot_be_cut_to_the_limit_is_left_out(chatglm3):
+def test_a_row_that_cannot_be_truncated_to_the_limit_is_left_out(chatglm3):
     call = {"role": "assistant", "content": "f" * 40, "metadata": "get"}
     messages = [{"role": "user", "content": "甲"}, call, {"role": "observation", "content": "雨"},
                 {"role": "assistant", "content": "乙"}]  # fmt: skip
@@ -236,8 +236,8 @@ def test_the_report_in_numbers_and_words(chatglm3):
     assert report.summary() == (
         "102 rows, 101 used, 101 examples\n"
         "rows left out: 1 empty (first: rows.json:1)\n"
-        "examples truncated: 20 without the middle of the source (--max_source_length) (first: rows.json:1), "
-        "1 without the end of the answer (--max_target_length) (first: rows.json:1)\n"
+        "examples truncated: 20 without the middle of the source (max_source_length) (first: rows.json:1), "
+        "1 without the end of the answer (max_target_length) (first: rows.json:1)\n"
         "tokens of the source before truncation: half have at most 57, 90 % 97, 99 % 106, the maximum is 107\n"
         "tokens of the target before truncation: half have at most 4, 90 % 4, 99 % 4, the maximum is 12\n"
         "tokens of the example after truncation: half have at most 62, 90 % 92, 99 % 92, the maximum is 92"

@@ -60,7 +60,7 @@ def test_show_colours_on_a_terminal(tmp_path, capsys):
     assert capsys.readouterr().out == "\x1b[2m[gMASK]sop你\x1b[0m\x1b[1;32m好\x1b[0m\n"
 
 
-def test_show_says_what_is_cut_and_what_is_not_there(base, tmp_path, capsys):
+def test_show_reports_truncation_and_missing_rows(base, tmp_path, capsys):
     path = data_file(tmp_path, {"prompt": "甲" * 50, "response": "乙"}, {"prompt": "", "response": ""})
     more = ["--model_name_or_path", str(base), "--max_source_length", "20"]
     main(["data", "show", str(path), *more])
@@ -93,7 +93,7 @@ def test_check_of_good_data(base, tmp_path, capsys):
     assert found["tokens"]["percentiles"]["source"]["50"] == sorted(sources)[19]
 
 
-def test_check_finds_what_is_wrong_and_what_is_suspicious(tmp_path, capsys):
+def test_check_finds_faults_and_suspicious_rows(tmp_path, capsys):
     path = data_file(
         tmp_path,
         {"prompt": "问", "response": "答"},
@@ -127,7 +127,7 @@ def test_check_finds_what_is_wrong_and_what_is_suspicious(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("rows", [[{"prompt": "问", "response": ""}], ["[1, 2"], []])
-def test_check_of_data_that_nothing_can_be_learned_from(tmp_path, rows, capsys):
+def test_check_of_data_with_nothing_to_learn(tmp_path, rows, capsys):
     fails("data", "check", data_file(tmp_path, *rows))
     assert "error: " in capsys.readouterr().out
     fails("data", "check", tmp_path / "none.json")

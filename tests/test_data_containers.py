@@ -180,7 +180,7 @@ def test_names_of_hub_datasets():
             find_sources(name)
 
 
-def test_rows_of_a_hub_are_those_of_its_files(tmp_path):
+def test_a_hub_dataset_has_the_rows_of_its_files(tmp_path):
     datasets = pytest.importorskip("datasets")
     names = datasets.ClassLabel(names=["差评", "好评"])
     turns = datasets.List({"role": datasets.Value("string"), "weight": datasets.Value("int32")})
@@ -228,6 +228,6 @@ def test_bad_rows_are_counted_until_there_are_too_many(tmp_path):
         f"{path}:2", f"{path}:3", f"{path}:4", f"{table}:2",
     ]  # fmt: skip
     with pytest.raises(
-        ValueError, match=rf"^More than 2 bad rows \(--skip_bad_rows\). The last one:\n{path}:4: not UTF-8"
+        ValueError, match=rf"^More than 2 bad rows \(skip_bad_rows\). The last one:\n{path}:4: not UTF-8"
     ):
         list(iterate_rows([path], BadRows(2)))

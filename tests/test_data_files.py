@@ -1,4 +1,4 @@
-"""Reading data files and understanding rows: what is read, and what is said about each kind of fault."""
+"""Reading data files and rows: what is read, and the error for each kind of fault."""
 
 from __future__ import annotations
 

@@ -56,13 +56,13 @@ def test_known_pairs_of_columns_need_no_names(fields):
     assert read(row(**values, id=3), "columns").messages == [user("问"), answer("答")]
 
 
-def test_a_history_beside_a_known_pair_is_taken_but_not_beside_named_columns():
+def test_a_history_is_read_beside_a_known_pair_but_not_beside_named_columns():
     values = row(prompt="问二", response="答二", history=[["问一", "答一"]])
     assert read(values, "columns").messages == [user("问一"), answer("答一", loss=False), user("问二"), answer("答二")]
     assert read(values, "columns", Columns("prompt", "response")).messages == [user("问二"), answer("答二")]
 
 
-def test_one_named_column_leaves_the_other_to_be_told():
+def test_one_named_column_finds_its_known_partner():
     assert read(row(content="问", summary="答"), "columns", Columns(prompt="content")).messages[1] == answer("答")
     assert "which columns are question and answer" in refusal(row(a="问", b="答"), Columns(prompt="a"))
 
@@ -144,7 +144,7 @@ def test_openai_tool_calls_are_followed_each_by_its_result():
     ]  # fmt: skip
 
 
-def test_openai_results_belong_to_the_calls_in_front_of_them_though_ids_come_again():
+def test_openai_results_belong_to_the_calls_before_them_even_if_ids_repeat():
     def turn(*cities: str) -> list[dict]:
         calls = [
             {"id": str(place), "type": "function", "function": {"name": "f", "arguments": json.dumps({"c": city})}}
@@ -238,7 +238,7 @@ def test_files_of_conversations_need_no_columns_even_if_some_are_named():
     assert read(row(conversations=turns), "chatglm3", Columns("content", "summary")).messages[1] == answer("答")
 
 
-def test_a_named_format_needs_no_telling_apart():
+def test_a_named_format_is_not_detected():
     values = row(content="问", summary="答", prompt="甲", response="乙")
     assert read(values, "columns", Columns("prompt", "response")).messages[0] == user("甲")
     assert read(row(messages=[], conversations=[]), "messages", Columns(dataset_format="openai")).messages == []

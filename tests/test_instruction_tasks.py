@@ -133,7 +133,7 @@ def test_rows_of_tasks_are_kept_and_reported(folder, tmp_path):
     for found in (made, kept):
         assert (found.report.rows, found.report.bad, found.report.source_cut) == (6, 2, 2)
         summary = found.summary()
-        assert f"2 without the middle of the source (--max_source_length) (first: {tmp_path}/mood.jsonl:1)" in summary
+        assert f"2 without the middle of the source (max_source_length) (first: {tmp_path}/mood.jsonl:1)" in summary
         assert f"2 rows that repeat an earlier row word for word: {tmp_path}/mood.jsonl:4" in summary
         assert f"2 bad rows were skipped, the first:\n{tmp_path}/mood.jsonl:2: the task mood has no label" in summary
     with pytest.raises(ValueError, match=r"mood.jsonl:2: the task mood has no label '\?'"):

@@ -1,4 +1,4 @@
-"""Examples on disk: what is in them, when they are made anew, and what killed or concurrent processes leave."""
+"""Rows in the cache: their content, when they are encoded again, and what killed or concurrent processes leave."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_examples_are_those_of_the_encoder(tmp_path, encoder, cache, workers):
     assert not data.reused
 
 
-def test_what_is_there_is_used_until_something_changes(tmp_path, encoder, cache):
+def test_cached_rows_are_reused_until_something_changes(tmp_path, encoder, cache):
     path = data_file(tmp_path, *map(pair, range(5)))
     first = prepare([path], encoder(), cache)
     (entry,) = entries(cache)
@@ -105,7 +105,7 @@ def test_what_is_there_is_used_until_something_changes(tmp_path, encoder, cache)
     assert len(entries(cache)) == len(changed) + 3
 
 
-def test_several_files_in_a_folder_each_have_their_entry(tmp_path, encoder, cache):
+def test_every_file_of_a_folder_has_its_own_entry(tmp_path, encoder, cache):
     folder = tmp_path / "shards"
     folder.mkdir()
     data_file(folder, pair(1), pair(2), name="a.json")
@@ -149,7 +149,7 @@ def test_a_mixture_depends_on_the_seed_alone():
     assert mixture([10, 400], [2.3, 0.5], seed=7)[:23].tolist() == chosen[:23].tolist()
 
 
-def test_bad_rows_end_the_work_or_are_skipped_and_counted(tmp_path, encoder, cache):
+def test_bad_rows_raise_or_are_skipped_and_counted(tmp_path, encoder, cache):
     tool = {"messages": [{"role": "user", "content": "甲"}, {"role": "observation", "content": "乙"},
                          {"role": "assistant", "content": "丙"}]}  # fmt: skip
     path = data_file(tmp_path, pair(1), "{broken", {"甲": 1}, tool, pair(2))
@@ -208,7 +208,7 @@ def test_a_process_that_is_killed_leaves_nothing_half_written(cache):
     assert not list(cache.folder.glob(".*"))
 
 
-def test_of_several_processes_one_makes_it_and_the_others_wait(cache, tmp_path):
+def test_one_of_several_processes_makes_an_entry_and_the_others_wait(cache, tmp_path):
     log = tmp_path / "log"
 
     def make(folder: Path) -> dict:
@@ -225,7 +225,7 @@ def test_of_several_processes_one_makes_it_and_the_others_wait(cache, tmp_path):
     assert log.read_text() == "made\n"
 
 
-def test_a_damaged_entry_is_made_anew(tmp_path, encoder, cache):
+def test_a_damaged_entry_is_made_again(tmp_path, encoder, cache):
     path = data_file(tmp_path, *map(pair, range(1, 6)))
     prepare([path], encoder(), cache)
     (entry,) = entries(cache)

@@ -6,7 +6,6 @@ import re
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from chatglm_ptuning.data.report import in_words, percentiles
@@ -50,66 +49,19 @@ _MISREAD = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class CheckReport:
-    """What was found in the rows.
+class Checker:
+    """Looks at examples as they pass by, and reports what it found; it keeps a few bytes of each.
+
+    Args:
+        bad_rows: counts the rows that are not understood.
 
     Attributes:
-        rows: number of rows that were understood.
-        bad: number of rows that were not understood; `errors` holds the messages about the first of them.
-        formats: rows by dataset format.
-        turns: percentiles of the answers in a row.
-        characters: percentiles of the characters of `source` (all but the answers) and `target` (all answers).
-        scripts: by script, its share of the letters, and the rows in which it occurs.
-        counts: rows by finding (FINDINGS).
+        counts: number of rows by finding (FINDINGS).
         places: the first rows of every finding, as FILE:LINE.
     """
 
-    rows: int
-    bad: int
-    errors: list[str]
-    formats: dict[str, int]
-    turns: dict[str, int]
-    characters: dict[str, dict[str, int]]
-    scripts: dict[str, dict[str, float]]
-    counts: dict[str, int]
-    places: dict[str, list[str]]
-
-    def as_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
-        return asdict(self)
-
-    @property
-    def usable(self) -> int:
-        """Number of rows from which something can be learned."""
-        return self.rows - sum(self.counts.get(name, 0) for name in ("empty", "one_sided", "without_targets"))
-
-    def warnings(self) -> list[str]:
-        """What is suspicious, one line each, with the first places."""
-        lines = []
-        for name, meaning in FINDINGS.items():
-            if count := self.counts.get(name):
-                more = ", ..." if count > len(self.places[name]) else ""
-                lines.append(f"{count} {meaning}: {', '.join(self.places[name])}{more}")
-        return lines
-
-    def summary(self) -> str:
-        """The report in a few lines for people, without warnings and errors."""
-        counted = [f"{name} ({count})" for name, count in self.formats.items()]
-        formats = ", ".join(counted if len(counted) > 1 else self.formats) or "unknown"
-        lines = [f"{self.rows + self.bad} rows, dataset format: {formats}"]
-        if not self.rows:
-            return lines[0]
-        lines.append(f"answers in a row: {in_words(self.turns)}")
-        lines += [f"characters of the {name}: {in_words(values)}" for name, values in self.characters.items()]
-        shares = ", ".join(f"{name} {100 * found['share']:.1f} %" for name, found in self.scripts.items())
-        return "\n".join([*lines, f"letters: {shares or 'none'}"])
-
-
-class Checker:
-    """Looks at examples as they pass by; it keeps a few bytes of each."""
-
-    def __init__(self) -> None:
+    def __init__(self, bad_rows: BadRows) -> None:
+        self.bad_rows = bad_rows
         self.seen: set[int] = set()
         self.turns, self.source, self.target = array("i"), array("i"), array("i")
         self.formats, self.letters, self.rows_with, self.counts = Counter(), Counter(), Counter(), Counter()
@@ -121,28 +73,57 @@ class Checker:
             self._note(example)
             yield example
 
-    def report(self, bad_rows: BadRows) -> CheckReport:
-        """What was found so far.
+    def report(self) -> dict[str, Any]:
+        """What was found so far, ready for JSON.
 
-        Args:
-            bad_rows: counted the rows that were not understood.
+        - `rows`, `bad`: numbers of rows that were understood, and that were not.
+        - `formats`: rows by dataset format.
+        - `turns`: percentiles of the answers in a row.
+        - `characters`: percentiles of the characters of `source` (all but the answers) and `target` (all answers).
+        - `scripts`: by script, its `share` of the letters, and the `rows` in which it occurs.
+        - `counts`, `places`: as the attributes.
         """
         letters = self.letters.total()
-        return CheckReport(
-            rows=len(self.turns),
-            bad=bad_rows.count,
-            errors=list(bad_rows.messages),
-            formats=dict(self.formats),
-            turns=percentiles(self.turns),
-            characters={"source": percentiles(self.source), "target": percentiles(self.target)},
-            scripts={
+        return {
+            "rows": len(self.turns),
+            "bad": self.bad_rows.count,
+            "formats": dict(self.formats),
+            "turns": percentiles(self.turns),
+            "characters": {"source": percentiles(self.source), "target": percentiles(self.target)},
+            "scripts": {
                 name: {"share": round(self.letters[name] / letters, 4), "rows": self.rows_with[name]}
                 for name in SCRIPTS
                 if self.letters[name]
             },
-            counts=dict(self.counts),
-            places=dict(self.places),
-        )
+            "counts": dict(self.counts),
+            "places": dict(self.places),
+        }
+
+    def is_usable(self) -> bool:
+        """Whether something can be learned from any row."""
+        return len(self.turns) > sum(self.counts[name] for name in ("empty", "one_sided", "without_targets"))
+
+    def warnings(self) -> list[str]:
+        """What is suspicious, one line each, with the first places."""
+        return [
+            f"{self.counts[name]} {meaning}: {', '.join(self.places[name])}"
+            + (", ..." if self.counts[name] > len(self.places[name]) else "")
+            for name, meaning in FINDINGS.items()
+            if self.counts[name]
+        ]
+
+    def summary(self) -> str:
+        """The report in a few lines for people, without warnings."""
+        report = self.report()
+        counted = [f"{name} ({count})" for name, count in self.formats.items()]
+        formats = ", ".join(counted if len(counted) > 1 else self.formats) or "unknown"
+        lines = [f"{report['rows'] + report['bad']} rows, dataset format: {formats}"]
+        if not report["rows"]:
+            return lines[0]
+        lines.append(f"answers in a row: {in_words(report['turns'])}")
+        lines += [f"characters of the {name}: {in_words(values)}" for name, values in report["characters"].items()]
+        shares = ", ".join(f"{name} {100 * found['share']:.1f} %" for name, found in report["scripts"].items())
+        return "\n".join([*lines, f"letters: {shares or 'none'}"])
 
     def _note(self, example: Example) -> None:
         self.formats[example.dataset_format] += 1

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from chatglm_ptuning.command_line import fail, parse_arguments
-from chatglm_ptuning.data.check import Checker, CheckReport
+from chatglm_ptuning.data.check import Checker
 from chatglm_ptuning.data.encoding import Lengths, encode_examples
 from chatglm_ptuning.data.report import PreparationReport, percentiles
 from chatglm_ptuning.data.show import describe, draw_lengths, print_example, print_tokens
@@ -108,7 +109,7 @@ def check(args: CheckArguments) -> bool:
         ValueError: if there is no such tokenizer, or a limit is too small for its chat format.
     """
     bad_rows = BadRows(None)
-    checker = Checker()
+    checker = Checker(bad_rows)
     unreadable: list[str] = []
     task = args.setup_of_files(args.files).task
     every = [_Readable(name, unreadable) for name in args.files]
@@ -121,16 +122,16 @@ def check(args: CheckArguments) -> bool:
         learn, workers = args.head().learn, args.preprocessing_num_workers
         for _, encoded in encode_examples(learn, examples, preparation, bad_rows, num_workers=workers):
             lengths.add(encoded)
-    report = checker.report(bad_rows)
-    report.errors.extend(unreadable)
-    if not report.usable and not unreadable:
-        report.errors.append("There is no row from which anything can be learned.")
+    errors = [*bad_rows.messages, *unreadable]
+    if not checker.is_usable() and not unreadable:
+        errors.append("There is no row from which anything can be learned.")
     if lengths["example"]:
         preparation.set_lengths(lengths)
-    _print_check(args, report, preparation)
+    _print_check(args, checker, errors, preparation)
     if args.output_dir is not None:
-        _write_check(args, report, preparation, lengths)
-    return not report.errors
+        content = {"files": args.files, "fit": not errors, "errors": errors, **checker.report()}
+        _write_check(args, content, preparation, lengths)
+    return not errors
 
 
 @dataclass(frozen=True)
@@ -148,25 +149,26 @@ class _Readable:
             self.unreadable.append(str(error))
 
 
-def _print_check(args: CheckArguments, report: CheckReport, preparation: PreparationReport) -> None:
+def _print_check(args: CheckArguments, checker: Checker, errors: Sequence[str], preparation: PreparationReport) -> None:
     print(", ".join(args.files))
-    print(report.summary())
+    print(checker.summary())
     if preparation.lengths:
         print(f"in tokens of {args.model_name_or_path}:")
         print(preparation.summary())
-    for warning in report.warnings():
+    for warning in checker.warnings():
         print(f"warning: {warning}")
-    for place, error in enumerate(report.errors):
+    for place, error in enumerate(errors):
         print(f"error: {error if place == 0 else error.splitlines()[0]}")
-    if report.bad > BadRows.KEPT:
-        print(f"error: and {report.bad - BadRows.KEPT} more rows that cannot be understood")
-    print("Not fit to train on; see the errors." if report.errors else "Fit to train on.")
+    if checker.bad_rows.count > BadRows.KEPT:
+        print(f"error: and {checker.bad_rows.count - BadRows.KEPT} more rows that cannot be understood")
+    print("Not fit to train on; see the errors." if errors else "Fit to train on.")
 
 
-def _write_check(args: CheckArguments, report: CheckReport, preparation: PreparationReport, lengths: Lengths) -> None:
+def _write_check(
+    args: CheckArguments, content: dict[str, Any], preparation: PreparationReport, lengths: Lengths
+) -> None:
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"files": args.files, "fit": not report.errors, **report.as_dict()}
     if lengths["example"]:
         limits = {"source": args.max_source_length, "target": args.max_target_length}
         shares = (1, 5, 25, 50, 75, 90, 95, 99, 100)

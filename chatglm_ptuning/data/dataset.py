@@ -100,15 +100,18 @@ class Loader:
         warnings: list[str] = []
         reused = True
         for place, weight in zip(split.places, split.weights or [1.0] * len(split.places), strict=True):
-            for part in _units(head, place, split, bad_rows):
+            found = split_parts(head.task, place, split.name, split.subjects, bad_rows)
+            # Each file has its own entry in the cache.
+            for part in (replace(whole, sources=[source]) for whole in found for source in whole.sources):
                 if split.limit is not None:
                     part = replace(part, limit=split.limit - (report.rows - report.bad))
                     if part.limit <= 0:
                         break
                 entry, was_there = self.cache.entry(_key(head, part), partial(self._make, head, part))
                 facts = read_facts(entry)
-                if was_there:
-                    _repeat_faults(facts, bad_rows)
+                if was_there:  # count its bad rows as when it was made; only the first messages are kept
+                    for number in range(facts["report"]["bad"]):
+                        bad_rows.add(facts["faults"][min(number, len(facts["faults"]) - 1)])
                 reused = reused and was_there
                 report.add_counts(PreparationReport(**facts["report"]))
                 warnings += facts["warnings"]
@@ -117,13 +120,9 @@ class Loader:
         chosen = _mixed(parts, self.seed)
         if not len(chosen):
             raise ValueError(f"train_weights {' '.join(map(str, split.weights or []))} leave no row; raise them.")
-        columns = {"source": "source_length", "target": "target_length", "example": "length"}
-        report.set_lengths(
-            {
-                name: np.concatenate([column(rows, column_name) for rows, _ in parts if len(rows)])
-                for name, column_name in columns.items()
-            }
-        )
+        names = {"source": "source_length", "target": "target_length", "example": "length"}
+        filled = [rows for rows, _ in parts if len(rows)]
+        report.set_lengths({key: np.concatenate([column(rows, names[key]) for rows in filled]) for key in names})
         if bad_rows.count:
             warnings = [f"{bad_rows.count} bad rows were skipped, the first:\n{bad_rows.messages[0]}", *warnings]
         return LoadedRows(chosen, report, warnings, reused)
@@ -131,29 +130,22 @@ class Loader:
     def _make(self, head: Head, part: SplitSource, folder: Path) -> dict[str, Any]:
         """Writes the rows of a part, and returns what the cache keeps about them."""
         bad_rows = BadRows(None, whole=part.bad_rows)
-        checker, report = Checker(), PreparationReport()
+        checker, report = Checker(bad_rows), PreparationReport()
         found = reader_of(head.task).read(replace(part, bad_rows=bad_rows))
         examples = checker.watch(itertools.islice(that_count(head.task, part.split, found), part.limit))
         encoding = {"num_workers": self.num_workers, "progress": self.progress}
-        write_rows(
-            folder,
-            (
-                {
-                    **row,
-                    "length": len(row["input_ids"]),
-                    "source_length": source_length,
-                    "target_length": target_length,
-                    "digest": example.digest,
-                }
-                for example, encoded in encode_examples(head.learn, examples, report, bad_rows, **encoding)
-                for row, (source_length, target_length) in zip(encoded.rows, encoded.lengths, strict=True)
-            ),
-        )
-        warnings = checker.report(bad_rows).warnings()
-        return {"report": report.as_dict(), "warnings": warnings, "faults": bad_rows.messages}
+
+        def rows() -> Iterator[dict[str, Any]]:
+            for example, encoded in encode_examples(head.learn, examples, report, bad_rows, **encoding):
+                for row, (source, target) in zip(encoded.rows, encoded.lengths, strict=True):
+                    lengths = {"length": len(row["input_ids"]), "source_length": source, "target_length": target}
+                    yield {**row, **lengths, "digest": example.digest}
+
+        write_rows(folder, rows())
+        return {"report": report.as_dict(), "warnings": checker.warnings(), "faults": bad_rows.messages}
 
     def read(self, task: Task, split: Split) -> ReadExamples:
-        """The examples of a split.
+        """The examples of a split, before there is a tokenizer: faults in files show before a base is loaded.
 
         Raises:
             ValueError: as `read_examples`; if more rows than `skip_bad_rows` cannot be understood.
@@ -268,13 +260,6 @@ def _mixed(parts: Sequence[tuple[datasets.Dataset, float]], seed: int) -> datase
     return together.select(mixture([len(rows) for rows, _ in parts], weights, seed), keep_in_memory=True)
 
 
-def _units(head: Head, place: str, split: Split, bad_rows: BadRows) -> Iterator[SplitSource]:
-    """The files of a place, one by one; each has its own entry in the cache."""
-    for part in split_parts(head.task, place, split.name, split.subjects, bad_rows):
-        for source in part.sources:
-            yield replace(part, sources=[source])
-
-
 def _key(head: Head, part: SplitSource) -> dict[str, Any]:
     beside = [DataFile(path) for path in reader_of(head.task).beside(part)]
     return {
@@ -287,10 +272,3 @@ def _key(head: Head, part: SplitSource) -> dict[str, Any]:
         "tokenizer": tokenizer_fingerprint(head.tokenizer),
         "kit": [kit_version(), code_fingerprint()],
     }
-
-
-def _repeat_faults(facts: dict[str, Any], bad_rows: BadRows) -> None:
-    """Counts the bad rows of an entry from the cache as when it was made."""
-    count, messages = facts["report"]["bad"], facts["faults"]
-    for number in range(count):
-        bad_rows.add(messages[min(number, len(messages) - 1)])

@@ -13,12 +13,12 @@ LEFT_OUT = {
     "one_sided": "with only a question or only an answer",
     "without_targets": "with nothing to learn",
     "too_long": "too long to be truncated to the limit",
-    "bad": "that could not be understood (--skip_bad_rows)",
+    "bad": "that could not be understood (skip_bad_rows)",
 }
 TRUNCATED = {
     "history_cut": "without their oldest turns",
-    "source_cut": "without the middle of the source (--max_source_length)",
-    "target_cut": "without the end of the answer (--max_target_length)",
+    "source_cut": "without the middle of the source (max_source_length)",
+    "target_cut": "without the end of the answer (max_target_length)",
 }
 """Counters of `PreparationReport` in words: of rows, and of examples."""
 

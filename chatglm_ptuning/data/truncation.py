@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from chatglm_ptuning.chat.format import ChatFormat
-from chatglm_ptuning.chat.message import Conversation, Message, turn_starts
+from chatglm_ptuning.chat.message import Conversation, turn_starts
 
 
 def truncate_source(
@@ -44,7 +44,13 @@ def truncate_source(
         return shortened, counted
 
     def with_texts_of(length: int) -> Conversation:
-        return replace(shortened, messages=[_without_middle(message, length) for message in shortened.messages])
+        kept = [
+            message
+            if message.role == "assistant"
+            else replace(message, content=without_middle(message.content, length))
+            for message in shortened.messages
+        ]
+        return replace(shortened, messages=kept)
 
     longest = max((len(message.content) for message in shortened.messages if message.role != "assistant"), default=0)
     cut = with_texts_of(longest_that_fits(longest, lambda length: fits(with_texts_of(length))))
@@ -70,9 +76,3 @@ def without_middle(text: str, length: int) -> str:
         return text
     head, tail = (length + 1) // 2, length // 2
     return text[:head] + text[len(text) - tail :]
-
-
-def _without_middle(message: Message, length: int) -> Message:
-    if message.role == "assistant":
-        return message
-    return replace(message, content=without_middle(message.content, length))

@@ -11,7 +11,7 @@ from chatglm_ptuning.files import check_output_folder
 from chatglm_ptuning.model.arguments import DEFAULT_MODEL, InferenceBaseArguments
 
 DEFAULT_TEST_FILE = str(Path(DEFAULT_MODEL).parent / "news_topic" / "dev.json")
-"""What is scored when no file is named: bundled with the sources, columns `content` and `summary`."""
+"""What is scored when no file is named: bundled with the sources, columns `text` and `label`."""
 
 RETIRED_FLAGS = {
     "do_predict": "generating and scoring is all that evaluate does.",

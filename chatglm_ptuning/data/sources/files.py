@@ -12,17 +12,10 @@ from pathlib import Path
 from chatglm_ptuning.data.sources.hub import HubDataset, is_on_hub
 from chatglm_ptuning.data.sources.json_rows import json_rows
 from chatglm_ptuning.data.sources.rows import BadRows, Row
-from chatglm_ptuning.data.sources.tables import csv_rows, parquet_rows, plain_text_rows, tsv_rows
-from chatglm_ptuning.data.sources.text import (
-    DATA_SUFFIXES,
-    data_files,
-    data_suffix,
-    first_character,
-    listed,
-    open_bytes,
-)
+from chatglm_ptuning.data.sources.tables import parquet_rows, plain_text_rows, table_rows
+from chatglm_ptuning.data.sources.text import DATA_SUFFIXES, data_files, data_suffix, first_character, open_bytes
 
-_READERS = {".csv": csv_rows, ".tsv": tsv_rows, ".txt": plain_text_rows}
+_READERS = {".csv": table_rows, ".tsv": table_rows, ".txt": plain_text_rows}
 _SPLITS = {
     "train": "train", "training": "train", "dev": "validation", "val": "validation", "valid": "validation",
     "validation": "validation", "eval": "validation", "test": "test", "testing": "test",
@@ -122,7 +115,7 @@ def _files_of_folder(folder: Path) -> list[Path]:
             splits.setdefault(split, path.name)
     if len(splits) > 1:
         raise ValueError(
-            f"{folder} holds files of several splits ({listed(list(splits.values()))}); name the files of one split, "
+            f"{folder} holds files of several splits ({', '.join(splits.values())}); name the files of one split, "
             f"or a pattern such as '{folder}/train*'."
         )
     return files

@@ -63,24 +63,25 @@ class HubDataset:
             bad_rows, json_in_text: as for files; the rows of a hub are never bad, nor JSON in a text file.
 
         Raises:
+            ValueError, ImportError: as `content`.
+        """
+        for number, values in enumerate(self.content, start=1):
+            yield Row(_decoded(values, self.content.features), str(self), number, has_lines=False)
+
+    def fingerprint(self) -> str:
+        """The fingerprint that `datasets` gives the content."""
+        return str(self.content._fingerprint)
+
+    @cached_property
+    def content(self) -> Any:
+        """The `datasets.Dataset`.
+
+        Raises:
             ValueError: if the dataset cannot be downloaded, saying what to do offline.
             ImportError: if the hub's client is not installed.
         """
-        data = self._downloaded()
-        for number, values in enumerate(data, start=1):
-            yield Row(_decoded(values, data.features), str(self), number, has_lines=False)
-
-    def fingerprint(self) -> str:
-        """The fingerprint that `datasets` gives the content.
-
-        Raises:
-            ValueError, ImportError: as `rows`.
-        """
-        return str(self._downloaded()._fingerprint)
-
-    def _downloaded(self) -> Any:
         try:
-            return self.content
+            return self._download(self.split or "train")
         except ImportError:
             raise
         except Exception as error:  # the clients raise errors of many libraries
@@ -89,15 +90,7 @@ class HubDataset:
                 f"(`hf download --repo-type dataset {self.repository}`) and name its files or folder instead."
             ) from error
 
-    @cached_property
-    def content(self) -> Any:
-        """The `datasets.Dataset`.
-
-        Raises:
-            ImportError: if the hub's client is not installed.
-            Exception: whatever the client raises.
-        """
-        split = self.split or "train"
+    def _download(self, split: str) -> Any:
         if self.hub == "huggingface":
             import datasets
 

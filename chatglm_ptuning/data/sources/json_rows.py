@@ -127,13 +127,11 @@ class _ArrayText:
                 self.fail(_reason(error))
 
     def drop(self, count: int) -> None:
-        """Drops so many characters."""
         dropped, self.text = self.text[:count], self.text[count:]
         self.line += dropped.count("\n")
         self.column = count - dropped.rfind("\n") - 1 if "\n" in dropped else self.column + count
 
     def fail(self, reason: str) -> NoReturn:
-        """Raises the ValueError for a fault at the beginning."""
         raise ValueError(_message(self.path, self.line, reason, self.text[: 4 * _SHOWN]))
 
     def _fill(self) -> None:

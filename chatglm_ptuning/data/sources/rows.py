@@ -83,5 +83,5 @@ class BadRows:
         if self.whole is not None:
             self.whole.add(message)
         if self.limit is not None and self.count > self.limit:
-            several = f"More than {self.limit} bad rows (--skip_bad_rows). The last one:\n" if self.limit else ""
+            several = f"More than {self.limit} bad rows (skip_bad_rows). The last one:\n" if self.limit else ""
             raise ValueError(several + message)

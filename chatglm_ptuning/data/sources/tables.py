@@ -9,45 +9,28 @@ from pathlib import Path
 from typing import Any
 
 from chatglm_ptuning.data.sources.rows import BadRows, Row, without_nulls
-from chatglm_ptuning.data.sources.text import not_utf8, open_bytes, open_text, text_lines
+from chatglm_ptuning.data.sources.text import data_suffix, not_utf8, open_bytes, open_text, text_lines
 
 TEXT_COLUMN = "text"
 """The column of the rows of a .txt file."""
 _PARQUET_BATCH = 256
 
 
-def csv_rows(path: Path, bad_rows: BadRows) -> Iterator[Row]:
-    """Rows of a CSV file, whose first line names the columns; every value is text.
+def table_rows(path: Path, bad_rows: BadRows) -> Iterator[Row]:
+    """Rows of a CSV or TSV file, whose first line names the columns; every value is text.
 
-    Raises:
-        ValueError: as `_table_rows`; and as `bad_rows.add` for a row with broken quotes.
-    """
-    return _table_rows(path, bad_rows, "commas or line breaks in it needs double quotes", strict=True)
-
-
-def tsv_rows(path: Path, bad_rows: BadRows) -> Iterator[Row]:
-    """Rows of a TSV file, whose first line names the columns; every value is text.
-
-    There is no quoting, as in the TSV files that benchmarks publish: a double quote is text like any other.
-
-    Raises:
-        ValueError: as `_table_rows`.
-    """
-    needs = "tabs or line breaks in it needs a CSV file"
-    return _table_rows(path, bad_rows, needs, delimiter="\t", quoting=csv.QUOTE_NONE)
-
-
-def _table_rows(path: Path, bad_rows: BadRows, needs: str, **dialect: Any) -> Iterator[Row]:
-    """Rows of a table whose first line names the columns. A line may also end in a carriage return alone.
-
-    Args:
-        needs: how a value with separators in it must be written, for a message.
-        dialect: settings of `csv.reader`.
+    TSV has no quoting, as in the files that benchmarks publish: a double quote is text like any other. A line may also
+    end in a carriage return alone.
 
     Raises:
         ValueError: naming file and line, if there are no rows, or the column names are missing or repeated; and as
-            `bad_rows.add` for a row that is not UTF-8, or has another number of values.
+            `bad_rows.add` for a row that is not UTF-8, has broken quotes, or has another number of values.
     """
+    if data_suffix(path) == ".tsv":
+        dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+        needs = "tabs or line breaks in it needs a CSV file"
+    else:
+        dialect, needs = {"strict": True}, "commas or line breaks in it needs double quotes"
     csv.field_size_limit(2**31 - 1)
     columns: list[str] | None = None
     found = False

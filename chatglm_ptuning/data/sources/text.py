@@ -130,11 +130,6 @@ def first_character(path: Path) -> str:
     return ""
 
 
-def listed(names: list[str]) -> str:
-    """The first few names, for a message."""
-    return ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
-
-
 def _missing(path: Path) -> str:
     if not path.parent.is_dir():
         hint = ""
@@ -143,5 +138,6 @@ def _missing(path: Path) -> str:
         return f"{path} does not exist, nor does its folder {path.parent.absolute()}; check the path.{hint}"
     near = difflib.get_close_matches(path.name, [child.name for child in path.parent.iterdir()], n=3, cutoff=0.5)
     names = near or [child.name for child in data_files(path.parent)]
-    hint = f"did you mean {listed(names)}?" if names else "that folder has no data files."
+    listed = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
+    hint = f"did you mean {listed}?" if names else "that folder has no data files."
     return f"{path} does not exist in {path.parent.absolute()}; {hint}"

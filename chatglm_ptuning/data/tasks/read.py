@@ -224,9 +224,7 @@ def _dataset_on_hub(
         )
         try:
             columns = dataset.content.features
-        except ImportError:
-            raise
-        except Exception as error:  # the clients raise errors of many libraries
+        except ValueError as error:
             errors.setdefault(first_line(error), error)
             continue
         return dataset, {role: column for role, column in place.fields.items() if column.split(".")[0] in columns}
