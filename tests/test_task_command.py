@@ -131,7 +131,7 @@ def test_a_duplicate_id_is_reported_before_the_base_is_loaded(base, data, runs, 
     nowhere = tmp_path / "no base"
     twice = r"test.jsonl:3: duplicate id 'a', first at "
     said = refusal(capsys, evaluation.main, flags(nowhere, folder, "mood.yaml", "--ptuning_checkpoint", "none"))
-    assert twice in said and "test.jsonl:1, and" in said and "max_predict_samples 3" in said
+    assert twice in said and "test.jsonl:1, but" in said and "max_predict_samples 3" in said
     start = [*flags(base, folder, "mood.yaml"), "--output_dir", str(tmp_path / "run"), "--do_train", "--do_predict"]
     assert twice in refusal(capsys, training.main, start)
     tuned = ["--ptuning_checkpoint", runs("sequence_classification")[0]]
