@@ -154,7 +154,7 @@ def test_a_prompt_without_room_for_two_copies_is_refused(tokenizers):
     tokenizer = tokenizers["chatglm3"]
     fixed = sum(map(len, frame_of(tokenizer, "找：", "\n完"))) + len(between(tokenizer))
     example = TokenExample(id=0, tokens=("甲",), where="a.json:3")
-    with pytest.raises(ValueError, match=r"a.json:3: .*twice.* --max_source_length"):
+    with pytest.raises(ValueError, match=r"a.json:3: .*twice.* max_source_length"):
         tagger(tokenizer, room=fixed + 1).windows(example)
     assert tagger(tokenizer, room=fixed + 2).windows(example)
 

@@ -131,7 +131,7 @@ def test_a_duplicate_id_is_reported_before_the_base_is_loaded(base, data, runs, 
     nowhere = tmp_path / "no base"
     twice = r"test.jsonl:3: duplicate id 'a', first at "
     said = refusal(capsys, evaluation.main, flags(nowhere, folder, "mood.yaml", "--ptuning_checkpoint", "none"))
-    assert twice in said and "test.jsonl:1, and" in said and "--max_predict_samples 3" in said
+    assert twice in said and "test.jsonl:1, but" in said and "max_predict_samples 3" in said
     start = [*flags(base, folder, "mood.yaml"), "--output_dir", str(tmp_path / "run"), "--do_train", "--do_predict"]
     assert twice in refusal(capsys, training.main, start)
     tuned = ["--ptuning_checkpoint", runs("sequence_classification")[0]]
@@ -199,7 +199,7 @@ def test_a_mismatch_is_refused_naming_both_sides(base, data, runs, tmp_path, cap
     assert "--task needs --task_data" in refusal(capsys, start, [*without, *out, "--do_train"])
     assert "belong to a --task" in refusal(capsys, start, [*out, "--do_train", "--train_split", "dev"])
     said = refusal(capsys, start, [*flags(base, data, "moods.yaml"), *out, "--do_train", "--head", "generation"])
-    assert "--head generation cannot solve moods; sequence_classification can" in said
+    assert "head generation cannot solve moods; sequence_classification can" in said
     said = refusal(
         capsys, start, [*flags(base, data, "mood.yaml"), *out, "--do_train", "--do_predict", "--compare_base"]
     )

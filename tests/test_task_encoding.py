@@ -144,7 +144,7 @@ def test_ids_of_the_prompt_decide_no_tag(tokenizers):
     assert tokenizer.decode(window.input_ids, skip_special_tokens=True).strip() == (
         "{春天{text}}是春天{text}，{text}是{"
     )
-    with pytest.raises(ValueError, match=r"a.json:3: the prompt does not fit into --max_source_length 5"):
+    with pytest.raises(ValueError, match=r"a.json:3: the prompt does not fit into max_source_length 5"):
         tagger(tokenizer, "pieces", 5).windows(TokenExample(id=0, tokens=("甲",), where="a.json:3"))
 
 
@@ -253,7 +253,7 @@ def test_long_pairs_are_truncated_in_the_middle_of_each_text_and_keep_the_questi
     assert "前提：甲乙" in text and "\n假设：今天" in text and "前提与假设的关系是（蕴含、矛盾、中立）：" in text
     assert "丙丁\n假设" in text and "有雨\n前提与" in text
     assert head_of(task, head)(task, tokenizer, len(whole)).prompt_ids(PAIR) == whole
-    with pytest.raises(ValueError, match=r"p.json:1: the prompt does not fit into --max_source_length 20"):
+    with pytest.raises(ValueError, match=r"p.json:1: the prompt does not fit into max_source_length 20"):
         head_of(task, head)(task, tokenizer, 20).prompt_ids(PAIR)
 
 
@@ -293,7 +293,7 @@ def test_multi_label_rows_have_a_vector_of_labels(tokenizers):
         [MultiLabelExample(id=0, text="今", labels=("体育", "农业")), MultiLabelExample(id=1, text="天", labels=())],
     )
     assert rows[0]["labels"] == [1.0, 0, 0, 0, 0, 1, 0, 0, 0, 0] and rows[1]["labels"] == [0.0] * 10
-    with pytest.raises(ValueError, match="--head generation cannot solve news_topic; sequence_classification can"):
+    with pytest.raises(ValueError, match="head generation cannot solve news_topic; sequence_classification can"):
         head_of(task, "generation")
 
 

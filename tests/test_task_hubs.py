@@ -84,7 +84,7 @@ def test_a_hub_dataset_without_subjects_is_not_read_once_for_each_subject(tmp_pa
     task, source = load_task("ceval"), f"huggingface:{tmp_path}"
     (example,) = read_examples(task, source, "val", subjects=["law"])
     assert example.answer == 1
-    with pytest.raises(ValueError, match="all of its rows are of one subject, name that by --subjects"):
+    with pytest.raises(ValueError, match="all of its rows are of one subject, choose it"):
         read_examples(task, source, "val")
 
 

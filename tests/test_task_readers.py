@@ -165,7 +165,7 @@ def test_a_single_file_of_an_examination_is_one_subject(tmp_path):
     (example,) = read_examples(load_task("ceval"), tmp_path / "law_val.csv", "val")
     assert (example.subject, example.id, example.answer) == ("law", 3, 1)
     (tmp_path / "mine.csv").write_text(table, "utf-8")
-    with pytest.raises(ValueError, match=r"mine.csv is one file, .* ceval .* by --subjects"):
+    with pytest.raises(ValueError, match=r"mine.csv is one file, .* ceval .* choose a subject"):
         read_examples(load_task("ceval"), tmp_path / "mine.csv", "val")
     (example,) = read_examples(load_task("ceval"), tmp_path / "mine.csv", "val", subjects=["law"])
     assert example.subject == "law"

@@ -155,9 +155,7 @@ def _subject_of_file(task: Task, path: Path, split: str, chosen: Sequence[str | 
     name = path.name.removesuffix(".gz")
     if name not in of_name:
         known = f", or name the file as in its split {split} ({next(iter(of_name))})" if of_name else ""
-        raise ValueError(
-            f"{path} is one file, but {task.name} has one for each subject: choose a subject by --subjects{known}."
-        )
+        raise ValueError(f"{path} is one file, but {task.name} has one for each subject: choose a subject{known}.")
     return of_name[name]
 
 
@@ -212,7 +210,7 @@ def _dataset_on_hub(
     if not is_only_subject:
         places = [place for place in places if place.config is not None and "{subject}" in place.config]
         if not places:
-            raise ValueError(f"{task.name} is read from {named.hub} by subject: choose one by --subjects.")
+            raise ValueError(f"{task.name} is read from {named.hub} by subject: choose one subject.")
     errors: dict[str, Exception] = {}
     for place in places:
         config = None if place.config is None else place.config.format(subject=subject)
@@ -229,7 +227,7 @@ def _dataset_on_hub(
             continue
         return dataset, {role: column for role, column in place.fields.items() if column.split(".")[0] in columns}
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
-    of_one = "" if is_only_subject else "If all of its rows are of one subject, name that by --subjects. "
+    of_one = "" if is_only_subject else "If all of its rows are of one subject, choose it. "
     raise ValueError(
         f"{task.name}, split {split}, could not be read from {named.hub}:{places[-1].id}{offline}: "
         f"{' / '.join(errors)} {of_one}Without a network, fetch the published files elsewhere and name their folder."

@@ -115,7 +115,7 @@ class SplitSource:
         column = self.fields[role]
         value = _value_of(row, column, _ABSENT)
         if value is _ABSENT:
-            self.missing(row, role, column)
+            self.missing(row, role)
         return as_text(row, value, column)
 
     def example_id(self, row: Row, index: int) -> int | str:
@@ -136,12 +136,15 @@ class SplitSource:
             fail(row, f"the id must be a whole number or text, found {str(value)[:60]}.")
         return value
 
-    def missing(self, row: Row, role: str, column: str) -> NoReturn:
-        """Refuses a row in which a column is missing or empty.
+    def missing(self, row: Row, role: str) -> NoReturn:
+        """Refuses a row in which the column of a role is missing or empty.
 
         Raises:
-            ValueError: always, naming file, line, column and role.
+            ValueError: always, naming file, line, column and role; or the task file, if it does not name the column.
         """
+        if role not in self.fields:
+            raise ValueError(f"{self.task.origin}: 'fields' does not name the column of '{role}'.")
+        column = self.fields[role]
         value = _value_of(row, column, _ABSENT)
         if value is not _ABSENT:
             no_label = " (for a text without any label, an empty list)" if self.task.multi_label else ""

@@ -34,7 +34,7 @@ def can_submit(task: Task, examples: Sequence[Example]) -> bool:
     if not has_gold(examples):
         raise ValueError(
             f"{repeated}, but a submission has one answer for each id. Correct the file, or predict without a "
-            f"submission by --max_predict_samples {len(examples)}."
+            f"submission by limiting the number of examples (max_predict_samples {len(examples)})."
         )
     logger.warning(f"{repeated}: no submission is written.")
     return False

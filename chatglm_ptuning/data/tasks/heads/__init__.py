@@ -45,5 +45,5 @@ def head_of(task: Task, name: str | None) -> type[Head]:
     """
     known, name = heads_of(task), name or task.head
     if name not in known:
-        raise ValueError(f"--head {name} cannot solve {task.name}; {' or '.join(known)} can.")
+        raise ValueError(f"The head {name} cannot solve {task.name}; {' or '.join(known)} can.")
     return known[name]

@@ -39,7 +39,7 @@ class ConversationAnswers(Generation):
             raise ValueError(
                 f"max_source_length={self.max_source_length} is too small: in the {self.tokenizer.chat_format} format "
                 f"a question of one character takes {shortest} tokens"
-                f"{' with the source prefix' if self.task.source_prefix else ''}; increase --max_source_length."
+                f"{' with the source prefix' if self.task.source_prefix else ''}; increase it."
             )
 
     @property
@@ -125,8 +125,7 @@ class ConversationAnswers(Generation):
             return EncodedExample(counted=[left_out])
         if isinstance(example.content, Document):
             raise ValueError(
-                f"{example.where}: a plain text has no question to answer; name two columns, or evaluate its loss "
-                "(--do_eval)."
+                f"{example.where}: a plain text has no question to answer; name two columns, or evaluate its loss."
             )
         plain = self._prefixed(example.content).until_last_learned().not_learned()
         try:

@@ -190,7 +190,7 @@ class PromptHead(Head):
             length = longest_that_fits(longest, lambda count: len(self._ids_of(example.shortened(count))) <= room)
             ids = self._ids_of(example.shortened(length))
         if len(ids) > room:
-            raise ValueError(f"{example.where}: the prompt does not fit into --max_source_length {room}.")
+            raise ValueError(f"{example.where}: the prompt does not fit into max_source_length {room}; increase it.")
         return ids, whole
 
     def answer_ids(self, text: str) -> list[int]:

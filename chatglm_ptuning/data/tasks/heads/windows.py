@@ -65,9 +65,8 @@ class WindowHead(Head):
             room = (room - len(between)) // 2
         if room < 1:
             twice = " with the text twice (echo)" if self.echo else ""
-            raise ValueError(
-                f"{example.where}: the prompt{twice} does not fit into --max_source_length {self.max_source_length}."
-            )
+            limit = f"max_source_length {self.max_source_length}"
+            raise ValueError(f"{example.where}: the prompt{twice} does not fit into {limit}; increase it.")
         windows, starts = [], window_starts(len(ids), room, self.doc_stride)
         for number, start in enumerate(starts):
             inside = range(start, min(start + room, len(ids)))

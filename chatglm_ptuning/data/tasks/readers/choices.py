@@ -154,7 +154,7 @@ class ChoicesReader(_ChoiceReader):
         texts = {role: source.text(row, role) for role in ("context", "question") if role in source.fields}
         answer = source.get(row, "answer")
         if answer is None and source.needs_gold:
-            source.missing(row, "answer", source.fields.get("answer", "answer"))
+            source.missing(row, "answer")
         return ChoiceExample(
             id=source.example_id(row, index),
             where=row.where,
@@ -167,7 +167,7 @@ class ChoicesReader(_ChoiceReader):
 def _candidates(source: SplitSource, row: Row) -> list[str]:
     column, given = source.fields["candidates"], source.get(row, "candidates")
     if given is None:
-        source.missing(row, "candidates", column)
+        source.missing(row, "candidates")
     if not isinstance(given, list) or any(isinstance(entry, list) for entry in given):
         fail(row, f"the field '{column}' must be a list of texts, found {str(given)[:60]}.")
     candidates = [as_text(row, entry, column) for entry in given]

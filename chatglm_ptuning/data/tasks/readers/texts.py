@@ -60,7 +60,7 @@ def _label(source: SplitSource, row: Row) -> dict[str, Any]:
     task, value = source.task, source.get(row, "label")
     key = _label_key(task, value)
     if value is None or key == "" or (key == "-1" and key not in task.labels):
-        return {"label": _no_label(source, row)}
+        return source.missing(row, "label") if source.needs_gold else {"label": None}
     if _known_label(task, row, key) in task.drop_labels:
         return {"left_out": True}
     return {"label": key}
@@ -76,7 +76,7 @@ def _labels(source: SplitSource, row: Row) -> dict[str, Any]:
     """
     task, value = source.task, source.get(row, "label")
     if value is None or (value == "" and not source.needs_gold):
-        return {"labels": _no_label(source, row)}
+        return source.missing(row, "label") if source.needs_gold else {"labels": None}
     parts = value if isinstance(value, list) else str(value).split(task.label_separator)
     keys = [_label_key(task, part) for part in parts]
     known = {_known_label(task, row, key) for key in keys if key}
@@ -90,13 +90,6 @@ def _label_key(task: Task, value: Any) -> str:
     if is_whole(value) and str(value) not in task.labels:
         return str(int(value))
     return str(value).strip()
-
-
-def _no_label(source: SplitSource, row: Row) -> None:
-    if source.needs_gold and "label" not in source.fields:
-        raise ValueError(f"{source.task.origin}: 'fields' does not name the column of the label.")
-    if source.needs_gold:
-        source.missing(row, "label", source.fields["label"])
 
 
 def _known_label(task: Task, row: Row, key: str) -> str:

@@ -94,9 +94,9 @@ def _read_row(source: SplitSource, row: Row, index: int) -> TokenExample:
     named = replace(source, fields=columns)
     tokens, tags = named.get(row, "tokens"), named.get(row, "tags")
     if tokens is None:
-        named.missing(row, "list of tokens", columns["tokens"])
+        named.missing(row, "tokens")
     if tags is None and source.needs_gold:
-        named.missing(row, "list of tags", columns["tags"])
+        named.missing(row, "tags")
     tokens = list(tokens) if isinstance(tokens, str) else tokens
     for role, values in (("tokens", tokens), ("tags", [] if tags is None else tags)):
         if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
