@@ -43,7 +43,7 @@ def test_classification_agrees_with_scikit_learn(seed):
     assert (matrix[:, :-1] == metrics.confusion_matrix(expected, predicted, labels=LABELS)).all()
 
 
-def test_a_prediction_that_is_no_label_is_a_miss():
+def test_a_prediction_that_is_not_a_label_is_a_miss():
     scores = classification_scores(["体育", "我不知道"], ["体育", "军事"], LABELS)
     assert scores == {"accuracy": 50.0, "macro_f1": 50.0}
     assert confusion_matrix(["我不知道"], ["军事"], LABELS)[1].tolist() == [0, 0, 0, 0, 1]
@@ -149,7 +149,7 @@ def test_intervals_agree_with_scipy_and_repeat():
     assert low < 50 < high and f1_interval([(2, 2, 2)] * 3) == (100.0, 100.0)
 
 
-def test_worst_errors_are_the_surest_first():
+def test_worst_errors_are_the_most_confident_first():
     rows = [{"id": i, "score": s, "confidence": c} for i, (s, c) in enumerate([(1, 0.9), (0, 0.2), (0, 0.8), (0.5, 1)])]
     assert [row["id"] for row in worst_errors(rows)] == [2, 1, 3]
     assert len(worst_errors([{"score": 0}] * 30)) == 20
