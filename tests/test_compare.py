@@ -74,7 +74,7 @@ def checked(plan):
 # ---- the plan ----
 
 
-def test_the_more_particular_flag_overrides_the_more_general():
+def test_a_specific_flag_overrides_a_general_one():
     plan = Plan(
         "base", common={"a": 1, "b": 1, "c": 1, "d": 1, "e": 1, "f": 1}, methods={"m": {"c": 3, "d": 3, "e": 3}},
         tasks={"t": {"b": 2, "c": 2, "d": 2, "e": 2, "methods": {"m": {"d": 4, "e": 4, "f": None}}}}, last={"e": 5},
@@ -97,7 +97,7 @@ def test_the_more_particular_flag_overrides_the_more_general():
         ({"common": 5}, "'common' should be a valid dictionary, found 5"),
     ],
 )  # fmt: skip
-def test_a_malformed_plan_is_refused_with_the_place(content, tmp_path, change, message):
+def test_a_malformed_plan_is_refused_with_file_and_line(content, tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as caught:
         read(content | change, tmp_path)
     assert "plan.yaml" in str(caught.value)
@@ -121,7 +121,7 @@ def test_wrong_flags_are_refused_before_any_run(content, tmp_path, flags, messag
         checked(read(content, tmp_path))
 
 
-def test_a_key_that_is_missing_is_named(content, tmp_path):
+def test_a_missing_key_is_named(content, tmp_path):
     del content["methods"]
     with pytest.raises(ValueError, match=r"plan.yaml:1: there is no key 'methods': docs/compare.md"):
         read(content, tmp_path)
@@ -133,13 +133,13 @@ def test_methods_that_would_share_a_folder_are_refused(content, tmp_path):
         checked(read(content, tmp_path))
 
 
-def test_a_number_that_yaml_reads_as_text_is_a_number(content, tmp_path):
+def test_a_number_that_yaml_reads_as_text_is_accepted(content, tmp_path):
     content["methods"] = {"prefix": {"learning_rate": "3e-2"}}
     (run,) = runs_of(checked(read(content, tmp_path)).cells[0], (1,), "base", tmp_path)
     assert run.command[run.command.index("--learning_rate") + 1] == "3e-2"
 
 
-def test_heads_by_their_words_and_cells_that_cannot_be_run(content, tmp_path):
+def test_head_words_and_cells_that_cannot_be_run(content, tmp_path):
     content["methods"] = {
         "linear": {"head": "linear"},
         "verbaliser": {"head": "verbaliser"},
@@ -257,7 +257,7 @@ def test_a_run_without_its_predictions_is_not_finished(finished):
     assert prefix.missing == 1 and 1 not in prefix.seeds
 
 
-def test_a_folder_of_something_else_is_never_emptied(finished):
+def test_a_folder_with_other_files_is_never_emptied(finished):
     run = finished[1]["weather", "prefix"][0]
     (run.folder / "run.json").unlink()
     with pytest.raises(ValueError, match="no run of an experiment"):

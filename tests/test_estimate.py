@@ -92,9 +92,7 @@ def test_a_step_on_a_quantised_base(tmp_path, bits, checkpointing):
     ("layers", "pre_seq_len", "batch", "length", "attention", "checkpointing"),
     [(2, 128, 4, 192, "sdpa", False), (2, 64, 2, 256, "eager", True), (1, 32, 1, 64, "sdpa", False)],
 )
-def test_at_true_width_the_process_grows_by_what_is_estimated(
-    layers, pre_seq_len, batch, length, attention, checkpointing
-):
+def test_at_true_width_the_process_grows_by_the_estimate(layers, pre_seq_len, batch, length, attention, checkpointing):
     config = find_config("chatglm3-6b")
     config.num_layers = layers
     job = Job(

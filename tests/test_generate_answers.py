@@ -101,7 +101,7 @@ def test_one_prefix_per_example_follows_the_order_of_the_examples(model, tokeniz
         answers_of(model, tokenizer, examples[:1])
 
 
-def test_the_bases_own_generation_settings_have_no_part_in_it(model, tokenizer, examples):
+def test_the_generation_settings_of_the_base_are_ignored(model, tokenizer, examples):
     model.generation_config.update(
         do_sample=True, temperature=5.0, top_p=0.9, top_k=50, max_length=12, repetition_penalty=3.0, min_new_tokens=20
     )
@@ -127,7 +127,7 @@ def test_mode_gradients_and_random_state_are_as_before(model, tokenizer, example
     assert torch.is_grad_enabled() and first == list(ANSWERS.values())
 
 
-def test_everything_is_put_back_after_a_failure(model, tokenizer, examples, monkeypatch):
+def test_the_state_is_restored_after_a_failure(model, tokenizer, examples, monkeypatch):
     model.train()
     settings = model.generation_config
 

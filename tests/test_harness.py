@@ -151,7 +151,7 @@ def test_an_empty_context_is_the_start(harness):
     assert found == pytest.approx(one_by_one(harness, harness.tokenizer.start_ids, ids), abs=1e-4)
 
 
-def test_a_context_that_is_too_long_loses_its_beginning_and_keeps_the_start(harness):
+def test_a_long_context_is_truncated_behind_the_start(harness):
     harness.model.config.seq_length = 20
     context, answer = "今天天气很好，我想去公园散步。" * 3, "你好"
     ((found, _),) = harness.loglikelihood(ask((context, answer)), disable_tqdm=True)
@@ -205,7 +205,7 @@ def test_a_chat_has_the_ids_of_training(tmp_path, chat_format):
     assert batch[0].tolist() == context and mask[1].sum() == len(tokenizer("你")["input_ids"])
 
 
-def test_an_answer_that_is_begun_goes_on(harness):
+def test_the_beginning_of_an_answer_is_continued(harness):
     begun = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "答："}]
     text = harness.apply_chat_template(begun, add_generation_prompt=False)
     context, answer = harness._encode_pair(text, "今天")
@@ -235,7 +235,7 @@ def question(split: str, number: int) -> str:
     return f"{entry['question']}\nA. 1\nB. True\nC. NA\nD. 公\n园\n答案："
 
 
-def test_five_examples_of_dev_stand_in_front_in_their_order(data):
+def test_few_shot_examples_are_the_first_of_dev_in_order(data):
     pairs = prompts_of(law(data, 5), 5)
     shown = "".join(f"{question('dev', number)} {row('dev', number)['answer']}\n\n" for number in range(5))
     expected = [DESCRIPTION + shown + question("val", number) for number in range(3) for _ in "ABCD"]
@@ -243,7 +243,7 @@ def test_five_examples_of_dev_stand_in_front_in_their_order(data):
     assert [answer for _, answer in pairs] == [" A", " B", " C", " D"] * 3
 
 
-def test_no_example_is_shown_and_none_needed_at_zero_shots(data, tmp_path):
+def test_zero_shots_need_no_dev_split(data, tmp_path):
     subject = (data / "ceval" / "val" / "law_val.csv").read_bytes()
     (tmp_path / "val").mkdir()
     (tmp_path / "val" / "law_val.csv").write_bytes(subject)
@@ -334,7 +334,7 @@ metric_list: [{{metric: acc}}]
     return tmp_path / "tasks"
 
 
-def test_a_task_of_ones_own(base, tmp_path):
+def test_a_user_defined_task(base, tmp_path):
     content = run(base, tmp_path / "out", "--tasks", "my_moods", "--include_path", str(write_own_task(tmp_path)))
     assert content["other_tasks"]["my_moods"]["base"]["acc,none"] in (0, 0.5, 1) and not content["exams"]
 

@@ -179,7 +179,7 @@ def test_a_grid_is_every_combination_once():
     assert len(tried) == len(set(tried)) == 16 and (8, 3e-2, True, "small") in tried
 
 
-def test_a_search_goes_on_with_longer_lists_and_refuses_other_settings(base, task, tmp_path, capsys):
+def test_a_search_resumes_with_longer_lists_and_refuses_other_settings(base, task, tmp_path, capsys):
     command(flags(base, task, tmp_path))
     first = report(tmp_path)["trials"][0]
     command(flags(base, task, tmp_path, "--pre_seq_len", 2, 3))
@@ -191,7 +191,7 @@ def test_a_search_goes_on_with_longer_lists_and_refuses_other_settings(base, tas
     assert code == 1 and "flags of train" in message
 
 
-def test_halving_stops_what_is_worse_at_its_first_evaluation(base, task, tmp_path):
+def test_halving_prunes_the_worse_runs_at_their_first_evaluation(base, task, tmp_path):
     command(flags(base, task, tmp_path, "--learning_rate", "1e-1", "1e-9", "1e-8", "--pruner", "halving",
                   "--metric", "loss", "--max_steps", 8, "--eval_steps", 4, "--head_init", "random"))  # fmt: skip
     found = report(tmp_path)
@@ -234,7 +234,7 @@ def test_halving_decides_as_optuna_does(tmp_path, monkeypatch, lower_is_better):
         assert 5 < len(endings) < 24
 
 
-def test_a_trial_that_diverges_is_noted_and_the_search_goes_on(base, task, tmp_path, capsys):
+def test_a_trial_that_diverges_is_recorded_and_the_search_continues(base, task, tmp_path, capsys):
     asked = flags(base, task, tmp_path, "--learning_rate", "1e38", "1e-2", "--max_grad_norm", 0, "--max_steps", 8)
     command(asked)
     assert settings(tmp_path, "failed") == [(2, 1e38)] and settings(tmp_path) == [(2, 1e-2)]
@@ -260,7 +260,7 @@ def failing_at(length, error):
     return forked_runs.starting(train)
 
 
-def test_what_had_no_room_is_tried_again_by_the_next_start(task, tmp_path, monkeypatch):
+def test_a_run_out_of_memory_is_repeated_by_the_next_start(task, tmp_path, monkeypatch):
     asked = flags("no/base", task, tmp_path, "--pre_seq_len", 2, 3)
     monkeypatch.setattr(runner, "_process", failing_at(3, torch.OutOfMemoryError("CUDA out of memory")))
     command(asked)
@@ -274,7 +274,7 @@ def test_what_had_no_room_is_tried_again_by_the_next_start(task, tmp_path, monke
     assert settings(tmp_path) == [(2, 0.01), (3, 0.01)] and len(report(tmp_path)["trials"]) == 2
 
 
-def test_a_process_that_has_lost_its_gpu_ends_and_its_setting_is_tried_again(task, tmp_path, monkeypatch, capsys):
+def test_a_gpu_failure_ends_the_process_and_its_trial_is_repeated(task, tmp_path, monkeypatch, capsys):
     asked = flags("no/base", task, tmp_path, "--pre_seq_len", 2, 3, 4)
     error = RuntimeError("CUDA error: an illegal memory access")
     monkeypatch.setattr(runner, "_process", failing_at(3, error))
@@ -286,14 +286,14 @@ def test_a_process_that_has_lost_its_gpu_ends_and_its_setting_is_tried_again(tas
     assert sorted(settings(tmp_path)) == [(2, 0.01), (3, 0.01), (4, 0.01)] and not settings(tmp_path, "failed")
 
 
-def test_a_run_that_cannot_go_on_is_noted_also_as_the_first(task, tmp_path, monkeypatch):
+def test_a_failed_first_run_is_recorded(task, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "_process", failing_at(2, TrainingStopped("out of memory")))
     command(flags("no/base", task, tmp_path, "--pre_seq_len", 2, 3, "--seeds", 1, 2))
     assert settings(tmp_path) == [(3, 0.01)] and settings(tmp_path, "failed") == [(2, 0.01)]
     assert report(tmp_path)["trials"][0]["error"] == "seed 1: out of memory"
 
 
-def test_pictures_are_promised_only_where_there_are_some(task, tmp_path, monkeypatch, capsys):
+def test_pictures_are_announced_only_if_there_are_some(task, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runner, "_process", failing_at(2, torch.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(SystemExit):
         command(flags("no/base", task, tmp_path))
@@ -301,7 +301,7 @@ def test_pictures_are_promised_only_where_there_are_some(task, tmp_path, monkeyp
     assert "search.md." in said and "pictures beside" not in said and not list(tmp_path.glob("*.png"))
 
 
-def test_a_setting_is_tried_by_one_worker_and_after_a_kill_by_another(tmp_path):
+def test_a_trial_is_run_by_one_worker_and_after_a_kill_by_another(tmp_path):
     args = SearchArguments(output_dir=str(tmp_path), pre_seq_len=[2, 3], learning_rate=[1e-2])
     one, other = Search(args, [], "loss"), Search(args, [], "loss")
     taken = runner._take(one.pending())
@@ -315,7 +315,7 @@ def test_a_setting_is_tried_by_one_worker_and_after_a_kill_by_another(tmp_path):
     assert runner._take(other.pending()).arguments == taken.arguments
 
 
-def test_sigterm_stops_the_run_and_leaves_its_setting_to_the_next_start(task, tmp_path, monkeypatch):
+def test_sigterm_stops_the_run_and_the_next_start_repeats_it(task, tmp_path, monkeypatch):
     asked = flags("no/base", task, tmp_path)
     monkeypatch.setattr(runner, "_process", ORIGINAL_PROCESS)
     monkeypatch.setattr(Run, "command", ["sh", "-c", "sleep 1; echo $$; exec sleep 300"])
@@ -347,7 +347,7 @@ def test_the_next_seeds_of_a_setting_follow_its_first(tmp_path):
     assert trial.to_run() == []
 
 
-def test_what_would_fail_every_trial_ends_the_search_and_leaves_it_usable(base, task, tmp_path, capsys):
+def test_an_error_of_every_trial_ends_the_search_and_it_can_be_resumed(base, task, tmp_path, capsys):
     out = tmp_path / "search"
     dev = task.parent / "dev.json"
     content = dev.read_bytes()
@@ -369,14 +369,14 @@ def test_a_task_of_label_sets_is_not_searched_by_accuracy(tmp_path, capsys):
     assert all(metric in shown for metric in ("--metric", "macro_f1", "micro_f1", "subset_accuracy", "loss"))
 
 
-def test_a_run_without_the_score_says_which(tmp_path, monkeypatch):
+def test_a_run_without_the_metric_names_it(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "_process", failing_at(None, None))
     args = SearchArguments(str(tmp_path), [2], [1e-2], max_steps=4)
     with pytest.raises(SearchEnded, match=r"eval_micro_f1.*--metric"):
         Search(args, [], "micro_f1").work()
 
 
-def test_first_values_are_compared_over_steps(base, task, tmp_path):
+def test_initial_values_are_compared_over_steps(base, task, tmp_path):
     command(flags(base, task, tmp_path, "--prefix_init", "data", "text", "small", "--init_prefix_text", "请问今天天气"))
     by_init = report(tmp_path)["by_init"]
     assert set(by_init["courses"]) == {"data", "text", "small"} and by_init["settings"] == 1
@@ -412,7 +412,7 @@ def worker(arguments):
 
 
 @pytest.mark.slow
-def test_two_workers_share_the_settings_and_a_killed_ones_is_taken_over(base, task, tmp_path):
+def test_two_workers_share_the_trials_and_take_over_those_of_a_killed_one(base, task, tmp_path):
     lengths = [2, 3, 4, 5]
     arguments = flags(base, task, tmp_path, "--pre_seq_len", *lengths, "--max_steps", 8)
     killed = worker(arguments)

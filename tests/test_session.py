@@ -128,7 +128,7 @@ def test_answers_of_several_sessions_may_be_interleaved(model, tokenizer):
     assert model.selected_prefix is None, "sessions leave the selection alone"
 
 
-def test_a_prefix_loaded_anew_under_its_name(folder, tokenizer):
+def test_a_prefix_reloaded_under_the_same_name(folder, tokenizer):
     model = load_model(str(folder / "base"))
     model.load_prefix(folder / "ads", "task")
     session = _session(model, tokenizer)
@@ -148,7 +148,7 @@ def test_clear(model, tokenizer):
     assert "".join(session.stream("你好")) == first
 
 
-def test_old_turns_are_forgotten(model, tokenizer):
+def test_the_oldest_turns_are_dropped(model, tokenizer):
     room = model.config.seq_length - 12
     session = _session(model, tokenizer)
     lengths, handle = _computed(model)

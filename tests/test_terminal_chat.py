@@ -169,7 +169,7 @@ def test_bytes_that_are_no_text(folder, run):
     assert "* qa" in printed
 
 
-def test_ctrl_c_stops_the_present_answer(folder, answers, run, monkeypatch):
+def test_ctrl_c_stops_the_current_answer(folder, answers, run, monkeypatch):
     load, steps = terminal.load_model, []
 
     def interrupt(*_):
@@ -189,7 +189,7 @@ def test_ctrl_c_stops_the_present_answer(folder, answers, run, monkeypatch):
     assert answers["qa"] in after
 
 
-def test_a_prefix_of_another_base_is_said_and_not_used(folder, answers, run, tmp_path):
+def test_a_prefix_of_another_base_is_reported_and_not_used(folder, answers, run, tmp_path):
     make_model(len(load_tokenizer(str(folder / "base"))), seed=9).save_pretrained(tmp_path / "other")
     write_prefix(tmp_path / "other", tmp_path / "runs" / "foreign", seed=0)
     printed = run([*_flags(folder), "--runs_folder", str(tmp_path / "runs")], QUERY)

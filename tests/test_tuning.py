@@ -64,7 +64,7 @@ def tensors(folder):
 
 
 @pytest.mark.parametrize("method", list(RATES))
-def test_a_run_saves_what_it_trains_goes_on_exactly_and_is_evaluated(base, train_file, tmp_path, method):
+def test_a_run_is_saved_resumed_exactly_and_evaluated(base, train_file, tmp_path, method):
     before, run, again = digest(base), tmp_path / "run", tmp_path / "again"
     more = ["--tuning", method, "--learning_rate", RATES[method], "--save_steps", "10", "--num_train_epochs", "99"]
     compare = [] if method == "full" else ["--compare_base"]
@@ -171,7 +171,7 @@ def test_what_cannot_be_trained_is_refused(base, train_file, tmp_path, capsys, m
     assert last_checkpoint(tmp_path / "run") is None
 
 
-def test_a_run_in_a_folder_of_another_method_leaves_nothing_of_it(base, train_file, tmp_path):
+def test_a_run_replaces_the_files_of_another_method(base, train_file, tmp_path):
     run = tmp_path / "run"
     for method in ("prompt", "lora", "ptuning_v2", "full"):
         main(flags(base, train_file, run, "--tuning", method, "--overwrite_output_dir", steps=1))

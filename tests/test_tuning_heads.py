@@ -88,7 +88,7 @@ def test_what_was_trained_with_a_head_is_restored(tiny_base, tmp_path, batch_of,
 
 
 @pytest.mark.parametrize("method", ["prompt", "lora", "full", "head_only"])
-def test_training_goes_on_from_a_checkpoint_with_its_head(tiny_base, tmp_path, batch_of, method):
+def test_training_resumes_from_a_checkpoint_with_its_head(tiny_base, tmp_path, batch_of, method):
     cls = ChatGLMForSequenceClassification
     batch = batch_of(cls)
     model = load(tiny_base, cls)

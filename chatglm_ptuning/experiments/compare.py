@@ -109,7 +109,7 @@ def compare(args: CompareArguments, last: dict[str, Any]) -> bool:
     try:
         with FileLock(output / ".lock", blocking=False):
             for run in runs:
-                if run.is_at_work():
+                if run.is_running():
                     raise Timeout(run.lock.lock_file)
                 run.try_again()
             count = sum(bool(run.results()) for run in runs)

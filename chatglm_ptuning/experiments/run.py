@@ -95,7 +95,7 @@ class Run:
             return False
         return True
 
-    def is_at_work(self) -> bool:
+    def is_running(self) -> bool:
         """Whether a process is running it."""
         taken = self.take()
         if taken:

@@ -39,7 +39,7 @@ def run_all(
     *,
     workers: int = 1,
     total: int | None = None,
-    give_up: Callable[[Run], Ending | None] = lambda run: None,
+    prune: Callable[[Run], Ending | None] = lambda run: None,
     ended: Callable[[Run], None] = lambda run: None,
 ) -> None:
     """Runs what is pending, `workers` at a time; with GPUs, each run gets one of them in turn. Prints every outcome.
@@ -50,7 +50,7 @@ def run_all(
     Args:
         pending: the runs to start, in order; called whenever a worker is free.
         total: number of runs, for the progress bar.
-        give_up: called repeatedly while a run is at work; the ending of a run that is to be stopped.
+        prune: called repeatedly while a run is at work; the ending of a run that is to be stopped.
         ended: called after each run.
     """
     gpus = _gpus()
@@ -64,7 +64,7 @@ def run_all(
                 if not running:
                     return
                 bar.set_description(", ".join(entry.run.name for entry in running.values()))
-                for slot in _wait(running, give_up):
+                for slot in _wait(running, prune):
                     run = running[slot].run
                     bar.write(_outcome(run))
                     try:
@@ -105,13 +105,13 @@ def _process(run: Run, log: IO[bytes], environment: Mapping[str, str]) -> subpro
     )
 
 
-def _wait(running: Mapping[int, _Started], give_up: Callable[[Run], Ending | None]) -> list[int]:
+def _wait(running: Mapping[int, _Started], prune: Callable[[Run], Ending | None]) -> list[int]:
     """Waits until some runs have ended; returns their slots."""
     while True:
         over = []
         for slot, entry in running.items():
             code = entry.process.poll()
-            ending = give_up(entry.run)
+            ending = prune(entry.run)
             if ending is not None:
                 entry.process.kill()
                 entry.process.wait()

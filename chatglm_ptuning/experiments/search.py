@@ -72,7 +72,7 @@ class Trial:
         if endings:
             return row | ({"state": "failed", "error": errors[0]} if errors else {"state": "pruned"})
         if len(seeds) < len(self.runs):
-            return row | {"state": "running" if any(run.is_at_work() for run in self.runs) else "waiting"}
+            return row | {"state": "running" if any(run.is_running() for run in self.runs) else "waiting"}
         mean, deviation = mean_and_deviation(course["score"] for course in seeds.values())
         if not math.isfinite(mean):
             return row | {"state": "failed", "error": f"its {self.runs[0].scored_by} is {mean}"}
@@ -132,19 +132,21 @@ class Search:
         return self._new(0, [row["setting"] for row in self._report_so_far().get("trials", [])])
 
     def _new(self, number: int, settings: Iterable[Setting]) -> list[Trial]:
-        return [Trial(place, setting, self._runs(place, setting)) for place, setting in enumerate(settings, number)]
-
-    def _runs(self, number: int, setting: Setting) -> list[Run]:
-        return [
-            Run(
-                f"trial {number}, seed {seed} ({', '.join(f'{name} {value}' for name, value in setting.items())})",
-                seed,
-                self.args.train_arguments(self.common, setting, seed) + flag_words(RUN_DEFAULTS),
-                self.folder / "runs" / f"trial-{number}" / f"seed-{seed}",
-                f"eval_{self.metric}",
-            )
-            for seed in self.args.seeds
-        ]
+        trials = []
+        for place, setting in enumerate(settings, number):
+            shown = ", ".join(f"{name} {value}" for name, value in setting.items())
+            runs = [
+                Run(
+                    f"trial {place}, seed {seed} ({shown})",
+                    seed,
+                    self.args.train_arguments(self.common, setting, seed) + flag_words(RUN_DEFAULTS),
+                    self.folder / "runs" / f"trial-{place}" / f"seed-{seed}",
+                    f"eval_{self.metric}",
+                )
+                for seed in self.args.seeds
+            ]
+            trials.append(Trial(place, setting, runs))
+        return trials
 
     def _report(self, trials: Iterable[Trial]) -> dict[str, Any]:
         return write_report(self.folder, self.settings, [trial.row() for trial in trials], self.args, self.common)
@@ -163,7 +165,7 @@ class Search:
                 self._report(trials)
             yield from trials[-1].to_run()
 
-    def give_up(self, run: Run) -> Ending | None:
+    def prune(self, run: Run) -> Ending | None:
         """The ending of a run that successive halving prunes; the first seed of a trial decides for all."""
         if self.args.pruner == "none" or run.seed != self.args.seeds[0]:
             return None
@@ -199,7 +201,7 @@ class Search:
 
     def work(self) -> dict[str, Any]:
         """Runs trials until this process finds none left; returns the report."""
-        run_all(self.pending, ended=self.ended, give_up=self.give_up)
+        run_all(self.pending, ended=self.ended, prune=self.prune)
         with self.lock:
             report = self._report(self.trials())
             write_study(self.folder, self.args, report["trials"], self.lower_is_better)
