@@ -149,7 +149,7 @@ def test_chatglm2_is_the_official_recipe(chatglm2, history):
 
 
 def test_chatglm2_refuses_unsupported_conversations(chatglm2):
-    with pytest.raises(ValueError, match=r"alternate between user and assistant.*found user, user in front"):
+    with pytest.raises(ValueError, match=r"alternate.*found user, user"):
         chatglm2.chat.encode(Conversation([user("甲"), user("乙"), answer("丙")]))
     with pytest.raises(ValueError, match="has no tools"):
         chatglm2.chat.encode(Conversation([user("甲"), answer("f()", "get")]))

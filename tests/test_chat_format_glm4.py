@@ -117,7 +117,7 @@ def test_glm4_prompts_are_those_of_the_chat_template(glm4, content):
 
 
 def test_glm4_refuses_unsupported_tools(glm4):
-    with pytest.raises(ValueError, match="GLM-4's format needs tools that are objects with a 'name'"):
+    with pytest.raises(ValueError, match=r"GLM-4.*tools.*'name'"):
         glm4.chat.encode(Conversation([user("天气"), answer("晴")], tools=("getWeather: 查天气",)))
 
 
@@ -158,7 +158,7 @@ def test_a_base_without_chat_format_continues_the_texts(base):
     dicts = [{"role": message.role, "content": message.content} for message in messages[:3]]
     dicts[0]["content"] = "请问甲"
     assert prompt == base.apply_chat_template(dicts, return_dict=False)
-    with pytest.raises(ValueError, match="base without chat format has no tools"):
+    with pytest.raises(ValueError, match="has no tools"):
         base.chat.encode(Conversation([user("甲"), answer("f()", "get")]))
     with pytest.raises(ValueError, match="only the last answer"):
         base.chat.encode(Conversation(messages))

@@ -140,7 +140,7 @@ def test_refuses_what_does_not_fit_together(tiny_config, fields, named):
 def test_fields_set_later_are_checked_by_the_model(tiny_config, load):
     config = tiny_config()
     config.prefix_projection = True
-    with pytest.raises(ValueError, match="prefix_projection=True needs pre_seq_len of at least 1, got None"):
+    with pytest.raises(ValueError, match=r"prefix_projection=True.*pre_seq_len.*None"):
         ChatGLMForConditionalGeneration(config)
     with pytest.raises(ValueError, match=r"pre_seq_len must be .* got -3"):
         load(pre_seq_len=-3)

@@ -102,7 +102,7 @@ def test_a_head_stays_in_memory(base, tmp_path, ids, part):
     size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     memory, offload = {"cpu": int(part * size)}, str(tmp_path / "offload")
     model = load_model(str(base), device_map="auto", max_memory=memory, offload_folder=offload, **settings)
-    with pytest.raises(ValueError, match="classifier_head of ChatGLMForSequenceClassification is untrained"):
+    with pytest.raises(ValueError, match=r"classifier_head.*untrained"):
         model.check_prefix_is_trained()
     model.load_prefix(tmp_path / "prefix")
     with torch.no_grad():

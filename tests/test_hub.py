@@ -85,13 +85,13 @@ def test_revisions_are_pinned(server, hub):
     hub(server.url)
     found = find_base("THUDM/chatglm3-tiny", revision="v1")
     assert "pytorch_model.bin" in files(found) and "model.safetensors" not in files(found)
-    with pytest.raises(FileNotFoundError, match="THUDM/chatglm3-tiny has no revision 'v2' on the Hugging Face hub"):
+    with pytest.raises(FileNotFoundError, match=r"THUDM/chatglm3-tiny .*'v2'.*Hugging Face hub"):
         find_base("THUDM/chatglm3-tiny", revision="v2")
 
 
 def test_unknown_names(server, hub):
     hub(server.url)
-    with pytest.raises(FileNotFoundError, match="no folder THUDM/chatglm9 here, and no repository of that name on the"):
+    with pytest.raises(FileNotFoundError, match=r"THUDM/chatglm9.*Hugging Face hub"):
         find_base("THUDM/chatglm9")
 
 
@@ -121,7 +121,7 @@ def test_modelscope_is_optional(monkeypatch):
 
 def test_folders(base, tmp_path):
     assert find_base(str(base)) == base
-    with pytest.raises(ValueError, match=r"revision 'v1' needs a hub name, but .* is a folder"):
+    with pytest.raises(ValueError, match=r"revision 'v1'.*is a folder"):
         find_base(str(base), revision="v1")
     with pytest.raises(ValueError, match="hub must be huggingface or modelscope, got 'github'"):
         find_base("THUDM/chatglm3-6b", hub="github")

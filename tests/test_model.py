@@ -133,7 +133,7 @@ def test_init_from_ids_is_the_base_with_these_tokens_in_front(load, ids):
     model.init_prefix_from_ids(ids[0, :4])
     expected = load()(torch.cat((ids[:1, :4], ids[1:2]), dim=1)).logits[:, 4:]
     torch.testing.assert_close(model(ids[1:2]).logits, expected, **ALIKE)
-    with pytest.raises(ValueError, match=r"\(5,\) tokens for a trainable prefix of length 4"):
+    with pytest.raises(ValueError, match=r"\(5,\).*\b4\b"):
         model.init_prefix_from_ids(ids[0, :5])
 
 
@@ -172,7 +172,7 @@ def test_logits_to_keep_and_embeddings(trained, ids):
     torch.testing.assert_close(model(ids, logits_to_keep=2).logits, logits[:, -2:])
     embeddings = model.get_input_embeddings()(ids)
     torch.testing.assert_close(model(inputs_embeds=embeddings).logits, logits)
-    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+    with pytest.raises(ValueError, match=r"input_ids.*inputs_embeds"):
         model(ids, inputs_embeds=embeddings)
 
 
@@ -281,7 +281,7 @@ def test_steps_on_a_cache_equal_one_pass(either, ids, attention, make_cache, sid
 def test_a_mask_that_is_too_short_is_refused(trained, ids):
     model = trained()
     cache = model(ids, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="has 1 columns; it must cover the 7 cached tokens and the 1 new ones"):
+    with pytest.raises(ValueError, match=r"attention_mask has 1 .*7 cached.*1 new"):
         model(ids[:, :1], attention_mask=torch.ones(3, 1), past_key_values=cache)
 
 

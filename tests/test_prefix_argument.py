@@ -106,7 +106,7 @@ def test_rows_may_be_selected_and_repeated(model, ids):
 
 
 def test_what_is_refused(model, ids):
-    with pytest.raises(KeyError, match="No prefix named 'c' is loaded; loaded: a, b, projected"):
+    with pytest.raises(KeyError, match=r"'c'.*a, b, projected"):
         model(ids, prefix="c")
     with pytest.raises(KeyError, match="'d'"):
         model.prefix_batch(["a", "d"])
@@ -114,9 +114,9 @@ def test_what_is_refused(model, ids):
         model.generate(ids, prefix=[])
     for prefix in (["a", "b"], model.prefix_batch(["a", "b"]), [None, None]):
         for call in (model, model.generate):
-            with pytest.raises(ValueError, match="each of 2 rows, but the batch has 3"):
+            with pytest.raises(ValueError, match=r"\b2 rows.*\b3\b"):
                 call(ids, prefix=prefix)
-    with pytest.raises(ValueError, match="each of 2 rows, but the batch has 4"):
+    with pytest.raises(ValueError, match=r"\b2 rows.*\b4\b"):
         model(torch.cat((ids, ids[:1])), prefix=["a", "b"])
     with pytest.raises(ValueError, match="paged"):
         model.generate(ids, prefix="a", cache_implementation="paged")
@@ -150,9 +150,9 @@ def test_a_cache_belongs_to_the_argument(model, ids):
     cache = DynamicCache(config=model.config)
     batch = model.prefix_batch("a")
     model(ids, past_key_values=cache, prefix=batch)
-    with pytest.raises(ValueError, match="filled under the prefix 'a', the one in use now is 'projected'"):
+    with pytest.raises(ValueError, match=r"'a'.*'projected'"):
         model(ids[:, :1], past_key_values=cache)
-    with pytest.raises(ValueError, match="the one in use now is None"):
+    with pytest.raises(ValueError, match=r"'a'.*None"):
         model(ids[:, :1], past_key_values=cache, prefix=model.prefix_batch(None))
     for same in (batch, "a", model.prefix_batch("a")):
         model(ids[:, :1], past_key_values=cache, prefix=same)

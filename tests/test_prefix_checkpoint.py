@@ -110,7 +110,7 @@ def test_saving_is_atomic(trained, prefix_folders, copied, monkeypatch):
 def test_only_one_prefix_is_saved(trained, tmp_path, selection):
     model = trained()
     model.set_prefix(selection)
-    with pytest.raises(ValueError, match="save_prefix writes one prefix"):
+    with pytest.raises(ValueError, match="set_prefix"):
         model.save_prefix(tmp_path)
 
 
@@ -485,7 +485,7 @@ def test_a_truncated_official_file(load, prefix_folders, tmp_path, keep):
 
 def test_paths_without_a_prefix_are_refused(load, tiny_base, tmp_path):
     model = load()
-    with pytest.raises(FileNotFoundError, match="there is no such file or folder"):
+    with pytest.raises(FileNotFoundError, match="no such file"):
         model.load_prefix(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=f"No prefix in {tmp_path}: expected {METADATA_FILE}"):
         model.load_prefix(tmp_path)

@@ -53,9 +53,9 @@ def test_names_and_selection(model, load, ids):
 
 def test_what_cannot_be_selected(model):
     model.set_prefix("a")
-    with pytest.raises(KeyError, match="No prefix named 'c' is loaded; loaded: a, b, projected"):
+    with pytest.raises(KeyError, match=r"'c'.*a, b, projected"):
         model.set_prefix("c")
-    with pytest.raises(KeyError, match="No prefix named 'd'"):
+    with pytest.raises(KeyError, match="'d'"):
         model.set_prefix(["a", "d"])
     with pytest.raises(ValueError, match="at least one entry"):
         model.set_prefix([])
@@ -70,7 +70,7 @@ def test_unloading(model, load, ids):
     model.unload_prefix("a")
     assert model.selected_prefix is None
     torch.testing.assert_close(model(ids).logits, load()(ids).logits)
-    with pytest.raises(KeyError, match="No prefix named 'a'"):
+    with pytest.raises(KeyError, match="'a'"):
         model.unload_prefix("a")
     with pytest.raises(ValueError, match="cannot be unloaded"):
         load(pre_seq_len=3).unload_prefix("default")
@@ -135,10 +135,10 @@ def test_rows_with_their_own_prefix_generate_as_each_alone(model, ids, names, se
 
 def test_a_list_must_fit_the_batch(model, ids):
     model.set_prefix(["a", "b"])
-    with pytest.raises(ValueError, match="each of 2 rows, but the batch has 3"):
+    with pytest.raises(ValueError, match=r"\b2 rows.*\b3\b"):
         model(ids)
     doubled = torch.cat((ids, ids[:1]))
-    with pytest.raises(ValueError, match="each of 2 rows, but the batch has 4"):
+    with pytest.raises(ValueError, match=r"\b2 rows.*\b4\b"):
         model(doubled)
 
 
@@ -203,7 +203,7 @@ def test_a_replaced_prefix_is_another_one(model, ids, cache, prefix_folders):
     model.set_prefix("a")
     model(ids[:, :1], past_key_values=cache)  # loading another one does not matter
     model.load_prefix(prefix_folders["b"], "a")
-    with pytest.raises(ValueError, match="filled under earlier values of 'a'"):
+    with pytest.raises(ValueError, match=r"earlier values.*'a'"):
         model(ids[:, :1], past_key_values=cache)
 
 

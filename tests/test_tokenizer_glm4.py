@@ -414,5 +414,5 @@ def test_damaged_files_are_named(tmp_path):
     added = [token for token in content["added_tokens"] if token["content"] != "<sop>"]
     (folder / "tokenizer.json").write_text(json.dumps(content | {"added_tokens": added}), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(ValueError, match="is not GLM-4's vocabulary: it has no special token <sop>"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json.*no special token <sop>"):
         ChatGLMTokenizer.from_pretrained(folder)

@@ -41,10 +41,10 @@ def out_of_offload(module: TrainedModule, fresh: TrainedModule) -> TrainedModule
         return module
     values = {}
     try:
-        for name, part in module.named_modules(prefix="module"):
+        for name, part in module.named_modules():
             with align_module_device(part):
                 for leaf, parameter in part.named_parameters(recurse=False):
-                    values[f"{name}.{leaf}".removeprefix("module.")] = parameter.detach().clone()
+                    values[f"{name}.{leaf}".removeprefix(".")] = parameter.detach().clone()
     except KeyError:  # the base's files have no values for it, so nothing was written to the disk
         fresh.mark_untrained()
     else:
