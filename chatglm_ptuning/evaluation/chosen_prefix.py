@@ -16,18 +16,18 @@ PLAIN_BASE = "none"
 
 def choose_prefix(named: str | None) -> Path | None:
     """The prefix to score, None for the plain base; prints which it is."""
-    if named is not None and named.lower() == PLAIN_BASE:
+    if named is None:
+        newest = find_latest_prefix(runs_folder())
+        shown = f"prefix that was trained last, in {newest}"
+        if newest is None:
+            shown = f"plain base: there is no trained prefix in {runs_folder()}"
+        print_once(f"Scoring the {shown} (see --ptuning_checkpoint).")
+        return newest
+    if named.lower() == PLAIN_BASE:
         print_once("Scoring the plain base, without a prefix.")
         return None
-    if named is not None:
-        print_once(f"Scoring the prefix in {named}.")
-        return Path(named)
-    newest = find_latest_prefix(runs_folder())
-    if newest is None:
-        print_once(f"Scoring the plain base: there is no prefix in {runs_folder()} (see --ptuning_checkpoint).")
-    else:
-        print_once(f"Scoring the prefix that was trained last, in {newest} (see --ptuning_checkpoint).")
-    return newest
+    print_once(f"Scoring the prefix in {named}.")
+    return Path(named)
 
 
 def results_folder(prefix: Path | None) -> Path:
