@@ -213,9 +213,9 @@ def test_the_table_names_a_batch_for_every_card(capsys, tmp_path):
     [
         (["--model", "chatglm3-6"], "did you mean chatglm3-6b"),
         (["--model", str(Path(__file__).parent)], "neither a folder with a config.json"),
-        (["--model", "chatglm3-6b", "--zero", "4"], "argument --zero: invalid choice: "),
+        (["--model", "chatglm3-6b", "--zero", "4"], "--zero must be one of 0, 1, 2, 3, got '4'"),
         (["--model", "chatglm3-6b", "--tflops", "0"], "--tflops must be above 0"),
-        (["--model", "chatglm3-6b", "--quantization_bit", "2"], "--quantization_bit must be 4 or 8"),
+        (["--model", "chatglm3-6b", "--quantization_bit", "2"], "--quantization_bit must be one of 0, 4, 8, got '2'"),
     ],
 )
 def test_wrong_flags(flags, message, capsys):

@@ -23,7 +23,6 @@ from chatglm_ptuning.estimation.memory import (
 )
 from chatglm_ptuning.estimation.simulation import Job
 from chatglm_ptuning.estimation.sizes import find_config
-from chatglm_ptuning.model.quantization import check_quantization
 from chatglm_ptuning.tables import Table
 
 CARDS = (8, 12, 16, 24, 80)
@@ -56,7 +55,9 @@ class EstimateArguments:
     batch: int = field(default=4, metadata={"help": "rows per GPU and step (per_device_train_batch_size)"})
     length: int = field(default=1024, metadata={"help": "tokens of a row: source and target together"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute layers in the backward pass"})
-    quantization_bit: int | None = field(default=None, metadata={"help": "8 or 4: quantise the base (bitsandbytes)"})
+    quantization_bit: Literal[0, 4, 8] | None = field(
+        default=None, metadata={"help": "quantise the base model to 4 or 8 bits (bitsandbytes)"}
+    )
     dtype: Literal["bfloat16", "float16", "float32"] = field(default="bfloat16", metadata={"help": "dtype of the base"})
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = field(
         default="sdpa", metadata={"help": "attention implementation (flash_attention_2 takes the same as sdpa)"}
@@ -80,7 +81,6 @@ class EstimateArguments:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"--{name} must be above 0, got {value}")
-        check_quantization(self.quantization_bit, "nf4")
 
     @property
     def cards(self) -> tuple[float, ...]:

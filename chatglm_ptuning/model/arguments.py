@@ -10,6 +10,7 @@ from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.hub import HubName, find_base
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMPreTrainedModel
+from chatglm_ptuning.model.quantization import QuantizationType
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
 DEFAULT_MODEL = str(Path(__file__).resolve().parents[2] / "data" / "chatglm-nano")
@@ -47,7 +48,7 @@ class BaseArguments(TokenizerArguments):
     quantization_bit: Literal[0, 4, 8] | None = field(
         default=None, metadata={"help": "quantise the base model to 4 or 8 bits (bitsandbytes)"}
     )
-    quantization_type: Literal["nf4", "fp4"] = field(default="nf4", metadata={"help": "type of the 4-bit numbers"})
+    quantization_type: QuantizationType = field(default="nf4", metadata={"help": "type of the 4-bit numbers"})
 
     def load_model(self, **settings: Any) -> ChatGLMPreTrainedModel:
         """As `loading.load_model`.

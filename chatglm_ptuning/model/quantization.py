@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import logging
+from typing import Literal, get_args
 
 import torch
 from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 
-QUANTIZATION_TYPES = ("nf4", "fp4")
-
-
-def check_quantization(bits: int | None, quantization_type: str) -> None:
-    """Checks the values of `--quantization_bit` and `--quantization_type`.
-
-    Raises:
-        ValueError: naming the flag and its value.
-    """
-    if bits not in (None, 0, 4, 8):
-        raise ValueError(f"--quantization_bit must be 4 or 8, got {bits}")
-    if quantization_type not in QUANTIZATION_TYPES:
-        raise ValueError(f"--quantization_type must be {' or '.join(QUANTIZATION_TYPES)}, got {quantization_type!r}")
+QuantizationType = Literal["nf4", "fp4"]
+QUANTIZATION_TYPES = get_args(QuantizationType)
 
 
 def quantization_settings(
-    bits: int | None, dtype: torch.dtype, quantization_type: str = "nf4"
+    bits: int | None, dtype: torch.dtype, quantization_type: QuantizationType = "nf4"
 ) -> BitsAndBytesConfig | None:
     """Settings of bitsandbytes for a base in 8 bits, or in 4 bits with double quantisation; None for no quantisation.
 
@@ -32,13 +22,16 @@ def quantization_settings(
 
     Args:
         dtype: of the computation with 4-bit weights.
-        quantization_type: type of the 4-bit numbers, "nf4" or "fp4".
+        quantization_type: type of the 4-bit numbers.
 
     Raises:
         ValueError: if bits is not None, 0, 4 or 8, or the type is unknown.
         ImportError: if bitsandbytes is not installed.
     """
-    check_quantization(bits, quantization_type)
+    if bits not in (None, 0, 4, 8):
+        raise ValueError(f"quantization_bit must be 4 or 8, got {bits}.")
+    if quantization_type not in QUANTIZATION_TYPES:
+        raise ValueError(f"quantization_type must be {' or '.join(QUANTIZATION_TYPES)}, got {quantization_type!r}.")
     if not bits:
         return None
     if not is_bitsandbytes_available():
