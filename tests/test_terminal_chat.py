@@ -170,7 +170,7 @@ def test_bytes_that_are_no_text(folder, run):
 
 
 def test_ctrl_c_stops_the_current_answer(folder, answers, run, monkeypatch):
-    load, steps = terminal.load_model, []
+    load, steps = load_model, []
 
     def interrupt(*_):
         steps.append(1)
@@ -182,7 +182,7 @@ def test_ctrl_c_stops_the_current_answer(folder, answers, run, monkeypatch):
         model.transformer.encoder.layers[1].register_forward_pre_hook(interrupt)
         return model
 
-    monkeypatch.setattr(terminal, "load_model", load_interrupted)
+    monkeypatch.setattr("chatglm_ptuning.model.arguments.load_model", load_interrupted)
     printed = run(_flags(folder), QUERY, "/clear", QUERY)
     before, after = printed.split("(stopped)")
     assert answers["qa"] not in before
