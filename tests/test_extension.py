@@ -58,7 +58,7 @@ def test_a_head_and_a_reader_are_a_class_and_a_line_each(tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text(MINE, "utf-8")
     (tmp_path / "train.txt").write_text("__label__good 我想去\n__label__bad 今天有雨\n__label__good 公园\n", "utf-8")
     task = load_task(tmp_path / "mine.yaml")
-    assert list(heads.heads_of(task)) == ["sequence_classification", "generation", "written_label"]
+    assert "written_label" in heads.heads_of(task)
     examples = read_examples(task, tmp_path, "train")
     assert [(example.text, example.label) for example in examples] == [
         ("我想去", "good"), ("今天有雨", "bad"), ("公园", "good"),

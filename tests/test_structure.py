@@ -47,12 +47,47 @@ def test_prefix_is_the_ground_floor(imports):
             assert all(name.startswith(allowed) for name in names), (module, names)
 
 
+FLOORS = (
+    ("files", "figures", "tables", "version"),
+    ("prefix",),
+    ("chat",),
+    ("model",),
+    ("metrics",),
+    ("command_line",),
+    ("data",),
+    ("tuning",),
+    ("evaluation",),
+    ("training",),
+    ("experiments",),
+    ("estimation",),
+    ("serving",),
+    ("cli", "__main__"),
+)
+"""The rooms from the lowest up, as docs/architecture.md lists them."""
+
+
 def test_no_import_goes_up(imports):
-    floors = ["prefix", "chat", "model", "metrics", "data", "tuning", "evaluation", "training", "experiments"]
-    floor_of = {name: floors.index(part) for name in imports for part in name.split(".")[1:2] if part in floors}
+    floor_of = {name: floor for floor, names in enumerate(FLOORS) for name in names}
     for module, names in imports.items():
-        own = floor_of.get(module, len(floors))
-        assert [name for name in names if floor_of.get(name, 0) > own] == [], module
+        rooms = {name.split(".")[1] for name in names if "." in name}
+        if "." in module:
+            own = floor_of[module.split(".")[1]]
+            assert [room for room in rooms if floor_of[room] > own] == [], module
+
+
+@pytest.mark.parametrize("room", ["estimation", "serving"])
+def test_the_estimate_and_the_chat_need_no_data(imports, room):
+    below = ("files", "figures", "tables", "version", "prefix", "chat", "model", "metrics", "command_line", room)
+    own = {name for module, names in imports.items() if module.startswith(f"chatglm_ptuning.{room}.") for name in names}
+    assert {name.split(".")[1] for name in own if "." in name} <= set(below)
+
+
+def test_the_page_lists_the_rooms_in_their_order():
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text("utf-8")
+    table = page[page.index("| room |") : page.index("## From the command")]
+    places = [table.index(f"`{name}.py`" if (PACKAGE / f"{name}.py").exists() else f"`{name}/`")
+              for names in FLOORS for name in names if name != "__main__"]  # fmt: skip
+    assert places == sorted(places)
 
 
 def test_no_circle_of_modules(imports):
