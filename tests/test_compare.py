@@ -1,4 +1,4 @@
-"""The comparison of ways of tuning: its plan, its runs, its table."""
+"""The comparison of tuning methods: its plan, its runs, its table."""
 
 import csv
 import json

@@ -122,7 +122,7 @@ def resumable(base, data, output, **changes):
         pytest.param((2, 2), (2, 0), marks=pytest.mark.slow),
     ],
 )
-def test_a_run_goes_on_under_other_processes_and_stages(base, data, alone, tmp_path, before, after):
+def test_a_run_resumes_under_other_processes_and_stages(base, data, alone, tmp_path, before, after):
     run = tmp_path / "run"
     count, stage = before
     processes.run(resumable(base, data, run, stage=stage, accumulation=4 // count), count, tmp_path)

@@ -197,7 +197,7 @@ def test_the_second_copy_has_seen_what_follows(tokenizers, model_of):
 
 @pytest.mark.parametrize("room", [400, 31])
 def test_a_model_that_knows_tags_in_the_second_copy_alone_is_read_there(tokenizers, model_of, monkeypatch, room):
-    """The model tags every character by itself, but only where it stands for the second time; before, all are ORG."""
+    """The model tags every character by itself, but only in the second copy; in the first, all are ORG."""
     tokenizer = tokenizers["chatglm3"]
     encoder = tagger(tokenizer, "characters", room)
     model = model_of("token_classification", len(encoder.task.tags))

@@ -214,7 +214,7 @@ def test_the_beginning_of_an_answer_is_continued(harness):
     assert len(answer) == 2
 
 
-def test_two_chats_of_one_text_are_told_apart(harness):
+def test_two_chats_of_one_text_are_distinguished(harness):
     harness.apply_chat_template([{"role": "user", "content": "你"}, {"role": "user", "content": "好"}])
     with pytest.raises(ValueError, match="Two chats have the same text"):
         harness.apply_chat_template([{"role": "user", "content": "你<|user|>\n 好"}])

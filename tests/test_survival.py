@@ -78,7 +78,7 @@ def logged(job, text):
 
 
 @pytest.mark.parametrize(("count", "stage"), [(1, None), (2, 1), pytest.param(2, 3, marks=pytest.mark.slow)])
-def test_sigterm_saves_and_the_run_goes_on_from_there(base, data, tmp_path, count, stage):
+def test_sigterm_saves_and_the_run_resumes_from_there(base, data, tmp_path, count, stage):
     more = ["--deepspeed", ROOT / "ds_config" / f"zero{stage}.json"] if stage else []
     steps = 400
     job = processes.start(flags(base, data, tmp_path / "run", *more, steps=steps), count, tmp_path)
@@ -282,7 +282,7 @@ def make_trainer(base, tmp_path, rows, replay=None, **changes):
 
 
 @pytest.mark.parametrize("general_rows", [0, 6])
-def test_the_memory_of_a_gpu_is_told_in_the_same_words(base, tmp_path, general_rows):
+def test_out_of_memory_names_rows_tokens_and_a_smaller_batch(base, tmp_path, general_rows):
     rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}, {"input_ids": [5, 6], "labels": [5, 6]}]
     replay = Replay(rows, 1.0, pad_token_id=0, batch_size=general_rows) if general_rows else None
     trainer = make_trainer(base, tmp_path, rows, replay)

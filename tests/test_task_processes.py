@@ -1,4 +1,4 @@
-"""Runs on tasks that go on, or that several processes share, end as one process without a break does."""
+"""Runs on tasks that resume, or that several processes share, equal an uninterrupted run of one process."""
 
 from __future__ import annotations
 

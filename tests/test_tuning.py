@@ -1,4 +1,4 @@
-"""Every way of tuning by the command: what it trains, what it leaves, going on from it, and evaluating it."""
+"""Every tuning method by the command: what it trains and leaves frozen, resuming, and evaluation."""
 
 import json
 import shutil

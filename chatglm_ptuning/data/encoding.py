@@ -1,4 +1,4 @@
-"""From examples to token ids, in one process or several, with a report of what was truncated and left out."""
+"""From examples to token ids, in one process or several, with counts of truncated and skipped rows."""
 
 from __future__ import annotations
 

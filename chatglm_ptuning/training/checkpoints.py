@@ -17,17 +17,17 @@ from chatglm_ptuning.tuning.record import is_complete
 logger = logging.get_logger(__name__)
 
 
-def is_whole(folder: str | Path) -> bool:
+def is_resumable(folder: str | Path) -> bool:
     """Whether a `checkpoint-N` has all files that a run needs to resume from it."""
     return (Path(folder) / TRAINER_STATE_NAME).exists() and is_complete(folder)
 
 
 def last_checkpoint(run_folder: str | Path) -> Path | None:
-    """The newest whole `checkpoint-N` of a run; None if there is none."""
+    """The newest complete `checkpoint-N` of a run; None if there is none."""
     found = {}
     for folder in Path(run_folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         step = folder.name.rpartition("-")[2]
-        if step.isdigit() and is_whole(folder):
+        if step.isdigit() and is_resumable(folder):
             found[int(step)] = folder
     return found[max(found)] if found else None
 
@@ -45,7 +45,7 @@ def choose_checkpoint(args: TrainingArguments) -> Path | None:
     torchrun or Slurm has restarted always resumes. The first process decides for all.
 
     Raises:
-        ValueError: if there is no checkpoint though one was asked for, or not every machine sees it.
+        ValueError: if there is no checkpoint to resume from though one was requested, or not every machine sees it.
     """
     fault, chosen = None, None
     if args.process_index == 0:
@@ -56,7 +56,7 @@ def choose_checkpoint(args: TrainingArguments) -> Path | None:
     fault, chosen = broadcast_object((fault, chosen))
     if fault is not None:
         raise ValueError(fault)
-    if chosen is not None and not is_whole(chosen):
+    if chosen is not None and not is_resumable(chosen):
         raise ValueError(
             f"The first process resumes from {chosen}, which process {args.process_index} does not see: --output_dir "
             "must be on storage that all machines share."
@@ -73,10 +73,10 @@ def _choose(args: TrainingArguments) -> Path | None:
     if wanted:
         if str(wanted).lower() in ("true", "1"):
             if newest is None:
-                raise ValueError(f"--resume_from_checkpoint: {args.output_dir} holds no whole checkpoint.")
+                raise ValueError(f"--resume_from_checkpoint: {args.output_dir} holds no complete checkpoint.")
             return newest
-        if not is_whole(wanted):
-            raise ValueError(f"--resume_from_checkpoint: {wanted} is not a whole checkpoint of a run.")
+        if not is_resumable(wanted):
+            raise ValueError(f"--resume_from_checkpoint: {wanted} is not a complete checkpoint of a run.")
         return Path(wanted)
     if not args.do_train or newest is None or args.overwrite_output_dir:
         return None

@@ -1,4 +1,4 @@
-"""First values of a prefix."""
+"""First values of a prefix: random, or the keys and values of real tokens."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def read_general_rows(
         measures: rows to measure on are needed.
 
     Raises:
-        ValueError: naming file and line, for rows that cannot be understood; if a row stands in both.
+        ValueError: naming file and line, for rows that cannot be understood; if a row is in both files.
     """
     half = arguments.preserve_max_length // 2
     lengths = arguments.preserve_max_length - half, half
@@ -93,7 +93,7 @@ class Replay:
         rows: examples with `input_ids`.
         weight: of the divergence against the loss of the task.
         batch_size: rows of one batch on one device; None for as many as a batch of the task has.
-        seed: of the whole run.
+        seed: of the run.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Replay:
         Args:
             step: from 0.
             count: how many, on all processes.
-            step_rows: how many a whole step has, where this one is cut short by the end of an epoch.
+            step_rows: rows of a full step, if the end of an epoch cuts this one short.
         """
         start = step * (step_rows or count)
         places = (divmod(place, len(self.rows)) for place in range(start, start + count))

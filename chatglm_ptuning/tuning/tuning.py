@@ -39,7 +39,7 @@ class Tuning(ABC):
 
     @abstractmethod
     def save(self, folder: Path, details: dict[str, Any]) -> None:
-        """Writes what is trained, and nothing of the frozen base.
+        """Writes the trained parameters, and nothing of the frozen base.
 
         Args:
             details: to record beside it: `chat_format`, `task`, `training`.
@@ -50,7 +50,7 @@ class Tuning(ABC):
 
     @abstractmethod
     def load(self, folder: Path) -> None:
-        """Sets what is trained to the values of a checkpoint of the same method.
+        """Sets the trained parameters to the values of a checkpoint of the same method.
 
         Raises:
             FileNotFoundError, ValueError: if it is missing, damaged, of another method, size or base.

@@ -120,7 +120,7 @@ def read_mixture(path: str | Path) -> Mixture:
     """The mixture that a YAML file describes.
 
     Raises:
-        ValueError: naming file, line and key of what is missing, unknown or does not fit.
+        ValueError: naming file, line and key that is missing, unknown or does not fit.
     """
     file = read_yaml(Path(path), "mixture file")
     found = file.read(_MixtureFile)

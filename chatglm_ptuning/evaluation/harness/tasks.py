@@ -68,7 +68,7 @@ class Selection:
 
 
 def select_tasks(names: Sequence[str], subjects: Sequence[str] | None = None) -> Selection:
-    """The examinations with their subjects, and the other tasks, that some names stand for.
+    """Resolves names to examinations with their subjects, and to other tasks.
 
     Args:
         names: `ceval`, `cmmlu`, lm-eval's names for them or one of their subjects (`ceval-valid_law`), or any other
