@@ -20,16 +20,6 @@ HISTORY = Columns(history="history")
 FRAME = {"chatglm2": 20, "chatglm3": 7}
 
 
-@pytest.fixture(scope="session")
-def chatglm2(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("tokenizer"), "chatglm2")
-
-
-@pytest.fixture(scope="session")
-def chatglm3(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("tokenizer"), "chatglm3")
-
-
 @pytest.fixture(params=["chatglm2", "chatglm3"])
 def tokenizer(request, chatglm2, chatglm3):
     return {"chatglm2": chatglm2, "chatglm3": chatglm3}[request.param]

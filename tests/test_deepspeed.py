@@ -6,7 +6,6 @@ from pathlib import Path
 
 import processes
 import pytest
-import tiny_base
 import torch
 from safetensors.torch import load_file
 
@@ -23,11 +22,6 @@ ROWS = ROWS[:11]  # which neither batches nor processes divide
 SLOW_STAGES = [pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2)]
 # Sums in another order: float32 keeps about seven digits, of which a few steps of Adam lose two.
 TOLERANCE = {"rtol": 2e-4, "atol": 2e-5}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny_base.make_base(tmp_path_factory.mktemp("base"), steps=120)
 
 
 @pytest.fixture(scope="module")

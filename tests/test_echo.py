@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import tiny_base
 import tiny_glm4
 import tiny_tokenizer
 import torch
@@ -248,11 +247,6 @@ def test_spans_of_the_first_copy_are_never_taken(tokenizers, model_of, monkeypat
 
 
 # The setting
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return tiny_base.make_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -149,11 +149,6 @@ def test_steps_replay_defined_rows_however_they_are_shared(trained):
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny_base.make_base(tmp_path_factory.mktemp("base"), steps=120)
-
-
-@pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     for name, rows in (("train", ROWS), ("general", GENERAL), ("held_out", HELD_OUT)):

@@ -13,7 +13,6 @@ from pathlib import Path
 import processes
 import psutil
 import pytest
-import tiny_base
 import torch
 from safetensors.torch import load_file
 
@@ -34,11 +33,6 @@ ROWS = [
     {"content": prompt, "summary": answer}
     for prompt, answer in [("今天天气好吗", "今天有雨"), ("你是谁", "甲乙丙丁"), ("请问去公园吗", "我想散步")] * 4
 ]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny_base.make_base(tmp_path_factory.mktemp("base"), steps=120)
 
 
 @pytest.fixture(scope="module")

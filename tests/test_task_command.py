@@ -8,17 +8,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny_base
 from safetensors.torch import load_file
 from task_runs import MOODS, TASKS, TEXTS, evaluate, flags, lines, read, train, write_tasks
 
 from chatglm_ptuning.evaluation import run as evaluation
 from chatglm_ptuning.training import run as training
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny_base.make_base(tmp_path_factory.mktemp("base"), steps=120)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny_base
 import torch
 from safetensors.torch import load_file
 from transformers import TrainingArguments
@@ -30,11 +29,6 @@ ROWS = [
     ]
     * 3
 ]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny_base.make_base(tmp_path_factory.mktemp("base"), steps=120)
 
 
 @pytest.fixture(scope="module")
