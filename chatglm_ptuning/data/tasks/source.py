@@ -81,19 +81,16 @@ class SplitSource:
             return ((row.where, row.get("context"), row, index) for index, row in enumerate(self.rows()))
         return (question for path in self.paths for question in of_file(path))
 
-    def each(
-        self, units: Iterable[Unit], read: Callable[[Unit, int], Iterable[Example]], first: int = 0
-    ) -> Iterator[Example]:
+    def each(self, units: Iterable[Unit], read: Callable[[Unit, int], Iterable[Example]]) -> Iterator[Example]:
         """The examples of rows, or of whatever units a file has. A unit that cannot be read is a bad row.
 
         Args:
             read: returns the examples of a unit, given its index; raises ValueError naming file and line.
-            first: index of the first unit.
 
         Raises:
             ValueError: as `bad_rows.add`.
         """
-        for index, unit in enumerate(units, start=first):
+        for index, unit in enumerate(units):
             try:
                 examples = list(read(unit, index))
             except ValueError as error:
