@@ -242,7 +242,7 @@ def test_a_run_can_do_without_the_report(base, files, tmp_path):
         (["--preserve_batch_size", "0"], 2, "--preserve_batch_size must be at least 1, got 0"),
         (["--preserve_max_length", "8"], 2, "--preserve_max_length must be at least 64, got 8"),
         (["--preserve_file", "missing.json"], 1, "missing.json does not exist"),
-        (["--preserve_eval_file", "GENERAL"], 1, "6 rows of --preserve_eval_file are in --preserve_file too"),
+        (["--preserve_eval_file", "GENERAL"], 1, "6 rows of preserve_eval_file are in preserve_file too"),
         (["--preserve_file", "BROKEN"], 1, "broken.json:2"),
     ],
 )

@@ -84,9 +84,7 @@ def test_sigterm_saves_and_the_run_resumes_from_there(base, data, tmp_path, coun
     checkpoint = last_checkpoint(tmp_path / "run")
     step = int(checkpoint.name.rpartition("-")[2])
     assert 0 < step < steps
-    assert (
-        f"SIGTERM: stopped after step {step}" in ended[0].output and "--resume_from_checkpoint true" in ended[0].output
-    )
+    assert f"SIGTERM: stopped after step {step}" in ended[0].output and "resume_from_checkpoint true" in ended[0].output
     argv = flags(base, data, tmp_path / "run", *more, "--resume_from_checkpoint", "true", steps=steps)
     argv[argv.index("--max_steps") + 1] = str(step + 2)
     processes.run(argv, count, tmp_path)
@@ -386,7 +384,7 @@ def test_another_learning_rate_on_resuming_is_warned_of(base, data, tmp_path):
             steps=4,
         )
         output = processes.run(argv, 1, tmp_path)[0].output
-        assert ("--learning_rate 0.1 is not used" in output and "learning rate of 0.01" in output) == warned
+        assert ("learning_rate 0.1 is not used" in output and "learning rate of 0.01" in output) == warned
 
 
 # ---- disks ----

@@ -94,7 +94,7 @@ def recorded_head(details: Mapping[str, Any], task: Task, asked: str | None, sou
     else:
         head = recorded
     if asked is not None and asked != head:
-        raise ValueError(f"--head {asked}: the checkpoint {source} was trained with the head {head}.")
+        raise ValueError(f"The checkpoint {source} was trained with the head {head}, not with {asked}.")
     if head not in known:
         raise ValueError(
             f"The checkpoint {source} was trained with the head {head}, for "
@@ -111,9 +111,9 @@ def recorded_head(details: Mapping[str, Any], task: Task, asked: str | None, sou
     names = known[head].outputs(task)
     if names is not None and labels is None:
         raise ValueError(
-            f"The prefix in {source} has no linear head for {task.name}{_of_tasks(shared)}, and --head {head} needs "
-            f"one: train it with --task {task.name} --head {head}, or score it by --head generation where the task "
-            "takes that."
+            f"The prefix in {source} has no linear head for {task.name}{_of_tasks(shared)}, and the head {head} "
+            f"needs one: train a prefix for {task.name} with the head {head}, or score this one with the head "
+            "generation, if the task takes it."
         )
     if names is not None and list(names) != list(labels or ()):
         raise ValueError(

@@ -41,7 +41,7 @@ def remove_checkpoints(run_folder: str | Path) -> None:
 def choose_checkpoint(args: TrainingArguments) -> Path | None:
     """The checkpoint that a run resumes from; None to start over.
 
-    As in the official script, a run resumes from its last checkpoint unless --overwrite_output_dir is given. A job that
+    As in the official script, a run resumes from its last checkpoint unless `overwrite_output_dir` is set. A job that
     torchrun or Slurm has restarted always resumes. The first process decides for all.
 
     Raises:
@@ -58,7 +58,7 @@ def choose_checkpoint(args: TrainingArguments) -> Path | None:
         raise ValueError(fault)
     if chosen is not None and not is_resumable(chosen):
         raise ValueError(
-            f"The first process resumes from {chosen}, which process {args.process_index} does not see: --output_dir "
+            f"The first process resumes from {chosen}, which process {args.process_index} does not see: output_dir "
             "must be on storage that all machines share."
         )
     return chosen
@@ -73,14 +73,14 @@ def _choose(args: TrainingArguments) -> Path | None:
     if wanted:
         if str(wanted).lower() in ("true", "1"):
             if newest is None:
-                raise ValueError(f"--resume_from_checkpoint: {args.output_dir} holds no complete checkpoint.")
+                raise ValueError(f"resume_from_checkpoint: {args.output_dir} holds no complete checkpoint.")
             return newest
         if not is_resumable(wanted):
-            raise ValueError(f"--resume_from_checkpoint: {wanted} is not a complete checkpoint of a run.")
+            raise ValueError(f"resume_from_checkpoint: {wanted} is not a complete checkpoint of a run.")
         return Path(wanted)
     if not args.do_train or newest is None or args.overwrite_output_dir:
         return None
-    logger.warning(f"Resuming from {newest}; give --overwrite_output_dir to start over.")
+    logger.warning(f"Resuming from {newest}; set overwrite_output_dir to start over.")
     return newest
 
 

@@ -70,19 +70,19 @@ def read_general_rows(
     replayed = read(arguments.preserve_file, "train.json") if replays else None
     held_out = None
     if measures and not (arguments.preserve_eval_file or _BUNDLED.is_dir()):
-        logger.warning("The drift from the base is not measured: that needs --preserve_eval_file here.")
+        logger.warning("The drift from the base is not measured: set preserve_eval_file.")
     elif measures:
         held_out = read(arguments.preserve_eval_file, "held_out.json", arguments.max_preserve_eval_samples)
     if replayed is not None and held_out is not None and (count := shared_rows(replayed, held_out)):
         raise ValueError(
-            f"{count} rows of --preserve_eval_file are in --preserve_file too: what was replayed says nothing about "
-            "what is kept elsewhere. Take them out of one of the files."
+            f"{count} rows of preserve_eval_file are in preserve_file too: replayed rows cannot measure the drift on "
+            "other texts. Remove them from one of the files."
         )
     return GeneralRows(replayed, held_out)
 
 
 class Replay:
-    """The loss term of `--preserve_base`: weight x mean KL(base || tuned) per token of general rows.
+    """The loss term of `preserve_base`: weight x mean KL(base || tuned) per token of general rows.
 
     The rows of a step depend on the seed, the step and how many rows a step has on all processes, accumulation
     included. So a resumed run replays the same rows, and so do other numbers of processes with the same product, as

@@ -155,8 +155,8 @@ class PrefixTrainer(Trainer):
         """
         if self.args.auto_find_batch_size and self.args.world_size > 1:
             raise ValueError(
-                "--auto_find_batch_size works in one process only: when a batch does not fit on one GPU, the others "
-                "wait for it. Find the size on one GPU, then give it as --per_device_train_batch_size."
+                "auto_find_batch_size works in one process only: when a batch does not fit on one GPU, the others "
+                "wait for it. Find the size on one GPU, then set per_device_train_batch_size to it."
             )
         self._signal.install()
         try:
@@ -170,7 +170,7 @@ class PrefixTrainer(Trainer):
             step = self.state.global_step
             raise Preempted(
                 f"SIGTERM: stopped after step {step}. Everything is saved in {self.args.output_dir}/"
-                f"{PREFIX_CHECKPOINT_DIR}-{step}; resume with --resume_from_checkpoint true."
+                f"{PREFIX_CHECKPOINT_DIR}-{step}; resume with resume_from_checkpoint true."
             )
         return result
 
@@ -514,9 +514,9 @@ class PrefixTrainer(Trainer):
             return
         if not math.isclose(used, self.args.learning_rate, rel_tol=1e-6):
             logger.warning(
-                f"--learning_rate {self.args.learning_rate:g} is not used: the run resumes from {checkpoint} with its "
+                f"learning_rate {self.args.learning_rate:g} is not used: the run resumes from {checkpoint} with its "
                 f"own learning rate of {used:g}. To train with another one, start a new run from that prefix: "
-                f"--ptuning_checkpoint {checkpoint} and another --output_dir."
+                f"ptuning_checkpoint {checkpoint} and another output_dir."
             )
 
     # The checkpoint holds the trained parameters, not the model.

@@ -114,7 +114,7 @@ class Task:
     """One task of the registry.
 
     Attributes:
-        name: the value of `--task`; also names folders.
+        name: of the task; also names folders.
         title: one line, shown in lists.
         reader: a name in `readers.READERS`.
         head: the default head.

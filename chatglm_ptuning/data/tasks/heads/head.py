@@ -58,7 +58,7 @@ class Head(ABC):
     """One way to solve a task, with its settings.
 
     Attributes:
-        name: the value of `--head`, which a prefix checkpoint records.
+        name: of the head, which a prefix checkpoint records.
         solves: the kinds of examples that it can solve.
         echoes: whether it supports `echo`.
         splits_tokens: whether it uses `token_unit`.
