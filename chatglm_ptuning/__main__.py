@@ -1,4 +1,4 @@
-"""`python -m chatglm_ptuning`."""
+"""The entry of `python -m chatglm_ptuning`, the same as `chatglm-ptuning`."""
 
 from chatglm_ptuning.cli import main
 

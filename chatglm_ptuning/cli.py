@@ -12,7 +12,7 @@ COMMANDS = {
     "search": ("chatglm_ptuning.experiments.search", "search prompt length and learning rate for a task"),
     "evaluate": ("chatglm_ptuning.evaluation.run", "score a prefix, or the plain base"),
     "lm_eval": ("chatglm_ptuning.evaluation.harness.command", "C-Eval, CMMLU and others through lm-evaluation-harness"),
-    "compare": ("chatglm_ptuning.experiments.compare", "compare ways of tuning on tasks, over seeds"),
+    "compare": ("chatglm_ptuning.experiments.compare", "compare tuning methods on tasks, over seeds"),
     "data": ("chatglm_ptuning.data.command", "show a row as the model sees it, check data files"),
     "chat": ("chatglm_ptuning.serving.terminal", "chat with the base and its prefixes in a terminal"),
     "estimate": ("chatglm_ptuning.estimation.run", "compute memory and time of a run, without weights"),

@@ -46,7 +46,7 @@ def parse_arguments(
     retired: Mapping[str, str] | None = None,
     positional: str | None = None,
 ) -> tuple[Any, ...]:
-    """Parses flags into dataclasses; what is wrong with them ends the process with exit code 2.
+    """Parses flags into dataclasses; an invalid flag ends the process with exit code 2.
 
     `--config FILE` reads flags from a YAML or JSON mapping; flags on the command line override it.
 
@@ -114,7 +114,7 @@ def _flags_from_file(parser: _Parser, path: str, known: set[str]) -> list[str]:
 
 
 def flag_words(flags: Mapping[str, Any]) -> list[str]:
-    """Flags with their values as they stand on a command line; a flag whose value is None is left out."""
+    """Flags and values as words of a command line; a flag whose value is None is left out."""
     words = []
     for name, value in flags.items():
         if value is None:
@@ -142,7 +142,7 @@ class FlagChecker:
         self.names = {option.lstrip("-") for action in self._parser._actions for option in action.option_strings}
 
     def check_names(self, names: Iterable[str]) -> None:
-        """Refuses what is no flag of the command.
+        """Refuses unknown flags.
 
         Raises:
             ValueError: naming it and the nearest flag.

@@ -1,4 +1,4 @@
-"""Every picture that the kit writes: one way to draw and save it, and the kinds that several rooms share."""
+"""Draws and saves every picture that the kit writes."""
 
 from __future__ import annotations
 

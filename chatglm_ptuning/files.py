@@ -1,4 +1,4 @@
-"""Files: written so that a crash leaves the old one whole, read without running what is in them."""
+"""Writes files atomically, and reads tensors and JSON without executing code."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def read_json_object_or_empty(path: Path) -> dict[str, Any]:
 def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
     """Reads the wanted tensors of a `.safetensors` file or of a file written by `torch.save`, onto the CPU.
 
-    Nothing in the file is executed, and of a large file only what is wanted comes into memory.
+    Nothing in the file is executed, and only the requested part of a large file is read into memory.
 
     Raises:
         OSError: if the file is not there or cannot be opened.

@@ -1,4 +1,4 @@
-"""Which version of the kit runs; results and checkpoints record it."""
+"""The version of the kit, which results and checkpoints record."""
 
 from importlib.metadata import PackageNotFoundError, version
 

@@ -1,4 +1,4 @@
-"""Fixtures that several test files share: a tiny base in the official layout, and prefixes for it."""
+"""Fixtures that several test files share: tiny bases in the official layout, prefixes for them, and tokenizers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from pathlib import Path
 
 import bpe_vocabulary
 import pytest
+import tiny_tokenizer
 import torch
+from tiny_base import make_base
 
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
 TINY = {
     "num_layers": 2,
@@ -52,6 +55,24 @@ def tiny_base(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "tiny-base"
     ChatGLMForConditionalGeneration(ChatGLMConfig(**TINY)).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> Path:
+    """A base that has learned `tiny_base.ANSWERS`, with its tokenizer; not to be changed."""
+    return make_base(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="session")
+def chatglm2(tmp_path_factory) -> ChatGLMTokenizer:
+    """A tokenizer of few characters in ChatGLM2's chat format."""
+    return tiny_tokenizer.train(tmp_path_factory.mktemp("tokenizer"), "chatglm2")
+
+
+@pytest.fixture(scope="session")
+def chatglm3(tmp_path_factory) -> ChatGLMTokenizer:
+    """A tokenizer of few characters in ChatGLM3's chat format."""
+    return tiny_tokenizer.train(tmp_path_factory.mktemp("tokenizer"), "chatglm3")
 
 
 @pytest.fixture

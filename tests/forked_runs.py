@@ -46,7 +46,7 @@ class ForkedRun:
 
 
 def starting(main: Main = train) -> Callable[[Run, IO[bytes], Mapping[str, str]], ForkedRun]:
-    """What may stand for `runner._process`: each run is a call of `main` with its arguments."""
+    """A replacement of `runner._process`: each run is a call of `main` with its arguments."""
     return lambda run, log, environment: ForkedRun(main, run, log, environment)
 
 

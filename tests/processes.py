@@ -55,7 +55,7 @@ class Job:
             self.processes.append(process)
 
     def wait(self, seconds: float = 600) -> list[Ended]:
-        """Waits for all to end; after so many seconds what still runs is killed and has None for its code."""
+        """Waits for all to end; after `seconds`, kills those that still run, and their code is None."""
         deadline = time.monotonic() + seconds
         ended = []
         for process, log in zip(self.processes, self.logs, strict=True):
@@ -69,7 +69,7 @@ class Job:
 
 
 def start(argv: list[str], count: int, folder: Path, **env: str) -> Job:
-    """Starts `chatglm-ptuning train` with these flags in so many processes; what they print goes into `folder`."""
+    """Starts `chatglm-ptuning train` with these flags in `count` processes, which log into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     return Job((_train, ([str(word) for word in argv],)), count, folder, env)
 
@@ -83,7 +83,7 @@ def run(argv: list[str], count: int, folder: Path, seconds: float = 600, **env: 
 
 
 def call(function: Callable[..., str], arguments: tuple, count: int, folder: Path, seconds: float = 600) -> list[str]:
-    """Calls a function in so many processes of one job; gives the line that each returns."""
+    """Calls a function in `count` processes of one job; returns the line that each returns."""
     ended = Job((function, arguments), count, folder, {}).wait(seconds)
     for rank, process in enumerate(ended):
         assert process.code == 0, f"process {rank} ended with {process.code}:\n{process.output[-4000:]}"

@@ -8,16 +8,6 @@ from tiny_tokenizer import spell, spell_marked, train
 from chatglm_ptuning.chat.message import Conversation, Message
 
 
-@pytest.fixture(scope="session")
-def chatglm2(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("tokenizer"), "chatglm2")
-
-
-@pytest.fixture(scope="session")
-def chatglm3(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("tokenizer"), "chatglm3")
-
-
 def user(content: str) -> Message:
     return Message("user", content)
 

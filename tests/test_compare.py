@@ -1,4 +1,4 @@
-"""The comparison of ways of tuning: its plan, its runs, its table."""
+"""The comparison of tuning methods: its plan, its runs, its table."""
 
 import csv
 import json
@@ -281,7 +281,7 @@ def times(output):
 
 @pytest.mark.slow
 def test_runs_are_real_resumed_and_may_fail(folder, content, tmp_path):
-    content["base"] = str(tiny_base.make_base(tmp_path, steps=120))
+    content["base"] = str(tiny_base.make_base(tmp_path))
     content["seeds"] = [1, 2]
     content["methods"] = {"prefix": {}, "fails": {"ptuning_checkpoint": "no/such/prefix"}}
     path, output = tmp_path / "plan.yaml", tmp_path / "output"

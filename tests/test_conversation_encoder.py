@@ -20,16 +20,6 @@ HISTORY = Columns(history="history")
 FRAME = {"chatglm2": 20, "chatglm3": 7}
 
 
-@pytest.fixture(scope="session")
-def chatglm2(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("tokenizer"), "chatglm2")
-
-
-@pytest.fixture(scope="session")
-def chatglm3(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("tokenizer"), "chatglm3")
-
-
 @pytest.fixture(params=["chatglm2", "chatglm3"])
 def tokenizer(request, chatglm2, chatglm3):
     return {"chatglm2": chatglm2, "chatglm3": chatglm3}[request.param]
@@ -258,10 +248,11 @@ def test_faults_name_file_line_and_flag(chatglm2):
     message = refusal(chatglm2, [good, row(7, content="甲", response="乙")], Columns("prompt", "response"))
     assert message.startswith("rows.json:7: there is no column 'prompt' (the row has 'content', 'response'); ")
     assert "set prompt_column" in message
-    assert refusal(chatglm2, [row(3, prompt="甲", response="乙", rounds=[])]) == (
-        "rows.json:3: no row has the column 'history' (this one has 'prompt', 'response', 'rounds'); name the right "
-        "one with --history_column, or leave that out."
+    message = refusal(chatglm2, [row(3, prompt="甲", response="乙", rounds=[])])
+    assert message.startswith(
+        "rows.json:3: no row has the column 'history' (this one has 'prompt', 'response', 'rounds'"
     )
+    assert "set history_column" in message
     message = refusal(chatglm2, [turns("甲", "乙", metadata="get")])
     assert message.startswith("rows.json:1: ChatGLM2's format has no tools")
 

@@ -1,4 +1,4 @@
-"""Files of every type, folders and patterns: the rows in them, where they stand, and what is said about faults."""
+"""Files of every type, folders and patterns: their rows, the place of each row, and errors about faults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading data files and rows: what is read, and the error for each kind of fault."""
+"""Reading data files and rows, and the error for each kind of fault."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_no_history(rounds):
     assert found.messages == [Message("user", "问"), Message("assistant", "true", loss=True)]
 
 
-def test_conversations_learn_every_answer_unless_told_otherwise():
+def test_conversations_learn_every_answer_by_default():
     turns = [
         {"role": "system", "content": "系统", "loss": True},
         {"role": "user", "content": "问一", "loss": True},

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import processes
 import pytest
-import tiny_base
 import torch
 from safetensors.torch import load_file
 
@@ -23,11 +22,6 @@ ROWS = ROWS[:11]  # which neither batches nor processes divide
 SLOW_STAGES = [pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2)]
 # Sums in another order: float32 keeps about seven digits, of which a few steps of Adam lose two.
 TOLERANCE = {"rtol": 2e-4, "atol": 2e-5}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny_base.make_base(tmp_path_factory.mktemp("base"), steps=120)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +116,7 @@ def resumable(base, data, output, **changes):
         pytest.param((2, 2), (2, 0), marks=pytest.mark.slow),
     ],
 )
-def test_a_run_goes_on_under_other_processes_and_stages(base, data, alone, tmp_path, before, after):
+def test_a_run_resumes_under_other_processes_and_stages(base, data, alone, tmp_path, before, after):
     run = tmp_path / "run"
     count, stage = before
     processes.run(resumable(base, data, run, stage=stage, accumulation=4 // count), count, tmp_path)

@@ -121,7 +121,7 @@ def test_nothing_changes_without_a_device_map(base):
 
 
 def test_each_layer_gets_its_part_of_the_prefix_where_it_is():
-    # "meta" stands for a second device, which this machine lacks.
+    # "meta" simulates a second device, which this machine lacks.
     cpu, other = torch.device("cpu"), torch.device("meta")
     bank = PrefixBank()
     values = torch.randn(3, 8, 2, 4)

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import tiny_base
 import tiny_glm4
 import tiny_tokenizer
 import torch
@@ -197,7 +196,7 @@ def test_the_second_copy_has_seen_what_follows(tokenizers, model_of):
 
 @pytest.mark.parametrize("room", [400, 31])
 def test_a_model_that_knows_tags_in_the_second_copy_alone_is_read_there(tokenizers, model_of, monkeypatch, room):
-    """The model tags every character by itself, but only where it stands for the second time; before, all are ORG."""
+    """The model tags every character by itself, but only in the second copy; in the first, all are ORG."""
     tokenizer = tokenizers["chatglm3"]
     encoder = tagger(tokenizer, "characters", room)
     model = model_of("token_classification", len(encoder.task.tags))
@@ -248,11 +247,6 @@ def test_spans_of_the_first_copy_are_never_taken(tokenizers, model_of, monkeypat
 
 
 # The setting
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return tiny_base.make_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -27,11 +27,6 @@ def write(path: Path, rows: list[dict]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
 def prefix(base, tmp_path_factory):
     return make_prefix(base, tmp_path_factory.mktemp("runs") / "ads", "你好吗？我想去公园散步。")
 

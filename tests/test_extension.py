@@ -45,7 +45,7 @@ def block_of(beginning: str) -> str:
 
 
 class Writer:
-    """Stands for a model that writes the same answer to every prompt."""
+    """A stub of a model that writes the same answer to every prompt."""
 
     def answers(self, prompts):
         return ["好评"] * (len(prompts) - 1) + ["不知道"]

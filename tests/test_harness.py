@@ -214,7 +214,7 @@ def test_the_beginning_of_an_answer_is_continued(harness):
     assert len(answer) == 2
 
 
-def test_two_chats_of_one_text_are_told_apart(harness):
+def test_two_chats_of_one_text_are_distinguished(harness):
     harness.apply_chat_template([{"role": "user", "content": "你"}, {"role": "user", "content": "好"}])
     with pytest.raises(ValueError, match="Two chats have the same text"):
         harness.apply_chat_template([{"role": "user", "content": "你<|user|>\n 好"}])
@@ -223,7 +223,7 @@ def test_two_chats_of_one_text_are_told_apart(harness):
 def test_a_base_without_chats_refuses_the_template(tmp_path):
     tokenizer = tiny_tokenizer.train(tmp_path, "base")
     harness = ChatGLMHarnessModel(tiny_chat_base.make_model(len(tokenizer)), tokenizer)
-    with pytest.raises(ValueError, match="without a chat format: leave --apply_chat_template out"):
+    with pytest.raises(ValueError, match="without a chat format: leave apply_chat_template out"):
         harness.apply_chat_template([{"role": "user", "content": "你"}])
 
 
@@ -346,11 +346,11 @@ def test_a_user_defined_task(base, tmp_path):
          r"no file of ceval, split val: looked for val/art_studies_val.csv in .*/ceval"),
         (["--tasks", "cmmlu_arts", "--data_dir", "{data}/nowhere"], "nowhere does not exist. Name the folder"),
         (["--tasks", "cmmlu_arts", "--data_dir", "{data}", "--num_fewshot", "6"],
-         "5 examples of cmmlu, subject arts, split dev: --num_fewshot 6 is too many"),
+         "5 examples of cmmlu, subject arts, split dev: num_fewshot 6 is too many"),
         (["--tasks", "ceval", "--subjects", "lawn"], r"group 'lawn' in ceval \(did you mean 'law'"),
-        (["--tasks", "my_moods", "--subjects", "law"], "--subjects chooses among those of ceval and cmmlu"),
-        (["--tasks", "my_moods", "--include_path", "{data}/nowhere"], "--include_path .*nowhere"),
-        (["--tasks", "ceval-valid_law"], "could not load the data of ceval-valid: .*--data_dir"),
+        (["--tasks", "my_moods", "--subjects", "law"], "subjects are those of ceval and cmmlu"),
+        (["--tasks", "my_moods", "--include_path", "{data}/nowhere"], "include_path: .*nowhere"),
+        (["--tasks", "ceval-valid_law"], "could not load the data of ceval-valid: .*data_dir"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(base, data, tmp_path, capsys, flags, message):

@@ -304,7 +304,7 @@ def test_a_checkpoint_holds_every_head_and_says_whose(folder, shared):
 
 def test_heads_leave_the_devices_of_the_base_as_they_are(folder):
     base = load_model(str(folder / "base"))
-    base.transformer.encoder.layers[1].to("meta")  # stands for another device, from which nothing may be moved
+    base.transformer.encoder.layers[1].to("meta")  # simulates another device, from which nothing may be moved
     head = {"model_class": ChatGLMForSequenceClassification, "id2label": {0: "good", 1: "bad"}}
     model = ChatGLMForMultipleTasks(base, {"mood": head})
     assert {parameter.device.type for parameter in model.transformer.encoder.layers[1].parameters()} == {"meta"}

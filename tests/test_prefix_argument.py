@@ -54,7 +54,7 @@ def test_the_argument_is_what_set_prefix_selects(model, load, ids):
         model.set_prefix(name)
         assert torch.equal(model(ids).logits, passed)
         model.set_prefix("projected")
-        assert torch.equal(model(ids, prefix=None).logits, selected), "None stands for the selected prefix"
+        assert torch.equal(model(ids, prefix=None).logits, selected), "None means the selected prefix"
     assert torch.equal(model(ids, prefix=model.prefix_batch(None)).logits, base)
     assert torch.equal(model(ids, prefix=PrefixBatch()).logits, base)
     assert model.selected_prefix == "projected"

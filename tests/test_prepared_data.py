@@ -63,7 +63,7 @@ def entries(cache: TokenCache) -> list[Path]:
 
 
 def answers(examples) -> list[int]:
-    """The number of 乙 in every answer, by which rows are told apart."""
+    """The number of 乙 in every answer, which identifies the row."""
     return [sum(label >= 0 for label in example["labels"]) - 4 for example in examples]
 
 
@@ -99,9 +99,9 @@ def test_cached_rows_are_reused_until_something_changes(tmp_path, encoder, cache
     grown = prepare([path], encoder(), cache)
     assert not grown.reused and grown.report.rows == 6
     assert len(entries(cache)) == len(changed) + 3
-    anew = TokenCache(cache.folder, overwrite=True)
-    assert not prepare([path], encoder(), anew).reused
-    assert prepare([path], encoder(), anew).reused
+    overwriting = TokenCache(cache.folder, overwrite=True)
+    assert not prepare([path], encoder(), overwriting).reused
+    assert prepare([path], encoder(), overwriting).reused
     assert len(entries(cache)) == len(changed) + 3
 
 

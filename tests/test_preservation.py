@@ -149,11 +149,6 @@ def test_steps_replay_defined_rows_however_they_are_shared(trained):
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny_base.make_base(tmp_path_factory.mktemp("base"), steps=120)
-
-
-@pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     for name, rows in (("train", ROWS), ("general", GENERAL), ("held_out", HELD_OUT)):
@@ -247,7 +242,7 @@ def test_a_run_can_do_without_the_report(base, files, tmp_path):
         (["--preserve_batch_size", "0"], 2, "--preserve_batch_size must be at least 1, got 0"),
         (["--preserve_max_length", "8"], 2, "--preserve_max_length must be at least 64, got 8"),
         (["--preserve_file", "missing.json"], 1, "missing.json does not exist"),
-        (["--preserve_eval_file", "GENERAL"], 1, "6 rows of --preserve_eval_file are in --preserve_file too"),
+        (["--preserve_eval_file", "GENERAL"], 1, "6 rows of preserve_eval_file are in preserve_file too"),
         (["--preserve_file", "BROKEN"], 1, "broken.json:2"),
     ],
 )

@@ -205,7 +205,7 @@ def test_bitsandbytes_does_not_warn_at_every_step(batch, caplog):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_train_command_trains_through_a_quantised_base(tmp_path, bits, capsys):
-    folder = tiny_base.make_base(tmp_path, steps=120)
+    folder = tiny_base.make_base(tmp_path)
     rows = [{"content": "你是谁", "summary": "甲乙丙丁"}, {"content": "天气", "summary": "很好"}] * 2
     (tmp_path / "train.json").write_text(json.dumps(rows, ensure_ascii=False), "utf-8")
     train([

@@ -17,7 +17,6 @@ from statistics import fmean, stdev
 
 import forked_runs
 import pytest
-import tiny_base
 import torch
 
 pytest.importorskip("optuna")
@@ -59,11 +58,6 @@ TEXTS = {"yes": ["今天天气好", "今天有雨", "天气很好", "有雨"], "
 @pytest.fixture(autouse=True)
 def forked(monkeypatch):
     monkeypatch.setattr(runner, "_process", forked_runs.starting())
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny_base.make_base(tmp_path_factory.mktemp("base"), steps=120)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from pathlib import Path
 import processes
 import psutil
 import pytest
-import tiny_base
 import torch
 from safetensors.torch import load_file
 
@@ -34,11 +33,6 @@ ROWS = [
     {"content": prompt, "summary": answer}
     for prompt, answer in [("今天天气好吗", "今天有雨"), ("你是谁", "甲乙丙丁"), ("请问去公园吗", "我想散步")] * 4
 ]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny_base.make_base(tmp_path_factory.mktemp("base"), steps=120)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +72,7 @@ def logged(job, text):
 
 
 @pytest.mark.parametrize(("count", "stage"), [(1, None), (2, 1), pytest.param(2, 3, marks=pytest.mark.slow)])
-def test_sigterm_saves_and_the_run_goes_on_from_there(base, data, tmp_path, count, stage):
+def test_sigterm_saves_and_the_run_resumes_from_there(base, data, tmp_path, count, stage):
     more = ["--deepspeed", ROOT / "ds_config" / f"zero{stage}.json"] if stage else []
     steps = 400
     job = processes.start(flags(base, data, tmp_path / "run", *more, steps=steps), count, tmp_path)
@@ -90,9 +84,7 @@ def test_sigterm_saves_and_the_run_goes_on_from_there(base, data, tmp_path, coun
     checkpoint = last_checkpoint(tmp_path / "run")
     step = int(checkpoint.name.rpartition("-")[2])
     assert 0 < step < steps
-    assert (
-        f"SIGTERM: stopped after step {step}" in ended[0].output and "--resume_from_checkpoint true" in ended[0].output
-    )
+    assert f"SIGTERM: stopped after step {step}" in ended[0].output and "resume_from_checkpoint true" in ended[0].output
     argv = flags(base, data, tmp_path / "run", *more, "--resume_from_checkpoint", "true", steps=steps)
     argv[argv.index("--max_steps") + 1] = str(step + 2)
     processes.run(argv, count, tmp_path)
@@ -282,7 +274,7 @@ def make_trainer(base, tmp_path, rows, replay=None, **changes):
 
 
 @pytest.mark.parametrize("general_rows", [0, 6])
-def test_the_memory_of_a_gpu_is_told_in_the_same_words(base, tmp_path, general_rows):
+def test_out_of_memory_names_rows_tokens_and_a_smaller_batch(base, tmp_path, general_rows):
     rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}, {"input_ids": [5, 6], "labels": [5, 6]}]
     replay = Replay(rows, 1.0, pad_token_id=0, batch_size=general_rows) if general_rows else None
     trainer = make_trainer(base, tmp_path, rows, replay)
@@ -392,7 +384,7 @@ def test_another_learning_rate_on_resuming_is_warned_of(base, data, tmp_path):
             steps=4,
         )
         output = processes.run(argv, 1, tmp_path)[0].output
-        assert ("--learning_rate 0.1 is not used" in output and "learning rate of 0.01" in output) == warned
+        assert ("learning_rate 0.1 is not used" in output and "learning rate of 0.01" in output) == warned
 
 
 # ---- disks ----

@@ -57,7 +57,7 @@ def make(tokenizer):
 
 
 def twice(tokenizer, ids, echo: bool) -> list[int]:
-    """The ids of a window as they stand in the prompt: with echo two copies with a line feed between them."""
+    """The ids of a window in the prompt: with echo two copies with a line feed between them."""
     return [*ids, *tokenizer.vocabulary.encode("\n"), *ids] if echo else list(ids)
 
 

@@ -1,4 +1,4 @@
-"""Runs on tasks that go on, or that several processes share, end as one process without a break does."""
+"""Runs on tasks that resume, or that several processes share, equal an uninterrupted run of one process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import processes
 import pytest
-import tiny_base
 import torch
 from safetensors.torch import load_file
 from task_runs import TASKS, evaluate, flags, lines, read, train, write_tasks
@@ -18,11 +17,6 @@ from chatglm_ptuning.evaluation import run as evaluation
 from chatglm_ptuning.training.sampler import masked_row_like
 
 MODEL_CLASSES = {head.name: head.model_class for head in HEADS}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny_base.make_base(tmp_path_factory.mktemp("base"), steps=120)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Readers take the published forms, here in tiny files of that form, and the real files where they are at hand."""
+"""Readers take the published forms, here in tiny files of that form, and the real files where they are available."""
 
 import gzip
 import json
@@ -467,7 +467,7 @@ def test_bundled_data():
     assert counts == {"sentiment": 294, "news_topic": 600, "inference": 156, "entities": 183, "advertisement": 290}
 
 
-@pytest.mark.skipif(not (SHARED / "fewclue").is_dir(), reason="the FewCLUE files are not at hand")
+@pytest.mark.skipif(not (SHARED / "fewclue").is_dir(), reason="the FewCLUE files are not available")
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
@@ -485,7 +485,7 @@ def test_real_fewclue_files(name, sizes):
         assert len({example.prompt(task) for example in examples}) > 0.8 * size
 
 
-@pytest.mark.skipif(not (SHARED / "corpus").is_dir(), reason="the corpora are not at hand")
+@pytest.mark.skipif(not (SHARED / "corpus").is_dir(), reason="the corpora are not available")
 def test_real_corpora():
     assert len(read_examples(load_task("reviews"), SHARED / "corpus", "test")) == 2000
     sentences = read_examples(load_task("peoples_daily_ner"), SHARED / "corpus", "dev")

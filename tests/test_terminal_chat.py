@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from tiny_chat_base import make_model, write_base, write_prefix
 
+from chatglm_ptuning.model.arguments import InferenceBaseArguments
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.serving import terminal
 
@@ -144,7 +145,7 @@ def test_loading(folder, answers, run, tmp_path):
     assert printed.index(answers["ads"]) < printed.index(answers["qa"])
     assert "  ads\n  my run/checkpoint-7\n* 广告\n  none\n" in printed
     assert f"Not loaded: No prefix in {tmp_path}" in printed
-    assert "'none' stands for the plain base" in printed
+    assert "'none' is the name of the plain base" in printed
     assert "Usage: /load PATH [NAME]" in printed
 
 
@@ -170,19 +171,19 @@ def test_bytes_that_are_no_text(folder, run):
 
 
 def test_ctrl_c_stops_the_current_answer(folder, answers, run, monkeypatch):
-    load, steps = load_model, []
+    load, steps = InferenceBaseArguments.load_model, []
 
     def interrupt(*_):
         steps.append(1)
         if len(steps) == 6:
             raise KeyboardInterrupt
 
-    def load_interrupted(*args, **settings):
-        model = load(*args, **settings)
+    def load_interrupted(arguments):
+        model = load(arguments)
         model.transformer.encoder.layers[1].register_forward_pre_hook(interrupt)
         return model
 
-    monkeypatch.setattr("chatglm_ptuning.model.arguments.load_model", load_interrupted)
+    monkeypatch.setattr(InferenceBaseArguments, "load_model", load_interrupted)
     printed = run(_flags(folder), QUERY, "/clear", QUERY)
     before, after = printed.split("(stopped)")
     assert answers["qa"] not in before
@@ -246,7 +247,7 @@ class Screen:
         self.printed = b""
 
     def wait_for(self, text, seconds=120.0):
-        """Reads until the text has been printed after what was waited for before."""
+        """Reads until the text has been printed after the text of the last wait."""
         end = time.monotonic() + seconds
         while text.encode() not in self.printed:
             if not select.select([self.main], [], [], max(0.0, end - time.monotonic()))[0]:

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny_base
 import torch
 from safetensors.torch import load_file
 from transformers import TrainingArguments
@@ -30,11 +29,6 @@ ROWS = [
     ]
     * 3
 ]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny_base.make_base(tmp_path_factory.mktemp("base"), steps=120)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +88,7 @@ def test_a_run_trains_the_prefix_alone_and_leaves_its_report(base, train_file, t
     assert model.prefix_names == ["run", "checkpoint-80"]
 
 
-def test_a_killed_run_goes_on_to_the_same_losses_and_weights(base, train_file, tmp_path):
+def test_a_killed_run_resumes_to_the_same_losses_and_weights(base, train_file, tmp_path):
     more = ["--save_steps", "3", "--save_total_limit", "2", "--prefix_projection", "true", "--logging_steps", "2"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     main(flags(base, train_file, whole, *more, steps=14))
@@ -114,7 +108,7 @@ def test_a_killed_run_goes_on_to_the_same_losses_and_weights(base, train_file, t
         torch.testing.assert_close(load_file(killed / "prefix_model.safetensors")[name], value, rtol=0, atol=0)
 
 
-def test_a_run_goes_on_by_itself_or_starts_anew_when_told(base, train_file, tmp_path, capsys):
+def test_a_run_resumes_by_default_or_starts_over_on_request(base, train_file, tmp_path, capsys):
     run = tmp_path / "run"
     main(flags(base, train_file, run, "--save_steps", "2", steps=4))
     main(flags(base, train_file, run, "--save_steps", "2", steps=6))
@@ -123,7 +117,7 @@ def test_a_run_goes_on_by_itself_or_starts_anew_when_told(base, train_file, tmp_
     assert len(losses(run)) == 2 and [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-2"]
     with pytest.raises(SystemExit):
         main(flags(base, train_file, tmp_path / "new", "--resume_from_checkpoint", "true"))
-    assert "holds no whole checkpoint" in capsys.readouterr().err
+    assert "holds no complete checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("best", "evaluations"), [("false", [2, 4]), ("true", [2, 4, 4])])

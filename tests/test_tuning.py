@@ -1,4 +1,4 @@
-"""Every way of tuning by the command: what it trains, what it leaves, going on from it, and evaluating it."""
+"""Every tuning method by the command: what it trains and leaves frozen, resuming, and evaluation."""
 
 import json
 import shutil
@@ -143,7 +143,7 @@ def test_another_base_and_another_method_are_refused(base, train_file, tmp_path,
                 flags(base, train_file, tmp_path / "new", "--tuning", "p_tuning", "--ptuning_checkpoint",
                       tmp_path / method, steps=1)
             )  # fmt: skip
-        assert f"was trained by --tuning {method}, not p_tuning" in capsys.readouterr().err
+        assert f"was trained by the tuning method {method}, not p_tuning" in capsys.readouterr().err
     (tmp_path / "lora" / "adapter_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"incomplete: adapter_model.safetensors is missing"):
         load_tuned(base, tmp_path / "lora")

@@ -1,4 +1,4 @@
-"""Every way of tuning under the linear heads: trained by the Trainer, saved, restored onto the base."""
+"""Every tuning method under the linear heads: trained by the Trainer, saved, restored onto the base."""
 
 import json
 

@@ -128,7 +128,7 @@ def test_values_follow_the_parameters_where_no_gradient_is_wanted(tiny_base, ids
     with torch.no_grad():
         after = model(ids).logits
     assert not torch.allclose(after, before)
-    torch.testing.assert_close(model(ids).logits, after)  # with a gradient it is computed anew
+    torch.testing.assert_close(model(ids).logits, after)  # with a gradient it is computed again
 
 
 def test_a_saved_prompt_is_a_prefix_and_an_adapter_of_peft(tiny_base, ids, tmp_path):

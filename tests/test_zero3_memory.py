@@ -45,13 +45,13 @@ def _load(base: str, output: str, config: str | None) -> str:
 
     args = PrefixTrainingArguments(output_dir=output, deepspeed=config, report_to="none")
     assert args.world_size == int(os.environ.get("WORLD_SIZE", "1"))
-    # Freed weights go back to the system at once, so that what is measured is what is held.
+    # Freed weights go back to the system at once, so that the measurement is the memory held.
     ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 2**20)
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     before = _status("VmRSS")
     model = load_model(base, pre_seq_len=8)
     for parameter in model.parameters():
-        parameter.detach().sum()  # what is read from a file comes into memory when it is looked at
+        parameter.detach().sum()  # a memory-mapped file is read on access
     fingerprint = model.base_fingerprint()["sample_sha256"]
     return f"{_status('VmHWM') - before} {_status('RssAnon')} {fingerprint}"
 

@@ -1,4 +1,4 @@
-"""ChatGLM3's chat format."""
+"""ChatGLM3's chat format: a role token with metadata in front of every message."""
 
 from __future__ import annotations
 

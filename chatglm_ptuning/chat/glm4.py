@@ -1,4 +1,4 @@
-"""The chat format of GLM-4 and CodeGeeX4."""
+"""The chat format of GLM-4 and CodeGeeX4: role tokens, and their notation of tools."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class Conversation:
     """Messages in their order.
 
     Attributes:
-        source_prefix: text in front of the conversation (the official `--source_prefix`); the chat format decides
+        source_prefix: text in front of the conversation (the official setting `source_prefix`); the chat format decides
             where it is written.
         tools: definitions of tools beside the messages; the chat format decides where they are written.
         followed_by: role of the message after the last one, if messages at the end were dropped.

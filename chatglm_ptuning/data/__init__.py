@@ -1,1 +1,1 @@
-"""From data files to padded batches: reading rows, chat formats, cutting to length, collation."""
+"""From data files to padded batches: sources, dataset formats, tasks, truncation, cache, collation."""

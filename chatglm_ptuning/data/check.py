@@ -1,4 +1,4 @@
-"""Checking data without a model: what its rows are, and what is wrong or suspicious in them."""
+"""Checks data without a model: the formats of its rows, faults, and suspicious properties."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FINDINGS = {
     "empty": "rows with neither question nor answer",
     "one_sided": "rows with only a question or only an answer",
     "without_targets": "rows with nothing to learn",
-    "replacement_characters": "rows with U+FFFD, which stands for characters that were lost",
+    "replacement_characters": "rows with U+FFFD, which replaces lost characters",
     "mojibake": "rows with passages that were decoded with a wrong encoding",
     "special_tokens": "rows that spell special tokens (they are learned as ordinary text)",
 }
@@ -74,7 +74,7 @@ class Checker:
             yield example
 
     def report(self) -> dict[str, Any]:
-        """What was found so far, ready for JSON.
+        """The findings so far, ready for JSON.
 
         - `rows`, `bad`: numbers of rows that were understood, and that were not.
         - `formats`: rows by dataset format.
@@ -104,7 +104,7 @@ class Checker:
         return len(self.turns) > sum(self.counts[name] for name in ("empty", "one_sided", "without_targets"))
 
     def warnings(self) -> list[str]:
-        """What is suspicious, one line each, with the first places."""
+        """Suspicious properties of the data, one line each, with the first places."""
         return [
             f"{self.counts[name]} {meaning}: {', '.join(self.places[name])}"
             + (", ..." if self.counts[name] > len(self.places[name]) else "")
@@ -113,7 +113,7 @@ class Checker:
         ]
 
     def summary(self) -> str:
-        """The report in a few lines for people, without warnings."""
+        """The report as a few lines of text, without warnings."""
         report = self.report()
         counted = [f"{name} ({count})" for name, count in self.formats.items()]
         formats = ", ".join(counted if len(counted) > 1 else self.formats) or "unknown"

@@ -1,4 +1,4 @@
-"""Examples of different lengths as the tensors of one batch."""
+"""Pads rows of different lengths to the tensors of one batch."""
 
 from __future__ import annotations
 

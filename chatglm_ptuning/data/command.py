@@ -1,4 +1,4 @@
-"""`chatglm-ptuning data show|check`: looking at data before anything is trained on it."""
+"""`chatglm-ptuning data show|check`: shows and checks data before a training run."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ CHECK_FILE = "data_check.json"
 HISTOGRAM_FILE = "lengths.png"
 _HELP = """usage: chatglm-ptuning data COMMAND FILE... [flags]
 
-  show   print a row as the model sees it, what is learned in green
-  check  report what is in the files and what is wrong with it; exit code 1 if anything is
+  show   print a row as the model sees it, learned tokens in green
+  check  report the content of files and its faults; exit code 1 if there are any
 
 Flags: chatglm-ptuning data COMMAND --help"""
 
@@ -187,8 +187,8 @@ def main(argv: Sequence[str]) -> None:
     """Entry of the command; errors that users can correct end it with a message and exit code 1."""
     command, *rest = argv or ["--help"]
     commands: dict[str, tuple[type, Callable[..., bool | None], str]] = {
-        "show": (ShowArguments, show, "Print a row as the model sees it: green, or in ⟦ ⟧, is what is learned."),
-        "check": (CheckArguments, check, "Report what is in data files, and what is wrong with it."),
+        "show": (ShowArguments, show, "Print a row as the model sees it, learned tokens in green or in ⟦ ⟧."),
+        "check": (CheckArguments, check, "Report the content of data files, and its faults."),
     }
     if command not in commands:
         asked = command in ("-h", "--help", "help")

@@ -1,4 +1,4 @@
-"""From a split of a task to the data of a run: rows to learn from, through the cache, and examples to predict."""
+"""From a split of a task to the data of a run: cached rows to train on, and examples to predict."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Split:
         places: files, folders, patterns or hubs, as `read_examples` takes them.
         name: of the split.
         subjects: only these of an examination.
-        limit: only the first so many rows of all places together.
+        limit: maximum number of rows of all places together.
         weights: one for each place: how often each of its rows is learned in an epoch. With 2.5, all rows are learned
             twice, and half of them, chosen by the seed, a third time.
     """
@@ -189,7 +189,7 @@ class LoadedRows:
             `source_length` and `target_length` before truncation, and `digest`, which is the same for rows made of the
             same content.
         report: what became of the examples.
-        warnings: what is suspicious in them.
+        warnings: suspicious properties of the rows.
         reused: whether all of them were in the cache.
     """
 
@@ -199,7 +199,7 @@ class LoadedRows:
     reused: bool
 
     def summary(self) -> str:
-        """Report and warnings in a few lines for people."""
+        """Report and warnings as a few lines of text."""
         lines = [self.report.summary() + (" (from the cache)" if self.reused else "")]
         return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
 

@@ -1,4 +1,4 @@
-"""From examples to token ids, in one process or several, with a report of what was truncated and left out."""
+"""From examples to token ids, in one process or several, with counts of truncated and skipped rows."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def encode_examples(
     Args:
         encode: raises ValueError, naming the place in the file, for an example that cannot be encoded.
         bad_rows: counts those examples; the examples were read with it, so it counts all rows that are not understood.
-        num_workers: number of processes (the official `--preprocessing_num_workers`).
+        num_workers: number of processes (the official setting `preprocessing_num_workers`).
         progress: show a progress bar if it takes longer than a few seconds.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What became of the rows of a data set when they were made into examples."""
+"""Counts of used, truncated and skipped rows of a data set, and percentiles of their lengths."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class PreparationReport:
             raise ValueError(f"No row of the data can be used:\n{self.summary()}")
 
     def summary(self) -> str:
-        """The report in a few lines for people; lines without content are left out."""
+        """The report as a few lines of text; lines without content are left out."""
         lines = [f"{self.rows} rows, {self.used} used, {self.examples} examples"]
         for heading, meanings in (("rows left out", LEFT_OUT), ("examples truncated", TRUNCATED)):
             counted = [
@@ -106,7 +106,7 @@ class PreparationReport:
 
 
 def percentiles(values: Sequence[int], shares: Sequence[int] = _PERCENTILES) -> dict[str, int]:
-    """By share, the smallest value that at least so many per cent of the values do not exceed; empty without values."""
+    """Percentiles: for each share in per cent, the smallest value that this share of the values does not exceed."""
     ordered = sorted(values)
     if not ordered:
         return {}
@@ -114,5 +114,5 @@ def percentiles(values: Sequence[int], shares: Sequence[int] = _PERCENTILES) -> 
 
 
 def in_words(values: Mapping[str, int]) -> str:
-    """Percentiles for people."""
+    """Percentiles as text."""
     return f"half have at most {values['50']}, 90 % {values['90']}, 99 % {values['99']}, the maximum is {values['100']}"

@@ -1,4 +1,4 @@
-"""A row as the model sees it, and lengths in tokens, for people."""
+"""Prints a row as the model sees it, and lengths in tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
 OPENING, CLOSING = "⟦", "⟧"
-"""Around what is learned, where there are no colours."""
+"""Around learned tokens, where there are no colours."""
 _LEARNED, _GIVEN = "bold green", "dim"
 _BINS = 60
 
@@ -26,7 +26,7 @@ _BINS = 60
 def print_example(
     tokenizer: ChatGLMTokenizer, input_ids: Sequence[int], labels: Sequence[int], console: Console
 ) -> None:
-    """Prints an example as text, special tokens included; what is learned is green, or, without colours, in ⟦ ⟧."""
+    """Prints an example as text, special tokens included; learned tokens are green, or, without colours, in ⟦ ⟧."""
     shown = Text()
     pairs = zip(input_ids, labels, strict=True)
     for learned, run in groupby(pairs, key=lambda pair: pair[1] != IGNORED_LABEL):
@@ -62,7 +62,7 @@ def draw_lengths(lengths: Mapping[str, Sequence[int]], limits: Mapping[str, int]
     """Draws histograms of lengths, with the limit and the share beyond it, side by side as a PNG.
 
     Args:
-        lengths: tokens of every example before truncation, by what is counted.
+        lengths: tokens of every example before truncation, by part of the example.
         limits: of each.
     """
     with drawing(path, 10, 4, len(limits)) as axes:

@@ -1,4 +1,4 @@
-"""Truncating the source of a conversation to a number of tokens, where it hurts least."""
+"""Truncates the source of a conversation to a number of tokens."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def longest_that_fits(longest: int, fits: Callable[[int], bool]) -> int:
 
     Args:
         longest: characters of the longest text, which is too long.
-        fits: whether everything fits if each text has at most so many characters.
+        fits: whether everything fits if each text has at most this number of characters.
     """
     return longest - bisect_left(range(longest), True, key=lambda taken: fits(longest - taken))
 

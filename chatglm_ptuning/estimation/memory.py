@@ -117,7 +117,7 @@ def estimate_memory(job: Job) -> Memory:
 
 
 def largest_batch(job: Job, gpu_memory: int) -> int:
-    """The most rows per step that fit a GPU of so many bytes; 0 if none does.
+    """The largest number of rows per step that fits into `gpu_memory` bytes; 0 if none does.
 
     Every row takes the same memory, so two batches are enough to extrapolate.
     """

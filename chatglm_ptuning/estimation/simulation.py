@@ -167,7 +167,7 @@ def _run(job: Job, num_layers: int) -> StepMemory:
 
 
 def _watch_loss(model: nn.Module, live: LiveBytes) -> None:
-    """Marks as late what is created from the output layer's forward pass to the end of its backward pass."""
+    """Marks as late the tensors created from the output layer's forward pass to the end of its backward pass."""
 
     def begins(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         live.late = True

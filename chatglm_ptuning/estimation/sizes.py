@@ -43,6 +43,6 @@ def find_config(model: str) -> ChatGLMConfig:
         near = difflib.get_close_matches(name, KNOWN_SIZES, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ValueError(
-            f"--model {model} is neither a folder with a config.json nor a known size{hint}: {', '.join(KNOWN_SIZES)}."
+            f"{model} is neither a folder with a config.json nor a known size{hint}: {', '.join(KNOWN_SIZES)}."
         )
     return ChatGLMConfig(**_SHARED | KNOWN_SIZES[name])

@@ -1,1 +1,1 @@
-"""Scoring answers: metrics, batched generation, and the `evaluate` command."""
+"""Predictions in batches, their scores and reports; the `evaluate` and `lm_eval` commands."""

@@ -1,4 +1,4 @@
-"""Flags of `chatglm-ptuning evaluate`: the official names with their meaning."""
+"""Flags of `chatglm-ptuning evaluate`, with the names of the official scripts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from chatglm_ptuning.files import check_output_folder
 from chatglm_ptuning.model.arguments import DEFAULT_MODEL, InferenceBaseArguments
 
 DEFAULT_TEST_FILE = str(Path(DEFAULT_MODEL).parent / "news_topic" / "dev.json")
-"""What is scored when no file is named: bundled with the sources, columns `text` and `label`."""
+"""Files to score when none are named: bundled with the sources, columns `text` and `label`."""
 
 RETIRED_FLAGS = {
     "do_predict": "generating and scoring is all that evaluate does.",
@@ -19,7 +19,7 @@ RETIRED_FLAGS = {
     "validation_file": "the rows of --test_file are scored.",
     "pre_seq_len": "the size is read from the prefix checkpoint.",
     "prefix_projection": "it is read from the prefix checkpoint.",
-    "overwrite_cache": "rows to be scored are always prepared anew.",
+    "overwrite_cache": "rows to be scored are never cached.",
     "overwrite_output_dir": "the results of an earlier evaluation are replaced, nothing else is touched.",
 }
 """Flags of the official evaluate.sh that are accepted and have nothing left to do, with the reason."""
@@ -39,7 +39,7 @@ class EvaluationArguments(TaskArguments, InferenceBaseArguments):
     )
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "number of rows in a batch"})
     num_beams: int = field(default=1, metadata={"help": "beams of generation (1: greedy)"})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "score only the first so many rows"})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "maximum number of rows to score"})
     output_dir: str | None = field(
         default=None,
         metadata={

@@ -1,4 +1,4 @@
-"""Rows through a model in batches, for generation, candidates and linear heads."""
+"""Runs rows through a model in batches, for generation, candidates and linear heads."""
 
 from __future__ import annotations
 

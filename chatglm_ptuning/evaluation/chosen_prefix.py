@@ -11,7 +11,7 @@ from chatglm_ptuning.tuning.load import load_tuned
 from chatglm_ptuning.tuning.tuning import Tuning
 
 PLAIN_BASE = "none"
-"""Value of --ptuning_checkpoint: no prefix."""
+"""Names the plain base in place of a checkpoint."""
 
 
 def choose_prefix(named: str | None) -> Path | None:
@@ -21,7 +21,7 @@ def choose_prefix(named: str | None) -> Path | None:
         shown = f"prefix that was trained last, in {newest}"
         if newest is None:
             shown = f"plain base: there is no trained prefix in {runs_folder()}"
-        print_once(f"Scoring the {shown} (see --ptuning_checkpoint).")
+        print_once(f"Scoring the {shown} (set by ptuning_checkpoint).")
         return newest
     if named.lower() == PLAIN_BASE:
         print_once("Scoring the plain base, without a prefix.")
@@ -52,6 +52,6 @@ def load_chosen(model: ChatGLMPreTrainedModel, prefix: Path, chosen: bool, task:
         if chosen:
             raise
         raise ValueError(
-            f"{error}\nIt was used because it was trained last. Name another by --ptuning_checkpoint, its base by "
-            f"--model_name_or_path, or score the plain base by --ptuning_checkpoint {PLAIN_BASE}."
+            f"{error}\nIt was used because it was trained last. Set ptuning_checkpoint to another, or "
+            f"model_name_or_path to its base, or score the plain base with ptuning_checkpoint {PLAIN_BASE}."
         ) from error

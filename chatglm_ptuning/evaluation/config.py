@@ -1,4 +1,4 @@
-"""What an evaluation does: everything that its flags leave open, decided before data or weights are read."""
+"""Resolves the flags of an evaluation to a frozen configuration, before data or weights are read."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def resolve(args: EvaluationArguments) -> EvaluationConfig:
     """
     prefix = choose_prefix(args.ptuning_checkpoint)
     if args.compare_base and prefix is not None and (record := read_record(prefix)) and record.tuning == "full":
-        raise ValueError(f"--compare_base: {prefix} holds a whole tuned model, so score the base by itself.")
+        raise ValueError(
+            f"--compare_base: {prefix} holds all parameters of a tuned model, so score the base by itself."
+        )
     if args.task is None:
         split = Split(args.test_file, limit=args.max_predict_samples)
         output = Path(args.output_dir) if args.output_dir else results_folder(prefix)

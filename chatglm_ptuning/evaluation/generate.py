@@ -1,4 +1,4 @@
-"""Answers of a model to many prompts, in batches; deterministic."""
+"""Generates the answers of a model to many prompts, in batches; deterministic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work on examples that several processes share: each takes a part, and all of them get all results."""
+"""Shares examples among processes: each takes a part, and all of them get all results."""
 
 from __future__ import annotations
 

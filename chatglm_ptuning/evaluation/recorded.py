@@ -1,4 +1,4 @@
-"""What a checkpoint records of the tasks it was trained on, and whether that suits the task at hand."""
+"""The tasks that a checkpoint was trained on, as it records them, and whether it suits the task to evaluate."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ECHO = "echo"
 TRAIN_SPLIT = "split"
 """Key of `PrefixMetadata.training`: the split of the task that it was trained on."""
 PROMPTS = "prompts"
-"""Key of `PrefixMetadata.training`: what each task asked, by its name."""
+"""Key of `PrefixMetadata.training`: the prompt of each task, by its name."""
 
 
 def recorded_details(checkpoint: str | Path, base: BaseArguments) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def recorded_details(checkpoint: str | Path, base: BaseArguments) -> dict[str, A
 def record_of(setups: Iterable[TaskSetup]) -> dict[str, Any]:
     """What `PrefixMetadata.training` records about the tasks of a run."""
     setups = list(setups)
-    record: dict[str, Any] = {PROMPTS: {setup.task.name: _asked(setup.task) for setup in setups}}
+    record: dict[str, Any] = {PROMPTS: {setup.task.name: _filled_prompt(setup.task) for setup in setups}}
     echo = {setup.task.name: setup.settings["echo"] for setup in setups if setup.head.echoes}
     units = [setup.settings["token_unit"] for setup in setups if setup.head.splits_tokens]
     return record | ({ECHO: echo} if echo else {}) | ({TOKEN_UNIT: units[0]} if units else {})
@@ -79,7 +79,7 @@ def recorded_head(details: Mapping[str, Any], task: Task, asked: str | None, sou
     """The head to use with a prefix: the one that was trained beside it, or the language model.
 
     Raises:
-        ValueError: if another one is asked for, if it cannot solve the task, or if its labels are not the task's; the
+        ValueError: if another one is requested, if it cannot solve the task, or if its labels are not the task's; the
             message names both sides.
     """
     shared = details.get("tasks") or {}
@@ -94,24 +94,26 @@ def recorded_head(details: Mapping[str, Any], task: Task, asked: str | None, sou
     else:
         head = recorded
     if asked is not None and asked != head:
-        raise ValueError(f"--head {asked}: what is in {source} was trained with the head {head}.")
+        raise ValueError(f"The checkpoint {source} was trained with the head {head}, not with {asked}.")
     if head not in known:
         raise ValueError(
-            f"What is in {source} was trained with the head {head}, for {details.get('task') or 'an unnamed task'}; "
-            f"{task.name} takes {' or '.join(known)}."
+            f"The checkpoint {source} was trained with the head {head}, for "
+            f"{details.get('task') or 'an unnamed task'}; {task.name} takes {' or '.join(known)}."
         )
     before = details.get("task")
     if details.get("head") is not None and before not in (None, task.name):
-        logger.warning(f"What is in {source} was trained for the task {before}, and is used for {task.name}.")
+        logger.warning(f"The checkpoint {source} was trained for the task {before}, and is used for {task.name}.")
     prompt = details.get("training", {}).get(PROMPTS, {}).get(task.name)
-    if prompt not in (None, _asked(task)):
-        logger.warning(f"What is in {source} was trained with the prompt {prompt!r}; now it is {_asked(task)!r}.")
+    if prompt not in (None, _filled_prompt(task)):
+        logger.warning(
+            f"The checkpoint {source} was trained with the prompt {prompt!r}; now it is {_filled_prompt(task)!r}."
+        )
     names = known[head].outputs(task)
     if names is not None and labels is None:
         raise ValueError(
-            f"The prefix in {source} has no linear head for {task.name}{_of_tasks(shared)}, and --head {head} needs "
-            f"one: train it with --task {task.name} --head {head}, or score it by --head generation where the task "
-            "takes that."
+            f"The prefix in {source} has no linear head for {task.name}{_of_tasks(shared)}, and the head {head} "
+            f"needs one: train a prefix for {task.name} with the head {head}, or score this one with the head "
+            "generation, if the task takes it."
         )
     if names is not None and list(names) != list(labels or ()):
         raise ValueError(
@@ -128,8 +130,8 @@ def recorded_reading(details: Mapping[str, Any], task: Task, source: str | Path)
     return TrainedReading(str(source), training.get(TOKEN_UNIT), training.get(ECHO, {}).get(name, False))
 
 
-def _asked(task: Task) -> str:
-    """The prompt with the verbalisers of the labels in their place."""
+def _filled_prompt(task: Task) -> str:
+    """The prompt with the verbalisers of the labels filled in."""
     return task.prompt.replace("{labels}", "、".join(task.labels.values()))
 
 

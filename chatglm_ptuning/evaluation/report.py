@@ -91,10 +91,10 @@ def _draw_class_scores(path: Path, table: Mapping[str, ClassScore], task: Task) 
     draw_bars(path, bars, "F1 (%)", title=task.name)
 
 
-def worst_errors(rows: Sequence[dict[str, Any]], number: int = WORST_ERRORS) -> list[dict[str, Any]]:
-    """The wrong rows (`score` below 1), lowest scores first, and among equals highest `confidence` first."""
+def worst_errors(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Up to `WORST_ERRORS` wrong rows (`score` below 1), lowest scores first, then highest `confidence` first."""
     wrong = [row for row in rows if row["score"] < 1]
-    return sorted(wrong, key=lambda row: (row["score"], -row.get("confidence", 0.0)))[:number]
+    return sorted(wrong, key=lambda row: (row["score"], -row.get("confidence", 0.0)))[:WORST_ERRORS]
 
 
 def head_settings(head: Head) -> dict[str, Any]:

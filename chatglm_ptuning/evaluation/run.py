@@ -51,7 +51,7 @@ def evaluate(args: EvaluationArguments) -> Scores:
     """Reads, loads, predicts, scores, writes and prints; returns the scores, in the first process alone.
 
     Raises:
-        ValueError, OSError, ImportError: for what is wrong with a file, a flag or the installation.
+        ValueError, OSError, ImportError: if a file, a flag or the installation is faulty.
     """
     config = resolve(args)
     setup, prefix = config.setup, config.prefix

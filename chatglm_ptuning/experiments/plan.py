@@ -1,4 +1,4 @@
-"""What a comparison runs: its plan, read strictly, and the cells of its table."""
+"""The plan of a comparison, read strictly, and the runs of its table."""
 
 from __future__ import annotations
 
@@ -281,7 +281,7 @@ def _shown(data: DataArguments, split: Split) -> str:
 
 
 def _head(task: Task, asked: Any, trains: bool) -> str:
-    """The name of the head that `head` in a plan stands for."""
+    """The head that `head` in a plan selects."""
     linear = [head for head in heads_of(task) if head in LINEAR_HEADS]
     answering = [head for head in heads_of(task) if head not in LINEAR_HEADS]
     if asked in HEAD_WORDS:

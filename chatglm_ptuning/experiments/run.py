@@ -1,4 +1,4 @@
-"""One run of an experiment: flags for `train`, and a folder that tells the state of the run."""
+"""One run of an experiment: flags for `train`, and a folder that records the state of the run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ class Ending:
         kind: of failure, see `training.progress`.
         code: exit code of its process, negative if a signal ended it.
         log: the last lines that it printed.
-        rung: of the halving that pruned it, after so many `evaluations`.
+        rung: of the halving that pruned it.
+        evaluations: number of evaluations before it was pruned.
     """
 
     error: str | None = None

@@ -1,4 +1,4 @@
-"""Runs of an experiment: each is a process of `chatglm-ptuning train`, so many at a time, and none runs twice."""
+"""Starts the runs of an experiment, each a process of `chatglm-ptuning train`, several at a time, none twice."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run_all(
     prune: Callable[[Run], Ending | None] = lambda run: None,
     ended: Callable[[Run], None] = lambda run: None,
 ) -> None:
-    """Runs what is pending, `workers` at a time; with GPUs, each run gets one of them in turn. Prints every outcome.
+    """Starts pending runs, `workers` at a time; with GPUs, each run gets one of them in turn. Prints every outcome.
 
     A run that another process holds is left to that process. No process is left behind, also after an exception; a
     run that is stopped that way is pending again.

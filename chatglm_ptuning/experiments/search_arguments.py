@@ -77,7 +77,7 @@ class SearchArguments:
     min_resource: int | None = field(
         default=None, metadata={"help": "training steps before the first halving (default: eval_steps)"}
     )
-    reduction_factor: int = field(default=2, metadata={"help": "each halving keeps one trial in so many"})
+    reduction_factor: int = field(default=2, metadata={"help": "each halving keeps one trial of this many"})
 
     def __post_init__(self) -> None:
         if self.output_dir is None:

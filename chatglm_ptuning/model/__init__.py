@@ -1,1 +1,1 @@
-"""The network of the family, its tokenizer, and the prefix in front of it."""
+"""The network of the family with its prefix argument, its tokenizer, and loading of bases."""

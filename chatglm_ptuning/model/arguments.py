@@ -54,7 +54,7 @@ class BaseArguments(TokenizerArguments):
         """As `loading.load_model`.
 
         Args:
-            settings: its arguments that are no flags.
+            settings: further arguments of `loading.load_model`.
         """
         return load_model(
             self.model_name_or_path,

@@ -11,7 +11,7 @@ from transformers.utils import logging
 from chatglm_ptuning.chat.formats import formats_of
 from chatglm_ptuning.chat.plain import PlainText
 from chatglm_ptuning.files import read_json_object_or_empty
-from chatglm_ptuning.model.checkpoint_forms import last_part
+from chatglm_ptuning.model.checkpoint_formats import last_part
 from chatglm_ptuning.model.vocabulary import Vocabulary
 
 logger = logging.get_logger(__name__)

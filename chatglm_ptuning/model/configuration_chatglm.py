@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from chatglm_ptuning.model.checkpoint_forms import check_architecture, official_fields
+from chatglm_ptuning.model.checkpoint_formats import check_architecture, official_fields
 from chatglm_ptuning.prefix.shape import PrefixShape
 
 

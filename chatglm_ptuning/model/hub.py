@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Literal, get_args
 
-from chatglm_ptuning.model.checkpoint_forms import SUPPORTED
+from chatglm_ptuning.model.checkpoint_formats import SUPPORTED
 
 HubName = Literal["huggingface", "modelscope"]
 """Hubs by the names that they have in every command."""

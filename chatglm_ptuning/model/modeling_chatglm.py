@@ -29,7 +29,7 @@ from transformers.utils.output_capturing import capture_outputs
 from chatglm_ptuning.model.attention_mask import causal_mask_with_prefix, positions_from_mask
 from chatglm_ptuning.model.base_weights import describe_damage, describe_missing
 from chatglm_ptuning.model.chat_mixin import ChatMixin
-from chatglm_ptuning.model.checkpoint_forms import register_conversions
+from chatglm_ptuning.model.checkpoint_formats import register_conversions
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.generation_mixin import PrefixGenerationMixin
 from chatglm_ptuning.model.losses import next_token_loss

@@ -36,7 +36,7 @@ class PrefixMixin:
     head_name: ClassVar[str] = ""
     """Attribute that holds the linear head; in front of its parameters' names in a prefix checkpoint."""
     head_kind: ClassVar[str | None] = None
-    """Kind of the head in a prefix checkpoint; the `--head` of a task. None for the language model."""
+    """Kind of the head in a prefix checkpoint, as the heads of tasks are named. None for the language model."""
     head_key: str | None = None
     """In front of the names of the head's parameters in a prefix, if it is not `head_name`."""
 

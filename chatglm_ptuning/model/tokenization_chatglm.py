@@ -269,10 +269,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         middle = len(spans)
         if second is not None:
             spans += self._to_offsets(second, is_split_into_words)
-        # Negative ids stand for the places of tokens, to follow them through truncation and special tokens.
-        stand_ins = [-1 - place for place in range(len(spans))]
+        # Negative ids are placeholders that track tokens through truncation and the insertion of special tokens.
+        placeholders = [-1 - place for place in range(len(spans))]
         settings = {name: kwargs[name] for name in ("truncation", "max_length", "add_special_tokens") if name in kwargs}
-        row = self.prepare_for_model(stand_ins[:middle], None if second is None else stand_ins[middle:], **settings)
+        row = self.prepare_for_model(
+            placeholders[:middle], None if second is None else placeholders[middle:], **settings
+        )
         return [(0, 0) if index >= 0 else spans[-1 - index] for index in row["input_ids"]]
 
     def _to_offsets(self, text: Any, is_split_into_words: bool) -> list[tuple[int, int]]:

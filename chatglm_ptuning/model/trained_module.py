@@ -1,4 +1,4 @@
-"""Properties of the modules that are trained: they stay in float32, and they know whether they were trained."""
+"""Base classes of trained modules: they stay in float32, and record whether they were trained."""
 
 from __future__ import annotations
 

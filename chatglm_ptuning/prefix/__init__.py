@@ -1,1 +1,1 @@
-"""Prefix checkpoints, and the prefixes loaded beside one base."""
+"""Prefix checkpoints of any format, whether they fit a base, and the prefixes loaded beside it."""

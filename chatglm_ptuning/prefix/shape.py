@@ -1,4 +1,4 @@
-"""Sizes of a base that a prefix has to fit."""
+"""The sizes of a base that a prefix must match."""
 
 from __future__ import annotations
 

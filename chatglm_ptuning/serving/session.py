@@ -1,4 +1,4 @@
-"""A conversation with a model whose prefix may change between turns."""
+"""One conversation with a model: history, cache, and switching of prefixes between turns."""
 
 from __future__ import annotations
 

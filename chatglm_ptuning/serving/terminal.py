@@ -111,7 +111,7 @@ class TerminalChat:
             ValueError: if it is damaged or of another base, or the name is that of the plain base.
         """
         if name == PLAIN_BASE:
-            raise ValueError(f"{PLAIN_BASE!r} stands for the plain base; give the prefix another name.")
+            raise ValueError(f"{PLAIN_BASE!r} is the name of the plain base; give the prefix another name.")
         self.session.model.load_prefix(path, name)
         self.session.switch_prefix(name)
 

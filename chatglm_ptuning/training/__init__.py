@@ -1,1 +1,1 @@
-"""Training of prefixes."""
+"""How a run is configured and trained; the `train` command."""

@@ -1,4 +1,4 @@
-"""Flags of `chatglm-ptuning train`: those of the official ptuning scripts, with their meaning, and a few more."""
+"""Flags of `chatglm-ptuning train`: those of the official ptuning scripts, and the kit's own."""
 
 from __future__ import annotations
 
@@ -119,9 +119,9 @@ class DataArguments(TaskArguments):
     val_max_target_length: int | None = field(
         default=None, metadata={"help": "maximum number of tokens to generate (default: max_target_length)"}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "train on only the first so many rows"})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate on only the first so many rows"})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "predict only the first so many rows"})
+    max_train_samples: int | None = field(default=None, metadata={"help": "maximum number of training rows"})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "maximum number of evaluation rows"})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "maximum number of rows to predict"})
     preprocessing_num_workers: int = field(default=1, metadata={"help": "number of processes that tokenise the rows"})
     data_cache_dir: str | None = field(
         default=None, metadata={"help": "cache folder for tokenised rows (default: ~/.cache/chatglm_ptuning/data)"}
@@ -179,7 +179,7 @@ class DataArguments(TaskArguments):
         name = "train_file" if kind == "train" else "validation_file"
         files = getattr(self, name) if kind != "test" else self.test_file or self.validation_file
         if not files:
-            raise ValueError(f"--{name} is needed for what the flags ask.")
+            raise ValueError(f"--{name} is required by the other flags.")
         return Split(files, limit=limits[kind], weights=self.train_weights if kind == "train" else None)
 
 

@@ -17,17 +17,17 @@ from chatglm_ptuning.tuning.record import is_complete
 logger = logging.get_logger(__name__)
 
 
-def is_whole(folder: str | Path) -> bool:
+def is_resumable(folder: str | Path) -> bool:
     """Whether a `checkpoint-N` has all files that a run needs to resume from it."""
     return (Path(folder) / TRAINER_STATE_NAME).exists() and is_complete(folder)
 
 
 def last_checkpoint(run_folder: str | Path) -> Path | None:
-    """The newest whole `checkpoint-N` of a run; None if there is none."""
+    """The newest complete `checkpoint-N` of a run; None if there is none."""
     found = {}
     for folder in Path(run_folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         step = folder.name.rpartition("-")[2]
-        if step.isdigit() and is_whole(folder):
+        if step.isdigit() and is_resumable(folder):
             found[int(step)] = folder
     return found[max(found)] if found else None
 
@@ -41,11 +41,11 @@ def remove_checkpoints(run_folder: str | Path) -> None:
 def choose_checkpoint(args: TrainingArguments) -> Path | None:
     """The checkpoint that a run resumes from; None to start over.
 
-    As in the official script, a run resumes from its last checkpoint unless --overwrite_output_dir is given. A job that
+    As in the official script, a run resumes from its last checkpoint unless `overwrite_output_dir` is set. A job that
     torchrun or Slurm has restarted always resumes. The first process decides for all.
 
     Raises:
-        ValueError: if there is no checkpoint though one was asked for, or not every machine sees it.
+        ValueError: if there is no checkpoint to resume from though one was requested, or not every machine sees it.
     """
     fault, chosen = None, None
     if args.process_index == 0:
@@ -56,9 +56,9 @@ def choose_checkpoint(args: TrainingArguments) -> Path | None:
     fault, chosen = broadcast_object((fault, chosen))
     if fault is not None:
         raise ValueError(fault)
-    if chosen is not None and not is_whole(chosen):
+    if chosen is not None and not is_resumable(chosen):
         raise ValueError(
-            f"The first process resumes from {chosen}, which process {args.process_index} does not see: --output_dir "
+            f"The first process resumes from {chosen}, which process {args.process_index} does not see: output_dir "
             "must be on storage that all machines share."
         )
     return chosen
@@ -73,14 +73,14 @@ def _choose(args: TrainingArguments) -> Path | None:
     if wanted:
         if str(wanted).lower() in ("true", "1"):
             if newest is None:
-                raise ValueError(f"--resume_from_checkpoint: {args.output_dir} holds no whole checkpoint.")
+                raise ValueError(f"resume_from_checkpoint: {args.output_dir} holds no complete checkpoint.")
             return newest
-        if not is_whole(wanted):
-            raise ValueError(f"--resume_from_checkpoint: {wanted} is not a whole checkpoint of a run.")
+        if not is_resumable(wanted):
+            raise ValueError(f"resume_from_checkpoint: {wanted} is not a complete checkpoint of a run.")
         return Path(wanted)
     if not args.do_train or newest is None or args.overwrite_output_dir:
         return None
-    logger.warning(f"Resuming from {newest}; give --overwrite_output_dir to start over.")
+    logger.warning(f"Resuming from {newest}; set overwrite_output_dir to start over.")
     return newest
 
 

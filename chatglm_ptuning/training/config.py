@@ -1,4 +1,4 @@
-"""What a run does: everything that its flags leave open, decided before data or weights are read."""
+"""Resolves the flags of a run to a frozen configuration, before data or weights are read."""
 
 from __future__ import annotations
 
@@ -204,8 +204,7 @@ def _check_flags(
     if preserve_args.preserve_base > 0:
         if args.tuning not in PREFIX_METHODS:
             raise ValueError(
-                f"--preserve_base needs the frozen base beside what is tuned: --tuning {', '.join(PREFIX_METHODS)}, "
-                f"not {args.tuning}."
+                f"--preserve_base needs --tuning {', '.join(PREFIX_METHODS)}, which freeze the base; got {args.tuning}."
             )
         if zero3:  # takes the output layer away before the backward pass computes logits again
             raise ValueError(
@@ -299,7 +298,7 @@ def _check_attention(base: ModelArguments, task: RunTask) -> None:
 
 
 def _check_same_tasks(config: RunConfig, checkpoint: Path) -> None:
-    """Refuses to resume what was trained for other tasks, or for other labels of the same task."""
+    """Refuses to resume a checkpoint of other tasks, or of other labels of the same task."""
     before, now = tasks_of(recorded_details(checkpoint, config.base)), tasks_of(config.details())
     if before != now:
         raise ValueError(

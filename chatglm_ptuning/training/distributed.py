@@ -25,7 +25,7 @@ RISKY_FP16_LEARNING_RATE = 2e-2
 def prepare_processes(args: TrainingArguments) -> None:
     """Prepares this process for its distributed job. Must be called before TrainingArguments sets itself up.
 
-    - `--deepspeed` without a launcher is a job of one process.
+    - `deepspeed` without a launcher is a job of one process.
     - Without a GPU the processes talk through gloo. transformers counts a machine without a GPU as one process
       otherwise, however many were launched.
     """
@@ -37,7 +37,9 @@ def prepare_processes(args: TrainingArguments) -> None:
     if torch.accelerator.is_available() and not args.use_cpu:
         return
     if args.use_cpu and args.deepspeed and torch.accelerator.is_available():
-        raise ValueError("--use_cpu with --deepspeed: hide the GPUs instead, with CUDA_VISIBLE_DEVICES= in front.")
+        raise ValueError(
+            "use_cpu and deepspeed: set the environment variable CUDA_VISIBLE_DEVICES= to hide the GPUs instead."
+        )
     if not args.deepspeed:
         args.use_cpu = args.use_cpu or "LOCAL_RANK" in os.environ
         return
@@ -114,7 +116,7 @@ def match_precision(args: TrainingArguments, dtype: str, quantization_bit: int |
     if (args.fp16 or chosen == torch.float16) and args.do_train and args.learning_rate >= RISKY_FP16_LEARNING_RATE:
         logger.warning(
             f"float16 with a learning rate of {args.learning_rate:g} often ends in a loss of 0 or NaN: numbers beyond "
-            "65504 overflow. Use bfloat16 (--bf16, --dtype bfloat16) or a lower --learning_rate (5e-3)."
+            "65504 overflow. Use bfloat16 (bf16, dtype bfloat16) or a lower learning_rate (5e-3)."
         )
     if not args.deepspeed:
         return
@@ -122,13 +124,13 @@ def match_precision(args: TrainingArguments, dtype: str, quantization_bit: int |
     own = [name for name in ("optimizer", "scheduler") if config.get_value(name) is not None]
     if own:
         raise ValueError(
-            f"The DeepSpeed configuration has its own {' and '.join(own)}: leave that out, and use --optim, "
-            "--learning_rate, --lr_scheduler_type and --warmup_steps."
+            f"The DeepSpeed configuration has its own {' and '.join(own)}: leave that out, and set optim, "
+            "learning_rate, lr_scheduler_type and warmup_steps instead."
         )
     if config.is_zero3() and quantization_bit:
         raise ValueError(
-            "ZeRO-3 cannot partition a quantised base: use ds_config/zero1.json with --quantization_bit (every GPU has "
-            "the small base), or ZeRO-3 without."
+            "ZeRO-3 cannot partition a quantised base: use quantization_bit with ds_config/zero1.json (every GPU has "
+            "the small base), or ZeRO-3 without quantization_bit."
         )
     if not config.is_zero3():
         bf16, fp16 = False, args.fp16

@@ -1,4 +1,4 @@
-"""Errors that end a run early. Each message says what happened, what is saved, and what to do."""
+"""Errors that end a run early. Each message names the fault, the saved checkpoint, and the way out."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class TrainingStopped(RuntimeError):
 
 
 class TrainingDiverged(TrainingStopped):
-    """Losses or gradients are not finite or not usable. The message says what is saved and what to change.
+    """Losses or gradients are not finite or not usable. The message names the saved checkpoint and what to change.
 
     Args:
-        what: what was seen, e.g. "The loss became nan".
+        what: the fault, e.g. "The loss became nan".
         step: where, counted from 1.
     """
 

@@ -1,7 +1,7 @@
-"""First values of a linear head: the best one on the base's states as they are before any training.
+"""First values of a linear head: the best one on the states of the untuned base.
 
-What is tuned then starts from a head that already works, instead of following a random one (linear probing before
-tuning: Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution").
+Tuning then starts from a head that already works, instead of following a random one (linear probing before tuning:
+Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution").
 Gradient steps reach that head slowly: the states of a base have a large mean that all rows share, which one step size
 for all directions cannot serve.
 """
@@ -51,7 +51,7 @@ def start_head(
         model, rows, collate, batch_size, seed: as for `probe_head`.
 
     Returns:
-        The number of states that the head was fitted to; 0 if it stays as it is.
+        The number of states that the head was fitted to; 0 if it is left unchanged.
     """
     heads = (module for module in model.modules() if isinstance(module, Head) and module.weight.requires_grad)
     head = next(heads, None)
@@ -75,7 +75,7 @@ def probe_head(
     once are as many regressions. Every process of a job computes the same head.
 
     Args:
-        model: that calls the head; its other parameters stay as they are.
+        model: calls the head; its other parameters are not changed.
         rows: training rows with `labels`: a class, a list of 0.0 and 1.0, or a class for each token.
         collate: makes a batch of rows.
         batch_size: rows in one forward pass.

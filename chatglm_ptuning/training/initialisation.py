@@ -1,4 +1,4 @@
-"""First values of a prefix."""
+"""First values of a prefix: random, those of real tokens, or those of a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The optimizer's state of a DeepSpeed run in the form of a run without DeepSpeed, and back.
+"""Saves the optimizer state of a DeepSpeed run in the format of a run without DeepSpeed, and restores it.
 
-A prefix is small, so its whole state fits on every process. Gathered into the one file that PyTorch's own
-`optimizer.state_dict()` makes, it is written by process 0 alone, read without unpickling code, and goes on under any
-number of processes and any ZeRO stage; DeepSpeed's own checkpoints hold the frozen base, too, and are bound to both.
+A prefix is small, so its optimizer state fits on every process. Process 0 alone writes it, in the format of PyTorch's
+`optimizer.state_dict()`. It is read without unpickling code, and a run resumes from it with any number of processes and
+any ZeRO stage. DeepSpeed's own checkpoints also hold the frozen base, and are bound to both.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def read_general_rows(
         measures: rows to measure on are needed.
 
     Raises:
-        ValueError: naming file and line, for rows that cannot be understood; if a row stands in both.
+        ValueError: naming file and line, for rows that cannot be understood; if a row is in both files.
     """
     half = arguments.preserve_max_length // 2
     lengths = arguments.preserve_max_length - half, half
@@ -70,19 +70,19 @@ def read_general_rows(
     replayed = read(arguments.preserve_file, "train.json") if replays else None
     held_out = None
     if measures and not (arguments.preserve_eval_file or _BUNDLED.is_dir()):
-        logger.warning("The drift from the base is not measured: that needs --preserve_eval_file here.")
+        logger.warning("The drift from the base is not measured: set preserve_eval_file.")
     elif measures:
         held_out = read(arguments.preserve_eval_file, "held_out.json", arguments.max_preserve_eval_samples)
     if replayed is not None and held_out is not None and (count := shared_rows(replayed, held_out)):
         raise ValueError(
-            f"{count} rows of --preserve_eval_file are in --preserve_file too: what was replayed says nothing about "
-            "what is kept elsewhere. Take them out of one of the files."
+            f"{count} rows of preserve_eval_file are in preserve_file too: replayed rows cannot measure the drift on "
+            "other texts. Remove them from one of the files."
         )
     return GeneralRows(replayed, held_out)
 
 
 class Replay:
-    """The loss term of `--preserve_base`: weight x mean KL(base || tuned) per token of general rows.
+    """The loss term of `preserve_base`: weight x mean KL(base || tuned) per token of general rows.
 
     The rows of a step depend on the seed, the step and how many rows a step has on all processes, accumulation
     included. So a resumed run replays the same rows, and so do other numbers of processes with the same product, as
@@ -93,7 +93,7 @@ class Replay:
         rows: examples with `input_ids`.
         weight: of the divergence against the loss of the task.
         batch_size: rows of one batch on one device; None for as many as a batch of the task has.
-        seed: of the whole run.
+        seed: of the run.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Replay:
         Args:
             step: from 0.
             count: how many, on all processes.
-            step_rows: how many a whole step has, where this one is cut short by the end of an epoch.
+            step_rows: rows of a full step, if the end of an epoch cuts this one short.
         """
         start = step * (step_rows or count)
         places = (divmod(place, len(self.rows)) for place in range(start, start + count))

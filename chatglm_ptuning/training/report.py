@@ -1,4 +1,4 @@
-"""What a run reports to people: its cost, a loss curve and sample answers."""
+"""The report of a run: its cost, a loss curve and sample answers."""
 
 from __future__ import annotations
 

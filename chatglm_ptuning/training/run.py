@@ -1,4 +1,4 @@
-"""`chatglm-ptuning train`, from top to bottom: settings, data, model, training, evaluation, predictions."""
+"""`chatglm-ptuning train`, in the order of its steps: settings, data, model, training, evaluation, predictions."""
 
 from __future__ import annotations
 
@@ -109,8 +109,8 @@ def run(config: RunConfig) -> None:
     """Does what the settings say.
 
     Raises:
-        ValueError: naming file and line of what is wrong in the data; if base, checkpoint and data do not fit.
-        TrainingStopped: with advice, if the training cannot go on.
+        ValueError: naming file and line of faults in the data; if base, checkpoint and data do not fit.
+        TrainingStopped: with advice, if the training cannot continue.
     """
     args = config.schedule
     tokenizer = config.base.load_tokenizer()
@@ -168,7 +168,7 @@ def load_data(config: RunConfig, tokenizer: ChatGLMTokenizer) -> RunData:
     """Reads the rows of every task, and general rows.
 
     Raises:
-        ValueError: naming file and line of what is wrong.
+        ValueError: naming file and line of a faulty row.
     """
     flags, args = config.data, config.schedule
     loader = Loader(
@@ -194,7 +194,7 @@ def _load_task(config: RunConfig, task: RunTask, loader: Loader, tokenizer: Chat
     if train is not None and dev is not None and args.should_save and (count := shared_rows(train, dev)):
         print(f"warning: {count} rows of the validation data are in the training data too")
     watched, tested, may_submit = [], [], False
-    # Generating answers to instructions takes long, so that an evaluation does it only when asked to.
+    # Generating answers to instructions takes long, so an evaluation does it only on request.
     if task.dev is not None and (_is_of_registry(config) or args.predict_with_generate):
         watched, _ = loader.make_ready(head, loader.read(task.task, task.dev))
     if task.test is not None:
@@ -311,7 +311,7 @@ def _replay(config: RunConfig, data: RunData, tokenizer: ChatGLMTokenizer) -> Re
 
 
 def train(config: RunConfig, data: RunData, trainer: PrefixTrainer) -> None:
-    """Trains, saves what was trained into the run's folder, and draws the loss; a finished run stays as it is."""
+    """Trains, saves what was trained into the run's folder, and draws the loss; skips a finished run."""
     args, model = config.schedule, trainer.tuning.model
     if config.resume_from is None:
         if args.overwrite_output_dir and args.process_index == 0:
@@ -357,7 +357,7 @@ def _start_heads(config: RunConfig, data: RunData, trainer: PrefixTrainer) -> No
 
 
 def predict_test(config: RunConfig, data: RunData, trainer: PrefixTrainer) -> None:
-    """Predicts the test rows, writes the files about them, and compares with the base if asked to."""
+    """Predicts the test rows, writes the files about them, and compares with the base if requested."""
     (task,) = data.tasks.values()
     tuning, labelled = trainer.tuning, has_gold(task.tested)
     predictions = predict_beside_base(

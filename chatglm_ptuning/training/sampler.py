@@ -84,13 +84,13 @@ class MixtureSampler(Sampler[int]):
 
     A step, accumulation and all processes included, is of one task: so its loss is that of the task alone, and the
     rows do not depend on how many processes share them. An epoch has as many steps as all rows fill; a task that is
-    drawn more often than its rows last goes on with another order of them. Seed and epoch alone decide.
+    drawn more often than its rows last draws them again in another order. Seed and epoch alone decide.
 
     Args:
         lengths: of every row in tokens, for each task; indices count through all tasks.
         probabilities: of the tasks.
         batch_size: rows of one step on all devices, accumulation included.
-        seed: of the whole run.
+        seed: of the run.
         strategy: of the rows of each task, as in `EpochSampler`.
     """
 

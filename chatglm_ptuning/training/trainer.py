@@ -1,4 +1,4 @@
-"""transformers' Trainer for a prefix, or another method of tuning: it saves what is trained, completely or not at all.
+"""transformers' Trainer for a prefix or another tuning method; it saves the trained parameters only, atomically.
 
 All methods of the Trainer that differ here are in this one class, so the module is long. A comment at each private
 method says why no public one would do.
@@ -59,7 +59,7 @@ class PrefixTrainer(Trainer):
     """Trains the prefix of a ChatGLM model, or what another method of tuning trains.
 
     Args:
-        tuning: the model with what is trained; by default its prefix.
+        tuning: the trained parameters of the model; by default its prefix.
         details: what every checkpoint records beside the weights: chat format, task, training.
         generation_metrics: called after an evaluation, for metrics that need predictions.
         replay: the loss term that preserves the base on general rows.
@@ -155,8 +155,8 @@ class PrefixTrainer(Trainer):
         """
         if self.args.auto_find_batch_size and self.args.world_size > 1:
             raise ValueError(
-                "--auto_find_batch_size works in one process only: when a batch does not fit on one GPU, the others "
-                "wait for it. Find the size on one GPU, then give it as --per_device_train_batch_size."
+                "auto_find_batch_size works in one process only: when a batch does not fit on one GPU, the others "
+                "wait for it. Find the size on one GPU, then set per_device_train_batch_size to it."
             )
         self._signal.install()
         try:
@@ -170,7 +170,7 @@ class PrefixTrainer(Trainer):
             step = self.state.global_step
             raise Preempted(
                 f"SIGTERM: stopped after step {step}. Everything is saved in {self.args.output_dir}/"
-                f"{PREFIX_CHECKPOINT_DIR}-{step}; resume with --resume_from_checkpoint true."
+                f"{PREFIX_CHECKPOINT_DIR}-{step}; resume with resume_from_checkpoint true."
             )
         return result
 
@@ -333,7 +333,7 @@ class PrefixTrainer(Trainer):
     # ---- saving ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes what is trained, and nothing of a frozen base. Must be called on every rank; the first one writes."""
+        """Writes the trained parameters only. Must be called on every rank; the first one writes."""
         folder = Path(output_dir or self.args.output_dir)
         model = self._prefix_model
         model.base_fingerprint()  # a collective operation if the base is partitioned
@@ -344,7 +344,7 @@ class PrefixTrainer(Trainer):
 
     @contextmanager
     def _in_full_precision(self, model: torch.nn.Module) -> Iterator[None]:
-        """Gathers what is trained, in float32 if DeepSpeed's optimizer keeps float32 copies of 16-bit parameters."""
+        """Gathers the trained parameters, in float32 where DeepSpeed's optimizer keeps float32 copies of them."""
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         rounded = [parameter for parameter in trained if parameter.dtype != torch.float32]
         full = {}
@@ -514,12 +514,12 @@ class PrefixTrainer(Trainer):
             return
         if not math.isclose(used, self.args.learning_rate, rel_tol=1e-6):
             logger.warning(
-                f"--learning_rate {self.args.learning_rate:g} is not used: the run resumes from {checkpoint} with its "
+                f"learning_rate {self.args.learning_rate:g} is not used: the run resumes from {checkpoint} with its "
                 f"own learning rate of {used:g}. To train with another one, start a new run from that prefix: "
-                f"--ptuning_checkpoint {checkpoint} and another --output_dir."
+                f"ptuning_checkpoint {checkpoint} and another output_dir."
             )
 
-    # The checkpoint holds what is trained, not a whole model.
+    # The checkpoint holds the trained parameters, not the model.
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         self.tuning.load(Path(resume_from_checkpoint))
 

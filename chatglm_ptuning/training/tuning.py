@@ -1,4 +1,4 @@
-"""The tuning of a run: the base with what is trained on it, at its first values or those of a checkpoint."""
+"""Prepares the tuning method of a run on its base, with first values or those of a checkpoint."""
 
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ class PromptTuning(Tuning):
                 encoder.embedding.weight.copy_(base.embedding(first_ids.to(base.device)))
         _freeze(model)
         base.prefix_encoder = VirtualTokens(encoder, settings.pre_seq_len, base).to(base.device)
-        base.config.prefix_dropout = 0.0  # keys and values are not what is trained
+        base.config.prefix_dropout = 0.0  # keys and values are not trained
         model.set_prefix(TRAINABLE_PREFIX)
         model.freeze_base()
         for parameter in self.heads().values():

@@ -1,4 +1,4 @@
-"""One function prepares a base for training by any method, one restores a checkpoint of any method onto it."""
+"""Prepares a base for training by any tuning method, and restores a checkpoint of any method onto it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def prepare_tuning(
     first_ids: torch.Tensor | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Tuning:
-    """Prepares a base for training by one of TUNING_METHODS; afterwards only what is trained requires gradients.
+    """Prepares a base for training by one of TUNING_METHODS; afterwards only the trained parameters require gradients.
 
     Args:
         model: of any class with a head. For `ptuning_v2` loaded with `pre_seq_len`, for the others without.

@@ -1,4 +1,4 @@
-"""`tuning.json`: the metadata of every checkpoint but a P-Tuning v2 prefix, which has its own."""
+"""`tuning.json`: the metadata of a checkpoint of any tuning method except P-Tuning v2."""
 
 from __future__ import annotations
 

@@ -30,8 +30,6 @@ class Tuning(ABC):
     method: ClassVar[str]
     described = "tuned"
     """Heading of a column of scores."""
-    keeps_base = True
-    """Whether the plain base can be restored from the tuned model."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -39,7 +37,7 @@ class Tuning(ABC):
 
     @abstractmethod
     def save(self, folder: Path, details: dict[str, Any]) -> None:
-        """Writes what is trained, and nothing of the frozen base.
+        """Writes the trained parameters, and nothing of the frozen base.
 
         Args:
             details: to record beside it: `chat_format`, `task`, `training`.
@@ -50,7 +48,7 @@ class Tuning(ABC):
 
     @abstractmethod
     def load(self, folder: Path) -> None:
-        """Sets what is trained to the values of a checkpoint of the same method.
+        """Sets the trained parameters to the values of a checkpoint of the same method.
 
         Raises:
             FileNotFoundError, ValueError: if it is missing, damaged, of another method, size or base.
@@ -82,9 +80,11 @@ class Tuning(ABC):
         """
         record = read_record(folder)
         if record is None:
-            raise FileNotFoundError(f"{folder} holds no {RECORD_FILE}: it is no checkpoint of --tuning {self.method}.")
+            raise FileNotFoundError(
+                f"{folder} holds no {RECORD_FILE}: it is no checkpoint of the tuning method {self.method}."
+            )
         if record.tuning != self.method:
-            raise ValueError(f"{folder} was trained by --tuning {record.tuning}, not {self.method}.")
+            raise ValueError(f"{folder} was trained by the tuning method {record.tuning}, not {self.method}.")
         missing = [name for name in record.files if not (folder / name).exists()]
         if missing:
             raise FileNotFoundError(f"The checkpoint in {folder} is incomplete: {', '.join(missing)} is missing.")
@@ -138,11 +138,11 @@ class NoTuning(Tuning):
 
     def save(self, folder: Path, details: dict[str, Any]) -> None:
         """Refused: there is nothing to save."""
-        raise ValueError("--tuning none trains nothing, so there is nothing to save.")
+        raise ValueError("The tuning method none trains nothing, so there is nothing to save.")
 
     def load(self, folder: Path) -> None:
         """Refused: there is nothing to load."""
-        raise ValueError(f"--tuning none is the plain base; {folder} cannot be loaded into it.")
+        raise ValueError(f"The tuning method none is the plain base; {folder} cannot be loaded into it.")
 
 
 class HeadTuning(Tuning):
@@ -158,8 +158,8 @@ class HeadTuning(Tuning):
         super().__init__(model)
         if not self.heads():
             raise ValueError(
-                "--tuning head_only trains a linear head, and generation has none. Choose a task with a head, or "
-                "another --tuning."
+                "The tuning method head_only trains a linear head, and generation has none. Choose a task with a head, "
+                "or another tuning method."
             )
         model.requires_grad_(False)
         for parameter in self.heads().values():
@@ -187,12 +187,13 @@ class FullTuning(Tuning):
     """
 
     method = "full"
-    keeps_base = False
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         super().__init__(model)
         if getattr(model, "is_quantized", False):
-            raise ValueError("--tuning full cannot train a quantised base: leave --quantization_bit out, or use lora.")
+            raise ValueError(
+                "The tuning method full cannot train a quantised base: leave quantization_bit out, or use lora."
+            )
         self.tokenizer = tokenizer
         model.requires_grad_(True)
         if self.heads():
@@ -226,8 +227,8 @@ class FullTuning(Tuning):
     def plain_base(self) -> Iterator[None]:
         """Refused: the base's parameters are overwritten."""
         raise ValueError(
-            "With --tuning full the base itself has changed, so it cannot be compared with here. Score the base by "
-            "itself: --ptuning_checkpoint none."
+            "The tuning method full changes the base itself, so there is no base to compare with. Score the base by "
+            "itself: ptuning_checkpoint none."
         )
         yield
 

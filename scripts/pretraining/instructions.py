@@ -122,7 +122,7 @@ def first_or_last(text: str, rng: random.Random, other: str) -> Pair | None:
 
 
 def contains(text: str, rng: random.Random, other: str) -> Pair | None:
-    """Whether a word stands in a text; half of the words are taken from another text."""
+    """Whether a word is in a text; half of the words are taken from another text."""
     words = [word for word in jieba.lcut(text if rng.random() < 0.5 else other) if len(word) > 1 and word.strip()]
     if not words:
         return None

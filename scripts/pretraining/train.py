@@ -275,7 +275,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Makes what is not there yet: the vocabulary (unless a base brings its own), the samples, then the weights.
+    """Makes the missing parts: the vocabulary (unless a base brings its own), the samples, then the weights.
 
     Raises:
         OSError, ValueError: if the folders of text, the base or the run's own folder cannot be used; the message says

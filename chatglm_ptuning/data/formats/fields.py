@@ -1,4 +1,4 @@
-"""Reading single fields, messages and tool calls of a row. Errors say what is wrong; `read_row` adds the place."""
+"""Reading single fields, messages and tool calls of a row. `read_row` adds the place to their errors."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ _SHAREGPT_ROLES = {
 def chatglm3(row: Mapping[str, Any]) -> Conversation:
     """ChatGLM3's `conversations`: every answer with text is learned unless it says `"loss": false`.
 
-    `metadata` stands on the line of the role. The role `tool` (`name`, `parameters`, `observation`) becomes a tool
-    call and its observation. `tools` may stand beside the messages or in a system message. As in the official
+    `metadata` is on the line of the role. The role `tool` (`name`, `parameters`, `observation`) becomes a tool
+    call and its observation. `tools` may be a field beside the messages, or of a system message. As in the official
     fine-tuning, except that tool output is never learned.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The dataset formats; how the format of a row is detected; rows of columns: questions and answers, Alpaca, texts."""
+"""The registry of dataset formats, detection of the format of a row, and the formats that are columns."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class DatasetFormat:
     """One way of writing instruction rows.
 
     Attributes:
-        fields: the fields of a row, for people.
+        fields: the fields of a row, as messages show them.
         read: gives the meaning of a row; raises ValueError without the place, which `read_row` adds.
         fits: whether a row may be of this format.
         has_messages: whether rows hold a list of messages, and so need no named columns.

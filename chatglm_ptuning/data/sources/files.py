@@ -64,7 +64,7 @@ DataSource = DataFile | HubDataset
 
 
 def find_sources(name: str | PathLike[str]) -> list[DataSource]:
-    """The sources that a name on the command line stands for.
+    """Resolves a name of the command line to data sources.
 
     A name is a file, a folder of data files, a pattern, or a dataset on a hub: `huggingface:OWNER/NAME` or
     `modelscope:OWNER/NAME`, optionally with `?split=SPLIT&config=CONFIG&revision=REVISION`. The files of a folder or a

@@ -15,7 +15,7 @@ _OPTIONS = ("config", "split", "revision")
 
 
 def is_on_hub(name: str) -> bool:
-    """Whether a name stands for a dataset on a hub."""
+    """Whether a name refers to a dataset on a hub."""
     return name.partition(":")[0] in HUBS
 
 

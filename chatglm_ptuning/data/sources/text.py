@@ -59,7 +59,7 @@ def open_text(path: Path, newline: str = "\n") -> Iterator[TextIO]:
 
     Args:
         newline: as of `open`. By default a line ends in a line feed and nowhere else: characters such as U+2028 may
-            stand inside a JSON string.
+            be inside a JSON string.
 
     Returns:
         A file in which bytes that are not UTF-8 are lone surrogates; `not_utf8` finds them.

@@ -51,7 +51,7 @@ class Example(ABC):
     @property
     @abstractmethod
     def gold(self) -> Any:
-        """What is to be predicted, in the form of a prediction; None in a split without gold."""
+        """The gold, in the format of a prediction; None in a split without gold."""
 
     @classmethod
     @abstractmethod
@@ -59,7 +59,7 @@ class Example(ABC):
         """Scores of the predictions for examples that all have gold."""
 
     def fault_of(self, task: Task, prediction: Any) -> str | None:
-        """What is wrong with a prediction, which is text by default; None if it can be submitted."""
+        """Why a prediction, by default text, cannot be submitted; None if it can."""
         return None if isinstance(prediction, str) else f"must be text, found {prediction!r}."
 
     def submitted(self, prediction: Any) -> Any:

@@ -37,7 +37,7 @@ class MixedTask:
     """One task of a mixture.
 
     Attributes:
-        task_data: as --task_data; a folder is relative to the mixture file.
+        task_data: folder of the files of all tasks; a folder in the file is relative to the mixture file.
         head: that solves the task; the task's default head if none is named.
         weight: how often it is drawn in proportion to the others; None to draw by size.
     """
@@ -120,7 +120,7 @@ def read_mixture(path: str | Path) -> Mixture:
     """The mixture that a YAML file describes.
 
     Raises:
-        ValueError: naming file, line and key of what is missing, unknown or does not fit.
+        ValueError: naming file, line and key that is missing, unknown or does not fit.
     """
     file = read_yaml(Path(path), "mixture file")
     found = file.read(_MixtureFile)
@@ -140,7 +140,7 @@ def read_mixture(path: str | Path) -> Mixture:
                 place, f"{weighted[0]} has a 'weight' and {name} has none; give every task a weight, or none."
             )
         if "task" in file.content["tasks"][key] and key not in (name, *entry.task.aliases):
-            logger.warning(f"{path}: '{key}' is the task {name}; scores and --task call it that.")
+            logger.warning(f"{path}: '{key}' is the task {name}, the name to use for it elsewhere.")
     if weighted and "temperature" in file.content:
         raise file.error(("temperature",), "'temperature' cannot be used with 'weight'; remove one of them.")
     return Mixture(tuple(found.tasks.values()), found.temperature)

@@ -42,7 +42,7 @@ def read_examples(
         split: one of `task.files`.
         subjects: of an examination: names of subjects, categories or groups; None for all subjects.
         bad_rows: counts rows that cannot be read; without it, the first of them raises.
-        limit: read at most so many examples.
+        limit: maximum number of examples to read.
 
     Returns:
         Examples of the class that belongs to the task's reader. In splits whose name starts with `test` or `unlabel`,
@@ -50,7 +50,7 @@ def read_examples(
         `drop_labels` are left out.
 
     Raises:
-        ValueError: naming the file, the line and the field of what is missing or unknown, or the hub that cannot be
+        ValueError: naming the file, the line and the field that is missing or unknown, or the hub that cannot be
             reached and why.
         ImportError: if the client of the hub is not installed.
     """
@@ -235,7 +235,7 @@ def _dataset_on_hub(
 
 
 def _places_on_hub(task: Task, named: HubDataset, split: str) -> list[HubSource]:
-    """The datasets that a name can stand for, the likeliest first."""
+    """The datasets that a name can mean, the likeliest first."""
     known = task.hub.get(named.hub)
     if known is not None and named.repository in ("", known.id):
         return [known]

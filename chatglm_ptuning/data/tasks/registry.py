@@ -37,7 +37,7 @@ def load_task(name_or_path: str | Path) -> Task:
         return _read(path)
     near = difflib.get_close_matches(text, _names(), n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else "`chatglm-ptuning tasks` lists them."
-    raise ValueError(f"There is no task '{text}'; {hint} For a task of your own, give its file, MY_TASK.yaml.")
+    raise ValueError(f"There is no task '{text}'; {hint} For a custom task, give its file, MY_TASK.yaml.")
 
 
 @cache

@@ -36,7 +36,7 @@ class SplitSource:
         fields: role -> column in these sources.
         subject: of an examination.
         bad_rows: counts the rows that cannot be read.
-        limit: read at most so many examples.
+        limit: maximum number of examples to read.
     """
 
     task: Task
@@ -75,25 +75,22 @@ class SplitSource:
         """The questions of a benchmark with nested documents; on hubs it has a row for each question instead.
 
         Args:
-            of_file: returns the questions of a file; raises ValueError naming the place of what is not expected.
+            of_file: returns the questions of a file; raises ValueError naming the place of unexpected content.
         """
         if self.has_flat_rows:
             return ((row.where, row.get("context"), row, index) for index, row in enumerate(self.rows()))
         return (question for path in self.paths for question in of_file(path))
 
-    def each(
-        self, units: Iterable[Unit], read: Callable[[Unit, int], Iterable[Example]], first: int = 0
-    ) -> Iterator[Example]:
+    def each(self, units: Iterable[Unit], read: Callable[[Unit, int], Iterable[Example]]) -> Iterator[Example]:
         """The examples of rows, or of whatever units a file has. A unit that cannot be read is a bad row.
 
         Args:
             read: returns the examples of a unit, given its index; raises ValueError naming file and line.
-            first: index of the first unit.
 
         Raises:
             ValueError: as `bad_rows.add`.
         """
-        for index, unit in enumerate(units, start=first):
+        for index, unit in enumerate(units):
             try:
                 examples = list(read(unit, index))
             except ValueError as error:
@@ -127,10 +124,10 @@ class SplitSource:
         value = self.get(row, "id")
         if value is None:
             others = (row.get(name) for name in ("idx", "id"))  # CLUE has either, even in files of one task
-            value = next((other for other in others if type(other) in (int, str) or is_whole(other)), None)
+            value = next((other for other in others if type(other) in (int, str) or is_whole_number(other)), None)
         if value is None or value == "":
             return index
-        if is_whole(value):
+        if is_whole_number(value):
             return int(value)
         if isinstance(value, bool) or not isinstance(value, (int, str)):
             fail(row, f"the id must be a whole number or text, found {str(value)[:60]}.")
@@ -165,7 +162,7 @@ def needs_gold(split: str) -> bool:
     return not split.startswith(_WITHOUT_GOLD)
 
 
-def is_whole(value: Any) -> bool:
+def is_whole_number(value: Any) -> bool:
     """Whether a value is a float without a fraction, as in columns of whole numbers with gaps."""
     return isinstance(value, float) and value.is_integer()
 

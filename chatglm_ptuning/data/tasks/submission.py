@@ -1,4 +1,4 @@
-"""Submission files: predictions in the form that a benchmark requires."""
+"""Submission files: predictions in the format that a benchmark requires."""
 
 from __future__ import annotations
 

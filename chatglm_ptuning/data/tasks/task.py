@@ -1,4 +1,4 @@
-"""A task: what its YAML file can say, and in which form."""
+"""The definition of a task: the keys of its YAML file, their types and their checks."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class HubSource:
 
     Attributes:
         id: `OWNER/NAME`.
-        config: name of the subset; `{subject}` in it stands for each subject of an examination.
+        config: name of the subset; `{subject}` in it is replaced by each subject of an examination.
         splits: split of the task -> split on the hub, where they differ.
         fields: role -> column, where the columns differ from those of the files.
     """
@@ -114,8 +114,8 @@ class Task:
     """One task of the registry.
 
     Attributes:
-        name: the value of `--task`; also names folders.
-        title: one line for people.
+        name: of the task; also names folders.
+        title: one line, shown in lists.
         reader: a name in `readers.READERS`.
         head: the default head.
         prompt: template of the Chinese prompt; empty if the rows contain their own prompts.

@@ -58,7 +58,7 @@ class HarnessArguments(InferenceBaseArguments):
     apply_chat_template: bool = field(
         default=False, metadata={"help": "use the base's chat format; solved examples become earlier turns"}
     )
-    limit: int | None = field(default=None, metadata={"help": "only the first so many questions of each task"})
+    limit: int | None = field(default=None, metadata={"help": "maximum number of questions of each task"})
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "requests per batch"})
     compare_base: bool = field(default=False, metadata={"help": "also score the base without the prefix"})
     output_dir: str | None = field(

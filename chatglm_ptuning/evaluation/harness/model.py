@@ -123,7 +123,7 @@ class ChatGLMHarnessModel(HFLM):
         """
         if self.tokenizer.chat_format == "base":
             raise ValueError(
-                f"{self.tokenizer.name_or_path} is a base without a chat format: leave --apply_chat_template out."
+                f"{self.tokenizer.name_or_path} is a base without a chat format: leave apply_chat_template out."
             )
         text = super().apply_chat_template(chat_history, add_generation_prompt)
         ids = self._chat_ids(chat_history, add_generation_prompt)

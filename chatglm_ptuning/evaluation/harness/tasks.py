@@ -68,7 +68,7 @@ class Selection:
 
 
 def select_tasks(names: Sequence[str], subjects: Sequence[str] | None = None) -> Selection:
-    """The examinations with their subjects, and the other tasks, that some names stand for.
+    """Resolves names to examinations with their subjects, and to other tasks.
 
     Args:
         names: `ceval`, `cmmlu`, lm-eval's names for them or one of their subjects (`ceval-valid_law`), or any other
@@ -91,7 +91,7 @@ def select_tasks(names: Sequence[str], subjects: Sequence[str] | None = None) ->
         else:
             others.append(name)
     if subjects and not chosen:
-        raise ValueError("--subjects chooses among those of ceval and cmmlu, and --tasks names neither.")
+        raise ValueError("subjects are those of ceval and cmmlu, and the tasks include neither.")
     known = sorted(set().union(*(_subject_names(exam.task) for exam, _ in chosen.values())))
     for name in subjects or ():
         if name not in known:
@@ -135,7 +135,7 @@ def load_harness_tasks(
     """
     for folder in include_path:
         if not Path(folder).is_dir():
-            raise ValueError(f"--include_path {folder} is not a folder.")
+            raise ValueError(f"include_path: {folder} is not a folder.")
     folders = [str(exam.folder) for exam, _ in selection.exams.values()]
     manager = TaskManager(include_path=[*folders, *include_path], include_defaults=False)
     if any(name not in manager.all_tasks for name in selection.others):
@@ -143,8 +143,8 @@ def load_harness_tasks(
     for name in selection.others:
         if name not in manager.all_tasks:
             raise ValueError(
-                f"lm-eval has no task '{name}'{nearest(name, manager.all_tasks)}. `lm_eval ls tasks` lists them; your "
-                "own definitions are found by --include_path FOLDER."
+                f"lm-eval has no task '{name}'{nearest(name, manager.all_tasks)}. `lm_eval ls tasks` lists them; set "
+                "include_path to the folder of your own definitions."
             )
     tasks = [task for name in selection.others for task in _load(manager, name)]
     for exam, subjects in selection.exams.values():
@@ -163,9 +163,9 @@ def _load(manager: TaskManager, specification: str | dict[str, Any]) -> list[Har
         name = specification if isinstance(specification, str) else specification["group"].removeprefix("chosen_")
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConnectionError(
-            f"lm-eval could not load the data of {name}: {reason} Without a network, give the folder of the published "
-            "files of C-Eval or CMMLU by --data_dir, or for another task a definition with a local dataset_path by "
-            "--include_path."
+            f"lm-eval could not load the data of {name}: {reason} Without a network, set data_dir to the folder of the "
+            "published files of C-Eval or CMMLU, or for another task include_path to the folder of a definition with a "
+            "local dataset_path."
         ) from error
 
 
@@ -178,7 +178,7 @@ def _with_local_data(exam: Exam, subject: str, data_dir: str, num_fewshot: int) 
         if len(splits["dev"]) < num_fewshot:
             raise ValueError(
                 f"{data_dir} has {len(splits['dev'])} examples of {exam.task.name}, subject {subject}, split dev: "
-                f"--num_fewshot {num_fewshot} is too many."
+                f"num_fewshot {num_fewshot} is too many."
             )
     else:
         changes |= {"fewshot_split": None, "fewshot_config": None}  # the dev files may be missing

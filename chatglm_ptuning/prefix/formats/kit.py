@@ -76,7 +76,7 @@ def write(
         parameters, heads: as in PrefixCheckpoint, on any device and in any precision; written in float32.
 
     Raises:
-        OSError: if the disk is full or the folder cannot be written; what was there before is intact.
+        OSError: if the disk is full or the folder cannot be written; an earlier checkpoint in the folder stays intact.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

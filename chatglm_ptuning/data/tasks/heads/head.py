@@ -1,4 +1,4 @@
-"""What a head is: one way to solve a task, from examples to token ids, and from outputs to predictions."""
+"""The interface of a head: one way to solve a task, from examples to token ids, and from outputs to predictions."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Prediction:
 
 
 class Inference(Protocol):
-    """What a head can ask of a model; `evaluation/inference.py` implements it."""
+    """The predictions that a head can request of a model; `evaluation/inference.py` implements it."""
 
     def outputs(self, rows: Sequence[Ids], what: str) -> Iterator[tuple[list[int], Any]]:
         """The model's outputs in batches, each with the indices of its rows; `what` names the progress bar."""
@@ -58,7 +58,7 @@ class Head(ABC):
     """One way to solve a task, with its settings.
 
     Attributes:
-        name: the value of `--head`, which a prefix checkpoint records.
+        name: of the head, which a prefix checkpoint records.
         solves: the kinds of examples that it can solve.
         echoes: whether it supports `echo`.
         splits_tokens: whether it uses `token_unit`.

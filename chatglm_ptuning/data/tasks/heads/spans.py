@@ -14,7 +14,7 @@ from chatglm_ptuning.data.tasks.task import Task, placeholders
 from chatglm_ptuning.model.modeling_heads import ChatGLMForQuestionAnswering
 
 NO_ANSWER = 0
-"""The position that stands for "no answer in this window": the first token."""
+"""The position that means "no answer in this window": the first token."""
 
 
 class QuestionAnswering(WindowHead):

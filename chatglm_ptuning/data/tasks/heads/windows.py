@@ -21,7 +21,7 @@ class Window:
 
     Attributes:
         input_ids: `[seq_len]`.
-        spans: `[seq_len]`; what each id stands for in the text, None for ids of the prompt and of a first copy.
+        spans: `[seq_len]`; the span of the text that each id encodes, None for ids of the prompt and of a first copy.
     """
 
     input_ids: list[int]
@@ -42,7 +42,7 @@ class WindowHead(Head):
 
         Args:
             ids: of the text.
-            spans: what each of them stands for.
+            spans: the span of the text that each id encodes.
             are_disjoint: give each span to one window only, the one that shows most of the text around it.
 
         Raises:

@@ -18,9 +18,9 @@ from chatglm_ptuning.data.tasks.readers.reader import Reader
 from chatglm_ptuning.data.tasks.source import Question, SplitSource, as_text, spellings, validated
 
 ASKED_BLANK = "____"
-"""Stands for the idiom that is asked for."""
+"""Placeholder of the idiom to choose."""
 OTHER_BLANK = "〇〇〇〇"
-"""Stands for the other missing idioms of the same passage."""
+"""Placeholder of the other missing idioms of the same passage."""
 
 Texts = Annotated[list[str], Field(min_length=1)]
 

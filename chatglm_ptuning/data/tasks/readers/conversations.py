@@ -40,8 +40,8 @@ class ConversationReader(Reader):
         if not has_history and without is not None:
             fail(
                 without,
-                f"no row has the column {columns.history!r} (this one has {names(without)}); name the right "
-                "one with --history_column, or leave that out.",
+                f"no row has the column {columns.history!r} (this one has {names(without)}); set "
+                "history_column to the right one, or leave it out.",
             )
 
     def example_of(self, row: Row, columns: Columns, index: int = 0) -> ConversationExample:

@@ -1,4 +1,4 @@
-"""What a reader is: it reads one kind of files, and knows what a task file can say about them."""
+"""The interface of a reader: it reads one file format, and declares the keys of task files about it."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from chatglm_ptuning.data.sources.text import data_suffix, read_text
 from chatglm_ptuning.data.tasks.checked_yaml import nearest
 from chatglm_ptuning.data.tasks.examples import GenerationExample, MultiLabelExample, TextExample
 from chatglm_ptuning.data.tasks.readers.reader import Reader
-from chatglm_ptuning.data.tasks.source import SplitSource, is_whole, nearest_place
+from chatglm_ptuning.data.tasks.source import SplitSource, is_whole_number, nearest_place
 from chatglm_ptuning.data.tasks.task import Task
 
 _LCSTS_DOC = re.compile(
@@ -87,7 +87,7 @@ def _label_key(task: Task, value: Any) -> str:
     """A label as a key of the task's labels; tables and hubs have whole numbers as floats."""
     if isinstance(value, bool):
         return json.dumps(value)
-    if is_whole(value) and str(value) not in task.labels:
+    if is_whole_number(value) and str(value) not in task.labels:
         return str(int(value))
     return str(value).strip()
 
