@@ -158,7 +158,11 @@ class FlagChecker:
             ValueError: if there is no such flag, or a value does not fit its flag.
         """
         self.check_names(flags)
-        namespace, rest = self._parser.parse_known_args(flag_words(flags))
+        return self.parsed(flag_words(flags), dataclass_types)
+
+    def parsed(self, words: Sequence[str], dataclass_types: Sequence[type]) -> tuple[Any, ...]:
+        """As `values`, of flags as they stand on a command line."""
+        namespace, rest = self._parser.parse_known_args(words)
         if rest:
             raise ValueError(_unknown(rest, self.names))
         return tuple(

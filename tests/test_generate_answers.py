@@ -40,6 +40,16 @@ def answers_of(model, tokenizer, examples, **changes):
     return generate_answers(model, tokenizer, [example["input_ids"] for example in examples], **settings)
 
 
+def test_sampling_is_reproducible_by_seed_and_not_greedy(model, tokenizer, examples):
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drawn.append(answers_of(model, tokenizer, examples, do_sample=True, temperature=8.0, top_p=0.95))
+    assert drawn[0] == drawn[1] != drawn[2]
+    with pytest.raises(ValueError, match=r"temperature=8.0 .* do_sample=True"):
+        answers_of(model, tokenizer, examples, temperature=8.0)
+
+
 def load(model, folder, name, text):
     model.load_prefix(make_prefix(folder, folder / f"prefix-{name}", text), name)
 

@@ -28,7 +28,7 @@ from chatglm_ptuning.command_line import parse_arguments
 from chatglm_ptuning.experiments import runner
 from chatglm_ptuning.experiments.proposals import lost_rung
 from chatglm_ptuning.experiments.run import Ending, Evaluation, Run
-from chatglm_ptuning.experiments.search import Search, SearchEnded
+from chatglm_ptuning.experiments.search import Search, SearchEnded, _parse
 from chatglm_ptuning.experiments.search_arguments import SearchArguments
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.model.modeling_heads import ChatGLMForSequenceClassification
@@ -129,6 +129,14 @@ def test_every_setting_is_tried_with_every_seed_and_the_best_command_repeats_the
         points = found["best"]["seeds"][seed]["points"]
         assert results["eval_accuracy"] == found["best"]["seeds"][seed]["score"]
         assert results["eval_loss"] == points[-1][2]
+
+
+def test_flags_of_deepspeed_do_not_prepare_the_search_itself(base, task, tmp_path, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)  # runs that inherited them would wait for the search as their peer
+    asked = flags(base, task, tmp_path, "--deepspeed", ROOT / "ds_config" / "zero1.json")
+    _, common, _ = _parse(asked[1:])
+    assert "--deepspeed" in common and not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"} & os.environ.keys()
 
 
 @pytest.mark.parametrize("metric", [None, "loss"])

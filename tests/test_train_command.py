@@ -88,6 +88,29 @@ def test_a_run_trains_the_prefix_alone_and_leaves_its_report(base, train_file, t
     assert model.prefix_names == ["run", "checkpoint-80"]
 
 
+@pytest.mark.parametrize(
+    ("asked", "missing"),
+    [("--do_train", "--train_file"), ("--do_eval", "--validation_file"), ("--do_predict", "--validation_file")],
+)
+def test_a_missing_data_file_is_named_by_its_flag(base, tmp_path, capsys, asked, missing):
+    with pytest.raises(SystemExit) as stopped:
+        main([asked, "--model_name_or_path", str(base), "--output_dir", str(tmp_path / "run")])
+    assert stopped.value.code == 1
+    assert f"error: {missing} is needed" in capsys.readouterr().err
+
+
+def test_a_restarted_job_does_not_resume_from_what_it_was_to_overwrite(base, train_file, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    main(flags(base, train_file, run, "--save_steps", "2", steps=2))
+    (tmp_path / "broken.json").write_text('[{"prompt": 1', "utf-8")
+    again = ["--save_steps", "1", "--overwrite_output_dir"]
+    with pytest.raises(SystemExit):
+        main(flags(base, tmp_path / "broken.json", run, *again, steps=3))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    main(flags(base, train_file, run, *again, steps=3))
+    assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
+
+
 def test_a_killed_run_resumes_to_the_same_losses_and_weights(base, train_file, tmp_path):
     more = ["--save_steps", "3", "--save_total_limit", "2", "--prefix_projection", "true", "--logging_steps", "2"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -21,7 +21,7 @@ from chatglm_ptuning.data.cache import (
     write_rows,
 )
 from chatglm_ptuning.data.check import Checker
-from chatglm_ptuning.data.encoding import encode_examples
+from chatglm_ptuning.data.encoding import Lengths, encode_examples
 from chatglm_ptuning.data.report import PreparationReport
 from chatglm_ptuning.data.sources.files import DataFile
 from chatglm_ptuning.data.sources.rows import BadRows
@@ -131,8 +131,10 @@ class Loader:
         """Writes the rows of a part, and returns what the cache keeps about them."""
         bad_rows = BadRows(None, whole=part.bad_rows)
         checker, report = Checker(bad_rows), PreparationReport()
+        dropped: list[str] = []
         found = reader_of(head.task).read(replace(part, bad_rows=bad_rows))
-        examples = checker.watch(itertools.islice(that_count(head.task, part.split, found), part.limit))
+        counted = that_count(head.task, part.split, found, dropped.append)
+        examples = checker.watch(itertools.islice(counted, part.limit))
         encoding = {"num_workers": self.num_workers, "progress": self.progress}
 
         def rows() -> Iterator[dict[str, Any]]:
@@ -142,7 +144,8 @@ class Loader:
                     yield {**row, **lengths, "digest": example.digest}
 
         write_rows(folder, rows())
-        return {"report": report.as_dict(), "warnings": checker.warnings(), "faults": bad_rows.messages}
+        counted.close()
+        return {"report": report.as_dict(), "warnings": checker.warnings() + dropped, "faults": bad_rows.messages}
 
     def read(self, task: Task, split: Split) -> ReadExamples:
         """The examples of a split, before there is a tokenizer: faults in files show before a base is loaded.
@@ -169,14 +172,15 @@ class Loader:
         Raises:
             ValueError: naming file and line, as `Head.ready`; with the report, if none is left.
         """
-        report = PreparationReport()
+        report, lengths = PreparationReport(), Lengths()
         encoding = {"num_workers": self.num_workers, "progress": self.progress}
-        ready = [
-            replace(example, **fields)
-            for example, encoded in encode_examples(head.ready, found.examples, report, found.bad_rows, **encoding)
-            for fields in encoded.rows
-        ]
+        ready: list[Example] = []
+        for example, encoded in encode_examples(head.ready, found.examples, report, found.bad_rows, **encoding):
+            ready += [replace(example, **fields) for fields in encoded.rows]
+            lengths.add(encoded)
         report.check_not_empty()
+        if lengths["source"]:
+            report.set_lengths(lengths)
         return ready, report
 
 

@@ -51,7 +51,7 @@ class Lengths(dict[str, array]):
         """Adds those of the rows of an example."""
         self["source"].extend(source for source, _ in encoded.lengths)
         self["target"].extend(target for _, target in encoded.lengths)
-        self["example"].extend(len(row.get("input_ids", ())) for row in encoded.rows)
+        self["example"].extend(len(row.get("input_ids", row.get("prompt_ids", ()))) for row in encoded.rows)
 
 
 def encode_examples(

@@ -53,6 +53,7 @@ def resolve(args: EvaluationArguments) -> EvaluationConfig:
         raise ValueError(
             f"--compare_base: {prefix} holds all parameters of a tuned model, so score the base by itself."
         )
+    details = {} if prefix is None else recorded_details(prefix, args)
     if args.task is None:
         split = Split(args.test_file, limit=args.max_predict_samples)
         output = Path(args.output_dir) if args.output_dir else results_folder(prefix)
@@ -65,7 +66,6 @@ def resolve(args: EvaluationArguments) -> EvaluationConfig:
     if prefix is None:
         head = head_of(task, args.head or next(iter(answering), None))
     else:
-        details = recorded_details(prefix, args)
         head = heads_of(task)[recorded_head(details, task, args.head, prefix)]
         trained = recorded_reading(details, task, prefix)
         if details.get("task") == task.name:

@@ -1,4 +1,4 @@
-"""Generates the answers of a model to many prompts, in batches; deterministic."""
+"""Generates the answers of a model to many prompts, in batches."""
 
 from __future__ import annotations
 
@@ -27,10 +27,14 @@ def generate_answers(
     batch_size: int,
     max_new_tokens: int,
     num_beams: int = 1,
+    do_sample: bool = False,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
     prefix: PrefixArgument = None,
     progress: bool = True,
 ) -> list[str]:
-    """Generates one answer per prompt without sampling; the answers are in the order of the prompts.
+    """Generates one answer per prompt, by default without sampling; the answers are in the order of the prompts.
 
     Only the settings given here apply: `generation_config.json` of the base, which may enable sampling or limit the
     total length, is ignored.
@@ -38,6 +42,7 @@ def generate_answers(
     Args:
         prompts: ids of the prompts alone.
         max_new_tokens: most tokens of an answer, without its prompt.
+        temperature, top_p: of sampling; None for 1.
         prefix: as for `generate`, for all prompts or one for each; by default the selected one.
         progress: whether to show a bar on stderr.
 
@@ -45,8 +50,8 @@ def generate_answers(
         The answers as the chat format's `answer_text` gives them: a tool call as name, newline and call.
 
     Raises:
-        ValueError: if a number is out of range, a prompt is empty, the prefix is untrained, or the prefixes are for
-            another number of prompts.
+        ValueError: if a number is out of range, a prompt is empty, sampling settings come without `do_sample`, the
+            prefix is untrained, or the prefixes are for another number of prompts.
     """
     for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens), ("num_beams", num_beams)):
         if value < 1:
@@ -54,10 +59,17 @@ def generate_answers(
     for place, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"Prompt {place} (counted from 0) has no tokens.")
+    sampling = {"temperature": temperature, "top_p": top_p}
+    if do_sample:
+        sampling = {name: 1.0 if value is None else value for name, value in sampling.items()} | {"top_k": 0}
+    elif temperature is not None or top_p is not None:
+        raise ValueError(f"temperature={temperature} and top_p={top_p} are for sampling: set do_sample=True with them.")
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
-        do_sample=False,
+        do_sample=do_sample,
+        repetition_penalty=repetition_penalty,
+        **(sampling if do_sample else {}),
         eos_token_id=tokenizer.chat.stop_ids,
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,

@@ -12,7 +12,7 @@ from typing import Any
 from filelock import FileLock
 from transformers.utils import logging
 
-from chatglm_ptuning.command_line import fail, flag_words, parse_arguments
+from chatglm_ptuning.command_line import FlagChecker, fail, flag_words, parse_arguments
 from chatglm_ptuning.data.tasks.heads import head_of
 from chatglm_ptuning.data.tasks.readers import reader_of
 from chatglm_ptuning.data.tasks.registry import load_task
@@ -23,7 +23,7 @@ from chatglm_ptuning.experiments.search_arguments import SearchArguments, Settin
 from chatglm_ptuning.experiments.search_report import REPORT_FILE, print_report, write_report
 from chatglm_ptuning.files import read_json_object
 from chatglm_ptuning.metrics.intervals import mean_and_deviation
-from chatglm_ptuning.training.arguments import RETIRED_FLAGS
+from chatglm_ptuning.training.arguments import RETIRED_FLAGS, DataArguments, ModelArguments, TuningArguments
 from chatglm_ptuning.training.progress import DEVICE, DIVERGED, REFUSED
 from chatglm_ptuning.training.run import TRAIN_FLAGS
 
@@ -227,8 +227,9 @@ def _parse(argv: Sequence[str]) -> tuple[SearchArguments, list[str], str]:
         fail("search starts its own processes: run the same command several times instead of using a launcher.")
     # Refuses wrong values of flags before the first run.
     first = args.train_arguments(common, args.grid()[0], args.seeds[0])
-    _, data_args, *_ = parse_arguments("chatglm-ptuning search", "", TRAIN_FLAGS, first)
     try:
+        # Not the Trainer's arguments: they would prepare this process for DeepSpeed, and the runs inherit that.
+        _, data_args, _ = FlagChecker(TRAIN_FLAGS).parsed(first, (ModelArguments, DataArguments, TuningArguments))
         if data_args.task is None:
             task = data_args.setup_of_files(data_args.train_file).task
         else:

@@ -163,11 +163,11 @@ class DataArguments(TaskArguments):
             if limit is not None and limit < 1:
                 raise ValueError(f"--{name} must be at least 1 (leave it out for all rows), got {limit}")
 
-    def split(self, task: Task, kind: Literal["train", "dev", "test"]) -> Split:
+    def split(self, task: Task | None, kind: Literal["train", "dev", "test"]) -> Split:
         """The rows to train on, to evaluate on during training, or to test on.
 
         Args:
-            task: the task that --task names, or that of the instruction files.
+            task: the task that --task names; instruction files need none.
 
         Raises:
             ValueError: if the flags name no file, or the task has no such split.

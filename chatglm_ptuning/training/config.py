@@ -228,12 +228,16 @@ def _check_flags(
 
 # ---- tasks ----
 
+_NEEDED_FOR = {"train": "do_train", "dev": "do_eval", "test": "do_predict"}
+"""Kind of split -> the flag that needs it."""
+
 
 def _single_task(model_args: ModelArguments, flags: DataArguments, args: PrefixTrainingArguments) -> RunTask:
     """The task of instruction files; or the task that --task names, with the head of --head or of the checkpoint."""
     checkpoint = model_args.ptuning_checkpoint
+    kinds = [kind for kind in ("train", "dev", "test") if getattr(args, _NEEDED_FOR[kind])]
     if flags.task is None:
-        setup = flags.setup_of_files(flags.train_file or flags.validation_file or flags.test_file or [""])
+        setup = flags.setup_of_files(next(flags.split(None, kind) for kind in kinds).places)
     elif checkpoint is None:
         task = load_task(flags.task)
         head = head_of(task, flags.head)
@@ -246,12 +250,7 @@ def _single_task(model_args: ModelArguments, flags: DataArguments, args: PrefixT
     if flags.compare_base and args.do_predict and setup.head.name in LINEAR_HEADS:
         name = setup.head.name.replace("_", " ")
         raise ValueError(f"--compare_base: the base has no {name} head; compare it by --head generation.")
-    return RunTask(
-        setup,
-        flags.split(setup.task, "train") if args.do_train else None,
-        flags.split(setup.task, "dev") if args.do_eval else None,
-        flags.split(setup.task, "test") if args.do_predict else None,
-    )
+    return RunTask(setup, **{kind: flags.split(setup.task, kind) for kind in kinds})
 
 
 def _tasks_of_mixture(

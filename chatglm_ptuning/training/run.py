@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -113,6 +113,9 @@ def run(config: RunConfig) -> None:
         TrainingStopped: with advice, if the training cannot continue.
     """
     args = config.schedule
+    if args.do_train and args.overwrite_output_dir and config.resume_from is None and args.process_index == 0:
+        # Before anything can fail: a restarted job must not resume from the checkpoints of the earlier run.
+        remove_checkpoints(config.output)
     tokenizer = config.base.load_tokenizer()
     # Data first: an error in a file shows before minutes go into loading the base.
     data = load_data(config, tokenizer)
@@ -180,8 +183,9 @@ def load_data(config: RunConfig, tokenizer: ChatGLMTokenizer) -> RunData:
     tasks = {task.task.name: _load_task(config, task, loader, tokenizer) for task in config.tasks}
     if config.mixture is not None and args.should_save:
         _print_mixture(config, tasks)
+    strict = replace(loader, skip_bad_rows=0)  # the flag is about the rows of the task
     general = read_general_rows(
-        config.preserve, tokenizer, loader, replays=config.replays, measures=config.measures_drift
+        config.preserve, tokenizer, strict, replays=config.replays, measures=config.measures_drift
     )
     return RunData(tasks, general)
 
@@ -314,8 +318,6 @@ def train(config: RunConfig, data: RunData, trainer: PrefixTrainer) -> None:
     """Trains, saves what was trained into the run's folder, and draws the loss; skips a finished run."""
     args, model = config.schedule, trainer.tuning.model
     if config.resume_from is None:
-        if args.overwrite_output_dir and args.process_index == 0:
-            remove_checkpoints(config.output)
         _start_heads(config, data, trainer)
     if config.mixture is not None:
         for head in model.heads.values():

@@ -8,8 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from chatglm_ptuning.data.sources.rows import BadRows, Row, without_nulls
 from chatglm_ptuning.data.sources.text import data_suffix, not_utf8, open_bytes, open_text, text_lines
+
+logger = logging.get_logger(__name__)
 
 TEXT_COLUMN = "text"
 """The column of the rows of a .txt file."""
@@ -19,14 +23,15 @@ _PARQUET_BATCH = 256
 def table_rows(path: Path, bad_rows: BadRows) -> Iterator[Row]:
     """Rows of a CSV or TSV file, whose first line names the columns; every value is text.
 
-    TSV has no quoting, as in the files that benchmarks publish: a double quote is text like any other. A line may also
-    end in a carriage return alone.
+    TSV has no quoting, as in the files that benchmarks publish: a double quote is text like any other. The first value
+    that looks quoted gives a warning. A line may also end in a carriage return alone.
 
     Raises:
         ValueError: naming file and line, if there are no rows, or the column names are missing or repeated; and as
             `bad_rows.add` for a row that is not UTF-8, has broken quotes, or has another number of values.
     """
-    if data_suffix(path) == ".tsv":
+    is_tsv, warned = data_suffix(path) == ".tsv", False
+    if is_tsv:
         dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
         needs = "tabs or line breaks in it needs a CSV file"
     else:
@@ -58,9 +63,19 @@ def table_rows(path: Path, bad_rows: BadRows) -> Iterator[Row]:
                 )
             elif values:
                 found = True
+                if is_tsv and not warned and (quoted := next(filter(_looks_quoted, values), None)):
+                    warned = True
+                    logger.warning(
+                        f"{path}:{number}: the value {quoted[:30]} is in double quotes, which are read as text, because TSV "
+                        "has no quoting. If they are not part of the text, save the file as CSV."
+                    )
                 yield Row(zip(columns, values, strict=True), str(path), number)
     if not found and not bad_rows.count:
         raise ValueError(f"{path} is empty: it needs a line with the names of the columns, and rows below it.")
+
+
+def _looks_quoted(value: str) -> bool:
+    return len(value) > 1 and value[0] == value[-1] == '"'
 
 
 def _columns(values: list[str], where: str) -> list[str]:

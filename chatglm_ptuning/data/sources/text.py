@@ -134,7 +134,7 @@ def _missing(path: Path) -> str:
     if not path.parent.is_dir():
         hint = ""
         if str(path).count("/") == 1 and not path.suffix:
-            hint = f" For a dataset on a hub write huggingface:{path}."
+            hint = f" For a dataset on a hub write huggingface:{str(path).removeprefix('hub:')}."
         return f"{path} does not exist, nor does its folder {path.parent.absolute()}; check the path.{hint}"
     near = difflib.get_close_matches(path.name, [child.name for child in path.parent.iterdir()], n=3, cutoff=0.5)
     names = near or [child.name for child in data_files(path.parent)]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import glob
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging
 
@@ -90,29 +91,37 @@ def split_parts(
     return parts
 
 
-def that_count(task: Task, split: str, examples: Iterator[Example]) -> Iterator[Example]:
-    """The examples, without those that are left out if the split needs labels; logs how many are left out.
+def that_count(
+    task: Task, split: str, examples: Iterator[Example], warn: Callable[[str], Any] = logger.warning
+) -> Generator[Example, None, None]:
+    """The examples, without those that are left out if the split needs labels.
+
+    Args:
+        warn: gets a sentence on how many are left out, at the end or when the generator is closed.
 
     Raises:
         ValueError: if the split needs labels and all examples are left out.
     """
-    seen, kept, left_out = 0, 0, []
-    for example in examples:
-        seen += 1
-        left_out += [example.where] * example.left_out
-        if example.left_out and needs_gold(split):
-            continue
-        kept += 1
-        yield example
-    if not left_out:
-        return
-    what = (
-        f"{len(left_out)} of {seen} rows of {task.name}, split {split}, are labelled {' or '.join(task.drop_labels)} "
-        f"(first: {left_out[0]})"
-    )
-    if not kept:
-        raise ValueError(f"{what}: the split needs labels, and these do not count.")
-    logger.warning(f"{what}: they are {'left out' if needs_gold(split) else 'predicted, but not scored'}.")
+    seen, kept, left_out, fate = 0, 0, [], "left out" if needs_gold(split) else "predicted, but not scored"
+
+    def described() -> str:
+        labels = " or ".join(task.drop_labels)
+        rows = f"{len(left_out)} of {seen} rows of {task.name}, split {split}"
+        return f"{rows}, are labelled {labels} (first: {left_out[0]})"
+
+    try:
+        for example in examples:
+            seen += 1
+            left_out += [example.where] * example.left_out
+            if example.left_out and needs_gold(split):
+                continue
+            kept += 1
+            yield example
+    finally:  # also if the caller needs no more of them
+        if left_out and kept:
+            warn(f"{described()}: they are {fate}.")
+    if left_out and not kept:
+        raise ValueError(f"{described()}: the split needs labels, and these do not count.")
 
 
 def chosen_subjects(task: Task, chosen: Sequence[str] | None) -> list[str | None]:
