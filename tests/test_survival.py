@@ -14,6 +14,7 @@ import processes
 import psutil
 import pytest
 import torch
+from json_lines import write_rows
 from safetensors.torch import load_file
 
 from chatglm_ptuning.data.collate import PaddingCollator
@@ -37,9 +38,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "train.json"
-    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\n", "utf-8")
-    return path
+    return write_rows(tmp_path_factory.mktemp("data") / "train.json", *ROWS)
 
 
 def flags(base, data, output, *more, steps=8):
