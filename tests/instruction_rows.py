@@ -21,16 +21,11 @@ Prepared = tuple[list[dict[str, Any]], PreparationReport]
 DETECT = Columns()
 
 
-def encode_all(
-    encode: Callable[[Example], EncodedExample],
-    examples: Iterable[Example],
-    bad_rows: BadRows | None = None,
-    workers: int = 1,
-) -> Prepared:
+def encode_all(encode: Callable[[Example], EncodedExample], examples: Iterable[Example], workers: int = 1) -> Prepared:
     report, lengths = PreparationReport(), Lengths()
     rows: list[dict[str, Any]] = []
     how = {"num_workers": workers, "progress": False}
-    for _, encoded in encode_examples(encode, examples, report, bad_rows or BadRows(), **how):
+    for _, encoded in encode_examples(encode, examples, report, BadRows(), **how):
         rows += encoded.rows
         lengths.add(encoded)
     report.check_not_empty()

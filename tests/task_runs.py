@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from json_lines import write_rows
+
 from chatglm_ptuning.evaluation import run as evaluation
 from chatglm_ptuning.training import run as training
 
@@ -24,11 +26,6 @@ submission: {format: label_lines, file: mood_predict.json}
 TEXTS = ["今天天气", "我想去公园", "请问你是谁", "甲乙丙", "散步", "戊己庚辛"]
 
 
-def lines(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-
-
 def write_tasks(folder: Path) -> Path:
     """Files of every kind of task; the labelled splits are the training split."""
     folder.mkdir(exist_ok=True)
@@ -43,18 +40,18 @@ def write_tasks(folder: Path) -> Path:
     moods = [{"number": 10 + i, "message": text, "mood": ["happy", "sad"][i % 2]} for i, text in enumerate(TEXTS)]
     sets = ["", "happy", "sad/happy", "sad", "happy", "sad/happy"]
     for split in ("train", "dev"):
-        lines(folder / f"{split}.jsonl", moods)
-        lines(
-            folder / f"{split}_all.jsonl", [{**row, "all": several} for row, several in zip(moods, sets, strict=True)]
+        write_rows(folder / f"{split}.jsonl", *moods)
+        write_rows(
+            folder / f"{split}_all.jsonl", *[{**row, "all": several} for row, several in zip(moods, sets, strict=True)]
         )
-    lines(folder / "test.jsonl", [{name: row[name] for name in ("number", "message")} for row in moods])
-    lines(folder / "test_all.jsonl", [{name: row[name] for name in ("number", "message")} for row in moods])
+    write_rows(folder / "test.jsonl", *({name: row[name] for name in ("number", "message")} for row in moods))
+    write_rows(folder / "test_all.jsonl", *({name: row[name] for name in ("number", "message")} for row in moods))
     people = [{"text": "我想去公园散步", "label": {"address": {"公园": [[3, 4]]}}},
               {"text": "甲乙丙是谁", "label": {"name": {"甲乙": [[0, 1]]}}},
               {"text": "今天有雨", "label": {}}]  # fmt: skip
     for split in ("train", "dev"):
-        lines(folder / "cluener" / f"{split}.json", people)
-    lines(folder / "cluener" / "test.json", [{"id": i, "text": row["text"]} for i, row in enumerate(people)])
+        write_rows(folder / "cluener" / f"{split}.json", *people)
+    write_rows(folder / "cluener" / "test.json", *({"id": i, "text": row["text"]} for i, row in enumerate(people)))
     context = "今天天气很好，我想去公园散步。"
     asked = {"你是谁": "我", "去": "公园散步", "天气好吗": "天气很好"}
     qas = [

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny_tokenizer
+from json_lines import write_rows
 from rich.console import Console
 
 from chatglm_ptuning.cli import main
@@ -23,10 +24,7 @@ def base(tmp_path_factory):
 
 
 def data_file(folder: Path, *rows: dict | str, name: str = "rows.jsonl") -> Path:
-    path = folder / name
-    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
-    path.write_text("\n".join(lines) + "\n", "utf-8")
-    return path
+    return write_rows(folder / name, *rows)
 
 
 def fails(*argv: object, code: int = 1) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import processes
 import pytest
 import torch
+from json_lines import write_rows
 from safetensors.torch import load_file
 
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
@@ -26,9 +27,7 @@ TOLERANCE = {"rtol": 2e-4, "atol": 2e-5}
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "train.json"
-    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\n", "utf-8")
-    return path
+    return write_rows(tmp_path_factory.mktemp("data") / "train.json", *ROWS)
 
 
 def flags(base, data, output, *more, steps=6, accumulation=2, stage=None):

@@ -166,7 +166,7 @@ def test_a_prefix_of_another_base_is_refused_with_the_way_out(prefix, test_file,
     shutil.copytree(prefix, Path("output/run"))
     with pytest.raises(SystemExit):
         main(flags(other, test_file))
-    assert "--ptuning_checkpoint none" in capfd.readouterr().err
+    assert "ptuning_checkpoint none" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import tiny_chat_base
-from task_runs import lines, read
+from json_lines import write_rows
+from task_runs import read
 
 from chatglm_ptuning.data.cache import TokenCache
 from chatglm_ptuning.data.dataset import Loader, Split
@@ -47,9 +48,11 @@ def folder(tmp_path_factory) -> Path:
     tiny_chat_base.write_base(root / "base")
     (root / "chat.yaml").write_text(CHAT + "fields: {prompt: q, response: a}\n", "utf-8")
     (root / "mood.yaml").write_text(MOOD, "utf-8")
-    lines(root / "train.jsonl", ROWS)
-    lines(root / "dev.jsonl", ROWS)
-    lines(root / "mood.jsonl", [{"text": "今天天气" * (i % 3 + 1), "label": ("good", "bad")[i % 2]} for i in range(6)])
+    write_rows(root / "train.jsonl", *ROWS)
+    write_rows(root / "dev.jsonl", *ROWS)
+    write_rows(
+        root / "mood.jsonl", *[{"text": "今天天气" * (i % 3 + 1), "label": ("good", "bad")[i % 2]} for i in range(6)]
+    )
     return root
 
 
@@ -108,7 +111,7 @@ def test_a_task_file_of_conversations_is_checked(tmp_path, more, message):
 
 def test_a_dataset_format_and_a_source_prefix_of_a_task(folder, tmp_path):
     (tmp_path / "chat.yaml").write_text(CHAT + "dataset_format: alpaca\nsource_prefix: 你好\n", "utf-8")
-    lines(tmp_path / "train.jsonl", [{"instruction": "今天", "output": "天气", "prompt": "甲", "response": "乙"}])
+    write_rows(tmp_path / "train.jsonl", {"instruction": "今天", "output": "天气", "prompt": "甲", "response": "乙"})
     task = load_task(tmp_path / "chat.yaml")
     (example,) = read_examples(task, tmp_path, "train")
     assert (example.dataset_format, example.content.messages[0].content) == ("alpaca", "今天")
@@ -120,7 +123,7 @@ def test_a_dataset_format_and_a_source_prefix_of_a_task(folder, tmp_path):
 def test_rows_of_tasks_are_kept_and_reported(folder, tmp_path):
     task = load_task(folder / "mood.yaml")
     rows = [{"text": "甲" * 90, "label": "good"}, {"text": "乙", "label": "?"}, {"text": "乙", "label": "bad"}] * 2
-    lines(tmp_path / "mood.jsonl", rows)
+    write_rows(tmp_path / "mood.jsonl", *rows)
     head = head_of(task, "sequence_classification")(
         task, ChatGLMTokenizer.from_pretrained(folder / "base"), max_source_length=40
     )

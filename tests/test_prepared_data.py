@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny_tokenizer
 from instruction_rows import conversation_head, training_rows
+from json_lines import write_rows
 
 from chatglm_ptuning.data.cache import ROWS_FILE, TokenCache, open_rows
 from chatglm_ptuning.data.dataset import Loader, Split, lengths_of, mixture, shared_rows
@@ -48,10 +49,7 @@ def cache(tmp_path):
 
 
 def data_file(folder: Path, *rows: dict | str, name: str = "rows.json") -> str:
-    path = folder / name
-    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
-    path.write_text("\n".join(lines) + "\n", "utf-8")
-    return str(path)
+    return str(write_rows(folder / name, *rows))
 
 
 def pair(number: int) -> dict:

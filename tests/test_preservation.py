@@ -9,6 +9,7 @@ import processes
 import pytest
 import tiny_base
 import torch
+from json_lines import write_rows
 from safetensors.torch import load_file
 from torch.distributions import Categorical, kl_divergence
 
@@ -152,8 +153,7 @@ def test_steps_replay_defined_rows_however_they_are_shared(trained):
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     for name, rows in (("train", ROWS), ("general", GENERAL), ("held_out", HELD_OUT)):
-        text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-        (folder / f"{name}.json").write_text(text + "\n", "utf-8")
+        write_rows(folder / f"{name}.json", *rows)
     return folder
 
 

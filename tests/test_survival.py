@@ -14,6 +14,7 @@ import processes
 import psutil
 import pytest
 import torch
+from json_lines import write_rows
 from safetensors.torch import load_file
 
 from chatglm_ptuning.data.collate import PaddingCollator
@@ -37,9 +38,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "train.json"
-    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\n", "utf-8")
-    return path
+    return write_rows(tmp_path_factory.mktemp("data") / "train.json", *ROWS)
 
 
 def flags(base, data, output, *more, steps=8):
@@ -64,8 +63,8 @@ def wait_for(condition, seconds=600):
         time.sleep(0.02)
 
 
-def logged(job, text):
-    return lambda: text in job.logs[0].read_text("utf-8") if job.logs[0].exists() else False
+def has_logged_a_loss(job):
+    return lambda: "'loss'" in job.logs[0].read_text("utf-8") if job.logs[0].exists() else False
 
 
 # ---- signals and killed processes ----
@@ -76,7 +75,7 @@ def test_sigterm_saves_and_the_run_resumes_from_there(base, data, tmp_path, coun
     more = ["--deepspeed", ROOT / "ds_config" / f"zero{stage}.json"] if stage else []
     steps = 400
     job = processes.start(flags(base, data, tmp_path / "run", *more, steps=steps), count, tmp_path)
-    wait_for(logged(job, "'loss'"))
+    wait_for(has_logged_a_loss(job))
     # To one process of the job alone; the others learn of it from that one.
     os.kill(job.processes[-1].pid, signal.SIGTERM)
     ended = job.wait()

@@ -8,8 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from json_lines import write_rows
 from safetensors.torch import load_file
-from task_runs import MOODS, TASKS, TEXTS, evaluate, flags, lines, read, train, write_tasks
+from task_runs import MOODS, TASKS, TEXTS, evaluate, flags, read, train, write_tasks
 
 from chatglm_ptuning.evaluation import run as evaluation
 from chatglm_ptuning.training import run as training
@@ -118,9 +119,9 @@ def test_a_split_without_labels_gives_predictions_and_a_submission(base, data, r
 def test_a_duplicate_id_is_reported_before_the_base_is_loaded(base, data, runs, tmp_path, capsys):
     folder = tmp_path / "files"
     moods = [{"number": number, "message": text, "mood": "sad"} for number, text in zip("aba", TEXTS, strict=False)]
-    lines(folder / "dev.jsonl", moods)
-    lines(folder / "train.jsonl", moods)
-    lines(folder / "test.jsonl", [{name: row[name] for name in ("number", "message")} for row in moods])
+    write_rows(folder / "dev.jsonl", *moods)
+    write_rows(folder / "train.jsonl", *moods)
+    write_rows(folder / "test.jsonl", *({name: row[name] for name in ("number", "message")} for row in moods))
     (folder / "mood.yaml").write_text(MOODS, "utf-8")
     nowhere = tmp_path / "no base"
     twice = r"test.jsonl:3: duplicate id 'a', first at "
@@ -287,7 +288,7 @@ def test_results_are_named_after_task_and_split_and_a_submission_after_its_train
     data.mkdir()
     rows = [{"id": i, "sentence1": "今天有雨", "sentence2": text, "label": str(i % 2)} for i, text in enumerate(TEXTS)]
     for split in ("train_2", "dev_2", "test_public"):
-        lines(data / f"{split}.json", rows)
+        write_rows(data / f"{split}.json", *rows)
     training.main([
         *flags(base, data, "bustm"), "--do_train", "--train_split", "train_2", "--output_dir", "output/run",
         "--max_steps", "1", "--disable_tqdm", "true", "--do_predict", "--predict_split", "test_public",

@@ -151,7 +151,7 @@ def test_ids_of_the_prompt_decide_no_tag(tokenizers):
 CONTEXT = "今天天气很好，\n我想去公园散步。  公園裡有龘字，New York 12 岁；我想去公园"
 
 
-def questions(tmp_path, split="dev"):
+def questions(tmp_path):
     answers = [["公园散步", "我想去"], ["我想去公园"], ["很好，\n我想", "很好"], ["公園"], ["龘"], ["York 12"],
                ["没有这个", "散步"], ["去公园"], ["今"]]  # fmt: skip
     qas = [
@@ -161,8 +161,8 @@ def questions(tmp_path, split="dev"):
         for number, texts in enumerate(answers)
     ]  # fmt: skip
     content = {"version": "v1.0", "data": [{"paragraphs": [{"id": "P", "context": CONTEXT, "qas": qas}], "title": "T"}]}
-    (tmp_path / f"cmrc2018_{split}.json").write_text(json.dumps(content, ensure_ascii=False), "utf-8")
-    return read_examples(load_task("cmrc2018"), tmp_path, split)
+    (tmp_path / "cmrc2018_dev.json").write_text(json.dumps(content, ensure_ascii=False), "utf-8")
+    return read_examples(load_task("cmrc2018"), tmp_path, "dev")
 
 
 def text_at(example, window, positions) -> str | None:

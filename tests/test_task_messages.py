@@ -5,16 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+from json_lines import write_rows
 
 from chatglm_ptuning.cli import main
 from chatglm_ptuning.data.sources.rows import BadRows
 from chatglm_ptuning.data.tasks import load_task, read_examples
 from chatglm_ptuning.data.tasks.task import Task
-
-
-def lines(path: Path, *rows: object) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-
 
 # Lines of tokens and tags
 
@@ -86,7 +82,7 @@ def task_of(folder: Path, text: str) -> Task:
 @pytest.mark.parametrize("value", [None, "", -1])
 def test_an_empty_label_is_not_a_missing_field(tmp_path, value):
     task = task_of(tmp_path, MOOD)
-    lines(tmp_path / "train.jsonl", {"message": "好", "mood": "happy"}, {"message": "好", "mood": value})
+    write_rows(tmp_path / "train.jsonl", {"message": "好", "mood": "happy"}, {"message": "好", "mood": value})
     message = rf"jsonl:2: the field 'mood', the label of .*, is {json.dumps(value)}; the split train needs one"
     with pytest.raises(ValueError, match=message):
         read_examples(task, tmp_path, "train")
@@ -94,7 +90,7 @@ def test_an_empty_label_is_not_a_missing_field(tmp_path, value):
 
 def test_an_empty_list_of_labels_is_not_a_missing_field(tmp_path):
     task = task_of(tmp_path, MOOD + "multi_label: true\n")
-    lines(tmp_path / "train.jsonl", {"message": "好", "mood": []}, {"message": "好", "mood": None})
+    write_rows(tmp_path / "train.jsonl", {"message": "好", "mood": []}, {"message": "好", "mood": None})
     with pytest.raises(ValueError, match=r"jsonl:2: the field 'mood', .* is null; .* without any label, an empty list"):
         read_examples(task, tmp_path, "train")
 
@@ -110,7 +106,7 @@ def test_an_empty_list_of_labels_is_not_a_missing_field(tmp_path):
     ],
 )
 def test_other_formats_of_entities_are_refused_with_an_example_of_the_right_one(tmp_path, row, message):
-    lines(tmp_path / "train.json", {"text": "王来了", **row})
+    write_rows(tmp_path / "train.json", {"text": "王来了", **row})
     with pytest.raises(ValueError, match=message) as raised:
         read_examples(load_task("cluener"), tmp_path, "train")
     example = re.search(r"a row like ({.*}):", str(raised.value))
@@ -128,7 +124,7 @@ def test_other_formats_of_entities_are_refused_with_an_example_of_the_right_one(
 )
 def test_empty_texts_and_targets_are_refused(tmp_path, name, row, message):
     good = {"text": "王", "label": {}, "content": "裤", "summary": "宽松"}
-    lines(tmp_path / "train.json", good, row)
+    write_rows(tmp_path / "train.json", good, row)
     with pytest.raises(ValueError, match=message):
         read_examples(load_task(name), tmp_path, "train")
 
@@ -215,7 +211,7 @@ def test_answers_by_index_text_and_letter(tmp_path):
     task = task_of(tmp_path, RIDDLE + "letters: true\n")
     rows = [(["日", "月"], 1), (["日", "月"], "月"), (["日", "月"], "B"), (["日", "月"], " b "), ([5, 6.5, 7], "6.5"),
             ([5, 6, 7], 6)]  # fmt: skip
-    lines(tmp_path / "t.jsonl", *({"q": "谜", "c": candidates, "a": answer} for candidates, answer in rows))
+    write_rows(tmp_path / "t.jsonl", *({"q": "谜", "c": candidates, "a": answer} for candidates, answer in rows))
     examples = read_examples(task, tmp_path, "train")
     assert [example.answer for example in examples] == [1] * 6
     assert examples[4].candidates == ("5", "6.5", "7")
@@ -242,7 +238,7 @@ def test_answers_by_index_text_and_letter(tmp_path):
 )  # fmt: skip
 def test_faulty_choices_are_refused(tmp_path, row, letters, message):
     task = task_of(tmp_path, RIDDLE + "letters: true\n" * letters)
-    lines(tmp_path / "t.jsonl", {"q": "谜", **row})
+    write_rows(tmp_path / "t.jsonl", {"q": "谜", **row})
     if message is None:
         assert read_examples(task, tmp_path, "train")[0].answer == row["a"]
         return
@@ -289,7 +285,7 @@ def test_bad_rows_are_skipped_and_counted(tmp_path, name, file, content, bad):
 
 
 def test_the_command_shows_entities_of_several_tokens(tmp_path, capsys):
-    lines(tmp_path / "train.jsonl", {"tokens": ["Barack", "Obama", "来了"], "ner_tags": ["B-PER", "I-PER", "O"]})
+    write_rows(tmp_path / "train.jsonl", {"tokens": ["Barack", "Obama", "来了"], "ner_tags": ["B-PER", "I-PER", "O"]})
     main(["tasks", "show", "msra_ner", str(tmp_path / "train.jsonl"), "--split", "train"])
     assert "answer: BarackObama (PER)" in capsys.readouterr().out
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import processes
 import pytest
 import torch
+from json_lines import write_rows
 from safetensors.torch import load_file
-from task_runs import TASKS, evaluate, flags, lines, read, train, write_tasks
+from task_runs import TASKS, evaluate, flags, read, train, write_tasks
 
 from chatglm_ptuning.data.collate import PaddingCollator
 from chatglm_ptuning.data.tasks.heads import HEADS
@@ -132,7 +133,7 @@ def write_uneven(kind: str, folder: Path) -> str:
     if kind == "token_classification":
         rows = [{"text": text, "label": {"name": {text[:2]: [[0, 1]]}}} for text in texts]
         for split in ("train", "dev"):
-            lines(folder / "cluener" / f"{split}.json", rows)
+            write_rows(folder / "cluener" / f"{split}.json", *rows)
         return "cluener"
     if kind == "question_answering":
         paragraphs = [
@@ -148,7 +149,7 @@ def write_uneven(kind: str, folder: Path) -> str:
     asked = {"text": "今天", "question": "谁", "right": 0}
     rows = [{**asked, "number": number, "answers": row} for number, row in enumerate(answers)]
     for split in ("train", "dev"):
-        lines(folder / f"{split}.jsonl", rows)
+        write_rows(folder / f"{split}.jsonl", *rows)
     return "pick.yaml"
 
 

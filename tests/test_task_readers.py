@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from json_lines import write_rows
 
 from chatglm_ptuning.data.tasks import load_task, read_examples
 from chatglm_ptuning.data.tasks.examples import Answer
@@ -14,12 +15,7 @@ if not SHARED.is_dir():  # the tests may run in a worktree one folder deeper
     SHARED = Path(__file__).resolve().parents[3] / "shared"
 
 
-def lines(path: Path, *rows: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-
-
-def whole(path: Path, content: object) -> None:
+def write_json(path: Path, content: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, ensure_ascii=False, indent=1), "utf-8")
 
@@ -40,8 +36,8 @@ ANSWERS = {"tnews": "娱乐", "iflytek": "公共交通", "afqmc": "是", "cmnli"
 def test_clue_classification(tmp_path, name, folder):
     base = tmp_path / folder.format(name)
     row = CLUE_ROWS[name]
-    lines(base / ("train.50k.json" if name == "ocnli" else "train.json"), row)
-    lines(base / "test.json", {"id": 9} | {key: value for key, value in row.items() if key not in ("label", "id")})
+    write_rows(base / ("train.50k.json" if name == "ocnli" else "train.json"), row)
+    write_rows(base / "test.json", {"id": 9} | {key: value for key, value in row.items() if key not in ("label", "id")})
     task = load_task(name)
     (example,) = read_examples(task, tmp_path, "train")
     assert example.answer_text(task) == ANSWERS[name] in example.candidate_answers(task).values()
@@ -52,25 +48,25 @@ def test_clue_classification(tmp_path, name, folder):
 
 def test_labels_with_whitespace_or_as_whole_floats(tmp_path):
     row = {"sentence": "甲", "label_desc": "news_story"}
-    lines(tmp_path / "test.json", *(row | {"label": label} for label in (" 101 ", 101.0, 101, "101")))
+    write_rows(tmp_path / "test.json", *(row | {"label": label} for label in (" 101 ", 101.0, 101, "101")))
     assert [example.label for example in read_examples(load_task("tnews"), tmp_path, "test")] == ["101"] * 4
-    lines(tmp_path / "test.json", *(row | {"label": label} for label in (-1.0, " ", "-1", None)))
+    write_rows(tmp_path / "test.json", *(row | {"label": label} for label in (-1.0, " ", "-1", None)))
     assert [example.label for example in read_examples(load_task("tnews"), tmp_path, "test")] == [None] * 4
-    lines(tmp_path / "test.json", row | {"label": 101.5})
+    write_rows(tmp_path / "test.json", row | {"label": 101.5})
     with pytest.raises(ValueError, match=r"json:1: the task tnews has no label '101.5'"):
         read_examples(load_task("tnews"), tmp_path, "test")
 
 
 def test_rows_with_a_dropped_label_are_left_out(tmp_path, caplog):
-    lines(tmp_path / "dev.json", CLUE_ROWS["cmnli"] | {"label": "-"}, CLUE_ROWS["cmnli"])
+    write_rows(tmp_path / "dev.json", CLUE_ROWS["cmnli"] | {"label": "-"}, CLUE_ROWS["cmnli"])
     assert [example.label for example in read_examples(load_task("cmnli"), tmp_path, "dev")] == ["contradiction"]
     assert "1 of 2 rows of cmnli, split dev, are labelled -" in caplog.text and "dev.json:1" in caplog.text
-    lines(tmp_path / "dev.json", CLUE_ROWS["cmnli"] | {"label": "-"})
+    write_rows(tmp_path / "dev.json", CLUE_ROWS["cmnli"] | {"label": "-"})
     with pytest.raises(ValueError, match=r"1 of 1 rows of cmnli, split dev, are labelled - .*dev.json:1"):
         read_examples(load_task("cmnli"), tmp_path, "dev")
     unlabelled = {name: value for name, value in CLUE_ROWS["cmnli"].items() if name != "label"}
     for other, label in ((CLUE_ROWS["cmnli"], "contradiction"), (unlabelled, None)):
-        lines(tmp_path / "test.json", other | {"id": 4}, unlabelled | {"id": 5, "label": "-"})
+        write_rows(tmp_path / "test.json", other | {"id": 4}, unlabelled | {"id": 5, "label": "-"})
         examples = read_examples(load_task("cmnli"), tmp_path, "test")
         assert [(example.id, example.label, example.left_out) for example in examples] == [
             (4, label, False), (5, None, True),
@@ -78,7 +74,7 @@ def test_rows_with_a_dropped_label_are_left_out(tmp_path, caplog):
 
 
 def test_csl_joins_its_keywords(tmp_path):
-    lines(tmp_path / "train.json", CLUE_ROWS["csl"])
+    write_rows(tmp_path / "train.json", CLUE_ROWS["csl"])
     (example,) = read_examples(load_task("csl"), tmp_path, "train")
     assert "关键词：稻谷、研究\n" in example.prompt(load_task("csl"))
 
@@ -90,14 +86,14 @@ def wsc(start: int = 5, **more: object) -> dict:
 
 @pytest.mark.parametrize("name", ["cluewsc2020", "fewclue_cluewsc"])
 def test_winograd_marks_the_spans_that_are_meant(tmp_path, name):
-    lines(tmp_path / "train.json", wsc())
-    lines(tmp_path / "train_0.json", wsc())
+    write_rows(tmp_path / "train.json", wsc())
+    write_rows(tmp_path / "train_0.json", wsc())
     task = load_task(name)
     (example,) = read_examples(task, tmp_path, "train" if name == "cluewsc2020" else "train_0")
     assert (example.id, example.text, example.answer_text(task)) == (3, "[猫]看见它，_它_跑了", "是")
     assert "“它”指的是“猫”" in example.prompt(task)
     with pytest.raises(ValueError, match=r"json:1: span2_index must be the index of a character, found 'x'"):
-        lines(tmp_path / "train.json", wsc(start="x"))
+        write_rows(tmp_path / "train.json", wsc(start="x"))
         read_examples(load_task("cluewsc2020"), tmp_path, "train")
 
 
@@ -116,27 +112,27 @@ def test_winograd_marks_the_spans_that_are_meant(tmp_path, name):
 )
 def test_winograd_spans_that_are_off_or_inside_each_other(tmp_path, span1, span2, marked):
     target = dict(zip(("span1_text", "span1_index", "span2_text", "span2_index"), span1 + span2, strict=True))
-    lines(tmp_path / "train.json", wsc(target=target))
+    write_rows(tmp_path / "train.json", wsc(target=target))
     (example,) = read_examples(load_task("cluewsc2020"), tmp_path, "train")
     assert example.text == marked
-    lines(tmp_path / "train.json", wsc(target=target | {"span2_text": "她", "span2_index": 40}))
+    write_rows(tmp_path / "train.json", wsc(target=target | {"span2_text": "她", "span2_index": 40}))
     with pytest.raises(ValueError, match=r"json:1: the text does not contain span2 '她', and has no character 40"):
         read_examples(load_task("cluewsc2020"), tmp_path, "train")
 
 
 def test_ids_are_whole_numbers_or_text(tmp_path):
     row = {"sentence": "甲", "label": "100", "label_desc": "news_story"}
-    lines(tmp_path / "test.json", row | {"id": 5.0}, row | {"id": "a"}, row | {"id": None})
+    write_rows(tmp_path / "test.json", row | {"id": 5.0}, row | {"id": "a"}, row | {"id": None})
     assert [example.id for example in read_examples(load_task("tnews"), tmp_path, "test")] == [5, "a", 2]
     for wrong in (7.5, [1], True):
-        lines(tmp_path / "test.json", row, row | {"id": wrong})
+        write_rows(tmp_path / "test.json", row, row | {"id": wrong})
         with pytest.raises(ValueError, match=r"json:2: the id must be a whole number or text, found "):
             read_examples(load_task("tnews"), tmp_path, "test")
 
 
 def test_ids_in_another_column_than_the_task_names(tmp_path):
     by_id = {name: value for name, value in wsc(id=41).items() if name != "idx"}
-    lines(tmp_path / "test.json", by_id, by_id | {"id": 40.0}, wsc(id=39), by_id | {"id": None})
+    write_rows(tmp_path / "test.json", by_id, by_id | {"id": 40.0}, wsc(id=39), by_id | {"id": None})
     assert [example.id for example in read_examples(load_task("fewclue_cluewsc"), tmp_path, "test")] == [41, 40, 3, 3]
 
 
@@ -204,7 +200,7 @@ CMRC = {
 
 
 def test_cmrc_in_squad_form(tmp_path):
-    whole(tmp_path / "cmrc2018_train.json", CMRC)
+    write_json(tmp_path / "cmrc2018_train.json", CMRC)
     first, second = read_examples(load_task("cmrc2018"), tmp_path, "train")
     assert (first.id, first.answers) == ("TRAIN_186_QUERY_0", (Answer("1900年", 4),))
     assert first.context[4:].startswith("1900年")
@@ -216,7 +212,9 @@ def test_cmrc_in_squad_form(tmp_path):
 
 def test_cmrc_in_its_own_form(tmp_path):
     query = {"query_text": "是多少？", "query_id": "DEV_0_QUERY_0", "answers": ["78.1", "指数78.1"]}
-    whole(tmp_path / "dev.json", [{"context_id": "DEV_0", "context_text": "指数78.1", "title": "指", "qas": [query]}])
+    write_json(
+        tmp_path / "dev.json", [{"context_id": "DEV_0", "context_text": "指数78.1", "title": "指", "qas": [query]}]
+    )
     (example,) = read_examples(load_task("cmrc2018"), tmp_path, "dev")
     assert example.answers == (Answer("78.1", 2), Answer("指数78.1", 0))
 
@@ -226,7 +224,7 @@ def test_drcd_and_files_without_answers(tmp_path):
     blind = qa | {"answers": [{"id": "1", "text": "", "answer_start": -1}]}
     for name, entry in (("DRCD_training", qa), ("DRCD_test", blind), ("DRCD_dev", blind)):
         paragraphs = [{"context": "強調因信稱義", "id": "2128-2", "qas": [entry]}]
-        whole(tmp_path / f"{name}.json", {"version": "1.3", "data": [{"id": "2128", "paragraphs": paragraphs}]})
+        write_json(tmp_path / f"{name}.json", {"version": "1.3", "data": [{"id": "2128", "paragraphs": paragraphs}]})
     task = load_task("drcd")
     assert read_examples(task, tmp_path, "train")[0].answers == (Answer("因信稱義", 2),)
     assert read_examples(task, tmp_path, "test")[0].answers is None
@@ -239,19 +237,19 @@ def test_drcd_and_files_without_answers(tmp_path):
 def test_chid_takes_its_answers_from_their_own_file(tmp_path):
     row = {"content": ["水平#idiom000378#再进一步。", "模式#idiom000379#，诚然#idiom000380#辛苦"],
            "candidates": ["百尺竿头", "随波逐流", "方兴未艾"]}  # fmt: skip
-    lines(tmp_path / "train.json", row)
-    lines(tmp_path / "test1.1.json", row)
+    write_rows(tmp_path / "train.json", row)
+    write_rows(tmp_path / "test1.1.json", row)
     task = load_task("chid")
     with pytest.raises(ValueError, match=r"no answer for #idiom000378#.*train_answer.json"):
         read_examples(task, tmp_path, "train")
-    whole(tmp_path / "train_answer.json", {"#idiom000378#": 0, "#idiom000379#": 1, "#idiom000380#": 2})
+    write_json(tmp_path / "train_answer.json", {"#idiom000378#": 0, "#idiom000379#": 1, "#idiom000380#": 2})
     examples = read_examples(task, tmp_path, "train")
     assert [(example.id, example.answer_text(task)) for example in examples] == [
         ("#idiom000378#", "百尺竿头"), ("#idiom000379#", "随波逐流"), ("#idiom000380#", "方兴未艾"),
     ]  # fmt: skip
     assert examples[1].context == "模式____，诚然〇〇〇〇辛苦"
     assert [example.answer for example in read_examples(task, tmp_path, "test")] == [None] * 3
-    whole(tmp_path / "train_answer.json", {"#idiom000378#": 3, "#idiom000379#": 1, "#idiom000380#": 2})
+    write_json(tmp_path / "train_answer.json", {"#idiom000378#": 3, "#idiom000379#": 1, "#idiom000380#": 2})
     with pytest.raises(ValueError, match=r"index below 3 .* found 3"):
         read_examples(task, tmp_path, "train")
 
@@ -266,18 +264,18 @@ def test_fewclue_idioms_without_ids_count_their_rows(tmp_path):
 
 def test_c3_is_a_nested_list_in_two_files(tmp_path):
     question = {"question": "他去哪？", "choice": ["学校", "医院"], "answer": "医院"}
-    whole(tmp_path / "d-train.json", [[["男：走吧。", "女：去医院。"], [question], "3-12"]])
+    write_json(tmp_path / "d-train.json", [[["男：走吧。", "女：去医院。"], [question], "3-12"]])
     with pytest.raises(ValueError, match=r"only a part of c3, split train: m-train.json is missing"):
         read_examples(load_task("c3"), tmp_path, "train")
-    whole(tmp_path / "m-train.json", [[["他病了。"], [question, question], "m13"]])
+    write_json(tmp_path / "m-train.json", [[["他病了。"], [question, question], "m13"]])
     blind = {"question": "他去哪？", "choice": ["学校", "医院"], "id": 7}
-    whole(tmp_path / "test1.1.json", [[["他病了。"], [blind], "m13"]])
+    write_json(tmp_path / "test1.1.json", [[["他病了。"], [blind], "m13"]])
     task = load_task("c3")
     examples = read_examples(task, tmp_path, "train")
     assert [(example.id, example.answer) for example in examples] == [("3-12-0", 1), ("m13-0", 1), ("m13-1", 1)]
     assert examples[0].context == "男：走吧。\n女：去医院。"
     assert [(example.id, example.answer) for example in read_examples(task, tmp_path, "test")] == [(7, None)]
-    whole(tmp_path / "m-train.json", [[["他病了。"], [question | {"answer": "家"}], "m13"]])
+    write_json(tmp_path / "m-train.json", [[["他病了。"], [question | {"answer": "家"}], "m13"]])
     with pytest.raises(ValueError, match=r"document 1, question 1: the answer '家' is none of the choices"):
         read_examples(task, tmp_path, "train")
 
@@ -286,7 +284,7 @@ def test_a_c3_answer_can_differ_from_its_choice_by_surrounding_whitespace(tmp_pa
     task = load_task("c3")
     question = {"question": "他去哪？", "choice": ["学校", "医院 ", "医 院", " 学校"]}
     asked = [question | {"answer": answer} for answer in ("医院", "\u3000学校", "医 院\n", " 学校")]
-    whole(tmp_path / "test.json", [[["他病了。"], asked, "m1"]])
+    write_json(tmp_path / "test.json", [[["他病了。"], asked, "m1"]])
     assert [example.answer for example in read_examples(task, tmp_path, "test")] == [1, 0, 2, 3]
 
 
@@ -296,20 +294,22 @@ CLUENER = {"text": "北京勘察设计协会副会长兼秘书长周荫如", "la
 
 
 def test_cluener_ends_are_inclusive(tmp_path):
-    lines(tmp_path / "train.json", CLUENER, {"text": "张三", "label": {"name": {"三": [[1, 1]], "张三": [[0, 1]]}}})
+    write_rows(
+        tmp_path / "train.json", CLUENER, {"text": "张三", "label": {"name": {"三": [[1, 1]], "张三": [[0, 1]]}}}
+    )
     first, second = read_examples(load_task("cluener"), tmp_path, "train")
     assert " ".join(first.tags) == (
         "B-organization " + "I-organization " * 7 + "B-position I-position I-position O B-position I-position "
         "I-position B-name I-name I-name"
     )
     assert second.tags == ("B-name", "I-name")
-    lines(tmp_path / "train.json", {"text": "张三来", "label": {"name": {"张三": [[0, 2]]}}})
+    write_rows(tmp_path / "train.json", {"text": "张三来", "label": {"name": {"张三": [[0, 2]]}}})
     with pytest.raises(ValueError, match=r"train.json:1: characters 0 to 2 .* '张三来', not '张三'"):
         read_examples(load_task("cluener"), tmp_path, "train")
-    lines(tmp_path / "train.json", {"text": "张三", "label": {"nam": {"张三": [[0, 1]]}}})
+    write_rows(tmp_path / "train.json", {"text": "张三", "label": {"nam": {"张三": [[0, 1]]}}})
     with pytest.raises(ValueError, match=r"unknown entity type 'nam' .did you mean 'name'"):
         read_examples(load_task("cluener"), tmp_path, "train")
-    lines(tmp_path / "train.json", {"text": "张三", "label": {"name": {"张三": [[0, 1, 2]]}}})
+    write_rows(tmp_path / "train.json", {"text": "张三", "label": {"name": {"张三": [[0, 1, 2]]}}})
     with pytest.raises(ValueError, match=r"train.json:1: 'label.name.张三.0' should have at most 2 items"):
         read_examples(load_task("cluener"), tmp_path, "train")
 
@@ -370,7 +370,7 @@ def test_chnsenticorp_is_an_unquoted_table(tmp_path):
 
 
 def test_generation_tasks(tmp_path):
-    lines(tmp_path / "adgen" / "train.json", {"content": "类型#裤", "summary": "宽松"})
+    write_rows(tmp_path / "adgen" / "train.json", {"content": "类型#裤", "summary": "宽松"})
     (example,) = read_examples(load_task("adgen"), tmp_path, "train")
     assert (example.text, example.target) == ("类型#裤", "宽松")
     part = (
@@ -430,7 +430,7 @@ def test_a_user_defined_task_of_choices(tmp_path):
         "files: {train: t.jsonl}\n",
         "utf-8",
     )
-    lines(tmp_path / "t.jsonl", {"q": "谜", "c": ["日", "月"], "a": "月"}, {"q": "谜", "c": ["日", "月"], "a": 0})
+    write_rows(tmp_path / "t.jsonl", {"q": "谜", "c": ["日", "月"], "a": "月"}, {"q": "谜", "c": ["日", "月"], "a": 0})
     task = load_task(tmp_path / "mine.yaml")
     examples = read_examples(task, tmp_path, "train")
     assert [example.answer_text(task) for example in examples] == ["B", "A"]
@@ -452,10 +452,10 @@ def test_wrong_files_are_named(tmp_path):
         ({"sentence": "甲"}, r"train.json:2: there is no field 'label'"),
         (good | {"sentence": None}, r"train.json:2: the field 'sentence' must be text, found null"),
     ):
-        lines(tmp_path / "train.json", good, row)
+        write_rows(tmp_path / "train.json", good, row)
         with pytest.raises(ValueError, match=message):
             read_examples(task, tmp_path, "train")
-    lines(tmp_path / "test.json", good, {"sentence": "甲"})
+    write_rows(tmp_path / "test.json", good, {"sentence": "甲"})
     with pytest.raises(ValueError, match=r"test.json:2: there is no label .*1 of 2 are without"):
         read_examples(task, tmp_path, "test")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from json_lines import write_rows
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
@@ -33,9 +34,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def train_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "train.json"
-    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\n", "utf-8")
-    return path
+    return write_rows(tmp_path_factory.mktemp("data") / "train.json", *ROWS)
 
 
 def flags(base, train_file, output, *more, steps=8):

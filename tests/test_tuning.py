@@ -7,6 +7,7 @@ import processes
 import pytest
 import tiny_base
 import torch
+from json_lines import write_rows
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_train_command import digest, flags, losses
@@ -44,9 +45,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def train_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "train.json"
-    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS * 2) + "\n", "utf-8")
-    return path
+    return write_rows(tmp_path_factory.mktemp("data") / "train.json", *ROWS * 2)
 
 
 def answers(base, checkpoint, train_file, folder, *more):

@@ -1,4 +1,4 @@
-"""A tiny random base and prefixes for it, and answers put into its mouth, for the tests of chatting."""
+"""A tiny random base, prefixes for it, and forced answers, for the tests of chat."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import tiny_tokenizer
 import torch
+from conftest import TINY
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
@@ -15,22 +16,7 @@ from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
 def make_model(vocab_size: int, seed: int = 0, **settings) -> ChatGLMForConditionalGeneration:
     torch.manual_seed(seed)
-    config = ChatGLMConfig(
-        **{
-            "num_layers": 2,
-            "hidden_size": 32,
-            "ffn_hidden_size": 48,
-            "kv_channels": 8,
-            "num_attention_heads": 4,
-            "multi_query_attention": True,
-            "multi_query_group_num": 2,
-            "add_qkv_bias": True,
-            "padded_vocab_size": vocab_size,
-            "seq_length": 512,
-            "initializer_range": 0.3,
-            **settings,
-        }
-    )
+    config = ChatGLMConfig(**TINY | {"padded_vocab_size": vocab_size, "seq_length": 512} | settings)
     return ChatGLMForConditionalGeneration(config).eval()
 
 

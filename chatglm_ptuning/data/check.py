@@ -23,7 +23,7 @@ FINDINGS = {
     "mojibake": "rows with passages that were decoded with a wrong encoding",
     "special_tokens": "rows that spell special tokens (they are learned as ordinary text)",
 }
-"""What rows are counted for, in words."""
+"""The counters of rows as text."""
 
 _SCRIPTS = {
     "han": re.compile(r"[\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+"),
@@ -50,7 +50,7 @@ _MISREAD = re.compile(
 
 
 class Checker:
-    """Looks at examples as they pass by, and reports what it found; it keeps a few bytes of each.
+    """Inspects a stream of examples, and reports its findings; it keeps a few bytes of each.
 
     Args:
         bad_rows: counts the rows that are not understood.

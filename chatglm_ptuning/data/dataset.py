@@ -167,7 +167,7 @@ class Loader:
         return found
 
     def make_ready(self, head: Head, found: ReadExamples) -> tuple[list[Example], PreparationReport]:
-        """Examples ready for a head to predict, and what became of the rows.
+        """Examples ready for a head to predict, and counts of the rows by their outcome.
 
         Raises:
             ValueError: naming file and line, as `Head.ready`; with the report, if none is left.
@@ -192,7 +192,7 @@ class LoadedRows:
         rows: memory-mapped; the columns that the head learns (`Head.encode`), `length` of the `input_ids`,
             `source_length` and `target_length` before truncation, and `digest`, which is the same for rows made of the
             same content.
-        report: what became of the examples.
+        report: counts of the examples by their outcome.
         warnings: suspicious properties of the rows.
         reused: whether all of them were in the cache.
     """

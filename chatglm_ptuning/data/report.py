@@ -20,12 +20,12 @@ TRUNCATED = {
     "source_cut": "without the middle of the source (max_source_length)",
     "target_cut": "without the end of the answer (max_target_length)",
 }
-"""Counters of `PreparationReport` in words: of rows, and of examples."""
+"""Counters of `PreparationReport` as text: of rows, and of examples."""
 
 
 @dataclass
 class PreparationReport:
-    """What became of the rows.
+    """Counts of the rows by their outcome.
 
     Attributes:
         rows: all rows; each is either used or counted in one of the five fields after `examples`.

@@ -17,9 +17,9 @@ def truncate_source(
 
     First, whole turns are dropped, oldest first (see `turn_starts`); leading system messages and the last turn stay. If
     that is not enough, the longest of the remaining questions, tool results and system messages lose their middle, all
-    down to the same number of characters; shorter ones stay whole. Their ends are kept because a text mostly says what
-    it is about at its beginning, and what is asked of it at its beginning or end. Role headers, the source prefix and
-    answers are never truncated.
+    down to the same number of characters; shorter ones are not cut. Their ends are kept because the topic of
+    a text is mostly at its beginning, and the question about it at its beginning or end. Role headers, the source
+    prefix and answers are never truncated.
 
     Args:
         conversation: ends with the answer; its prompt has more than `room` ids.

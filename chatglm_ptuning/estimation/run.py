@@ -166,7 +166,7 @@ def batch_table(args: EstimateArguments) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Entry of the command; errors that users can mend end it with a message and exit code 1."""
+    """Entry of the command; user errors end it with a message and exit code 1."""
     (args,) = parse_arguments(
         "chatglm-ptuning estimate",
         "Estimate memory and time of training a prefix, without weights.",

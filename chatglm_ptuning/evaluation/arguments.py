@@ -22,7 +22,7 @@ RETIRED_FLAGS = {
     "overwrite_cache": "rows to be scored are never cached.",
     "overwrite_output_dir": "the results of an earlier evaluation are replaced, nothing else is touched.",
 }
-"""Flags of the official evaluate.sh that are accepted and have nothing left to do, with the reason."""
+"""Flags of the official evaluate.sh that are accepted without effect, with the reason."""
 
 
 @dataclass

@@ -19,7 +19,7 @@ from chatglm_ptuning.tuning.record import read_record
 logger = logging.get_logger(__name__)
 
 TOKEN_UNIT = "token_unit"
-"""Key of `PrefixMetadata.training`: what a tag stood on, of a prefix for tags."""
+"""Key of `PrefixMetadata.training`: the unit of tags (`Head.token_unit`), of a prefix for tags."""
 ECHO = "echo"
 """Key of `PrefixMetadata.training`: whether the text was read twice (`Head.echo`), by task."""
 TRAIN_SPLIT = "split"
@@ -29,7 +29,7 @@ PROMPTS = "prompts"
 
 
 def recorded_details(checkpoint: str | Path, base: BaseArguments) -> dict[str, Any]:
-    """What a checkpoint of any tuning method records about its task, head and labels; needs no weights of the base.
+    """The task, head and labels that a checkpoint of any tuning method records; needs no weights of the base.
 
     An adapter of PEFT's own records nothing.
 
@@ -47,7 +47,7 @@ def recorded_details(checkpoint: str | Path, base: BaseArguments) -> dict[str, A
 
 
 def record_of(setups: Iterable[TaskSetup]) -> dict[str, Any]:
-    """What `PrefixMetadata.training` records about the tasks of a run."""
+    """The records of `PrefixMetadata.training` about the tasks of a run."""
     setups = list(setups)
     record: dict[str, Any] = {PROMPTS: {setup.task.name: _filled_prompt(setup.task) for setup in setups}}
     echo = {setup.task.name: setup.settings["echo"] for setup in setups if setup.head.echoes}
@@ -66,7 +66,7 @@ def tasks_of(details: Mapping[str, Any]) -> dict[str, tuple[str, list[str] | Non
 
 
 def described_tasks(tasks: Mapping[str, tuple[str, list[str] | None, bool]]) -> str:
-    """What `tasks_of` gives, in words."""
+    """The result of `tasks_of` as text."""
     each = []
     for name, (head, labels, echo) in tasks.items():
         shown = [f"head {head}", *([] if labels is None else [f"labels {_listed(labels)}"])]

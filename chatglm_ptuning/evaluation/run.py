@@ -32,7 +32,7 @@ Scores = dict[str, dict[str, float]]
 
 
 def main(argv: Sequence[str]) -> None:
-    """Entry of the command; errors that users can mend end it with a message and exit code 1."""
+    """Entry of the command; user errors end it with a message and exit code 1."""
     (args,) = parse_arguments(
         "chatglm-ptuning evaluate",
         "Predict a split of a task, or generate answers to the rows of a file, and score that.",

@@ -38,7 +38,7 @@ _GRID_LISTS = {
 
 
 class SearchEnded(Exception):
-    """An error that every run of this process would meet; the message is for the user."""
+    """An error that would end every run of this process; the message is for the user."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ def _parse(argv: Sequence[str]) -> tuple[SearchArguments, list[str], str]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Entry of the command; errors that users can mend end it with exit code 1, SIGTERM with 143, Ctrl-C with 130."""
+    """Entry of the command; user errors end it with exit code 1, SIGTERM with 143, Ctrl-C with 130."""
     args, common, metric = _parse(argv)
     try:
         import optuna

@@ -66,7 +66,7 @@ def recognise_chat_format(
     first, *others = formats
     alternatives = " or ".join(f'chat_format="{other}"' for other in others)
     logger.warning_once(
-        f"The files beside {vocabulary.path.name} do not tell the chat format of this base, so {first} is used. For "
-        f"another, set {alternatives} in the tokenizer or in tokenizer_config.json."
+        f"The files beside {vocabulary.path.name} do not identify the chat format of this base, so {first} is used. "
+        f"For another, set {alternatives} in the tokenizer or in tokenizer_config.json."
     )
     return first

@@ -28,7 +28,7 @@ class ChatGLMConfig(PreTrainedConfig):
     `quantization_bit` of 4 or 8 means official quantised weight files. Loading de-quantises them; `quantization_bit`
     is then 0 and `dequantized_from_bit` has the number.
 
-    `position_interpolation` tells whether `rope_ratio` divides the positions (ChatGLM2-6B-32K, which is recognised by
+    `position_interpolation` is whether `rope_ratio` divides the positions (ChatGLM2-6B-32K, which is recognised by
     its name) or multiplies the rotary base (all others). Saved configurations record it.
 
     Raises:

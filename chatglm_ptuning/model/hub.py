@@ -33,7 +33,7 @@ def find_base(
 
     Raises:
         FileNotFoundError: if there is no base at a path, or the hub has none of that name or revision.
-        ConnectionError: if the hub cannot be reached and its cache has no such base; the message tells what to do.
+        ConnectionError: if the hub cannot be reached and its cache has no such base; the message names the way out.
         ImportError: if modelscope is needed and not installed.
         ValueError: for an unknown hub, or a revision of a folder.
     """

@@ -66,7 +66,7 @@ class ChatSession:
     def stream(self, query: str) -> Iterator[str]:
         """Answers a query and yields the text in pieces as they are generated.
 
-        Closing the iterator ends the answer. The text yielded so far stays in the history, also after an error.
+        Closing the iterator ends the answer. The text yielded so far is kept in the history, also after an error.
 
         Raises:
             ValueError: if the query alone is too long, naming the sizes; the history is unchanged.

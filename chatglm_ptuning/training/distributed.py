@@ -107,7 +107,7 @@ def match_precision(args: TrainingArguments, dtype: str, quantization_bit: int |
 
     The prefix is trained in float32 beside a base of any type. Only where ZeRO-3 partitions the base does DeepSpeed
     have to know that it has 16 bits; its optimizer then works on float32 copies of the prefix. Elsewhere its bfloat16
-    mode would round the prefix for nothing, and is left off.
+    mode would round the prefix without a benefit, and is off.
 
     Raises:
         ValueError: for what DeepSpeed cannot do with the kit: ZeRO-3 on a quantised base, an own optimizer.

@@ -27,7 +27,7 @@ MAX_PRODUCTS = 6_000_000_000
 """States x hidden size x outputs of a fit at most. An iteration then takes 1.4 seconds of a core, and 200 are the most:
 five minutes. It is 12,309 states at a hidden size of 4,096 with 119 outputs; IFLYTEK has 12,133."""
 _CHOICE_STATES = 2_000
-"""States that are enough to choose the strength by, where a fit to all of them has more than `_CHEAP_PRODUCTS`."""
+"""States used to choose the regularisation strength, if a fit to all has more than `_CHEAP_PRODUCTS`."""
 _CHEAP_PRODUCTS = 500_000_000
 _STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 _HELD_OUT = 0.2

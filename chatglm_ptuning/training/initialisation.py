@@ -91,10 +91,10 @@ def init_from_checkpoint(
     """Sets the trainable prefix to the values of a checkpoint of this kit, the official code or PEFT.
 
     Args:
-        task, head, labels: what the model is for. A head that was trained for just that comes along.
+        task, head, labels: of the model. A head that was trained for exactly these is loaded, too.
 
     Returns:
-        Whether the head came along.
+        Whether the head was loaded.
 
     Raises:
         FileNotFoundError, ValueError: as `load_prefix`.

@@ -144,7 +144,7 @@ class Replay:
             batch_size: rows of a batch of the task.
             part: which of the step's batches, on all processes, this is.
             parts: how many batches the step has.
-            whole_parts: how many a step has that the end of an epoch does not cut short.
+            whole_parts: number of parts of a full step, which the end of an epoch has not shortened.
         """
         size = self.batch_size or batch_size
         chosen = self.rows_of_step(step, size * parts, size * (whole_parts or parts))

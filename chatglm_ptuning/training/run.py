@@ -63,12 +63,12 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 TRAIN_FLAGS = (ModelArguments, DataArguments, PrefixTrainingArguments, PreservationArguments)
-"""Everything that the command's flags fill."""
+"""The dataclasses that the command's flags fill."""
 _SAMPLES_SHOWN = 3
 
 
 def main(argv: Sequence[str]) -> None:
-    """Entry of the command; errors that users can mend end it with a message and exit code 1, SIGTERM with 143."""
+    """Entry of the command; user errors end it with a message and exit code 1, SIGTERM with 143."""
     model_args, data_args, args, preserve_args = parse_arguments(
         "chatglm-ptuning train",
         "Train a P-Tuning v2 prefix, or by another --tuning; evaluate it, and generate with it.",
@@ -106,7 +106,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def run(config: RunConfig) -> None:
-    """Does what the settings say.
+    """Runs training, evaluation and predictions as configured.
 
     Raises:
         ValueError: naming file and line of faults in the data; if base, checkpoint and data do not fit.
@@ -382,7 +382,7 @@ def predict_test(config: RunConfig, data: RunData, trainer: PrefixTrainer) -> No
     if not _is_of_registry(config):
         _write_answers(config, task, predictions)
     _write_report(config, task, list(predictions.values())[-1])
-    # Last: whoever finds the scores counts on the files about them.
+    # Last: a program that finds the scores expects the other files.
     _keep(trainer, "predict", metrics)
     if scores:
         print_scores(scores)

@@ -52,11 +52,11 @@ STAGING_FOLDER = ".saving"
 REPLACED_FOLDER = ".replaced"
 ARGUMENTS_FILE = "training_arguments.json"
 _ROOM_FOR_SMALL_FILES = 2**20
-"""Bytes of a checkpoint beside the numbers of prefix and optimizer: random states, descriptions, log."""
+"""Bytes of a checkpoint besides the numbers of prefix and optimizer: random states, metadata, log."""
 
 
 class PrefixTrainer(Trainer):
-    """Trains the prefix of a ChatGLM model, or what another method of tuning trains.
+    """Trains the prefix of a ChatGLM model, or the parameters of another tuning method.
 
     Args:
         tuning: the trained parameters of the model; by default its prefix.
@@ -368,7 +368,7 @@ class PrefixTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         if not isinstance(optimizer, AcceleratedOptimizer):
             self._set_head_learning_rate(optimizer)
-            # DeepSpeed drops empty groups (a table has no biases). Without them the schedule's state has the same form.
+            # DeepSpeed drops empty groups (a table has no biases). Without them the schedule's state is the same.
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
             self._trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             self._optimizer_groups = optimizer.state_dict()["param_groups"]

@@ -200,7 +200,7 @@ class FullTuning(Tuning):
             model.transformer.output_layer.requires_grad_(False)  # is not used by a linear head
 
     def save(self, folder: Path, details: dict[str, Any]) -> None:
-        """As `Tuning.save`: the whole model and its tokenizer, in safetensors.
+        """As `Tuning.save`: all parameters and the tokenizer, in safetensors.
 
         Raises:
             ValueError: if the folder is the base's own.

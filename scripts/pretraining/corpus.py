@@ -12,6 +12,7 @@ from pathlib import Path
 LABELLED_TASKS = ("iflytek", "csldcp", "ocnli", "bustm", "chid", "csl")
 """FewCLUE tasks whose labelled training rows become instructions; the kit never reports scores on them."""
 ROLES = ("system", "user", "assistant", "observation")
+_HELD_OUT_DOCUMENTS = 1000  # of each documents file; at most a tenth of it
 _WINDOW = 12
 
 
@@ -96,7 +97,7 @@ def _files(folders: list[Path], pattern: str) -> list[Path]:
     ]
 
 
-def read_corpus(folders: list[Path], fewclue: Path | None = None, held_out_documents: int = 1000) -> Corpus:
+def read_corpus(folders: list[Path], fewclue: Path | None = None) -> Corpus:
     """Reads documents and conversations, without any text of a development or test split.
 
     Args:
@@ -104,7 +105,6 @@ def read_corpus(folders: list[Path], fewclue: Path | None = None, held_out_docum
             `*_dev.jsonl[.gz]` and `*_test.jsonl[.gz]` beside them (fields `text` or `tokens`) are excluded, and
             documents that equal a `text` of `*_train.jsonl[.gz]` stay plain text.
         fewclue: one folder per FewCLUE task, with `train_few_all.json` and `dev_*.json`.
-        held_out_documents: documents to hold out of each documents file, at most a tenth of it.
 
     Raises:
         FileNotFoundError: if no folder has a documents file.
@@ -123,7 +123,7 @@ def read_corpus(folders: list[Path], fewclue: Path | None = None, held_out_docum
         texts = {str(_field(path, number, row, "text", str)) for number, row in rows}
         clean = sorted(text for text in texts if not excluded.in_document(text))
         random.Random(0).shuffle(clean)
-        held = min(held_out_documents, len(clean) // 10)
+        held = min(_HELD_OUT_DOCUMENTS, len(clean) // 10)
         held_out += clean[:held]
         documents += clean[held:]
     random.Random(0).shuffle(documents)

@@ -37,7 +37,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """One step; parameters without gradient are left alone."""
+        """One step; parameters without gradient are not changed."""
         for group in self.param_groups:
             by_shape = defaultdict(list)
             for parameter in group["params"]:

@@ -112,7 +112,7 @@ def tool_call(name: Any, arguments: Any, what: str, loss: bool) -> Message:
     """An answer that calls a tool.
 
     Args:
-        arguments: an object, or JSON text of one; other text stays as it is.
+        arguments: an object, or JSON text of one; other text is kept unchanged.
 
     Raises:
         ValueError: if there is no name, or the arguments are neither.

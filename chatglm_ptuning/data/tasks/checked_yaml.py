@@ -103,7 +103,7 @@ _UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 
 
 def fault_of(error: ErrorDetails, place: Place) -> str:
-    """What pydantic refused, as a sentence without a full stop.
+    """A validation error of pydantic, as a sentence without a full stop.
 
     Args:
         place: of the value, without pydantic's own marks.

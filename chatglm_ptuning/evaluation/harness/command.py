@@ -122,7 +122,7 @@ def run_harness(args: HarnessArguments) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Entry of the command; errors that users can mend end it with a message and exit code 1."""
+    """Entry of the command; user errors end it with a message and exit code 1."""
     (args,) = parse_arguments(
         "chatglm-ptuning lm_eval",
         "Score a prefix, or the plain base, on tasks of lm-evaluation-harness.",

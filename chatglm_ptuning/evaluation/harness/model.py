@@ -38,7 +38,7 @@ class ChatGLMHarnessModel(HFLM):
         ptuning_checkpoint: a prefix to load and select.
         prefix: of every request, as for a forward pass; by default the selected one.
         batch_size: requests per batch.
-        device: is ignored; lm-eval passes it, but the base stays where it was loaded.
+        device: is ignored; lm-eval passes it, but the base is not moved.
         load_options: further arguments of `load_model`, for a base to load.
 
     Raises:

@@ -67,7 +67,7 @@ class Head(ABC):
             truncated in the middle; the task's own words are kept. Texts to tag and contexts to search are read in
             windows that overlap by `doc_stride` tokens.
         max_target_length: maximum number of tokens of an answer to learn.
-        token_unit: what gets a tag: `characters` splits the tokenizer's pieces at the ends of the file's characters,
+        token_unit: the unit of tags: `characters` splits the tokenizer's pieces at the ends of the file's characters,
             `pieces` keeps them whole.
         echo: whether a text to tag or a context to search is in the prompt twice. Tags and spans are predicted on the
             second copy, whose tokens have seen the whole text although attention is causal (Springer et al. 2024,

@@ -184,7 +184,7 @@ class LcstsReader(PairsReader):
     takes_extra_fields = False
 
     def read(self, source: SplitSource) -> Iterator[GenerationExample]:
-        """As `Reader.read`; of a test split only the pairs that people labelled as relevant."""
+        """As `Reader.read`; of a test split only the pairs that annotators labelled as relevant."""
         if source.paths and all(data_suffix(path) == ".txt" for path in source.paths):
             return (pair for path in source.paths for pair in _lcsts_pairs(source, path))
         return super().read(source)
