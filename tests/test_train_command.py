@@ -95,7 +95,7 @@ def test_a_missing_data_file_is_named_by_its_flag(base, tmp_path, capsys, asked,
     with pytest.raises(SystemExit) as stopped:
         main([asked, "--model_name_or_path", str(base), "--output_dir", str(tmp_path / "run")])
     assert stopped.value.code == 1
-    assert f"error: {missing} is needed" in capsys.readouterr().err
+    assert f"error: {missing} is required" in capsys.readouterr().err
 
 
 def test_a_restarted_job_does_not_resume_from_what_it_was_to_overwrite(base, train_file, tmp_path, monkeypatch):

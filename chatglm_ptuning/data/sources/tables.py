@@ -66,8 +66,8 @@ def table_rows(path: Path, bad_rows: BadRows) -> Iterator[Row]:
                 if is_tsv and not warned and (quoted := next(filter(_looks_quoted, values), None)):
                     warned = True
                     logger.warning(
-                        f"{path}:{number}: the value {quoted[:30]} is in double quotes, which are read as text, because TSV "
-                        "has no quoting. If they are not part of the text, save the file as CSV."
+                        f"{path}:{number}: the value {quoted[:30]} is in double quotes. They are read as text, because "
+                        "TSV has no quoting. If they are not part of the text, save the file as CSV."
                     )
                 yield Row(zip(columns, values, strict=True), str(path), number)
     if not found and not bad_rows.count:
