@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -41,10 +42,19 @@ def allocated_peak(model, config, batch, length):
     return peak
 
 
+def own_peak():
+    """This process's peak resident memory in bytes. Linux's getrusage also counts the parent's, from before exec."""
+    try:
+        status = Path("/proc/self/status").read_text("utf-8")
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
 def resident_peak(settings):
     """Growth of this process's peak memory by a model and its steps, in bytes."""
     config = with_prefix(ChatGLMConfig(**settings["config"]), settings["pre_seq_len"])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = own_peak()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=settings["attn_implementation"]
@@ -57,7 +67,7 @@ def resident_peak(settings):
         model.gradient_checkpointing_enable()
     step = make_step(model, config, settings["batch"], settings["length"])
     step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return own_peak() - before
 
 
 if __name__ == "__main__":
