@@ -144,7 +144,7 @@ def test_ids_of_the_prompt_decide_no_tag(tokenizers):
     assert tokenizer.decode(window.input_ids, skip_special_tokens=True).strip() == (
         "{春天{text}}是春天{text}，{text}是{"
     )
-    with pytest.raises(ValueError, match=r"a.json:3: the prompt does not fit into max_source_length 5"):
+    with pytest.raises(ValueError, match=r"a.json:3: .*prompt .*max_source_length 5"):
         tagger(tokenizer, "pieces", 5).windows(TokenExample(id=0, tokens=("甲",), where="a.json:3"))
 
 
@@ -221,7 +221,7 @@ def test_a_row_with_a_dropped_label_is_not_learned(tokenizers):
     left_out = TextExample(id=0, text="今天", fields={"text_pair": "明天"}, left_out=True, where="test.json:1")
     good = TextExample(id=1, text="今天", fields={"text_pair": "明天"}, label="neutral")
     assert [row["labels"] for row in rows_of(encoder, [left_out, good])] == [2]
-    with pytest.raises(ValueError, match=r"1 with nothing to learn \(first: test.json:1\)"):
+    with pytest.raises(ValueError, match=r"1 .*nothing to learn .*test.json:1"):
         rows_of(encoder, [left_out])
 
 
@@ -232,9 +232,9 @@ def test_questions_without_a_reference_in_the_context_are_not_learned(tokenizers
     assert positions_of(encoder.windows(lost)[0], lost.answers) == {"start_positions": 0, "end_positions": 0}
     rows, report = instruction_rows.encode_all(encoder.learn, [lost, good])
     assert len(rows) == 1 and "1 with nothing to learn (first: a.json: Q0)" in report.summary()
-    with pytest.raises(ValueError, match="1 with nothing to learn"):
+    with pytest.raises(ValueError, match=r"1 .*nothing to learn"):
         rows_of(encoder, [lost])
-    with pytest.raises(ValueError, match=r"b.json: the example has no label or answer to learn"):
+    with pytest.raises(ValueError, match=r"b.json: .*no label or answer"):
         rows_of(encoder, [QuestionExample(id=0, context="今", question="？", where="b.json")])
 
 
@@ -253,7 +253,7 @@ def test_long_pairs_are_truncated_in_the_middle_of_each_text_and_keep_the_questi
     assert "前提：甲乙" in text and "\n假设：今天" in text and "前提与假设的关系是（蕴含、矛盾、中立）：" in text
     assert "丙丁\n假设" in text and "有雨\n前提与" in text
     assert head_of(task, head)(task, tokenizer, len(whole)).prompt_ids(PAIR) == whole
-    with pytest.raises(ValueError, match=r"p.json:1: the prompt does not fit into max_source_length 20"):
+    with pytest.raises(ValueError, match=r"p.json:1: .*prompt .*max_source_length 20"):
         head_of(task, head)(task, tokenizer, 20).prompt_ids(PAIR)
 
 
@@ -293,13 +293,13 @@ def test_multi_label_rows_have_a_vector_of_labels(tokenizers):
         [MultiLabelExample(id=0, text="今", labels=("体育", "农业")), MultiLabelExample(id=1, text="天", labels=())],
     )
     assert rows[0]["labels"] == [1.0, 0, 0, 0, 0, 1, 0, 0, 0, 0] and rows[1]["labels"] == [0.0] * 10
-    with pytest.raises(ValueError, match="head generation cannot solve news_topic; sequence_classification can"):
+    with pytest.raises(ValueError, match=r"head generation .*news_topic.* sequence_classification"):
         head_of(task, "generation")
 
 
 def test_question_answering_refuses_a_context_before_its_question():
     task = replace(load_task("cmrc2018"), prompt="{context}问：{question}")
-    with pytest.raises(ValueError, match=r"cmrc2018.yaml: .* must have {question} before {context}: "):
+    with pytest.raises(ValueError, match=r"cmrc2018.yaml: .*{question} before {context}"):
         head_of(task, "question_answering").check(task)
     head_of(task, "generation").check(task)
     for prompt in ("{context}问：{question}{context}", "谁被起诉？{context}"):

@@ -84,14 +84,14 @@ def test_a_hub_dataset_without_subjects_is_not_read_once_for_each_subject(tmp_pa
     task, source = load_task("ceval"), f"huggingface:{tmp_path}"
     (example,) = read_examples(task, source, "val", subjects=["law"])
     assert example.answer == 1
-    with pytest.raises(ValueError, match="all of its rows are of one subject, choose it"):
+    with pytest.raises(ValueError, match=r"rows .*one subject, choose"):
         read_examples(task, source, "val")
 
 
 def test_an_unreachable_hub_is_an_error_with_a_way_out(monkeypatch):
     pytest.importorskip("datasets")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match=r"could not be read from huggingface:clue/clue .*name their folder"):
+    with pytest.raises(ValueError, match=r"huggingface:clue/clue .*name their folder"):
         read_examples(load_task("tnews"), "huggingface", "train")
-    with pytest.raises(ValueError, match=r"sentiment names no dataset on modelscope; .*modelscope:OWNER/NAME"):
+    with pytest.raises(ValueError, match=r"sentiment .*no dataset on modelscope.*modelscope:OWNER/NAME"):
         read_examples(load_task("sentiment"), "modelscope", "train")

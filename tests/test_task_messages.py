@@ -46,10 +46,10 @@ def test_a_token_may_be_a_space_or_a_tab(tmp_path):
 @pytest.mark.parametrize(
     ("split", "text", "message"),
     [
-        ("train", "感 B-PER NN X\n", r"train.txt:1: 4 columns; expected a token and a tag\. .* found '感 B-PER NN X'"),
-        ("train", "感 O\n冒 NN X O\n", r"train.txt:2: 4 columns; expected a token and a tag\..* as many \(2\)"),
-        ("train", "感\tNN\tX\tO\n冒\tO\n", r"train.txt:2: 2 columns; .* as many \(4\)"),
-        ("test", "感\n冒 NN X\n", r"test.txt:2: 3 columns; a split without tags has a token on each line"),
+        ("train", "感 B-PER NN X\n", r"train.txt:1: 4 columns.* tag\. .*'感 B-PER NN X'"),
+        ("train", "感 O\n冒 NN X O\n", r"train.txt:2: 4 columns.* tag\..*\(2\)"),
+        ("train", "感\tNN\tX\tO\n冒\tO\n", r"train.txt:2: 2 columns.*\(4\)"),
+        ("test", "感\n冒 NN X\n", r"test.txt:2: 3 columns.* without tags"),
     ],
 )
 def test_uneven_columns_are_refused(tmp_path, split, text, message):
@@ -83,7 +83,7 @@ def task_of(folder: Path, text: str) -> Task:
 def test_an_empty_label_is_not_a_missing_field(tmp_path, value):
     task = task_of(tmp_path, MOOD)
     write_rows(tmp_path / "train.jsonl", {"message": "好", "mood": "happy"}, {"message": "好", "mood": value})
-    message = rf"jsonl:2: the field 'mood', the label of .*, is {json.dumps(value)}; the split train needs one"
+    message = rf"jsonl:2: .*'mood'.* label.* {json.dumps(value)};.* train"
     with pytest.raises(ValueError, match=message):
         read_examples(task, tmp_path, "train")
 
@@ -91,18 +91,18 @@ def test_an_empty_label_is_not_a_missing_field(tmp_path, value):
 def test_an_empty_list_of_labels_is_not_a_missing_field(tmp_path):
     task = task_of(tmp_path, MOOD + "multi_label: true\n")
     write_rows(tmp_path / "train.jsonl", {"message": "好", "mood": []}, {"message": "好", "mood": None})
-    with pytest.raises(ValueError, match=r"jsonl:2: the field 'mood', .* is null; .* without any label, an empty list"):
+    with pytest.raises(ValueError, match=r"jsonl:2: .*'mood'.* null;.* without any label.* empty list"):
         read_examples(task, tmp_path, "train")
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"label": []}, r"json:1: 'label' .* found \[\]; expected a row like {\"text\""),
-        ({"label": {"name": {"王": [0, 1]}}}, r"'label.name.王.0' .* found 0; expected a row like"),
-        ({"label": {"name": {"王": [["a", 1]]}}}, r"'label.name.王.0.0' .* found 'a'; expected a row like"),
-        ({"label": None}, r"no field 'label' with entities; the row has text, label; expected a row like"),
-        ({"entities": [{"start": 0}]}, r"no field 'label' .*; the row has text, entities; expected a row like"),
+        ({"label": []}, r"json:1: 'label' .* \[\];.* row like {\"text\""),
+        ({"label": {"name": {"王": [0, 1]}}}, r"'label.name.王.0' .* 0;.* row like"),
+        ({"label": {"name": {"王": [["a", 1]]}}}, r"'label.name.王.0.0' .*'a';.* row like"),
+        ({"label": None}, r"no field 'label'.* entities.* text, label;.* row like"),
+        ({"entities": [{"start": 0}]}, r"no field 'label'.* text, entities;.* row like"),
     ],
 )
 def test_other_formats_of_entities_are_refused_with_an_example_of_the_right_one(tmp_path, row, message):
@@ -118,8 +118,8 @@ def test_other_formats_of_entities_are_refused_with_an_example_of_the_right_one(
 @pytest.mark.parametrize(
     ("name", "row", "message"),
     [
-        ("cluener", {"text": "", "label": {}}, r"json:2: there is no text to tag"),
-        ("adgen", {"content": "裤", "summary": " "}, r"json:2: the field 'summary' is empty; .* train needs a target"),
+        ("cluener", {"text": "", "label": {}}, r"json:2: .*no text"),
+        ("adgen", {"content": "裤", "summary": " "}, r"json:2: .*'summary' is empty.* train .*target"),
     ],
 )
 def test_empty_texts_and_targets_are_refused(tmp_path, name, row, message):
@@ -137,18 +137,18 @@ def test_empty_texts_and_targets_are_refused(tmp_path, name, row, message):
     [
         (
             MOOD.replace("reader: rows", "reader: [rows"),
-            r"mine.yaml:5: not valid YAML: expected ',' or '\]'.* line 4\.$",
+            r"mine.yaml:5: .*YAML.*',' or '\]'.* line 4\.$",
         ),
-        (MOOD.replace("reader:", "name:"), r"mine.yaml:4: not valid YAML: duplicate key 'name' .* from line 2"),
-        (MOOD.replace("messages", "a\x07"), r"mine.yaml:3: not valid YAML: the character U\+0007 is not"),
-        (MOOD.encode("gb18030"), r"mine.yaml:6: not UTF-8 text .* `iconv -f GB18030 -t UTF-8 mine.yaml > utf8.yaml`"),
+        (MOOD.replace("reader:", "name:"), r"mine.yaml:4: .*YAML.* duplicate .*'name'.* line 2"),
+        (MOOD.replace("messages", "a\x07"), r"mine.yaml:3: .*YAML.* U\+0007"),
+        (MOOD.encode("gb18030"), r"mine.yaml:6: .*UTF-8.*`iconv -f GB18030 -t UTF-8 mine.yaml > utf8.yaml`"),
     ],
 )
 def test_a_task_file_that_cannot_be_read_is_named_with_its_line(tmp_path, text, message):
     (tmp_path / "mine.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
         load_task(tmp_path / "mine.yaml")
-    with pytest.raises(ValueError, match=r"^There is no task file \S*/mind.yaml .did you mean 'mine.yaml'\?.\.$"):
+    with pytest.raises(ValueError, match=r"no task file \S*/mind.yaml .*'mine.yaml'\?.\.$"):
         load_task(tmp_path / "mind.yaml")
 
 
@@ -165,18 +165,18 @@ def squad(*questions: object) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("\n", r"cmrc2018_dev.json is empty; expected SQuAD's one object"),
-        ('{"id": 1}\n{"id": 2}', r'json:2: not valid JSON: Extra data .* expected SQuAD\'s one object {"data": \['),
-        ('{"id": 1}', r"json: there is no key 'data'; expected SQuAD's"),
-        ("[[]]", r"json: 'data.0' should be .* found \[\]; expected SQuAD's"),
-        ('{"data": {}}', r"json: 'data' should be .* list, found {}"),
+        ("\n", r"cmrc2018_dev.json is empty.* SQuAD"),
+        ('{"id": 1}\n{"id": 2}', r'json:2: .*JSON: Extra data.* SQuAD.* {"data": \['),
+        ('{"id": 1}', r"json: .*no key 'data'.* SQuAD"),
+        ("[[]]", r"json: 'data.0' .* \[\];.* SQuAD"),
+        ('{"data": {}}', r"json: 'data' .* list.* {}"),
         (squad(QUESTION, {"question": "谁？"}),
-         r"document 1, paragraph 1, question 2: there is no key 'id'; "),
-        (squad(QUESTION | {"answers": {"text": "王"}}), "question 1: 'answers' should .* found {'text'"),
+         r"document 1, paragraph 1, question 2: .*no key 'id'"),
+        (squad(QUESTION | {"answers": {"text": "王"}}), "question 1: 'answers' .* {'text': '王'"),
         (squad(QUESTION | {"answers": {"text": ["王"], "answer_start": []}}), "question 1: 'answers' "),
         (squad(QUESTION | {"answers": [{"text": "王", "answer_start": True}]}), "'answers.0.answer_start'"),
-        (squad(QUESTION | {"answers": [{"answer": "王"}]}), "no key 'text' in answers.0"),
-        ('[{"context_text": "王", "qas": [{"query_text": "谁？"}]}]', "1, question 1: there is no key 'id'"),
+        (squad(QUESTION | {"answers": [{"answer": "王"}]}), "no key 'text' .*answers.0"),
+        ('[{"context_text": "王", "qas": [{"query_text": "谁？"}]}]', "1, question 1: .*no key 'id'"),
     ],
 )  # fmt: skip
 def test_faulty_questions_are_refused_with_their_place(tmp_path, text, message):
@@ -188,7 +188,7 @@ def test_faulty_questions_are_refused_with_their_place(tmp_path, text, message):
 def test_an_empty_file_of_another_benchmark(tmp_path):
     (tmp_path / "d-dev.json").write_text("", "utf-8")
     (tmp_path / "m-dev.json").write_text("", "utf-8")
-    with pytest.raises(ValueError, match=r"d-dev.json is empty; expected one JSON list of"):
+    with pytest.raises(ValueError, match=r"d-dev.json is empty.* JSON list"):
         read_examples(load_task("c3"), tmp_path, "dev")
 
 
@@ -221,19 +221,19 @@ def test_answers_by_index_text_and_letter(tmp_path):
     ("row", "letters", "message"),
     [
         ({"c": ["日", "月"], "a": "C"}, True,
-         r"jsonl:1: .* below 2 into the candidates, a letter from A to B, or the text of a candidate .日、月., found"),
-        ({"c": ["日", "月"], "a": "B"}, False, r"an index below 2 .*, or the text of a candidate .日、月., found 'B'"),
+         r"jsonl:1: .* below 2 .* A to B.* text .*日、月.*'C'"),
+        ({"c": ["日", "月"], "a": "B"}, False, r"index below 2 .* text .*日、月.*'B'"),
         ({"c": [5, 6, 7], "a": 2}, False, None),
-        ({"c": [5, 6, 7], "a": 8}, False, r"an index below 3 .*, or the text of a candidate .*, found 8"),
-        ({"c": [2, 3, 1], "a": 2}, False, r"the answer 2 is an index, .* candidate 0: write 0"),
-        ({"a": 1}, False, r"there is no field 'c', the candidates of the task riddle; the row has q, a"),
-        ({"c": "日月", "a": 1}, False, r"the field 'c' must be a list of texts, found 日月"),
-        ({"c": ["日", None], "a": 1}, False, r"the field 'c' must be text, found null"),
-        ({"c": ["日"], "a": 0}, False, r"the field 'c' must have two candidates or more, found \['日'\]"),
-        ({"c": ["日", "日"], "a": 0}, False, r"the field 'c' has equal candidates: \['日', '日'\]"),
+        ({"c": [5, 6, 7], "a": 8}, False, r"index below 3 .* text .* 8"),
+        ({"c": [2, 3, 1], "a": 2}, False, r"answer 2 .* index.* candidate 0.* write 0"),
+        ({"a": 1}, False, r"no field 'c', .*candidates.* riddle.* q, a"),
+        ({"c": "日月", "a": 1}, False, r"'c' .* list of texts.* 日月"),
+        ({"c": ["日", None], "a": 1}, False, r"'c' .* text.* null"),
+        ({"c": ["日"], "a": 0}, False, r"'c' .* two .*\['日'\]"),
+        ({"c": ["日", "日"], "a": 0}, False, r"'c' .* equal .*\['日', '日'\]"),
         ({"c": ["日", "日"], "a": 1}, True, None),
-        ({"c": ["日", "月"]}, False, r"there is no field 'a', the answer of the task riddle"),
-        ({"c": ["日", "月"], "a": None}, False, r"the field 'a', the answer .*, is null"),
+        ({"c": ["日", "月"]}, False, r"no field 'a', .*answer.* riddle"),
+        ({"c": ["日", "月"], "a": None}, False, r"'a', .*answer.* null"),
     ],
 )  # fmt: skip
 def test_faulty_choices_are_refused(tmp_path, row, letters, message):

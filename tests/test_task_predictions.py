@@ -262,9 +262,7 @@ def test_an_untrained_head_refuses_to_predict(make, tokenizer, head, tmp_path):
     model = MODEL_CLASSES[head](trained.config)
     encoder_values = model.transformer.prefix_encoder
     encoder_values.set_key_values(torch.randn(3, *encoder_values.kv_shape))
-    with pytest.raises(
-        ValueError, match=r"The (classifier_head|qa_outputs) of ChatGLMFor\w+ is untrained: its values are"
-    ):
+    with pytest.raises(ValueError, match=r"(classifier_head|qa_outputs) of ChatGLMFor\w+ .*untrained"):
         predict(model, head_of(task, head)(task, tokenizer), [], InferenceSettings())
     model.save_prefix(tmp_path / "random")
     torch.manual_seed(1)

@@ -53,7 +53,7 @@ def test_labels_with_whitespace_or_as_whole_floats(tmp_path):
     write_rows(tmp_path / "test.json", *(row | {"label": label} for label in (-1.0, " ", "-1", None)))
     assert [example.label for example in read_examples(load_task("tnews"), tmp_path, "test")] == [None] * 4
     write_rows(tmp_path / "test.json", row | {"label": 101.5})
-    with pytest.raises(ValueError, match=r"json:1: the task tnews has no label '101.5'"):
+    with pytest.raises(ValueError, match=r"json:1: .*tnews .*no label '101.5'"):
         read_examples(load_task("tnews"), tmp_path, "test")
 
 
@@ -62,7 +62,7 @@ def test_rows_with_a_dropped_label_are_left_out(tmp_path, caplog):
     assert [example.label for example in read_examples(load_task("cmnli"), tmp_path, "dev")] == ["contradiction"]
     assert "1 of 2 rows of cmnli, split dev, are labelled -" in caplog.text and "dev.json:1" in caplog.text
     write_rows(tmp_path / "dev.json", CLUE_ROWS["cmnli"] | {"label": "-"})
-    with pytest.raises(ValueError, match=r"1 of 1 rows of cmnli, split dev, are labelled - .*dev.json:1"):
+    with pytest.raises(ValueError, match=r"1 of 1 .*cmnli, .*dev, .* - .*dev.json:1"):
         read_examples(load_task("cmnli"), tmp_path, "dev")
     unlabelled = {name: value for name, value in CLUE_ROWS["cmnli"].items() if name != "label"}
     for other, label in ((CLUE_ROWS["cmnli"], "contradiction"), (unlabelled, None)):
@@ -92,7 +92,7 @@ def test_winograd_marks_the_spans_that_are_meant(tmp_path, name):
     (example,) = read_examples(task, tmp_path, "train" if name == "cluewsc2020" else "train_0")
     assert (example.id, example.text, example.answer_text(task)) == (3, "[猫]看见它，_它_跑了", "是")
     assert "“它”指的是“猫”" in example.prompt(task)
-    with pytest.raises(ValueError, match=r"json:1: span2_index must be the index of a character, found 'x'"):
+    with pytest.raises(ValueError, match=r"json:1: .*span2_index .*index .*'x'"):
         write_rows(tmp_path / "train.json", wsc(start="x"))
         read_examples(load_task("cluewsc2020"), tmp_path, "train")
 
@@ -116,7 +116,7 @@ def test_winograd_spans_that_are_off_or_inside_each_other(tmp_path, span1, span2
     (example,) = read_examples(load_task("cluewsc2020"), tmp_path, "train")
     assert example.text == marked
     write_rows(tmp_path / "train.json", wsc(target=target | {"span2_text": "她", "span2_index": 40}))
-    with pytest.raises(ValueError, match=r"json:1: the text does not contain span2 '她', and has no character 40"):
+    with pytest.raises(ValueError, match=r"json:1: .*span2 '她', .*no character 40"):
         read_examples(load_task("cluewsc2020"), tmp_path, "train")
 
 
@@ -126,7 +126,7 @@ def test_ids_are_whole_numbers_or_text(tmp_path):
     assert [example.id for example in read_examples(load_task("tnews"), tmp_path, "test")] == [5, "a", 2]
     for wrong in (7.5, [1], True):
         write_rows(tmp_path / "test.json", row, row | {"id": wrong})
-        with pytest.raises(ValueError, match=r"json:2: the id must be a whole number or text, found "):
+        with pytest.raises(ValueError, match=r"json:2: .*id .*whole number or text, found "):
             read_examples(load_task("tnews"), tmp_path, "test")
 
 
@@ -144,7 +144,7 @@ def test_a_test_split_of_entities_may_be_without_tags(tmp_path, text):
     examples = read_examples(task, tmp_path, "test")
     assert [(example.tokens, example.tags) for example in examples] == [(("王", "宁"), None), (("来",), None)]
     (tmp_path / task.files["train"][0][0]).write_text(text, "utf-8")
-    with pytest.raises(ValueError, match=r"expected a token, a tab or space, and a tag|has no tag ''"):
+    with pytest.raises(ValueError, match=r"token, .*tab or space, .*tag|no tag ''"):
         read_examples(task, tmp_path, "train")
 
 
@@ -165,17 +165,17 @@ def test_a_single_file_of_an_examination_is_one_subject(tmp_path):
         read_examples(load_task("ceval"), tmp_path / "mine.csv", "val")
     (example,) = read_examples(load_task("ceval"), tmp_path / "mine.csv", "val", subjects=["law"])
     assert example.subject == "law"
-    with pytest.raises(ValueError, match=r"law_val.csv is one file.* split val \(computer_network_val.csv"):
+    with pytest.raises(ValueError, match=r"law_val.csv .*one file.* val \(computer_network_val.csv"):
         others = ["computer_network", "operating_system"]
         read_examples(load_task("ceval"), tmp_path / "law_val.csv", "val", subjects=others)
     with pytest.raises(ValueError, match="has no split 'vall'"):
         read_examples(load_task("ceval"), tmp_path / "law_val.csv", "vall")
     for wrong in ("AB", "ABCD"):
         (tmp_path / "law_val.csv").write_text(table.replace(" b ", wrong), "utf-8")
-        with pytest.raises(ValueError, match=rf"law_val.csv:2: the answer must be A, B, C or D, found '{wrong}'"):
+        with pytest.raises(ValueError, match=rf"law_val.csv:2: .*answer .*A, B, C or D.*'{wrong}'"):
             read_examples(load_task("ceval"), tmp_path / "law_val.csv", "val")
     (tmp_path / "law_val.csv").write_text(table.replace(" b ", " "), "utf-8")
-    with pytest.raises(ValueError, match=r"law_val.csv:2: there is no answer"):
+    with pytest.raises(ValueError, match=r"law_val.csv:2: .*no answer"):
         read_examples(load_task("ceval"), tmp_path / "law_val.csv", "val")
 
 
@@ -229,7 +229,7 @@ def test_drcd_and_files_without_answers(tmp_path):
     assert read_examples(task, tmp_path, "train")[0].answers == (Answer("因信稱義", 2),)
     assert read_examples(task, tmp_path, "test")[0].answers is None
     with pytest.raises(
-        ValueError, match=r"DRCD_dev.json: document 1, paragraph 1, question 1: '2128-2-1' has no answer"
+        ValueError, match=r"DRCD_dev.json: document 1, paragraph 1, question 1: .*'2128-2-1' .*no answer"
     ):
         read_examples(task, tmp_path, "dev")
 
@@ -265,7 +265,7 @@ def test_fewclue_idioms_without_ids_count_their_rows(tmp_path):
 def test_c3_is_a_nested_list_in_two_files(tmp_path):
     question = {"question": "他去哪？", "choice": ["学校", "医院"], "answer": "医院"}
     write_json(tmp_path / "d-train.json", [[["男：走吧。", "女：去医院。"], [question], "3-12"]])
-    with pytest.raises(ValueError, match=r"only a part of c3, split train: m-train.json is missing"):
+    with pytest.raises(ValueError, match=r"part of c3, .*train: m-train.json .*missing"):
         read_examples(load_task("c3"), tmp_path, "train")
     write_json(tmp_path / "m-train.json", [[["他病了。"], [question, question], "m13"]])
     blind = {"question": "他去哪？", "choice": ["学校", "医院"], "id": 7}
@@ -276,7 +276,7 @@ def test_c3_is_a_nested_list_in_two_files(tmp_path):
     assert examples[0].context == "男：走吧。\n女：去医院。"
     assert [(example.id, example.answer) for example in read_examples(task, tmp_path, "test")] == [(7, None)]
     write_json(tmp_path / "m-train.json", [[["他病了。"], [question | {"answer": "家"}], "m13"]])
-    with pytest.raises(ValueError, match=r"document 1, question 1: the answer '家' is none of the choices"):
+    with pytest.raises(ValueError, match=r"document 1, question 1: .*answer '家' .*choices"):
         read_examples(task, tmp_path, "train")
 
 
@@ -307,10 +307,10 @@ def test_cluener_ends_are_inclusive(tmp_path):
     with pytest.raises(ValueError, match=r"train.json:1: characters 0 to 2 .* '张三来', not '张三'"):
         read_examples(load_task("cluener"), tmp_path, "train")
     write_rows(tmp_path / "train.json", {"text": "张三", "label": {"nam": {"张三": [[0, 1]]}}})
-    with pytest.raises(ValueError, match=r"unknown entity type 'nam' .did you mean 'name'"):
+    with pytest.raises(ValueError, match=r"entity type 'nam' .did you mean 'name'"):
         read_examples(load_task("cluener"), tmp_path, "train")
     write_rows(tmp_path / "train.json", {"text": "张三", "label": {"name": {"张三": [[0, 1, 2]]}}})
-    with pytest.raises(ValueError, match=r"train.json:1: 'label.name.张三.0' should have at most 2 items"):
+    with pytest.raises(ValueError, match=r"train.json:1: 'label.name.张三.0' .*at most 2"):
         read_examples(load_task("cluener"), tmp_path, "train")
 
 
@@ -344,10 +344,10 @@ def test_peoples_daily_forms(tmp_path):
     ("text", "message"),
     [
         ("海\tB-LOC\n钓\tX-LOC\n", r"txt:1: .* no tag 'X-LOC' .did you mean '[BI]-LOC'.* at token 2 '钓'"),
-        ("海\tB-LOC\n钓\n", r"txt:2: expected a token, a tab or space, and a tag"),
+        ("海\tB-LOC\n钓\n", r"txt:2: .*token, .*tab or space, .*tag"),
         ('{"tokens": ["海"], "ner_tags": ["O", "O"]}', r"1 tokens and 2 tags"),
-        ('{"tokens": ["海"], "ner_tags": [5]}', "numbers do not say which tag"),
-        ('{"tokens": ["海"], "tags": ["O"]}', "there is no field 'ner_tags'"),
+        ('{"tokens": ["海"], "ner_tags": [5]}', "numbers .*which tag"),
+        ('{"tokens": ["海"], "tags": ["O"]}', "no field 'ner_tags'"),
     ],
 )
 def test_faulty_tags_are_refused(tmp_path, text, message):
@@ -365,7 +365,7 @@ def test_chnsenticorp_is_an_unquoted_table(tmp_path):
         ('差 "差"', "负面"),
     ]
     (tmp_path / "train.tsv").write_text("label\ttext_a\n1\t好\t坏\n", "utf-8")
-    with pytest.raises(ValueError, match=r"train.tsv:2: 3 values, but 2 columns \(label, text_a\)"):
+    with pytest.raises(ValueError, match=r"train.tsv:2: 3 values.* 2 columns \(label, text_a\)"):
         read_examples(task, tmp_path, "train")
 
 
@@ -389,7 +389,7 @@ def test_generation_tasks(tmp_path):
     assert train[1].where.endswith("PART_I.txt:9")
     assert [example.id for example in read_examples(task, tmp_path, "test")] == [1, 2]
     (tmp_path / "PART_I.txt").write_text(part.format(0, "").replace("</summary>", ""), "utf-8")
-    with pytest.raises(ValueError, match=r"1 <doc id=...>, of which 0 hold"):
+    with pytest.raises(ValueError, match=r"1 <doc id=...>.* 0 hold"):
         read_examples(task, tmp_path, "train")
 
 
@@ -411,7 +411,7 @@ def test_examinations_by_subject_and_category(tmp_path):
     ) == "C"
     with pytest.raises(ValueError, match=r"modern_chinese_history_val.csv"):
         read_examples(task, tmp_path, "val", subjects=["Humanities"])
-    with pytest.raises(ValueError, match="no subject or category Law"):
+    with pytest.raises(ValueError, match="subject or category Law"):
         read_examples(task, tmp_path, "val", subjects=["Law"])
     cmmlu = tmp_path / "test" / "agronomy.csv"
     cmmlu.parent.mkdir()
@@ -439,24 +439,24 @@ def test_a_user_defined_task_of_choices(tmp_path):
 
 def test_wrong_files_are_named(tmp_path):
     task = load_task("tnews")
-    with pytest.raises(ValueError, match=r"looked for train.json .* the folder holds nothing"):
+    with pytest.raises(ValueError, match=r"looked for train.json .*holds nothing"):
         read_examples(task, tmp_path, "train")
     with pytest.raises(ValueError, match=r"no split 'trian' .did you mean 'train'"):
         read_examples(task, tmp_path, "trian")
-    with pytest.raises(ValueError, match=r"does not exist. Name the folder"):
+    with pytest.raises(ValueError, match=r"does not exist.* folder"):
         read_examples(task, tmp_path / "no", "train")
     good = CLUE_ROWS["tnews"]
     for row, message in (
-        (good | {"label": "105"}, r"train.json:2: the task tnews has no label '105' .did you mean '1"),
-        ({"label": "102", "sentense": "甲"}, r"train.json:2: there is no field 'sentence' .did you mean 'sentense'"),
-        ({"sentence": "甲"}, r"train.json:2: there is no field 'label'"),
-        (good | {"sentence": None}, r"train.json:2: the field 'sentence' must be text, found null"),
+        (good | {"label": "105"}, r"train.json:2: .*tnews .*no label '105' .did you mean '1"),
+        ({"label": "102", "sentense": "甲"}, r"train.json:2: .*no field 'sentence' .did you mean 'sentense'"),
+        ({"sentence": "甲"}, r"train.json:2: .*no field 'label'"),
+        (good | {"sentence": None}, r"train.json:2: .*'sentence' .*text.* null"),
     ):
         write_rows(tmp_path / "train.json", good, row)
         with pytest.raises(ValueError, match=message):
             read_examples(task, tmp_path, "train")
     write_rows(tmp_path / "test.json", good, {"sentence": "甲"})
-    with pytest.raises(ValueError, match=r"test.json:2: there is no label .*1 of 2 are without"):
+    with pytest.raises(ValueError, match=r"test.json:2: .*no label .*1 of 2 "):
         read_examples(task, tmp_path, "test")
 
 

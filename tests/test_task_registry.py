@@ -86,8 +86,8 @@ def test_groups_across_categories_are_those_the_benchmarks_publish(tmp_path):
     assert sizes == [{"Hard": 8}, {"China specific": 15}]
     text = Path(load_task("ceval").origin).read_text("utf-8")
     for old, new, message in (
-        ("[advanced_mathematics, dis", "[advanced_maths, dis", "subject in groups.Hard 'advanced_maths' .did you mean"),
-        ("  Hard:", "  STEM:", "the group 'STEM' has the name of a subject or category"),
+        ("[advanced_mathematics, dis", "[advanced_maths, dis", "groups.Hard 'advanced_maths' .did you mean"),
+        ("  Hard:", "  STEM:", "group 'STEM' .* subject or category"),
     ):
         with pytest.raises(ValueError, match=message):
             load_task(write(tmp_path, text.replace(old, new)))
@@ -97,29 +97,29 @@ def test_groups_across_categories_are_those_the_benchmarks_publish(tmp_path):
     ("old", "new", "message"),
     [
         ("metric:", "metrik:", "unknown key 'metrik' .did you mean 'metric'"),
-        ("1: 高兴", "1: ", "yaml:6: 'labels.1' should be a valid string, found None"),
-        ("0: 难过", "no: 难过", "yaml:6: 'labels.* found False .* quotes"),
+        ("1: 高兴", "1: ", "yaml:6: 'labels.1' .*string.* None"),
+        ("0: 难过", "no: 难过", "yaml:6: 'labels.* False .* quotes"),
         ("1: 高兴", "1: 是, yes: 好", "duplicate key 'yes'"),
         ("1: 高兴", "1: 难过", "'0' and '1' .* verbaliser 难过"),
-        ("name: mood", "name: a/../../b", "'name' .* without / .* found 'a/../../b'"),
-        ("name: mood", "name: 'a\\b'", "'name' .* without /"),
-        ("name: mood", "name: ..", "'name' .* without /"),
+        ("name: mood", "name: a/../../b", "'name' .* without / .*'a/../../b'"),
+        ("name: mood", "name: 'a\\b'", "'name' .* without / .*'a.{1,2}b'"),
+        ("name: mood", "name: ..", "'name' .* without / .*'[.]{2}'"),
         ("name: mood", "name: ' '", "'name' must be text"),
         ("reader: rows", "reader: row", "unknown reader 'row' .did you mean 'rows'"),
-        ("macro_f1", "entity_f1", "unknown metric .of the reader 'rows'. 'entity_f1'"),
+        ("macro_f1", "entity_f1", "unknown metric .*'rows'.*'entity_f1'"),
         ("5.0e-3", "5e-3", "write 5.0e-3"),
-        ("pre_seq_len: 6", "pre_seq_len: 0", "yaml:9: 'pre_seq_len' .* equal to 1, found 0"),
-        ("{text: message, ", "{", "'fields' .* the column of 'text'"),
-        ("{text}", "{txt}", "unknown {txt} in the prompt .did you mean 'text'"),
-        ("{text}", "", "the prompt shows nothing of the row; .*{text}"),
-        ("{text}", "{text!r}", "not a plain name in braces"),
+        ("pre_seq_len: 6", "pre_seq_len: 0", "yaml:9: 'pre_seq_len' .* 1.* 0"),
+        ("{text: message, ", "{", "'fields' .*'text'"),
+        ("{text}", "{txt}", "unknown {txt} .*prompt .did you mean 'text'"),
+        ("{text}", "", "prompt .* nothing .*{text}"),
+        ("{text}", "{text!r}", "prompt .*'{text}' .*plain name"),
         ("labels: {0: 难过, 1: 高兴}", "", "needs the key 'labels'"),
         ("title: moods of messages", "", "there is no key 'title'"),
         ("metric:", "head: token_classification\nmetric:", "unknown head .*token_classification"),
         (
             "metric:",
             "hub: {github: a/b}\nmetric:",
-            "yaml:8: 'hub.github' should be 'huggingface' or 'modelscope'",
+            "yaml:8: 'hub.github' .*'huggingface' or 'modelscope'",
         ),
         ("metric:", "submission: {format: label_line, file: a}\nmetric:", "did you mean 'label_lines'"),
         ("metric:", "name: twice\nmetric:", "duplicate key 'name'"),
@@ -127,28 +127,28 @@ def test_groups_across_categories_are_those_the_benchmarks_publish(tmp_path):
         ("labels: {", "labels: [", "not valid YAML"),
         ("metric:", "label_separator: /\nmetric:", "'label_separator' needs 'multi_label: true'"),
         ("metric: macro_f1", "metric: micro_f1", "'micro_f1' needs 'multi_label: true'"),
-        ("metric: macro_f1", "multi_label: true\nmetric: accuracy", "with multi_label. 'accuracy'"),
+        ("metric: macro_f1", "multi_label: true\nmetric: accuracy", "multi_label.*'accuracy'"),
         (
             "metric:",
             "multi_label: true\nhead: generation\nmetric:",
-            "head .* 'generation'; known are sequence_",
+            "head .* 'generation'.* sequence_",
         ),
         ("metric:", "multi_label: true\ndrop_labels: [x]\nmetric:", "'drop_labels' .* 'multi_label'"),
-        ("metric:", "echo: true\nmetric:", "'echo' is for the readers bio, cluener, squad, not for 'rows'"),
-        ("metric:", "echo: twice\nmetric:", "'echo' should be a valid boolean, found 'twice'"),
-        ("mine.jsonl", "'{subj}.jsonl'", "'{subj}.jsonl' contains {subj}; only {subject}"),
-        ("metric:", "hub: {modelscope: {idd: a/b}}\nmetric:", "unknown key 'idd' of hub.modelscope .did you mean 'id'"),
-        ("metric:", "hub: {modelscope: {config: a}}\nmetric:", "there is no key 'id' in hub.modelscope"),
+        ("metric:", "echo: true\nmetric:", "'echo' .* bio, cluener, squad.*'rows'"),
+        ("metric:", "echo: twice\nmetric:", "'echo' .*boolean.*'twice'"),
+        ("mine.jsonl", "'{subj}.jsonl'", "'{subj}.jsonl' .*{subj}.*{subject}"),
+        ("metric:", "hub: {modelscope: {idd: a/b}}\nmetric:", "'idd' of hub.modelscope .did you mean 'id'"),
+        ("metric:", "hub: {modelscope: {config: a}}\nmetric:", "no key 'id' .*hub.modelscope"),
         (
             "metric:",
             "submission: {form: label_lines, file: a}\nmetric:",
-            "unknown key 'form' .*did you mean 'format'",
+            "key 'form' .*did you mean 'format'",
         ),
-        ("metric:", "submission: {format: label_lines, file: {}}\nmetric:", "'submission.file' .* found {}"),
+        ("metric:", "submission: {format: label_lines, file: {}}\nmetric:", "'submission.file' .* {}"),
         ("metric:", "origin: here\nmetric:", "unknown key 'origin'"),
-        ("metric:", "source: 7\nmetric:", "'source' should be a valid string, found 7 .* quotes"),
-        ("metric:", "aliases: [a, ' ']\nmetric:", "'aliases.1' must be text that is not blank, found ' '"),
-        ("mine.jsonl", "'t{1}.jsonl'", "'.1.' is not a plain name in braces"),
+        ("metric:", "source: 7\nmetric:", "'source' .*string.* 7 .* quotes"),
+        ("metric:", "aliases: [a, ' ']\nmetric:", "'aliases.1' .* blank.*' '"),
+        ("mine.jsonl", "'t{1}.jsonl'", "'.1.' .*plain name"),
     ],
 )
 def test_a_faulty_file_is_refused_by_its_key(tmp_path, old, new, message):
@@ -159,9 +159,9 @@ def test_a_faulty_file_is_refused_by_its_key(tmp_path, old, new, message):
 
 
 def test_unknown_names_and_missing_files_are_refused():
-    with pytest.raises(ValueError, match="no task 'tnew'; did you mean tnews"):
+    with pytest.raises(ValueError, match=r"no task 'tnew'.* tnews"):
         load_task("tnew")
-    with pytest.raises(ValueError, match=r"^There is no task file nowhere.yaml\.$"):
+    with pytest.raises(ValueError, match=r"no task file nowhere.yaml\.$"):
         load_task("nowhere.yaml")
 
 
@@ -190,7 +190,7 @@ def test_the_command_lists_and_shows(capsys, tmp_path):
     (tmp_path / "mine.jsonl").write_text('{"message": "下雨了", "mood": 5}\n', "utf-8")
     with pytest.raises(SystemExit, match="1"):
         main(["tasks", "show", str(tmp_path / "mood.yaml"), str(tmp_path)])
-    assert "mine.jsonl:1: the task mood has no label '5'" in capsys.readouterr().err
+    assert re.search("mine.jsonl:1: .*mood.* no label '5'", capsys.readouterr().err)
 
 
 def test_the_documentation_names_every_reader_and_its_example_is_a_task(tmp_path):

@@ -82,7 +82,7 @@ def test_entities_by_hand():
     assert (table["PER"].f1, table["LOC"].recall, table["LOC"].support) == (0.0, 100.0, 1)
     nothing = score_tags([["O"]], [["O"]])
     assert (nothing.metrics, nothing.entities) == (dict.fromkeys(scores, 0.0), {})
-    with pytest.raises(ValueError, match=r"Sentence 1 .* 1 predicted tags, 2 expected"):
+    with pytest.raises(ValueError, match=r"Sentence 1 .* 1 predicted .* 2 expected"):
         score_tags([gold[0], ["O"]], gold)
 
 
@@ -247,9 +247,9 @@ def test_equal_candidates_count_as_right_unless_letters_differ(tmp_path):
 
 
 def test_predictions_that_cannot_be_scored_are_refused():
-    with pytest.raises(ValueError, match=r"b.json:2: there is nothing to score against"):
+    with pytest.raises(ValueError, match=r"b.json:2: .*nothing to score"):
         score_task(load_task("bustm"), [TextExample(id=0, text="甲", where="b.json:2")], [Prediction("1")])
-    with pytest.raises(ValueError, match="0 predictions for 0 examples"):
+    with pytest.raises(ValueError, match=r"0 predictions .*0 examples"):
         score_task(load_task("bustm"), [], [])
 
 
@@ -285,5 +285,5 @@ def test_multi_label_scores_equal_those_of_scikit_learn():
         theirs = [column[place] for column in each]
         assert [ours.precision, ours.recall, ours.f1] == pytest.approx([100 * value for value in theirs[:3]])
         assert ours.support == theirs[3]
-    with pytest.raises(ValueError, match="'d' is none of a, b"):
+    with pytest.raises(ValueError, match=r"'d' .*a, b"):
         score_label_sets([["d"]], [["a"]], ["a", "b"])
