@@ -269,9 +269,9 @@ def test_nothing_left_is_an_error_with_the_report(chatglm3):
 def test_limits_too_small_for_the_format(tokenizer):
     shortest = FRAME[tokenizer.chat_format] + 1
     conversation_head(tokenizer, shortest, 1)
-    with pytest.raises(ValueError, match=f"max_source_length={shortest - 1} is too small.*takes {shortest} tokens"):
+    with pytest.raises(ValueError, match=f"max_source_length={shortest - 1} .* {shortest} tokens"):
         conversation_head(tokenizer, shortest - 1, 10)
-    with pytest.raises(ValueError, match=f"takes {shortest + 2} tokens with the source prefix"):
+    with pytest.raises(ValueError, match=f" {shortest + 2} tokens .*source prefix"):
         conversation_head(tokenizer, shortest + 1, 10, "请问")
-    with pytest.raises(ValueError, match="max_target_length=0 must be at least 1"):
+    with pytest.raises(ValueError, match=r"max_target_length=0 .*at least 1"):
         conversation_head(tokenizer, 50, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -62,13 +63,13 @@ def test_show_reports_truncation_and_missing_rows(base, tmp_path, capsys):
     path = data_file(tmp_path, {"prompt": "甲" * 50, "response": "乙"}, {"prompt": "", "response": ""})
     more = ["--model_name_or_path", str(base), "--max_source_length", "20"]
     main(["data", "show", str(path), *more])
-    assert "truncated: without the middle of the source" in capsys.readouterr().out
+    assert re.search("truncated: .*middle of the source", capsys.readouterr().out)
     main(["data", "show", str(path), "--row", "2", *more])
     assert "left out: empty" in capsys.readouterr().out
     fails("data", "show", path, "--row", "3", *more)
-    assert f"There is no row 3: {path} has 2." in capsys.readouterr().err
+    assert re.search(f"no row 3: {path} .*2", capsys.readouterr().err)
     fails("data", "show", data_file(tmp_path, {"甲": 1}), *more)
-    assert "rows.jsonl:1: the fields '甲' fit no dataset format" in capsys.readouterr().err
+    assert re.search("rows.jsonl:1: .*'甲' .*no dataset format", capsys.readouterr().err)
     fails("data", code=0)
     fails("data", "chekc", code=2)
 

@@ -125,26 +125,22 @@ def test_parquet_leaves_out_the_nulls_that_it_fills_in(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "prompt,response\n一\n", ":2: 1 values, but 2 columns (prompt, response). A value with commas"),
-        (
-            "a.tsv",
-            "prompt\tresponse\n一\t二\t三\n",
-            ":2: 3 values, but 2 columns (prompt, response). A value with tabs",
-        ),
-        ("a.csv", 'prompt,response\n"一"二,三\n', ":2: not a row of values: "),
-        ("a.csv", 'prompt,response\n一,"二\n', ":2: not a row of values: "),
-        ("a.csv", "prompt,prompt\n一,二\n", ":1: the line with the names of the columns names 'prompt' twice."),
-        ("a.csv", "prompt,\n一,二\n", ":1: the line with the names of the columns has a column without a name."),
-        ("a.csv", "prompt,response\n", " is empty: it needs a line with the names of the columns"),
-        ("a.csv", "问,答\n一,二\n".encode("gbk"), ":1: not UTF-8 text (byte 0xce). If it is GBK"),
-        ("a.txt", " \n\n", " is empty."),
-        ("a.parquet", "PAR1 and no more", " is damaged or not a Parquet file: "),
-        ("a.csv.gz", gzip.compress(CSV.encode())[:-9], " is a damaged or truncated gzip file"),
+        ("a.csv", "prompt,response\n一\n", r":2: 1 values.* 2 columns \(prompt, response\).* commas"),
+        ("a.tsv", "prompt\tresponse\n一\t二\t三\n", r":2: 3 values.* 2 columns \(prompt, response\).* tabs"),
+        ("a.csv", 'prompt,response\n"一"二,三\n', ":2: not a row of values: .*expected after"),
+        ("a.csv", 'prompt,response\n一,"二\n', ":2: not a row of values: .*unexpected end"),
+        ("a.csv", "prompt,prompt\n一,二\n", ":1: .*names of the columns .*'prompt' twice"),
+        ("a.csv", "prompt,\n一,二\n", ":1: .*names of the columns .* without a name"),
+        ("a.csv", "prompt,response\n", " is empty.* names of the columns"),
+        ("a.csv", "问,答\n一,二\n".encode("gbk"), r":1: .*UTF-8.*\(byte 0xce\).* GBK"),
+        ("a.txt", " \n\n", r" is empty\."),
+        ("a.parquet", "PAR1 and no more", " .*damaged.*Parquet"),
+        ("a.csv.gz", gzip.compress(CSV.encode())[:-9], " .*truncated gzip"),
     ],
 )
 def test_names_what_is_wrong_with_a_file(tmp_path, name, content, message):
     path = written(tmp_path, name, content)
-    assert fault(path).startswith(f"{path}{message}")
+    assert re.match(re.escape(str(path)) + message, fault(path))
 
 
 def test_folders_and_patterns(tmp_path):
@@ -153,15 +149,15 @@ def test_folders_and_patterns(tmp_path):
     written(tmp_path, "README.md", "# nothing")
     assert [dict(row) for row in iterate_rows([tmp_path])] == [{"a": "1"}, {"a": 2}]
     assert [dict(row) for row in iterate_rows([f"{tmp_path}/*.jsonl", tmp_path / "a.csv"])] == [{"a": 2}, {"a": "1"}]
-    assert "No file matches the pattern" in fault(f"{tmp_path}/*.parquet")
+    assert re.search(r"No file .*/\*\.parquet", fault(f"{tmp_path}/*.parquet"))
 
 
 def test_a_folder_of_several_splits_is_refused(tmp_path):
     for name in ("train.json", "dev.json"):
         written(tmp_path, name, '{"a": 1}')
-    assert "holds files of several splits (dev.json, train.json); name the files of one" in fault(tmp_path)
+    assert re.search(r"several splits \(dev.json, train.json\).* name the files of one", fault(tmp_path))
     (tmp_path / "empty").mkdir()
-    assert "is a folder without data files" in fault(tmp_path / "empty")
+    assert re.search("empty .* without data files", fault(tmp_path / "empty"))
 
 
 def test_shards_of_one_split_are_one_data_set(tmp_path):
@@ -197,7 +193,7 @@ def test_a_hub_dataset_without_a_connection(monkeypatch):
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     message = fault("huggingface:owner/name")
-    assert message.startswith("huggingface:owner/name cannot be downloaded: ")
+    assert message.startswith("huggingface:owner/name cannot be downloaded")
     assert "hf download --repo-type dataset owner/name" in message
 
 
@@ -210,9 +206,9 @@ def test_an_array_larger_than_what_is_read_at_once(tmp_path):
     assert found == rows
     assert all(lines[row.line - 1].strip() == b"{" and str(row["n"]).encode() in lines[row.line] for row in found)
     broken = written(tmp_path, "broken.json", path.read_bytes().replace(b'"n": 2900,', b'"n": 2900'))
-    assert fault(broken).startswith(f"{broken}:{found[2900].line + 2}: not valid JSON: Expecting ',' delimiter")
+    assert re.match(f"{broken}:{found[2900].line + 2}: .*JSON.* ','", fault(broken))
     not_utf8 = written(tmp_path, "latin.json", path.read_bytes().replace(b'"n": 2900,', b'"n\xff": 2900,'))
-    assert fault(not_utf8).startswith(f"{not_utf8}:{found[2900].line + 1}: not UTF-8 text (byte 0xff)")
+    assert re.match(rf"{not_utf8}:{found[2900].line + 1}: .*UTF-8.*\(byte 0xff\)", fault(not_utf8))
 
 
 def test_bad_rows_are_counted_until_there_are_too_many(tmp_path):
@@ -227,7 +223,5 @@ def test_bad_rows_are_counted_until_there_are_too_many(tmp_path):
     assert [message.partition(": ")[0] for message in bad_rows.messages] == [
         f"{path}:2", f"{path}:3", f"{path}:4", f"{table}:2",
     ]  # fmt: skip
-    with pytest.raises(
-        ValueError, match=rf"^More than 2 bad rows \(skip_bad_rows\). The last one:\n{path}:4: not UTF-8"
-    ):
+    with pytest.raises(ValueError, match=rf"More than 2 .*skip_bad_rows(?s:.*){path}:4: .*UTF-8"):
         list(iterate_rows([path], BadRows(2)))

@@ -54,24 +54,24 @@ def test_a_row_survives_pickling():
 @pytest.mark.parametrize(
     ("content", "line", "reason", "shown"),
     [
-        ('{"a": 1}\n{"a": 2\n{"a": 3}', 2, "not valid JSON: Expecting ',' delimiter (column 8)", '{"a": 2'),
-        ('{"a": 1}\n\n{"a": 1} {"a": 2}', 3, "not valid JSON: Extra data (column 10)", '{"a": 1} {"a": 2}'),
+        ('{"a": 1}\n{"a": 2\n{"a": 3}', 2, r"JSON.*',' .*\(column 8\)", '{"a": 2'),
+        ('{"a": 1}\n\n{"a": 1} {"a": 2}', 3, r"JSON: Extra data \(column 10\)", '{"a": 1} {"a": 2}'),
         ('{"a": 1}\n["b"]', 2, "expected a JSON object", '["b"]'),
         ('{"a": 1}\nnull', 2, "expected a JSON object", "null"),
-        ('{"a": NaN}', 1, "not valid JSON: NaN is not a JSON value, write null or a number", '{"a": NaN}'),
+        ('{"a": NaN}', 1, "JSON: NaN .* null or a number", '{"a": NaN}'),
         ('{"a": ' + "[" * 100_000, 1, "nested too deeply", '{"a": [[['),
-        ('[{"a": 1},\n{"a": 2}\n{"a": 3}]', 3, "expected ',' or ']' after an element, found '{'", '{"a": 3}]'),
-        ('[{"a": 1},\n{"a": 2}\n', 3, "expected ',' or ']' after an element, the file ends", ""),
-        ('[{"a": 1},\n{"a" 2}]', 2, "not valid JSON: Expecting ':' delimiter (column 6)", '{"a" 2}]'),
+        ('[{"a": 1},\n{"a": 2}\n{"a": 3}]', 3, "',' or ']' .*'{'", '{"a": 3}]'),
+        ('[{"a": 1},\n{"a": 2}\n', 3, "',' or ']' .*file ends", ""),
+        ('[{"a": 1},\n{"a" 2}]', 2, r"JSON.*':' .*\(column 6\)", '{"a" 2}]'),
         ('[{"a": 1},\n "b"]', 2, "expected a JSON object", '"b"'),
-        ('[{"a": 1},\n]', 2, "not valid JSON: Expecting value (column 1)", "]"),
-        ('[{"a": 1}]\n{"a": 2}', 2, "there is more text after the end of the array", '{"a": 2}'),
+        ('[{"a": 1},\n]', 2, r"JSON: Expecting value \(column 1\)", "]"),
+        ('[{"a": 1}]\n{"a": 2}', 2, "more text .*end of the array", '{"a": 2}'),
     ],
 )
 def test_names_file_line_and_reason_of_a_malformed_line(tmp_path, content, line, reason, shown):
     path = written(tmp_path, content)
     message = fault(path)
-    assert message.startswith(f"{path}:{line}: {reason}, in: {shown}")
+    assert re.match(rf"{path}:{line}: .*{reason}, in: {re.escape(shown)}", message)
     assert "one JSON object per line" in message
 
 
@@ -98,13 +98,13 @@ def test_a_missing_file_names_near_ones(tmp_path):
 
 def test_other_encodings(tmp_path):
     gbk = written(tmp_path, b'{"a": 1}\n' + '{"a": "你好"}'.encode("gbk"))
-    assert fault(gbk).startswith(f"{gbk}:2: not UTF-8 text (byte 0xc4). If it is GBK")
+    assert re.match(rf"{gbk}:2: .*UTF-8.*\(byte 0xc4\).* GBK", fault(gbk))
     assert "iconv -f UTF-16" in fault(written(tmp_path, '{"a": "你好"}'.encode("utf-16")))
     assert "iconv -f UTF-16" in fault(written(tmp_path, '{"a": "你好"}'.encode("utf-16-le")))
 
 
 def test_a_cut_off_gzip_file(tmp_path):
-    assert "is a damaged or truncated gzip file" in fault(written(tmp_path, gzip.compress(LINES.encode())[:-12]))
+    assert "truncated gzip file" in fault(written(tmp_path, gzip.compress(LINES.encode())[:-12]))
 
 
 def row(**values: object) -> Row:
@@ -184,37 +184,35 @@ def test_official_tool_calls():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (row(prompt=["问"], response="答"), "the column 'prompt' holds an array, not text: [\"问\"]"),
-        (row(prompt="问", response={"a": 1}), "the column 'response' holds an object, not text: {\"a\": 1}"),
-        (row(prompt="问\ud83d", response="答"), r"the column 'prompt' holds half of a surrogate pair ('\ud83d') at "
-         "character 2."),
-        (row(prompt="问", response="答", history="无"), "the column 'history' must be a list of [question, answer] "
-         'pairs, not "无"; set history_column'),
-        (row(prompt="问", response="答", history=[["a", "b"], ["c"]]), "the column 'history' must be a list of "
-         '[question, answer] pairs; its round 2 is ["c"]'),
-        (row(conversations="问"), "'conversations' must be a list of messages"),
-        (row(conversations=["问"]), "message 1 of 'conversations' is not an object like"),
-        (row(conversations=[{"content": "问"}]), "message 1 of 'conversations' has no 'role' (it has 'content'); a "
-         "message needs 'role' and 'content'."),
-        (row(conversations=[{"from": "human", "text": "问"}]), "message 1 of 'conversations' has 'from', 'text'; a "
-         "message of ShareGPT needs 'from' and 'value'."),
-        (row(conversations=[{"from": "alien", "value": "问"}]), "message 1 of 'conversations' is from 'alien', which"),
-        (row(conversations=[{"role": "human", "content": "问"}]), "message 1 of 'conversations' has the unknown role "
-         "'human'; the roles are system, user, assistant, observation and tool."),
-        (row(conversations=[{"role": "assistant", "content": "答", "loss": "no"}]), "message 1 of 'conversations': "
-         "'loss' must be true or false, not 'no'."),
-        (row(conversations=[{"role": "tool", "name": "f"}]), "message 1 of 'conversations' is a tool call, which needs "
-         "'name' (text) and 'parameters' (an object)."),
-        (row(conversations=[{"role": "assistant", "content": "", "metadata": "a\nb"}]), "the metadata of message 1 of "
-         "'conversations' has a line break in it"),
+        (row(prompt=["问"], response="答"), r"'prompt' .* array, not text: \[\"问\"\]"),
+        (row(prompt="问", response={"a": 1}), "'response' .* object, not text: {\"a\": 1}"),
+        (row(prompt="问\ud83d", response="答"), r"'prompt' .*surrogate pair \('\\ud83d'\) .*character 2"),
+        (row(prompt="问", response="答", history="无"), r"'history' .*\[question, answer\] .*\"无\".* history_column"),
+        (row(prompt="问", response="答", history=[["a", "b"], ["c"]]), r"'history' .*\[question, answer\] "
+         r".*round 2 .*\[\"c\"\]"),
+        (row(conversations="问"), "'conversations' .*list of messages"),
+        (row(conversations=["问"]), "message 1 of 'conversations' .*not an object"),
+        (row(conversations=[{"content": "问"}]), r"message 1 of 'conversations' .*no 'role' "
+         r"\(it has 'content'\).*'role' and 'content'"),
+        (row(conversations=[{"from": "human", "text": "问"}]), "message 1 of 'conversations' .*'from', 'text'"
+         ".* ShareGPT .*'from' and 'value'"),
+        (row(conversations=[{"from": "alien", "value": "问"}]), "message 1 of 'conversations' .*'alien'"),
+        (row(conversations=[{"role": "human", "content": "问"}]), "message 1 of 'conversations' .*role "
+         "'human'.* system, user, assistant, observation and tool"),
+        (row(conversations=[{"role": "assistant", "content": "答", "loss": "no"}]), "message 1 of 'conversations'.*"
+         "'loss' .*true or false.*'no'"),
+        (row(conversations=[{"role": "tool", "name": "f"}]), "message 1 of 'conversations' .*tool call.*"
+         "'name' .*'parameters'"),
+        (row(conversations=[{"role": "assistant", "content": "", "metadata": "a\nb"}]), "metadata of message 1 of "
+         "'conversations' .*line break"),
     ],
 )  # fmt: skip
 def test_names_what_is_wrong_in_a_row(values, message):
-    assert refusal(values, Columns(history="history")).startswith(message)
+    assert re.search(message, refusal(values, Columns(history="history")))
 
 
 def test_only_answers_can_be_learned():
-    with pytest.raises(ValueError, match=re.escape("A message of the role 'user' cannot be learned")):
+    with pytest.raises(ValueError, match=r"role 'user' .*learned"):
         Message("user", "问", loss=True)
 
 

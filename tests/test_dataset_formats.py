@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -64,7 +65,9 @@ def test_a_history_is_read_beside_a_known_pair_but_not_beside_named_columns():
 
 def test_one_named_column_finds_its_known_partner():
     assert read(row(content="问", summary="答"), "columns", Columns(prompt="content")).messages[1] == answer("答")
-    assert "which columns are question and answer" in refusal(row(a="问", b="答"), Columns(prompt="a"))
+    assert re.search(
+        "columns .*question and answer.*'a', 'b'.* response_column", refusal(row(a="问", b="答"), Columns(prompt="a"))
+    )
 
 
 def test_alpaca():
@@ -242,39 +245,37 @@ def test_a_named_format_is_not_detected():
     values = row(content="问", summary="答", prompt="甲", response="乙")
     assert read(values, "columns", Columns("prompt", "response")).messages[0] == user("甲")
     assert read(row(messages=[], conversations=[]), "messages", Columns(dataset_format="openai")).messages == []
-    assert "there is no 'messages', which this dataset format needs (the row has 'content'" in refusal(
-        values, Columns(dataset_format="glm4")
-    )
-    with pytest.raises(ValueError, match=r"dataset_format must be one of columns, alpaca, .*, not 'csv'"):
+    assert re.search("no 'messages', .*the row has 'content'", refusal(values, Columns(dataset_format="glm4")))
+    with pytest.raises(ValueError, match=r"dataset_format .*columns, alpaca, .*'csv'"):
         Columns(dataset_format="csv")
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (row(标题="问", 正文="答"), "the fields '标题', '正文' fit no dataset format.\nSet dataset_format to one of "),
-        (row(content="问", summary="答", prompt="甲", response="乙"), "which columns are question and answer? The "
-         "row has 'content', 'summary', 'prompt', 'response'; set prompt_column and response_column"),
-        (row(instruction="问", output="答", messages=[]), "the fields 'instruction', 'output', 'messages' fit several "
-         "dataset formats: alpaca, messages."),
-        (row(conversations=[], messages=[]), "the fields 'conversations', 'messages' fit "
-         "several dataset formats: chatglm3, messages."),
-        (row(text="文字", kind="新闻"), "the fields 'text', 'kind' fit no dataset format."),
-        (row(instruction=["问"], output="答"), "the column 'instruction' holds an array, not text"),
+        (row(标题="问", 正文="答"), "'标题', '正文' .*no dataset format\\.\nSet dataset_format to "),
+        (row(content="问", summary="答", prompt="甲", response="乙"), "columns .*question and answer.*"
+         "'content', 'summary', 'prompt', 'response'.* prompt_column and response_column"),
+        (row(instruction="问", output="答", messages=[]), "'instruction', 'output', 'messages' .*several "
+         "dataset formats: alpaca, messages"),
+        (row(conversations=[], messages=[]), "'conversations', 'messages' .*"
+         "several dataset formats: chatglm3, messages"),
+        (row(text="文字", kind="新闻"), "'text', 'kind' .*no dataset format"),
+        (row(instruction=["问"], output="答"), "'instruction' .*array, not text"),
         (row(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]), "message 1 of "
-         "'messages' has a part of the type 'image_url'"),
-        (row(messages=[{"role": "bot", "content": "答"}]), "message 1 of 'messages' has the unknown role 'bot'; the "
-         "roles are system, user, assistant, observation, developer, function and tool."),
-        (row(messages=[{"role": "user"}]), "message 1 of 'messages' has no 'content' (it has 'role')"),
-        (row(messages=[{"role": "assistant", "content": "答", "weight": 2}]), "message 1 of 'messages': 'weight' must "
-         "be 0 or 1, not 2."),
+         "'messages' .*type 'image_url'"),
+        (row(messages=[{"role": "bot", "content": "答"}]), "message 1 of 'messages' .*role 'bot'.* "
+         "system, user, assistant, observation, developer, function and tool"),
+        (row(messages=[{"role": "user"}]), r"message 1 of 'messages' .*no 'content' \(it has 'role'\)"),
+        (row(messages=[{"role": "assistant", "content": "答", "weight": 2}]), "message 1 of 'messages'.*'weight' .*"
+         "0 or 1.* 2"),
         (row(messages=[{"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}]), "message 1 of "
-         "'messages' is a tool call, which needs the 'name' of the tool"),
-        (row(conversations=[{"from": "function_call", "value": "get_weather()"}]), "message 1 of 'conversations' must "
-         'be a call like {"name": "...", "arguments": {...}}, not "get_weather()"'),
-        (row(conversations=[{"from": "human", "value": "问"}], tools="天气"), "'tools' must be a list of tool "
-         'definitions, not "天气"'),
+         "'messages' .*tool call.*'name'"),
+        (row(conversations=[{"from": "function_call", "value": "get_weather()"}]), "message 1 of 'conversations' .*"
+         '{"name": .*"arguments": .*"get_weather\\(\\)"'),
+        (row(conversations=[{"from": "human", "value": "问"}], tools="天气"), "'tools' .*list of tool "
+         'definitions.*"天气"'),
     ],
 )  # fmt: skip
 def test_names_what_is_wrong(values, message):
-    assert refusal(values).startswith(message)
+    assert re.search(message, refusal(values))

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -438,23 +439,23 @@ def test_two_workers_share_the_trials_and_take_over_those_of_a_killed_one(base, 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("--trails 3", "unknown flag --trails (did you mean --trials?)"),
-        ("--seed 3", "did you mean --seeds?"),
-        ("--learning_rates 1", "did you mean --learning_rate?"),
-        ("--weight_decay_ 1", "did you mean --weight_decay?"),
-        ("--prefix_projection maybe", "--prefix_projection must be one of false, true, both, got 'maybe'"),
-        ("--pre_seq_len 0", "--pre_seq_len must be above 0, got 0"),
-        ("--learning_rate 1e-3 1e-2 --learning_rate_scale log", "needs --trials"),
-        ("--learning_rate_scale log --trials 2", "needs --learning_rate LOW HIGH"),
-        ("--prefix_init data text", "belong together"),
-        ("--prefix_init warm", "--prefix_init must be among data, text, small, official, got 'warm'"),
-        ("--eval_steps 9", "--eval_steps 9 is more than --max_steps 4"),
-        ("--metric micro_f1", "--metric of weather must be one of accuracy, macro_f1, loss, got 'micro_f1'"),
+        ("--trails 3", "--trails .did you mean --trials"),
+        ("--seed 3", "--seed .did you mean --seeds"),
+        ("--learning_rates 1", "--learning_rates .did you mean --learning_rate"),
+        ("--weight_decay_ 1", "--weight_decay_ .did you mean --weight_decay"),
+        ("--prefix_projection maybe", "--prefix_projection .*false, true, both.*'maybe'"),
+        ("--pre_seq_len 0", "--pre_seq_len .* above 0.* 0"),
+        ("--learning_rate 1e-3 1e-2 --learning_rate_scale log", "learning rates .*--trials"),
+        ("--learning_rate_scale log --trials 2", "--learning_rate_scale log .*--learning_rate LOW HIGH"),
+        ("--prefix_init data text", "--prefix_init text .*--init_prefix_text TEXT"),
+        ("--prefix_init warm", "--prefix_init .*data, text, small, official.*'warm'"),
+        ("--eval_steps 9", "--eval_steps 9 .*--max_steps 4"),
+        ("--metric micro_f1", "--metric .*weather .*accuracy, macro_f1, loss.*'micro_f1'"),
         ("--eval_split test", "--eval_split test"),
-        ("--max_source_length 1", "--max_source_length must be at least 2"),
+        ("--max_source_length 1", "--max_source_length .*at least 2.* 1"),
     ],
 )
 def test_wrong_flags_are_refused(more, message, base, task, tmp_path, capsys):
     code, shown = refusal(flags(base, task, tmp_path / "search", *more.split()), capsys)
-    assert code in (1, 2) and message in shown
+    assert code in (1, 2) and re.search(message, shown)
     assert not (tmp_path / "search").exists()
