@@ -4,6 +4,7 @@ import csv
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -87,14 +88,14 @@ def test_a_specific_flag_overrides_a_general_one():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"metods": {}}, "unknown key 'metods' .did you mean 'methods'"),
-        ({"methods": {}}, "plan.yaml:6: 'methods' .*, found {}"),
+        ({"metods": {}}, "key 'metods' .did you mean 'methods'"),
+        ({"methods": {}}, "plan.yaml:6: 'methods' .* {}"),
         ({"seeds": [1, 1]}, "'seeds' names 1 twice"),
-        ({"seeds": [1, "two"]}, "'seeds.1' should be a valid integer, found 'two'"),
+        ({"seeds": [1, "two"]}, "'seeds.1' .*integer.*'two'"),
         ({"methods": ["lora", "lora"]}, "'methods' names lora twice"),
-        ({"tasks": {"weather": {"methods": {"prefx": {}}}}}, "unknown method in tasks.weather.methods 'prefx' .did"),
-        ({"base": None}, "'base' should be a valid string, found None"),
-        ({"common": 5}, "'common' should be a valid dictionary, found 5"),
+        ({"tasks": {"weather": {"methods": {"prefx": {}}}}}, "tasks.weather.methods.*'prefx' .did you mean"),
+        ({"base": None}, "'base' .*string.* None"),
+        ({"common": 5}, "'common' .*dictionary.* 5"),
     ],
 )  # fmt: skip
 def test_a_malformed_plan_is_refused_with_file_and_line(content, tmp_path, change, message):
@@ -106,12 +107,12 @@ def test_a_malformed_plan_is_refused_with_file_and_line(content, tmp_path, chang
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"lerning_rate": 1}, "methods.prefix: unknown flag --lerning_rate .did you mean --learning_rate"),
-        ({"seed": 1}, "methods.prefix: --seed is set by the comparison itself"),
-        ({"learning_rate": "much"}, "weather by prefix: .*invalid float value: 'much'"),
-        ({"tuning": "loraa"}, "weather by prefix: --tuning must be one of"),
-        ({"head": "multiple_choice"}, "weather by prefix: .*head multiple_choice cannot solve weather"),
-        ({"predict_split": "unlabeled"}, "weather by prefix: the split unlabeled has no labels"),
+        ({"lerning_rate": 1}, "methods.prefix: .*--lerning_rate .did you mean --learning_rate"),
+        ({"seed": 1}, "methods.prefix: --seed .*comparison"),
+        ({"learning_rate": "much"}, "weather by prefix: .*float.*'much'"),
+        ({"tuning": "loraa"}, "weather by prefix: --tuning .*ptuning_v2.*'loraa'"),
+        ({"head": "multiple_choice"}, "weather by prefix: .*head multiple_choice .*weather"),
+        ({"predict_split": "unlabeled"}, "weather by prefix: .*split unlabeled .*no labels"),
         ({"train_split": "trian"}, "weather by prefix: .*trian"),
     ],
 )
@@ -123,13 +124,13 @@ def test_wrong_flags_are_refused_before_any_run(content, tmp_path, flags, messag
 
 def test_a_missing_key_is_named(content, tmp_path):
     del content["methods"]
-    with pytest.raises(ValueError, match=r"plan.yaml:1: there is no key 'methods': docs/compare.md"):
+    with pytest.raises(ValueError, match=r"plan.yaml:1: .*no key 'methods'.*docs/compare.md"):
         read(content, tmp_path)
 
 
 def test_methods_that_would_share_a_folder_are_refused(content, tmp_path):
     content["methods"] = {"a b": {}, "a/b": {}}
-    with pytest.raises(ValueError, match="'a b' and 'a/b' would share the folder a-b"):
+    with pytest.raises(ValueError, match=r"'a b' and 'a/b' .*folder a-b"):
         checked(read(content, tmp_path))
 
 
@@ -289,7 +290,7 @@ def test_runs_are_real_resumed_and_may_fail(folder, content, tmp_path):
 
     first = command(path, output, "--workers", "2")
     assert first.returncode == 1, first.stderr
-    assert "weather / fails / seed 1: exit code 1" in first.stdout and "no/such/prefix" in first.stdout
+    assert "weather / fails / seed 1" in first.stdout and "no/such/prefix" in first.stdout
     rows = {row["method"]: row for row in json.loads((output / "comparison.json").read_text("utf-8"))["rows"]}
     assert rows["prefix"]["seeds"] == [1, 2] and rows["fails"]["missing"] == 2
     for seed, score in zip((1, 2), rows["prefix"]["scores"], strict=True):
@@ -303,7 +304,7 @@ def test_runs_are_real_resumed_and_may_fail(folder, content, tmp_path):
     (output / "runs" / "weather" / "prefix" / "seed-2" / "all_results.json").unlink()
     second = command(path, output, "--methods", "prefix")
     assert second.returncode == 0, second.stderr
-    assert "1 of 2 runs have finished already" in second.stdout
+    assert re.search("1 of 2 runs .*finished", second.stdout)
     after = times(output)
     assert after["seed-1"] == before["seed-1"] and after["seed-2"] > before["seed-2"]
     again = json.loads((output / "comparison.json").read_text("utf-8"))["rows"]
@@ -321,7 +322,7 @@ def test_instruction_files_are_compared(content, tmp_path):
     path, output = tmp_path / "plan.yaml", tmp_path / "output"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     refused = command(path, output)
-    assert refused.returncode == 1 and "answers by linear: rows has no linear head" in refused.stderr
+    assert refused.returncode == 1 and re.search("answers by linear: rows .*no linear head", refused.stderr)
     done = command(path, output, "--methods", "prefix", "plain base")
     assert done.returncode == 0, done.stderr
     found = json.loads((output / "comparison.json").read_text("utf-8"))["rows"]
@@ -337,9 +338,9 @@ def test_instruction_files_are_compared(content, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--methods", "prefx"], "unknown method 'prefx' (did you mean 'prefix'?)"),
-        (["--reference", "none"], "unknown reference 'none'"),
-        (["--", "--max_step", "3"], "behind --: unknown flag --max_step (did you mean --max_steps?)"),
+        (["--methods", "prefx"], "method 'prefx' .did you mean 'prefix'"),
+        (["--reference", "none"], "reference 'none'"),
+        (["--", "--max_step", "3"], "behind --: .*--max_step .did you mean --max_steps"),
         (["--", "3"], "behind -- are flags"),
     ],
 )
@@ -347,7 +348,7 @@ def test_wrong_words_are_refused(content, tmp_path, capsys, words, message):
     read(content, tmp_path)
     with pytest.raises(SystemExit) as stop:
         main(["compare", "--plan", str(tmp_path / "plan.yaml"), "--output_dir", str(tmp_path / "output"), *words])
-    assert stop.value.code == 1 and message in capsys.readouterr().err
+    assert stop.value.code == 1 and re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "output").exists()
 
 
@@ -355,7 +356,7 @@ def test_two_comparisons_in_one_folder_are_refused(content, tmp_path, capsys):
     read(content, tmp_path)
     with FileLock(tmp_path / ".lock"), pytest.raises(SystemExit):
         main(["compare", "--plan", str(tmp_path / "plan.yaml"), "--output_dir", str(tmp_path)])
-    assert "Another comparison is at work" in capsys.readouterr().err
+    assert "Another comparison" in capsys.readouterr().err
 
 
 def test_a_run_that_a_killed_comparison_left_behind_keeps_its_folder(content, tmp_path, monkeypatch, capsys):
@@ -375,7 +376,7 @@ def test_a_run_that_a_killed_comparison_left_behind_keeps_its_folder(content, tm
         monkeypatch.setattr(Run, "command", ["true"])
         with pytest.raises(SystemExit):
             main(words)
-        assert "or a run that a killed comparison left behind" in capsys.readouterr().err
+        assert "killed comparison" in capsys.readouterr().err
         assert int(log.read_text()) == left_behind
     finally:
         os.kill(left_behind, signal.SIGKILL)

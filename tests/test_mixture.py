@@ -117,26 +117,26 @@ def task_at(folder: Path, name: str, *more: str) -> list[str]:
     [
         ("tasks: {mood: {task_data: mood}}", "no task 'mood'"),
         ("tasks: {eprstm: {task_data: x}}", "did you mean eprstmt"),
-        ("tasks: {eprstmt: {}}", "no key 'task_data' in tasks.eprstmt: the folder"),
+        ("tasks: {eprstmt: {}}", "no key 'task_data' .*tasks.eprstmt"),
         ("tasks: {}", "names no task"),
-        ("temprature: 2\ntasks: {eprstmt: {task_data: x}}", r"'temprature' \(did you mean 'temperature'\?\)"),
-        ("temperature: 0\ntasks: {eprstmt: {task_data: x}}", "yaml:1: 'temperature' should be greater than 0, found 0"),
-        ("tasks: {eprstmt: {task_data: x, heads: generation}}", "'heads' of tasks.eprstmt .did you mean 'head'"),
+        ("temprature: 2\ntasks: {eprstmt: {task_data: x}}", r"'temprature' .did you mean 'temperature'"),
+        ("temperature: 0\ntasks: {eprstmt: {task_data: x}}", "yaml:1: 'temperature' .*greater.* 0.* 0"),
+        ("tasks: {eprstmt: {task_data: x, heads: generation}}", "'heads' .*tasks.eprstmt .did you mean 'head'"),
         (
             "tasks: {eprstmt: {task_data: x, head: token_classification}}",
-            "'tasks.eprstmt.head' is no head of .*, found 'token_",
+            "'tasks.eprstmt.head' .*'token_",
         ),
         ("tasks: {eprstmt: {task_data: x, train_split: train_few}}", "did you mean 'train_few_all'"),
         (
             "tasks: {eprstmt: {task_data: x, max_train_samples: all}}",
-            "max_train_samples' should be a valid integer, found 'all'",
+            "max_train_samples' .*integer.*'all'",
         ),
         ("tasks: {eprstmt: {task_data: x, weight: 1}, bustm: {task_data: x}}", "fewclue_bustm has none"),
-        ("temperature: 2\ntasks: {eprstmt: {task_data: x, weight: 1}}", "'temperature' cannot be used with 'weight'"),
+        ("temperature: 2\ntasks: {eprstmt: {task_data: x, weight: 1}}", "'temperature' .*'weight'"),
         ("tasks: {eprstmt: {task_data: x}, fewclue_eprstmt: {task_data: x}}", "duplicate task fewclue_eprstmt"),
         ("tasks: {eprstmt: {task_data: x}, eprstmt: {task_data: x}}", "duplicate key"),
         ("- eprstmt", "must be a mapping"),
-        ("tasks: [eprstmt]", "'tasks' should be a valid dictionary, found .'eprstmt'"),
+        ("tasks: [eprstmt]", "'tasks' .*dictionary.*'eprstmt'"),
         (
             "temperature: 1\ntasks:\n  eprstmt: {task_data: x}\n  bustm: {task_data: 3}",
             "yaml:4: 'tasks.bustm.task_data'",
@@ -291,13 +291,13 @@ def test_a_checkpoint_holds_every_head_and_says_whose(folder, shared):
                 assert torch.equal(passed[key], found[key])
         inference.for_task(name).check_prefix_is_trained()
     single = load_model(str(folder / "base"), model_class=ChatGLMForSequenceClassification)
-    with pytest.raises(ValueError, match=r"shared by mood, names, spans, reply\..*task="):
+    with pytest.raises(ValueError, match=r"mood, names, spans, reply\..*task="):
         single.load_prefix(path)
-    with pytest.raises(ValueError, match=r"shared by mood, names, spans, reply, not by moods\."):
+    with pytest.raises(ValueError, match=r"mood, names, spans, reply, not by moods\."):
         single.load_prefix(path, task="moods")
-    with pytest.raises(ValueError, match=r"trained with the head token_classification \(task names\)"):
+    with pytest.raises(ValueError, match=r"head token_classification .*names"):
         single.load_prefix(path, task="names")
-    with pytest.raises(ValueError, match="cannot have the name 'keys'"):
+    with pytest.raises(ValueError, match="name 'keys'"):
         heads = {"keys": {"model_class": ChatGLMForQuestionAnswering}}
         ChatGLMForMultipleTasks(load_model(str(folder / "base")), heads)
 
@@ -388,7 +388,7 @@ def test_a_task_that_is_not_in_the_mixture_has_no_head_there(folder, run, tmp_pa
     argv = ["--model_name_or_path", str(folder / "base"), "--ptuning_checkpoint", str(run), "--split", "dev"]
     with pytest.raises(SystemExit):
         evaluate([*argv, "--task", str(other), "--task_data", str(folder / "names"), "--output_dir", str(tmp_path)])
-    assert "no linear head for other (it is shared by mood, names, spans)" in capsys.readouterr().err
+    assert re.search("no linear head .*other .*mood, names, spans", capsys.readouterr().err)
 
 
 # Starting from it
@@ -426,9 +426,9 @@ def test_an_official_prefix_is_a_start_as_well(folder, run, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--pre_seq_len", "5"], r"--pre_seq_len is 5, but the prefix in .*run has 3 virtual tokens"),
-        (["--ptuning_checkpoint", "x"], "each say what the prefix starts from"),
-        (["--init_prefix_text", "你好"], "each say what the prefix starts from"),
+        (["--pre_seq_len", "5"], r"--pre_seq_len .* 5, .*run has 3 "),
+        (["--ptuning_checkpoint", "x"], "--ptuning_checkpoint.* each .*starts from"),
+        (["--init_prefix_text", "你好"], "--init_prefix_text.* each .*starts from"),
         (["--do_train", "false", "--do_eval"], "it needs --do_train"),
         (["--tuning", "lora"], "--tuning ptuning_v2"),
         (["--model_name_or_path", "OTHER"], "was trained on another base"),
@@ -457,7 +457,7 @@ def test_a_mixture_goes_neither_with_a_task_nor_with_predictions(folder, tmp_pat
 def test_zero3_is_refused(folder, tmp_path):
     argv = flags(folder, tmp_path / "run", "--task_mixture", str(folder / "mix.yaml"), "--deepspeed")
     (ended,) = processes.start([*argv, str(CONFIGS / "zero3.json")], 1, tmp_path).wait()
-    assert ended.code == 1 and "--task_mixture does not work with ZeRO-3" in ended.output
+    assert ended.code == 1 and re.search("--task_mixture .*ZeRO-3", ended.output)
 
 
 @pytest.mark.slow
