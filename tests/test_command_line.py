@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -58,25 +59,25 @@ def test_an_unknown_flag_names_the_nearest(capsys):
     with pytest.raises(SystemExit) as error:
         parse_train("--do_train --pre_seq_length 8")
     assert error.value.code == 2
-    assert "unknown flag --pre_seq_length (did you mean --pre_seq_len?)" in capsys.readouterr().err
+    assert re.search("--pre_seq_length .did you mean --pre_seq_len", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--pre_seq_len 0", "--pre_seq_len must be at least 1, got 0"),
-        ("--quantization_bit 3", "--quantization_bit must be one of 0, 4, 8, got '3'"),
-        ("--prefix_init warm", "--prefix_init must be one of data, text, small, official, got 'warm'"),
-        ("--prefix_init text", "needs --init_prefix_text"),
-        ("--max_source_length 1", "--max_source_length must be at least 2, got 1"),
-        ("--seed 3 stray", "unexpected values: stray"),
+        ("--pre_seq_len 0", "--pre_seq_len .*at least 1.* 0"),
+        ("--quantization_bit 3", "--quantization_bit .*0, 4, 8.*'3'"),
+        ("--prefix_init warm", "--prefix_init .*data, text, small, official.*'warm'"),
+        ("--prefix_init text", "--prefix_init .*--init_prefix_text"),
+        ("--max_source_length 1", "--max_source_length .*at least 2.* 1"),
+        ("--seed 3 stray", "unexpected .*stray"),
     ],
 )
 def test_bad_values_are_named(flags, message, capsys):
     with pytest.raises(SystemExit) as error:
         parse_train(flags)
     assert error.value.code == 2
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)
 
 
 @dataclass
@@ -100,10 +101,10 @@ def test_flags_come_from_a_file_and_the_command_line_overrides_them(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("numbr: 3", "unknown flag --numbr (did you mean --number?)"),
+        ("numbr: 3", "--numbr .did you mean --number"),
         ("- 3", "must be a mapping"),
         ("a: [", "is malformed"),
-        (None, "cannot read the configuration"),
+        (None, "cannot read .*configuration"),
     ],
 )
 def test_a_bad_file_is_named(content, message, tmp_path, capsys):
@@ -113,7 +114,7 @@ def test_a_bad_file_is_named(content, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse_arguments("x", "", [Two], ["--config", str(path)])
     text = capsys.readouterr().err
-    assert message in text and str(path) in text
+    assert re.search(message, text) and str(path) in text
 
 
 def test_the_entry_lists_commands_and_refuses_unknown_ones():

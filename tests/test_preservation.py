@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -226,7 +227,7 @@ def test_two_processes_replay_as_one(base, files, runs, tmp_path, stage):
 def test_zero3_is_refused(base, files, tmp_path):
     more = ["--deepspeed", CONFIGS / "zero3.json"]
     (ended,) = processes.start(flags(base, files, tmp_path / "run", 1, *more), 1, tmp_path).wait()
-    assert ended.code == 1 and "--preserve_base does not work with ZeRO-3" in ended.output
+    assert ended.code == 1 and re.search("--preserve_base .*ZeRO-3", ended.output)
 
 
 def test_a_run_can_do_without_the_report(base, files, tmp_path):
@@ -237,12 +238,12 @@ def test_a_run_can_do_without_the_report(base, files, tmp_path):
 @pytest.mark.parametrize(
     ("change", "code", "said"),
     [
-        (["--preserve_base", "-0.5"], 2, "--preserve_base must be 0 or a positive number, got -0.5"),
-        (["--preserve_base", "nan"], 2, "--preserve_base must be 0 or a positive number, got nan"),
-        (["--preserve_batch_size", "0"], 2, "--preserve_batch_size must be at least 1, got 0"),
-        (["--preserve_max_length", "8"], 2, "--preserve_max_length must be at least 64, got 8"),
+        (["--preserve_base", "-0.5"], 2, "--preserve_base .*0 or .*positive.* -0.5"),
+        (["--preserve_base", "nan"], 2, "--preserve_base .*0 or .*positive.* nan"),
+        (["--preserve_batch_size", "0"], 2, "--preserve_batch_size .*at least 1.* 0"),
+        (["--preserve_max_length", "8"], 2, "--preserve_max_length .*at least 64.* 8"),
         (["--preserve_file", "missing.json"], 1, "missing.json does not exist"),
-        (["--preserve_eval_file", "GENERAL"], 1, "6 rows of preserve_eval_file are in preserve_file too"),
+        (["--preserve_eval_file", "GENERAL"], 1, "6 rows .*preserve_eval_file .*preserve_file"),
         (["--preserve_file", "BROKEN"], 1, "broken.json:2"),
     ],
 )
@@ -253,7 +254,7 @@ def test_what_is_wrong_is_named(base, files, tmp_path, capsys, change, code, sai
     with pytest.raises(SystemExit) as stopped:
         main([*flags(base, files, tmp_path / "run", 1), *(names.get(word, word) for word in change)])
     assert stopped.value.code == code
-    assert said in capsys.readouterr().err
+    assert re.search(said, capsys.readouterr().err)
 
 
 FINGERPRINT = {"shape": {"num_layers": 2}, "sample": {"w": [1.0, -2.0]}, "sample_sha256": "a", "quantized": []}
@@ -300,9 +301,9 @@ def test_runs_of_one_weight_are_drawn_as_their_mean_with_its_deviation(tmp_path,
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"task": "tnews"}, "/a and .*/b differ in task mood and tnews: draw them apart"),
-        ({"head": "generation"}, "differ in head sequence_classification and generation"),
-        ({"base_fingerprint": FINGERPRINT | {"shape": {"num_layers": 3}}}, r"in their base \(num_layers is 3, not 2\)"),
+        ({"task": "tnews"}, "/a and .*/b .*task mood and tnews"),
+        ({"head": "generation"}, "head sequence_classification and generation"),
+        ({"base_fingerprint": FINGERPRINT | {"shape": {"num_layers": 3}}}, r"base \(num_layers .*3, not 2\)"),
     ],
 )
 def test_runs_of_different_trainings_are_not_drawn_together(tmp_path, other, message):
@@ -342,7 +343,7 @@ def test_runs_without_the_numbers_are_named(tmp_path, capsys):
     said = capsys.readouterr().err
     assert f"{old} has no preserve_base, general_kl" in said and whole not in said
     assert not (tmp_path / "t.png").exists()
-    with pytest.raises(ValueError, match=r"whole has no predict_f1 \(it has eval_loss"):
+    with pytest.raises(ValueError, match=r"whole .*no predict_f1 .*eval_loss"):
         read_points([whole], "predict_f1")
     with pytest.raises(ValueError, match="is no finished run"):
         read_points([str(tmp_path)])

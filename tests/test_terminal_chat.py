@@ -3,6 +3,7 @@
 import io
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -202,12 +203,12 @@ def test_a_prefix_of_another_base_is_reported_and_not_used(folder, answers, run,
     ("flags", "code", "message"),
     [
         (["--ptuning_checkpoint", "nowhere"], 1, "No prefix at nowhere"),
-        (["--ptuning_checkpoint", "runs/ads", "again/../runs/ads"], 1, "Two prefixes are called 'ads'"),
+        (["--ptuning_checkpoint", "runs/ads", "again/../runs/ads"], 1, "prefixes .*'ads'"),
         (["--model_name_or_path", "./nowhere"], 1, "No base at nowhere"),
-        (["--max_new_tokens", "512"], 1, "max_new_tokens must be from 1 to 511"),
-        (["--temperature", "0"], 2, "--temperature must be above 0 (use --greedy for no sampling), got 0.0"),
-        (["--top_p", "1.5"], 2, "--top_p must be above 0 and at most 1, got 1.5"),
-        (["--topp", "0.5"], 2, "did you mean --top_p?"),
+        (["--max_new_tokens", "512"], 1, "max_new_tokens .*1 to 511.* 512"),
+        (["--temperature", "0"], 2, "--temperature .*above 0 .*--greedy .* 0.0"),
+        (["--top_p", "1.5"], 2, "--top_p .*above 0 .*at most 1.* 1.5"),
+        (["--topp", "0.5"], 2, "--topp .did you mean --top_p"),
     ],
 )
 def test_wrong_flags(folder, monkeypatch, capsys, flags, code, message):
@@ -217,7 +218,7 @@ def test_wrong_flags(folder, monkeypatch, capsys, flags, code, message):
     with pytest.raises(SystemExit) as ended:
         terminal.main([*_flags(folder), *flags])
     assert ended.value.code == code
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_names_of_prefixes(tmp_path, monkeypatch):
