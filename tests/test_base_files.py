@@ -111,7 +111,7 @@ def test_a_base_with_missing_weights_is_refused(load, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     del tensors["transformer.encoder.layers.1.mlp.dense_4h_to_h.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"base is not a complete base.*layers\.1\.mlp\.dense_4h_to_h\.weight"):
+    with pytest.raises(ValueError, match=r"not a complete base.*layers\.1\.mlp\.dense_4h_to_h\.weight"):
         ChatGLMForConditionalGeneration.from_pretrained(folder)
 
 

@@ -114,9 +114,9 @@ def test_scores_agree_with_what_a_trained_base_answers(tmp_path):
     [
         ([[]], CANDIDATES, {}, "Prompt 0 .* has no tokens"),
         ([[5]], [[[4], []]], {}, "Candidate 1 of prompt 0"),
-        ([[5]], [[[4]], [[4]]], {}, "for 2 prompts, but 1 prompts"),
-        ([[5]], CANDIDATES, {"chunk_size": 0}, "chunk_size must be at least 1"),
-        ([[5]], [[]], {}, "no candidates for prompt 0"),
+        ([[5]], [[[4]], [[4]]], {}, "2 prompts.* 1 prompts"),
+        ([[5]], CANDIDATES, {"chunk_size": 0}, "chunk_size .*at least 1.* 0"),
+        ([[5]], [[]], {}, "no candidates .*prompt 0"),
     ],
 )
 def test_refuses_invalid_prompts_and_candidates(load, prompts, candidates, options, message):

@@ -116,8 +116,8 @@ def test_history_of_chatglm2(base, tokenizers):
         ("chatglm3", [{"content": "x"}], "user", r"history\[0\]"),
         ("chatglm3", [("a", "b"), ("a", "b", "c")], "user", r"history\[1\]"),
         ("chatglm2", [{"role": "user", "content": "x"}], "user", r"history\[0\].*chatglm2"),
-        ("chatglm3", [], "robot", "role must be one of.*'robot'"),
-        ("chatglm2", [], "observation", "role must be one of user"),
+        ("chatglm3", [], "robot", "role .*one of.*'robot'"),
+        ("chatglm2", [], "observation", "role .*one of user.*'observation'"),
     ],
 )
 def test_other_formats_of_history_and_unknown_roles_are_refused(base, tokenizers, chat_format, history, role, message):

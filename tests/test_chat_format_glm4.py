@@ -173,5 +173,5 @@ def test_plain_texts_are_learned_whole_and_split_into_pieces(base):
     ]
     assert shown == ["[gMASK]sop【▁甲乙丙】", "[gMASK]sop【丁戊己庚】", "[gMASK]sop【</s>】"]
     assert (report.rows, report.used, report.examples) == (1, 1, 3)
-    with pytest.raises(ValueError, match=r"novel.txt:1: a plain text has no question to answer"):
+    with pytest.raises(ValueError, match=r"novel.txt:1: .*plain text .*no question"):
         instruction_rows.prompts(base, [row], 4, 2)

@@ -34,9 +34,9 @@ def test_pads_on_the_left():
 
 
 def test_refuses_what_does_not_fit_together():
-    with pytest.raises(ValueError, match="example 1 of the batch has 1 ids and 0 labels"):
+    with pytest.raises(ValueError, match=r"example 1 .* 1 ids .* 0 labels"):
         PaddingCollator(0)([EXAMPLES[0], {"input_ids": [8]}])
-    with pytest.raises(ValueError, match="example 0 of the batch has 2 ids and 1 labels"):
+    with pytest.raises(ValueError, match=r"example 0 .* 2 ids .* 1 labels"):
         PaddingCollator(0)([{"input_ids": [1, 2], "labels": [1]}])
-    with pytest.raises(ValueError, match="padding_side='both' must be 'left' or 'right'"):
+    with pytest.raises(ValueError, match=r"padding_side='both' .*'left' or 'right'"):
         PaddingCollator(0, "both")

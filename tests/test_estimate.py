@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -212,13 +213,13 @@ def test_the_table_names_a_batch_for_every_card(capsys, tmp_path):
     ("flags", "message"),
     [
         (["--model", "chatglm3-6"], "did you mean chatglm3-6b"),
-        (["--model", str(Path(__file__).parent)], "neither a folder with a config.json"),
-        (["--model", "chatglm3-6b", "--zero", "4"], "--zero must be one of 0, 1, 2, 3, got '4'"),
-        (["--model", "chatglm3-6b", "--tflops", "0"], "--tflops must be above 0"),
-        (["--model", "chatglm3-6b", "--quantization_bit", "2"], "--quantization_bit must be one of 0, 4, 8, got '2'"),
+        (["--model", str(Path(__file__).parent)], "tests .*folder with a config.json"),
+        (["--model", "chatglm3-6b", "--zero", "4"], "--zero .*0, 1, 2, 3.*'4'"),
+        (["--model", "chatglm3-6b", "--tflops", "0"], "--tflops .*above 0.* 0"),
+        (["--model", "chatglm3-6b", "--quantization_bit", "2"], "--quantization_bit .*0, 4, 8.*'2'"),
     ],
 )
 def test_wrong_flags(flags, message, capsys):
     with pytest.raises(SystemExit):
         main(flags)
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)

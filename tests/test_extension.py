@@ -70,7 +70,7 @@ def test_a_head_and_a_reader_are_a_class_and_a_line_each(tmp_path, monkeypatch):
     assert found == [Prediction("good"), Prediction("good"), Prediction("不知道")]
     assert score_task(task, examples, found).metrics["accuracy"] == pytest.approx(100 / 3)
     (tmp_path / "train.txt").write_text("__label__goood 我想去\n", "utf-8")
-    with pytest.raises(ValueError, match=r"train.txt:1: the task mine has no label 'goood'"):
+    with pytest.raises(ValueError, match=r"train.txt:1: .*mine .*no label 'goood'"):
         read_examples(task, tmp_path, "train")
 
 
@@ -81,7 +81,5 @@ def test_a_dataset_format_is_a_function_and_an_entry(monkeypatch):
     row = Row({"dialogue": "问：几点\n答：三点"}, "rows.json", 4)
     name, content = registry.read_row(row, registry.Columns())
     assert (name, [message.content for message in content.messages]) == ("dialogue", ["几点", "三点"])
-    with pytest.raises(
-        ValueError, match=r"rows.json:4: a line of 'dialogue' must begin with 问： or 答：, found '三点'"
-    ):
+    with pytest.raises(ValueError, match=r"rows.json:4: .*'dialogue' .*问： or 答：.*'三点'"):
         registry.read_row(Row({"dialogue": "三点"}, "rows.json", 4), registry.Columns(dataset_format="dialogue"))

@@ -159,7 +159,7 @@ def test_an_untrained_prefix_is_refused(folder, tokenizer, examples):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size .*at least 1.* 0"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"num_beams": 0}, "num_beams"),
     ],

@@ -159,7 +159,7 @@ def test_a_long_context_is_truncated_behind_the_start(harness):
     tail = harness.tokenizer(context + answer)["input_ids"][len(ids) :]
     expected = one_by_one(harness, [*start, *ids[-(21 - 2 - len(tail)) :]], tail)
     assert harness.cut_contexts == 1 and found == pytest.approx(expected, abs=1e-4)
-    with pytest.raises(ValueError, match="does not fit into the 20 of the base"):
+    with pytest.raises(ValueError, match=r"fit into .*20 .*base"):
         harness.loglikelihood(ask(("问", "今天" * 30)), disable_tqdm=True)
 
 
@@ -216,14 +216,14 @@ def test_the_beginning_of_an_answer_is_continued(harness):
 
 def test_two_chats_of_one_text_are_distinguished(harness):
     harness.apply_chat_template([{"role": "user", "content": "你"}, {"role": "user", "content": "好"}])
-    with pytest.raises(ValueError, match="Two chats have the same text"):
+    with pytest.raises(ValueError, match=r"Two chats .*same text"):
         harness.apply_chat_template([{"role": "user", "content": "你<|user|>\n 好"}])
 
 
 def test_a_base_without_chats_refuses_the_template(tmp_path):
     tokenizer = tiny_tokenizer.train(tmp_path, "base")
     harness = ChatGLMHarnessModel(tiny_chat_base.make_model(len(tokenizer)), tokenizer)
-    with pytest.raises(ValueError, match="without a chat format: leave apply_chat_template out"):
+    with pytest.raises(ValueError, match=r"chat format.* apply_chat_template out"):
         harness.apply_chat_template([{"role": "user", "content": "你"}])
 
 
@@ -343,14 +343,14 @@ def test_a_user_defined_task(base, tmp_path):
     ("flags", "message"),
     [
         (["--tasks", "ceval", "--subjects", "law", "art_studies", "--data_dir", "{data}"],
-         r"no file of ceval, split val: looked for val/art_studies_val.csv in .*/ceval"),
-        (["--tasks", "cmmlu_arts", "--data_dir", "{data}/nowhere"], "nowhere does not exist. Name the folder"),
+         r"no file .*ceval, .*val: looked for val/art_studies_val.csv .*/ceval"),
+        (["--tasks", "cmmlu_arts", "--data_dir", "{data}/nowhere"], "nowhere .*not exist.* folder"),
         (["--tasks", "cmmlu_arts", "--data_dir", "{data}", "--num_fewshot", "6"],
-         "5 examples of cmmlu, subject arts, split dev: num_fewshot 6 is too many"),
+         "5 examples .*cmmlu, .*arts, .*dev: num_fewshot 6"),
         (["--tasks", "ceval", "--subjects", "lawn"], r"group 'lawn' in ceval \(did you mean 'law'"),
-        (["--tasks", "my_moods", "--subjects", "law"], "subjects are those of ceval and cmmlu"),
+        (["--tasks", "my_moods", "--subjects", "law"], "subjects .*ceval and cmmlu"),
         (["--tasks", "my_moods", "--include_path", "{data}/nowhere"], "include_path: .*nowhere"),
-        (["--tasks", "ceval-valid_law"], "could not load the data of ceval-valid: .*data_dir"),
+        (["--tasks", "ceval-valid_law"], "could not load .*ceval-valid: .*data_dir"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(base, data, tmp_path, capsys, flags, message):

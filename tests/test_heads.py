@@ -138,7 +138,7 @@ def test_a_pad_id_inside_a_row_is_a_token(make, ids):
 def test_rows_without_a_token_are_refused(make, ids):
     mask = torch.ones_like(ids)
     mask[1] = 0
-    with pytest.raises(ValueError, match=r"Rows \[1\] of the batch have no real token"):
+    with pytest.raises(ValueError, match=r"Rows \[1\] .*no real token"):
         make()(ids, attention_mask=mask)
 
 
@@ -290,7 +290,7 @@ def test_heads_switch_with_prefixes(make, folders, ids):
     model.set_prefix(["mood", "mood", None])
     torch.testing.assert_close(model(ids).logits[:2], alone["mood"][:2], **ALIKE)
     for refuse in (model.set_prefix, model.prefix_batch, lambda names: model(ids, prefix=names)):
-        with pytest.raises(ValueError, match="one prefix at a time: got mood, topic"):
+        with pytest.raises(ValueError, match=r"one prefix .* mood, topic"):
             refuse(["mood", "topic", None])
 
 
@@ -321,7 +321,7 @@ def test_without_its_prefix_an_untrained_head_is_refused(make, folders):
     model.load_prefix(folders["mood"], "mood")
     model.check_prefix_is_trained()
     for plain in (model.prefix_batch(None), model.base_model.prefix_batch(None)):
-        with pytest.raises(ValueError, match="classifier_head of ChatGLMForSequenceClassification is untrained"):
+        with pytest.raises(ValueError, match=r"classifier_head .*ChatGLMForSequenceClassification .*untrained"):
             model.check_prefix_is_trained(plain)
     model.check_prefix_is_trained(model.prefix_batch("mood"))
 
@@ -329,7 +329,7 @@ def test_without_its_prefix_an_untrained_head_is_refused(make, folders):
 def test_a_missing_or_other_head_is_refused(make, folders, prefix_folders, tmp_path):
     three = make(num_labels=3)
     before = head_of(three)
-    with pytest.raises(ValueError, match=r"classifier_head\.weight of size \(2, 32\), .* has \(3, 32\)"):
+    with pytest.raises(ValueError, match=r"classifier_head\.weight .*\(2, 32\), .*\(3, 32\)"):
         three.load_prefix(folders["mood"])
     with pytest.raises(ValueError, match=r"has no classifier_head\.weight, classifier_head\.bias"):
         three.load_prefix(prefix_folders["a"])
@@ -338,7 +338,7 @@ def test_a_missing_or_other_head_is_refused(make, folders, prefix_folders, tmp_p
     # Heads for texts and for tokens have one name and one shape.
     tagger = with_prefix(make(ChatGLMForTokenClassification, pre_seq_len=3))
     tagger.save_prefix(tmp_path / "tags", head="token_classification", labels=["O", "B-PER"], task="names")
-    with pytest.raises(ValueError, match=r"trained with the head token_classification .* one for sequence_class"):
+    with pytest.raises(ValueError, match=r"head token_classification .* sequence_class"):
         make().load_prefix(tmp_path / "tags")
     damaged = Path(shutil.copytree(folders["mood"], tmp_path / "damaged"))
     tensors = load_file(damaged / WEIGHTS_FILE)

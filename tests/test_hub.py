@@ -95,13 +95,13 @@ def test_unknown_names(server, hub):
         find_base("THUDM/chatglm9")
 
 
-WHERE_TO = "does not have ZhipuAI/chatglm3-6b at revision v1.0.*copy the folder here, and give its path"
+WHERE_TO = "ZhipuAI/chatglm3-6b .*revision v1.0.*copy the folder .*path"
 
 
 @pytest.mark.parametrize(("offline", "named"), [(True, r" \(HF_HUB_OFFLINE is set\)"), (False, "")])
 def test_offline_says_where_to_put_the_folder(hub, offline, named):
     hub(UNREACHABLE, offline)
-    with pytest.raises(ConnectionError, match=f"Face hub{named} cannot be reached, and its cache {WHERE_TO}"):
+    with pytest.raises(ConnectionError, match=f"Face hub{named} .*reached.*cache .*{WHERE_TO}"):
         find_base("ZhipuAI/chatglm3-6b", revision="v1.0")
 
 
@@ -109,13 +109,13 @@ def test_modelscope_offline(tmp_path, monkeypatch):
     pytest.importorskip("modelscope")
     monkeypatch.setenv("MODELSCOPE_DOMAIN", "127.0.0.1:9")
     monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path))
-    with pytest.raises(ConnectionError, match=f"ModelScope cannot be reached, and its cache {WHERE_TO}"):
+    with pytest.raises(ConnectionError, match=f"ModelScope .*reached.*cache .*{WHERE_TO}"):
         find_base("ZhipuAI/chatglm3-6b", hub="modelscope", revision="v1.0")
 
 
 def test_modelscope_is_optional(monkeypatch):
     monkeypatch.setitem(sys.modules, "modelscope", None)
-    with pytest.raises(ImportError, match=r"hub .*needs modelscope: pip install modelscope"):
+    with pytest.raises(ImportError, match=r"hub .*pip install modelscope"):
         find_base("ZhipuAI/chatglm3-6b", hub="modelscope")
 
 
@@ -123,12 +123,12 @@ def test_folders(base, tmp_path):
     assert find_base(str(base)) == base
     with pytest.raises(ValueError, match=r"revision 'v1'.*is a folder"):
         find_base(str(base), revision="v1")
-    with pytest.raises(ValueError, match="hub must be huggingface or modelscope, got 'github'"):
+    with pytest.raises(ValueError, match=r"hub .*huggingface or modelscope.*'github'"):
         find_base("THUDM/chatglm3-6b", hub="github")
-    with pytest.raises(FileNotFoundError, match=r"is not a base: it has no config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"not a base.*no config\.json"):
         find_base(str(tmp_path))
     for missing in (str(tmp_path / "x"), "./x", "x", "a/b/c"):
-        with pytest.raises(FileNotFoundError, match=r"No base at .*GLM-4-9B.*or a hub name such as THUDM/chatglm3-6b"):
+        with pytest.raises(FileNotFoundError, match=r"No base .*GLM-4-9B.*hub name .*THUDM/chatglm3-6b"):
             find_base(missing)
 
 

@@ -97,9 +97,9 @@ def test_a_mixture_takes_conversations_beside_labels(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("prompt: '{text}'\n", "the reader 'conversations' takes no 'prompt'"),
+        ("prompt: '{text}'\n", "'conversations' .*no 'prompt'"),
         ("dataset_format: csv\n", "dataset_format 'csv'"),
-        ("labels: {a: b}\n", "'labels' is for the readers"),
+        ("labels: {a: b}\n", "'labels' .*readers"),
         ("fields: {text: q}\n", "'text'"),
     ],
 )
@@ -139,5 +139,5 @@ def test_rows_of_tasks_are_kept_and_reported(folder, tmp_path):
         assert f"2 without the middle of the source (max_source_length) (first: {tmp_path}/mood.jsonl:1)" in summary
         assert f"2 rows that repeat an earlier row word for word: {tmp_path}/mood.jsonl:4" in summary
         assert f"2 bad rows were skipped, the first:\n{tmp_path}/mood.jsonl:2: the task mood has no label" in summary
-    with pytest.raises(ValueError, match=r"mood.jsonl:2: the task mood has no label '\?'"):
+    with pytest.raises(ValueError, match=r"mood.jsonl:2: .*mood .*no label '\?'"):
         Loader(TokenCache(tmp_path / "cache"), progress=False).rows(head, Split([str(tmp_path)]))

@@ -114,9 +114,9 @@ def test_label_set(references: list[str], labels: list[str] | None):
 
 
 def test_wrong_numbers_are_refused():
-    with pytest.raises(ValueError, match="2 predictions for 1 references"):
+    with pytest.raises(ValueError, match=r"2 predictions .*1 references"):
         score(["a", "b"], ["a"])
-    with pytest.raises(ValueError, match="0 predictions for 0 references"):
+    with pytest.raises(ValueError, match=r"0 predictions .*0 references"):
         score([], [])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -311,7 +312,7 @@ def test_other_peft_adapters_are_refused(load, tmp_path):
     peft = pytest.importorskip("peft")
     lora = peft.get_peft_model(load(), peft.LoraConfig(target_modules=["query_key_value"]))
     lora.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"adapter_config\.json is an adapter of type LORA"):
+    with pytest.raises(ValueError, match=r"adapter_config\.json .*type LORA"):
         load().load_prefix(tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "PREFIX_TUNING"}))
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors has no prompt_embeddings"):
@@ -349,22 +350,22 @@ def test_another_base_is_refused_by_name(tiny_config, load, trained, prefix_fold
 
 def test_a_base_of_other_sizes_is_refused_with_both(tiny_config, prefix_folders, tmp_path):
     model = ChatGLMForConditionalGeneration(tiny_config(num_layers=3))
-    with pytest.raises(ValueError, match=r"= \(2, 2, 8\), the base has \(3, 2, 8\)"):
+    with pytest.raises(ValueError, match=r"\(2, 2, 8\), .*base .*\(3, 2, 8\)"):
         model.load_prefix(prefix_folders["a"])
     folder = official(tmp_path / "p", prefix_folders["a"], "bin")
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin .* has 64 numbers, the base needs 96 \(3 layers"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin .* 64 .*base .* 96 \(3 layers"):
         model.load_prefix(folder)
     wide = ChatGLMForConditionalGeneration(tiny_config(hidden_size=64))
-    with pytest.raises(ValueError, match="hidden_size is 64, not 32"):
+    with pytest.raises(ValueError, match=r"hidden_size .*64, not 32"):
         wide.load_prefix(prefix_folders["a"])
     heads = ChatGLMForConditionalGeneration(tiny_config(multi_query_attention=False))
-    with pytest.raises(ValueError, match=r"multi_query_group_num \(2\) equal to num_attention_heads \(4\)"):
+    with pytest.raises(ValueError, match=r"multi_query_group_num \(2\) .*num_attention_heads \(4\)"):
         heads.load_prefix(folder)
 
 
 def test_a_checkpoint_without_its_base_warns(load, prefix_folders, tmp_path, caplog):
     load().load_prefix(official(tmp_path / "p", prefix_folders["a"], "bin"))
-    assert "pytorch_model.bin does not record its base" in caplog.text
+    assert re.search("pytorch_model.bin .*not record its base", caplog.text)
 
 
 def test_a_bidirectional_prefix_is_refused(load, trained, copied, ids):
@@ -489,10 +490,10 @@ def test_paths_without_a_prefix_are_refused(load, tiny_base, tmp_path):
         model.load_prefix(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=f"No prefix in {tmp_path}: expected {METADATA_FILE}"):
         model.load_prefix(tmp_path)
-    with pytest.raises(ValueError, match=r"model\.safetensors holds no parameter that starts with"):
+    with pytest.raises(ValueError, match=r"model\.safetensors .*no parameter .*starts with"):
         model.load_prefix(tiny_base)
     torch.save([torch.zeros(3)], tmp_path / "list.bin")
-    with pytest.raises(ValueError, match=r"list\.bin does not hold a dictionary of tensors"):
+    with pytest.raises(ValueError, match=r"list\.bin .*dictionary of tensors"):
         model.load_prefix(tmp_path / "list.bin")
     official_index = tmp_path / "pytorch_model.bin.index.json"
     official_index.write_text(json.dumps({"weight_map": {EMBEDDING: "pytorch_model-00001-of-00002.bin"}}))

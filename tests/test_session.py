@@ -159,7 +159,7 @@ def test_the_oldest_turns_are_dropped(model, tokenizer):
     assert session.history[-2]["content"].startswith("7 ")
     assert 2 < len(session.history) < 16
     assert max(lengths) <= room
-    with pytest.raises(ValueError, match=rf"takes \d+ tokens; there is room for {room} "):
+    with pytest.raises(ValueError, match=rf" \d+ tokens.* room .*{room} "):
         list(session.stream("天" * 600))
     assert session.history[-2]["content"].startswith("7 ")
 
@@ -213,7 +213,7 @@ def test_sampling_settings(model, tokenizer):
 
 @pytest.mark.parametrize("number", [0, 512])
 def test_max_new_tokens_must_fit(model, tokenizer, number):
-    with pytest.raises(ValueError, match=rf"1 to 511 \(seq_length - 1\), got {number}"):
+    with pytest.raises(ValueError, match=rf"1 to 511 \(seq_length - 1\).* {number}"):
         ChatSession(model, tokenizer, max_new_tokens=number)
     assert ChatSession(model, tokenizer).max_new_tokens == 256
 

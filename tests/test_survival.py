@@ -282,7 +282,7 @@ def test_out_of_memory_names_rows_tokens_and_a_smaller_batch(base, tmp_path, gen
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     trainer.model.transformer.encoder.forward = fail
-    with pytest.raises(OutOfMemory, match="2 rows of 4, 2 tokens, padded to 4, with 4 of the prefix") as error:
+    with pytest.raises(OutOfMemory, match=r"2 rows of 4, 2 tokens, .* 4, .* 4 .*prefix") as error:
         trainer.train()
     assert ("and 6 general rows of --preserve_base, did not fit" in str(error.value)) == bool(general_rows)
     assert ("1. --preserve_batch_size 3" in str(error.value)) == bool(general_rows)
@@ -293,7 +293,7 @@ def test_out_of_memory_names_rows_tokens_and_a_smaller_batch(base, tmp_path, gen
 
 def test_rows_without_a_label_stop_the_run(base, tmp_path):
     rows = [{"input_ids": [5, 6, 7], "labels": [-100, -100, -100]}] * 4
-    with pytest.raises(AllLabelsMasked, match="Every label of step 1 is masked"):
+    with pytest.raises(AllLabelsMasked, match=r"label .*step 1 .*masked"):
         make_trainer(base, tmp_path, rows).train()
 
 
@@ -306,7 +306,7 @@ def test_a_loss_that_stays_at_zero_stops_the_run(base, tmp_path):
     output_layer.register_forward_hook(
         lambda module, inputs, logits: logits * 0 + torch.eye(logits.shape[-1])[[6, 7, 7]] * 1e6
     )
-    with pytest.raises(TrainingDiverged, match="exactly 0 for 12 steps"):
+    with pytest.raises(TrainingDiverged, match=r"exactly 0 .*12 steps"):
         trainer.train()
     guard = ZeroLossGuard()
     state = trainer.state

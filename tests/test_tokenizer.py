@@ -82,7 +82,7 @@ def test_special_ids_follow_the_pieces_in_the_official_order(tokenizer, processo
     assert len(tokenizer) == tokenizer.vocab_size == len(tokenizer.get_vocab()) == pieces + 9
     assert tokenizer.convert_ids_to_tokens([pieces + 3, 2, 5]) == ["sop", "</s>", processor.id_to_piece(5)]
     assert sorted(tokenizer.all_special_ids) == [0, 1, 2, *range(pieces, pieces + 9)]
-    with pytest.raises(ValueError, match="'<pop>' is no special token"):
+    with pytest.raises(ValueError, match=r"'<pop>' .*special token"):
         tokenizer.get_command("<pop>")
 
 
@@ -370,11 +370,11 @@ def test_tools_by_argument(tokenizer):
 
 
 def test_wrong_chats_are_refused(tokenizer):
-    with pytest.raises(TemplateError, match='no role "boss": use system, user'):
+    with pytest.raises(TemplateError, match=r'no role "boss".* system, user'):
         tokenizer.apply_chat_template([{"role": "boss", "content": "x"}])
-    with pytest.raises(TemplateError, match='role "user" has no text under "content"'):
+    with pytest.raises(TemplateError, match=r'role "user" .*no text .*"content"'):
         tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "text", "text": "x"}]}])
-    with pytest.raises(TypeError, match="A chat must consist of"):
+    with pytest.raises(TypeError, match="chat must consist of"):
         tokenizer.apply_chat_template([{"role": "user", "content": object()}])
     with pytest.raises(ValueError, match="return_assistant_tokens_mask"):
         tokenizer.apply_chat_template([{"role": "user", "content": "x"}], return_assistant_tokens_mask=True)

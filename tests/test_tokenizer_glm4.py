@@ -115,7 +115,7 @@ def test_published_facts(tokenizer, reference):
     assert tokenizer.bos_token is None and tokenizer.unk_token is None
     assert tokenizer.start_ids == [tokenizer.get_command("[gMASK]"), tokenizer.get_command("<sop>")]
     assert tokenizer.get_command("<eos>") == tokenizer.eos_token_id
-    with pytest.raises(ValueError, match="'<bos>' is no special token"):
+    with pytest.raises(ValueError, match=r"'<bos>' .*special token"):
         tokenizer.get_command("<bos>")
 
 
@@ -290,7 +290,7 @@ def test_chat_with_a_base_continues_the_text(tokenizer):
     )
     assert response == "\n    return a + b"
     assert history[-1] == ("def add(a, b):", response)
-    with pytest.raises(ValueError, match="pair in the base format"):
+    with pytest.raises(ValueError, match=r"pair .*base format"):
         model.chat(tokenizer, "x", [{"role": "user", "content": "y"}])
 
 
@@ -382,7 +382,7 @@ def test_chat_format_is_found(tmp_path, name, settings, expected):
 
 
 def test_chat_format_must_suit_the_vocabulary(tokenizer):
-    with pytest.raises(ValueError, match=r"one of base, glm4 with the vocabulary in .* got 'chatglm3'"):
+    with pytest.raises(ValueError, match=r"base, glm4 .*vocabulary .*'chatglm3'"):
         tokenizer.chat_format = "chatglm3"
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -162,7 +163,7 @@ def test_a_finished_run_is_not_trained_on(base, train_file, tmp_path, caplog):
     main(command)
     before, results = load_file(run / "prefix_model.safetensors"), json.loads((run / "all_results.json").read_text())
     main(command)
-    assert "has all of the 4 steps" in caplog.text
+    assert re.search("all .*4 steps", caplog.text)
     for name, value in load_file(run / "prefix_model.safetensors").items():
         assert torch.equal(value, before[name])
     again = json.loads((run / "all_results.json").read_text("utf-8"))
@@ -179,14 +180,14 @@ def test_one_process_uses_one_gpu(base, train_file, tmp_path, monkeypatch, caplo
     more = ["--do_eval", "--validation_file", train_file]
     main(flags(base, train_file, tmp_path / "run", *more, steps=2))
     assert len(losses(tmp_path / "run")) == 2
-    assert "1 GPUs are idle. NUM_GPUS" in caplog.text
+    assert re.search("1 GPUs .*idle.* NUM_GPUS", caplog.text)
 
 
 @pytest.mark.parametrize("flag", ["--max_train_samples", "--max_eval_samples", "--max_predict_samples"])
 def test_a_limit_of_rows_that_is_none_is_refused(base, train_file, tmp_path, capsys, flag):
     with pytest.raises(SystemExit):
         main(flags(base, train_file, tmp_path / "run", flag, "-1"))
-    assert f"{flag} must be at least 1 (leave it out for all rows), got -1" in capsys.readouterr().err
+    assert re.search(f"{flag} .*at least 1 .*leave it out.* -1", capsys.readouterr().err)
 
 
 def test_losses_that_are_not_finite_stop_the_run_with_advice(base, train_file, tmp_path, capsys):
@@ -217,7 +218,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(base, train_f
     command = [sys.executable, "-c", limited, *flags(base, train_file, run, "--save_steps", "2", steps=6)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
     assert done.returncode == 1, done.stderr
-    assert "checkpoint-4 could not be written" in done.stderr and "It needs about" in done.stderr
+    assert re.search("checkpoint-4 .*not be written(?s:.*) needs about", done.stderr)
     assert f"The last good checkpoint is {run / 'checkpoint-2'}" in done.stderr
     assert digest(run / "checkpoint-2") == kept
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-2"]
@@ -235,7 +236,7 @@ def test_a_checkpoints_size_is_read_and_a_wrong_wish_is_refused(base, train_file
     assert (tmp_path / "predicted" / "generated_predictions.txt").read_text("utf-8").count("\n") == 2
     for more, message in [
         (["--ptuning_checkpoint", str(tmp_path / "first"), "--pre_seq_len", "9"], "has 6 virtual tokens"),
-        (["--pre_seq_len", "9"], "an untrained prefix is random"),
+        (["--pre_seq_len", "9"], "untrained"),
         (["--ptuning_checkpoint", str(tmp_path / "nowhere")], "nowhere"),
     ]:
         with pytest.raises(SystemExit) as error:
@@ -271,13 +272,13 @@ def test_several_files_of_several_forms_with_bad_rows_and_a_cache(base, tmp_path
     ]  # fmt: skip
     with pytest.raises(SystemExit):
         main([*named, "--output_dir", str(tmp_path / "run")])
-    assert f"{pairs}:3: 1 values, but 2 columns" in capsys.readouterr().err
+    assert re.search(f"{pairs}:3: 1 values.* 2 columns", capsys.readouterr().err)
     run = tmp_path / "run"
     main([*named, "--output_dir", str(run), "--skip_bad_rows", "1"])
     shown = capsys.readouterr().out
     assert "4 rows, 3 used, 3 examples" in shown
-    assert "warning: 1 bad rows were skipped" in shown
-    assert "1 rows of the validation data are in the training data too" in shown
+    assert re.search("1 bad rows .*skipped", shown)
+    assert re.search("1 rows .*validation .*training data too", shown)
     assert json.loads((run / "all_results.json").read_text("utf-8"))["train_samples"] == 5
     first = load_file(run / "prefix_model.safetensors")
     # The validation file is one of the training files, so that it is always there.

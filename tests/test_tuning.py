@@ -1,6 +1,7 @@
 """Every tuning method by the command: what it trains and leaves frozen, resuming, and evaluation."""
 
 import json
+import re
 import shutil
 
 import processes
@@ -135,14 +136,14 @@ def test_another_base_and_another_method_are_refused(base, train_file, tmp_path,
     model.save_pretrained(other)
     for method in ("lora", "prompt", "full"):
         main(flags(base, train_file, tmp_path / method, "--tuning", method, steps=1))
-        with pytest.raises(ValueError, match=r"was trained on another base: on .*base, and this one is .*other"):
+        with pytest.raises(ValueError, match=r"another base: on .*base, .*other"):
             load_tuned(other, tmp_path / method)
         with pytest.raises(SystemExit):
             main(
                 flags(base, train_file, tmp_path / "new", "--tuning", "p_tuning", "--ptuning_checkpoint",
                       tmp_path / method, steps=1)
             )  # fmt: skip
-        assert f"was trained by the tuning method {method}, not p_tuning" in capsys.readouterr().err
+        assert re.search(f"trained by .*{method}, not p_tuning", capsys.readouterr().err)
     (tmp_path / "lora" / "adapter_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"incomplete: adapter_model.safetensors is missing"):
         load_tuned(base, tmp_path / "lora")
@@ -155,18 +156,18 @@ def test_another_base_and_another_method_are_refused(base, train_file, tmp_path,
     ("more", "message"),
     [
         (["--tuning", "none"], "--tuning none trains nothing"),
-        (["--tuning", "lara"], "--tuning must be one of"),
+        (["--tuning", "lara"], "--tuning .*ptuning_v2.*'lara'"),
         (["--tuning", "head_only"], "generation has none"),
-        (["--tuning", "lora", "--lora_target", "q_proj"], "--lora_target takes query_key_value"),
-        (["--tuning", "lora", "--deepspeed", "ds_config/zero1.json"], "works with --tuning ptuning_v2 alone"),
-        (["--tuning", "p_tuning", "--prompt_encoder", "gru"], "--prompt_encoder must be one of mlp, lstm"),
-        (["--tuning", "full", "--compare_base"], "--compare_base needs the plain base"),
+        (["--tuning", "lora", "--lora_target", "q_proj"], "--lora_target .*query_key_value.*q_proj"),
+        (["--tuning", "lora", "--deepspeed", "ds_config/zero1.json"], "--deepspeed .*--tuning ptuning_v2"),
+        (["--tuning", "p_tuning", "--prompt_encoder", "gru"], "--prompt_encoder .*mlp, lstm.*'gru'"),
+        (["--tuning", "full", "--compare_base"], "--compare_base .*plain base"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(base, train_file, tmp_path, capsys, more, message):
     with pytest.raises(SystemExit):
         main(flags(base, train_file, tmp_path / "run", *more))
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)
     assert last_checkpoint(tmp_path / "run") is None
 
 
