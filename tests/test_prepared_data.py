@@ -130,11 +130,11 @@ def test_mixing_by_weight(tmp_path, encoder, cache):
     assert half == mixed([1, 0.5]) and half[:2] == [1, 2] and len(half) == 4 and set(half[2:]) < {3, 4, 5, 6}
     assert len({tuple(mixed([1, 0.5], seed)) for seed in range(8)}) > 1
     for weights, message in [
-        ([1], "has 1 numbers for 2 files"),
+        ([1], "1 numbers .*2 files"),
         ([1, 0], "must be positive"),
         ([1, -1], "must be positive"),
     ]:
-        with pytest.raises(ValueError, match=f"train_weights {message}"):
+        with pytest.raises(ValueError, match=f"train_weights .*{message}"):
             mixed(weights)
 
 
@@ -235,7 +235,7 @@ def test_a_damaged_entry_is_made_again(tmp_path, encoder, cache):
 
 def test_a_cache_that_cannot_be_written_names_the_way_out(tmp_path, encoder):
     path = data_file(tmp_path, pair(1))
-    with pytest.raises(OSError, match=r"rows.json cannot be written: .*data_cache_dir"):
+    with pytest.raises(OSError, match=r"rows.json .*written: .*data_cache_dir"):
         prepare([path], encoder(), TokenCache(path))
 
 
