@@ -236,7 +236,7 @@ def test_a_checkpoints_size_is_read_and_a_wrong_wish_is_refused(base, train_file
     assert (tmp_path / "predicted" / "generated_predictions.txt").read_text("utf-8").count("\n") == 2
     for more, message in [
         (["--ptuning_checkpoint", str(tmp_path / "first"), "--pre_seq_len", "9"], "has 6 virtual tokens"),
-        (["--pre_seq_len", "9"], "untrained"),
+        (["--pre_seq_len", "9"], "--pre_seq_len 9 without --do_train"),
         (["--ptuning_checkpoint", str(tmp_path / "nowhere")], "nowhere"),
     ]:
         with pytest.raises(SystemExit) as error:
