@@ -54,9 +54,12 @@ def test_tsv_and_gzip(tmp_path):
     assert read_rows(path) == [{"prompt": "问,一", "response": "答"}]
 
 
-def test_tsv_is_not_quoted(tmp_path):
-    path = written(tmp_path, "rows.tsv", 'text\tlabel\n"很好\t1\n差 "差"\t0\n\n"全在引号里"\t1\n')
-    assert [(row["text"], row.line) for row in read_rows(path)] == [('"很好', 2), ('差 "差"', 3), ('"全在引号里"', 5)]
+def test_tsv_is_not_quoted_and_the_first_value_in_quotes_gives_a_warning(tmp_path, caplog):
+    rows = 'text\tlabel\n"很好\t1\n差 "差"\t0\n\n"全在引号里"\t1\n"也是"\t1\n'
+    path = written(tmp_path, "rows.tsv", rows)
+    found = [(row["text"], row.line) for row in read_rows(path)]
+    assert found == [('"很好', 2), ('差 "差"', 3), ('"全在引号里"', 5), ('"也是"', 6)]
+    assert [f"{path}:5: " in record.getMessage() for record in caplog.records] == [True]
 
 
 @pytest.mark.parametrize("mark", [",", "\t"])

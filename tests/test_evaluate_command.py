@@ -59,6 +59,8 @@ def test_the_plain_base(base, test_file, tmp_path, capsys):
     assert [row["prediction"] for row in predictions] == [row["gold"] for row in predictions] == list(ANSWERS.values())
     assert results["metrics"]["exact_match"] == 100 and results["metrics"]["rouge-l"] == pytest.approx(100, abs=1e-3)
     assert results["counts"]["rows"] == results["counts"]["examples"] == len(ROWS)
+    lengths = results["counts"]["lengths"]
+    assert lengths["source"] == lengths["example"] and set(lengths["target"]) == {"50", "90", "99", "100"}
     assert results["settings"]["ptuning_checkpoint"] is None
     assert results["settings"]["max_target_length"] == 24 and results["settings"]["decoding"] == "greedy"
     assert "base_metrics" not in results and "base_prediction" not in predictions[0]

@@ -141,3 +141,17 @@ def test_rows_of_tasks_are_kept_and_reported(folder, tmp_path):
         assert f"2 bad rows were skipped, the first:\n{tmp_path}/mood.jsonl:2: the task mood has no label" in summary
     with pytest.raises(ValueError, match=r"mood.jsonl:2: .*mood .*no label '\?'"):
         Loader(TokenCache(tmp_path / "cache"), progress=False).rows(head, Split([str(tmp_path)]))
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_rows_with_a_dropped_label_are_reported_from_the_cache_too(folder, tmp_path, limit):
+    text = (folder / "mood.yaml").read_text("utf-8")
+    (tmp_path / "mood.yaml").write_text(text + "drop_labels: ['-']\n", "utf-8")
+    write_rows(tmp_path / "mood.jsonl", *({"text": "乙", "label": label} for label in ("good", "-", "bad", "good")))
+    task = load_task(tmp_path / "mood.yaml")
+    head = head_of(task, "sequence_classification")(task, ChatGLMTokenizer.from_pretrained(folder / "base"))
+    loader, split = Loader(TokenCache(tmp_path / "cache"), progress=False), Split([str(tmp_path)], limit=limit)
+    made, kept = loader.rows(head, split), loader.rows(head, split)
+    assert (made.reused, kept.reused) == (False, True) and made.rows["labels"][:] == [0, 1, 0][:limit]
+    for found in (made, kept):
+        assert f"rows of mood, split train, are labelled - (first: {tmp_path}/mood.jsonl:2)" in found.summary()

@@ -245,6 +245,7 @@ def test_a_run_can_do_without_the_report(base, files, tmp_path):
         (["--preserve_file", "missing.json"], 1, "missing.json does not exist"),
         (["--preserve_eval_file", "GENERAL"], 1, "6 rows .*preserve_eval_file .*preserve_file"),
         (["--preserve_file", "BROKEN"], 1, "broken.json:2"),
+        (["--preserve_file", "BROKEN", "--skip_bad_rows", "1"], 1, "broken.json:2"),
     ],
 )
 def test_what_is_wrong_is_named(base, files, tmp_path, capsys, change, code, said):
