@@ -19,7 +19,6 @@ from chatglm_ptuning.data.tasks.checked_yaml import FORBID, Text, YamlFile, near
 from chatglm_ptuning.data.tasks.examples import Example, has_gold
 from chatglm_ptuning.data.tasks.heads import LINEAR_HEADS, head_of, heads_of
 from chatglm_ptuning.data.tasks.heads.head import Prediction
-from chatglm_ptuning.data.tasks.registry import load_task
 from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.evaluation.report import score_task
 from chatglm_ptuning.experiments.run import RUN_DEFAULTS
@@ -251,10 +250,7 @@ def _check_cell(
     tuning, asked = flags.get("tuning", "ptuning_v2"), flags.pop("head", None)
     kinds = (ModelArguments, DataArguments, TuningArguments)
     _, data, _ = checker.values({**flags, "model_name_or_path": plan.base}, kinds)
-    if data.task is None:
-        definition = data.setup_of_files(data.train_file or data.validation_file or data.test_file).task
-    else:
-        definition = load_task(data.task)
+    definition = data.chosen_task()
     head = _head(definition, asked, tuning != "none")
     if tuning == "none" and head in LINEAR_HEADS:
         return f"the plain base has no {head.replace('_', ' ')} head"

@@ -15,7 +15,6 @@ from transformers.utils import logging
 from chatglm_ptuning.command_line import FlagChecker, fail, flag_words, parse_arguments
 from chatglm_ptuning.data.tasks.heads import head_of
 from chatglm_ptuning.data.tasks.readers import reader_of
-from chatglm_ptuning.data.tasks.registry import load_task
 from chatglm_ptuning.experiments.proposals import lost_rung, propose, write_study
 from chatglm_ptuning.experiments.run import RUN_DEFAULTS, Ending, Run
 from chatglm_ptuning.experiments.runner import interruptible, run_all
@@ -230,10 +229,8 @@ def _parse(argv: Sequence[str]) -> tuple[SearchArguments, list[str], str]:
     try:
         # Not the Trainer's arguments: they would prepare this process for DeepSpeed, and the runs inherit that.
         _, data_args, _ = FlagChecker(TRAIN_FLAGS).parsed(first, (ModelArguments, DataArguments, TuningArguments))
-        if data_args.task is None:
-            task = data_args.setup_of_files(data_args.train_file).task
-        else:
-            task = load_task(data_args.task)
+        task = data_args.chosen_task()
+        if data_args.task is not None:
             data_args.setup_of_task(task, head_of(task, data_args.head))
     except ValueError as error:
         fail(str(error))

@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from chatglm_ptuning.data.dataset import Split
 from chatglm_ptuning.data.tasks.arguments import TaskArguments
+from chatglm_ptuning.data.tasks.registry import load_task
 from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.files import check_output_folder
 from chatglm_ptuning.model.arguments import BaseArguments
@@ -162,6 +163,19 @@ class DataArguments(TaskArguments):
             limit = getattr(self, name)
             if limit is not None and limit < 1:
                 raise ValueError(f"--{name} must be at least 1 (leave it out for all rows), got {limit}")
+
+    def chosen_task(self) -> Task:
+        """The task that --task names, or that of the instruction files.
+
+        Raises:
+            ValueError: if there is no such task, its file is wrong, or no file is named.
+        """
+        if self.task is not None:
+            return load_task(self.task)
+        files = self.train_file or self.validation_file or self.test_file
+        if not files:
+            raise ValueError("give --task, or instruction files by --train_file, --validation_file or --test_file.")
+        return self.setup_of_files(files).task
 
     def split(self, task: Task | None, kind: Literal["train", "dev", "test"]) -> Split:
         """The rows to train on, to evaluate on during training, or to test on.
