@@ -236,3 +236,9 @@ def test_only_answers_can_be_learned():
 )
 def test_recognises_rows_without_both_sides(values, missing):
     assert content(values, Columns(history="history")).missing_side() == missing
+
+
+def test_a_dataset_on_a_hub_without_the_hubs_name_is_refused_with_its_right_name():
+    for name in ("a/b", "hub:a/b"):
+        with pytest.raises(ValueError, match=r" huggingface:a/b"):
+            list(iterate_rows([name]))
