@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from torch import nn
 from torch.nn import functional
+
+from chatglm_ptuning.model.packed_sequences import last_tokens
+from chatglm_ptuning.model.zero3 import gathered
 
 IGNORED_LABEL = -100
 """The label of a masked position, which the loss ignores."""
+_STATES_AT_ONCE = 256
+"""Positions whose logits exist at the same time; fewer do not fill a GPU."""
 
 
 def cross_entropy(
@@ -28,9 +37,74 @@ def cross_entropy(
     return total / torch.as_tensor(items, device=total.device).clamp(min=1)
 
 
-def next_token_loss(
-    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
-) -> torch.Tensor:
-    """`cross_entropy` of the logits `[batch, seq_len, vocab]` of every position with the label of the next one."""
+def next_labels(labels: torch.Tensor, sequence_lengths: Sequence[int] | None = None) -> torch.Tensor:
+    """The label of the next token for every position, `[batch, seq_len]`; -100 at the last of a row.
+
+    Args:
+        sequence_lengths: of the sequences of a packed row; then -100 at the last token of each.
+    """
     # The labels are shifted, not the logits, which are large.
-    return cross_entropy(logits, functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL), num_items_in_batch)
+    shifted = functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+    if sequence_lengths is None:
+        return shifted
+    return shifted.index_fill(1, last_tokens(sequence_lengths, labels.device), IGNORED_LABEL)
+
+
+def loss_of_states(
+    states: torch.Tensor,
+    output_layer: nn.Module,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """`cross_entropy` of the output layer's logits, without keeping them if the layer is a frozen linear one.
+
+    Args:
+        states: `[positions, hidden_size]`.
+        labels: `[positions]`, none of them -100.
+    """
+    labels = labels.to(states.device)
+    items = len(labels) if num_items_in_batch is None else num_items_in_batch
+    if not _is_frozen_linear(output_layer):
+        return cross_entropy(output_layer(states), labels, items)
+    with gathered([output_layer.weight]):
+        total = _FrozenLinearCrossEntropy.apply(states, output_layer.weight, labels)
+    return total / torch.as_tensor(items, device=total.device).clamp(min=1)
+
+
+def _is_frozen_linear(layer: nn.Module) -> bool:
+    if type(layer) is not nn.Linear or layer.bias is not None or hasattr(layer, "_hf_hook"):
+        return False
+    return not layer.weight.requires_grad
+
+
+class _FrozenLinearCrossEntropy(torch.autograd.Function):
+    """The sum of the cross entropies of `states @ weight.T`, a few positions at a time.
+
+    The gradient of the states is computed with the loss, so that nothing of the logits is kept. As where the logits
+    exist as a whole, they have the dtype of the states, and the rest is float32. `linear_cross_entropy` of torch 2.13
+    rounds the loss to the dtype of the states, and computes with float32 copies of 16-bit weights on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=states.device)
+        grad = torch.empty_like(states)
+        rows = min(_STATES_AT_ONCE, len(states))
+        logits = states.new_empty(rows, len(weight))  # once, because new memory is slow on a CPU
+        scores = torch.empty_like(logits, dtype=torch.float32)
+        for own, wanted, target in zip(
+            states.split(_STATES_AT_ONCE), labels.split(_STATES_AT_ONCE), grad.split(_STATES_AT_ONCE), strict=True
+        ):
+            wanted = wanted[:, None]
+            torch.mm(own, weight.T, out=logits[: len(own)])
+            error = torch.log_softmax(logits[: len(own)], -1, dtype=torch.float32, out=scores[: len(own)])
+            total -= error.gather(-1, wanted).sum()
+            error.exp_().scatter_add_(-1, wanted, error.new_full(wanted.shape, -1.0))
+            torch.mm(logits[: len(own)].copy_(error), weight, out=target)
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_of_total: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (grad,) = ctx.saved_tensors
+        return grad * grad_of_total.to(grad.dtype), None, None

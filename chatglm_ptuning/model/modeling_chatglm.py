@@ -9,6 +9,7 @@ prefixes and loading have their own files.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,12 +33,14 @@ from chatglm_ptuning.model.chat_mixin import ChatMixin
 from chatglm_ptuning.model.checkpoint_formats import register_conversions
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.generation_mixin import PrefixGenerationMixin
-from chatglm_ptuning.model.losses import next_token_loss
+from chatglm_ptuning.model.losses import IGNORED_LABEL, cross_entropy, loss_of_states, next_labels
+from chatglm_ptuning.model.packed_sequences import PackedSequences, packed_attention
 from chatglm_ptuning.model.packed_weights import check_unpacked, packed_dtype_plan
 from chatglm_ptuning.model.placement import execution_device, out_of_offload
 from chatglm_ptuning.model.prefix_encoder import PrefixEncoder
 from chatglm_ptuning.model.prefix_mixin import PrefixMixin
 from chatglm_ptuning.model.rotary import RotaryEmbedding
+from chatglm_ptuning.model.swiglu import SwiGLU
 from chatglm_ptuning.model.trained_module import FirstValues
 from chatglm_ptuning.model.zero3 import gathered, is_partitioned
 from chatglm_ptuning.prefix.bank import TRAINABLE_PREFIX, PrefixBank
@@ -104,6 +107,7 @@ class SelfAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None = None,
+        packed: PackedSequences | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Hidden states `[batch, seq_len, hidden_size]` -> the same shape, and the attention weights or None.
@@ -114,6 +118,7 @@ class SelfAttention(nn.Module):
             position_embeddings: cosines and sines of the tokens' positions.
             attention_mask: over prefix, cached tokens and new ones, in the format of the attention implementation.
             past_key_values: stores the tokens' keys and values, never the prefix's.
+            packed: the sequences of a packed row; the prefix then has an entry for each of them.
             kwargs: for the attention function.
         """
         query, key, value = self._split(self.query_key_value(hidden_states))
@@ -121,20 +126,15 @@ class SelfAttention(nn.Module):
         key = apply_rotary_pos_emb(key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        kwargs |= {"dropout": self.config.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        if packed is not None:
+            output = packed_attention(attention, self, query, key, value, prefix_key, prefix_value, packed, **kwargs)
+            return self.dense(output.flatten(2)), None
         if prefix_key is not None:
             key = torch.cat((prefix_key.to(key), key), dim=2)
             value = torch.cat((prefix_value.to(value), value), dim=2)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, weights = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
+        output, weights = attention(self, query, key, value, attention_mask, **kwargs)
         return self.dense(output.flatten(2)), weights
 
 
@@ -149,8 +149,7 @@ class MLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Hidden states `[..., hidden_size]` -> the same shape."""
-        gate, up = self.dense_h_to_4h(hidden_states).chunk(2, dim=-1)
-        return self.dense_4h_to_h(nn.functional.silu(gate) * up)
+        return self.dense_4h_to_h(SwiGLU.apply(self.dense_h_to_4h(hidden_states)))
 
 
 def _norm(config: ChatGLMConfig) -> nn.Module:
@@ -179,13 +178,24 @@ class GLMBlock(GradientCheckpointingLayer):
         prefix_key: torch.Tensor | None,
         prefix_value: torch.Tensor | None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        kept_positions: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Hidden states `[batch, seq_len, hidden_size]` -> the same shape; the rest as for SelfAttention."""
+        """Hidden states `[batch, seq_len, hidden_size]` -> the same shape; the rest as for SelfAttention.
+
+        Args:
+            kept_positions: places in `[batch * seq_len]`; the result is then `[1, places, hidden_size]`, and nothing
+                after the attention is computed for the other places.
+        """
         # The prefix is passed as positional tensors: reentrant checkpointing tracks gradients of no other arguments.
         dtype = position_embeddings[0].dtype  # of the layers; the residual stream may be in float32
         normed = self.input_layernorm(hidden_states).to(dtype)
         attended, _ = self.self_attention(normed, prefix_key, prefix_value, position_embeddings, **kwargs)
+        if kept_positions is not None:
+            hidden_states, normed, attended = (
+                states.flatten(0, 1).index_select(0, kept_positions)[None]
+                for states in (hidden_states, normed, attended)
+            )
         hidden_states = self._add(hidden_states, normed, attended)
         normed = self.post_attention_layernorm(hidden_states).to(dtype)
         return self._add(hidden_states, normed, self.mlp(normed))
@@ -211,16 +221,27 @@ class GLMTransformer(nn.Module):
         self.layers = nn.ModuleList([GLMBlock(config, layer_idx) for layer_idx in range(config.num_layers)])
         self.final_layernorm = _norm(config) if config.post_layer_norm else nn.Identity()
 
-    def forward(self, hidden_states: torch.Tensor, prefix: PrefixBatch, **kwargs: Any) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        prefix: PrefixBatch,
+        rows: int,
+        kept_positions: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         """Hidden states `[batch, seq_len, hidden_size]` -> the same shape.
 
         Args:
             hidden_states: the embeddings.
-            prefix: of the batch's rows.
+            prefix: of the batch's rows, or of the sequences in its packed row.
+            rows: how many these are.
+            kept_positions: for the last layer, see GLMBlock.
             kwargs: for every layer.
         """
         for layer_idx, layer in enumerate(self.layers):
-            key, value = prefix.layer(layer_idx, hidden_states.shape[0])
+            key, value = prefix.layer(layer_idx, rows)
+            if layer_idx == len(self.layers) - 1:
+                kwargs["kept_positions"] = kept_positions
             hidden_states = layer(hidden_states, key, value, **kwargs)
         return self.final_layernorm(hidden_states)
 
@@ -379,6 +400,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         prefix: PrefixArgument = None,
+        sequence_lengths: Sequence[int] | None = None,
+        kept_positions: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states `[batch, seq_len, hidden_size]` after the final norm, with a prefix in front of every layer.
@@ -391,32 +414,43 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             use_cache: whether to return a cache; by default as in the configuration.
             prefix: the result of `prefix_batch`, or a name, or a list with a name or None for each row. None means the
                 selected prefix; `prefix_batch(None)` is the plain base.
+            sequence_lengths: of the sequences that are packed one after the other in `input_ids` `[1, tokens]`. Each
+                has its own entry of `prefix` and sees only this and itself. There is no mask and no cache then.
+            kept_positions: int64, places in `[batch * seq_len]` to return states for, `[1, places, hidden_size]`.
             kwargs: `output_hidden_states`, `output_attentions` and arguments for the attention function.
 
         Raises:
             KeyError: if a prefix of that name is not loaded.
-            ValueError: if the mask does not cover the tokens, the cache was filled under another prefix, or the prefix
-                is for another number of rows.
+            ValueError: if the mask does not cover the tokens, the cache was filled under another prefix, the prefix
+                is for another number of rows, or the lengths do not add up to the tokens.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.embedding(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        prefix = self._prefix_for(prefix, inputs_embeds)
-        if past_key_values is not None:
-            prefix.claim(past_key_values)
-        if position_ids is None:
-            position_ids = positions_from_mask(attention_mask, inputs_embeds, past_key_values)
-        mask = causal_mask_with_prefix(
-            self.config, inputs_embeds, attention_mask, past_key_values, position_ids, prefix
-        )
+        rows = inputs_embeds.shape[0] if sequence_lengths is None else len(sequence_lengths)
+        prefix, packed, mask = self._prefix_for(prefix, inputs_embeds, rows), None, None
+        if sequence_lengths is not None:
+            packed = PackedSequences(tuple(sequence_lengths), prefix, self.config, inputs_embeds)
+            position_ids = packed.position_ids if position_ids is None else position_ids
+        else:
+            if use_cache and past_key_values is None:
+                past_key_values = DynamicCache(config=self.config)
+            if past_key_values is not None:
+                prefix.claim(past_key_values)
+            if position_ids is None:
+                position_ids = positions_from_mask(attention_mask, inputs_embeds, past_key_values)
+            mask = causal_mask_with_prefix(
+                self.config, inputs_embeds, attention_mask, past_key_values, position_ids, prefix
+            )
         hidden_states = self.encoder(
             inputs_embeds.float() if self.config.fp32_residual_connection else inputs_embeds,
             prefix=prefix,
+            rows=rows,
             position_embeddings=self.rotary_pos_emb(position_ids, inputs_embeds.dtype),
             attention_mask=mask,
+            packed=packed,
+            kept_positions=kept_positions,
             past_key_values=past_key_values,
             use_cache=use_cache,
             **kwargs,
@@ -454,6 +488,9 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, PrefixG
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         prefix: PrefixArgument = None,
+        sequence_lengths: Sequence[int] | None = None,
+        skip_logits: bool = False,
+        label_positions: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As `ChatGLMModel.forward`, with logits `[batch, seq_len, padded_vocab_size]`.
@@ -465,7 +502,21 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, PrefixG
             num_items_in_batch: divides the loss, instead of the number of supervised tokens here; the Trainer passes
                 the number in all batches of a step.
             prefix: as for `ChatGLMModel.forward`.
+            sequence_lengths: as for `ChatGLMModel.forward`; the first token of a sequence is not predicted.
+            skip_logits: with labels, return the loss alone. It then takes less time and memory: states and logits are
+                computed only where a token is supervised, and only some logits exist at a time.
+            label_positions: int64, places of the supervised tokens in `[batch * seq_len]`, none of them the first of
+                its sequence. Without them `skip_logits` looks for them, and waits for the GPU.
         """
+        if labels is not None:
+            labels = next_labels(labels, sequence_lengths)
+        if skip_logits and labels is not None:
+            labels = labels.flatten()
+            supervised = (
+                (labels != IGNORED_LABEL).nonzero().flatten() if label_positions is None else label_positions - 1
+            )
+            labels = labels.index_select(0, supervised)
+            use_cache, kwargs["kept_positions"] = False, supervised
         outputs = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -474,12 +525,18 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, PrefixG
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             prefix=prefix,
+            sequence_lengths=sequence_lengths,
             **kwargs,
         )
+        if skip_logits and labels is not None:
+            states = outputs.last_hidden_state[0]
+            return CausalLMOutputWithPast(
+                loss=loss_of_states(states, self.transformer.output_layer, labels, num_items_in_batch)
+            )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         logits = self.transformer.output_layer(hidden_states)
         return CausalLMOutputWithPast(
-            loss=None if labels is None else next_token_loss(logits, labels, num_items_in_batch),
+            loss=None if labels is None else cross_entropy(logits, labels, num_items_in_batch),
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,

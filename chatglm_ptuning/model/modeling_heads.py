@@ -6,7 +6,7 @@ and `load_prefix` keep them together: forward passes with a loaded prefix use it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, ClassVar
@@ -25,6 +25,7 @@ from transformers.utils import can_return_tuple
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.losses import IGNORED_LABEL, cross_entropy
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMModel, ChatGLMPreTrainedModel
+from chatglm_ptuning.model.packed_sequences import last_tokens, unpack
 from chatglm_ptuning.model.placement import out_of_offload
 from chatglm_ptuning.model.trained_module import FirstValues, Float32Module
 from chatglm_ptuning.prefix.batch import PrefixArgument
@@ -128,6 +129,7 @@ class ChatGLMForSequenceClassification(ChatGLMWithHead):
         inputs_embeds: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         prefix: PrefixArgument = None,
+        sequence_lengths: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
         """As `ChatGLMModel.forward`, with logits `[batch, num_labels]`, float32.
@@ -138,16 +140,25 @@ class ChatGLMForSequenceClassification(ChatGLMWithHead):
             labels: `[batch]` classes or numbers, or `[batch, num_labels]` for several classes or numbers at once; -100
                 where the loss is masked.
             num_items_in_batch: divides the loss, instead of the number of labels here.
+            sequence_lengths: of the sequences of a packed row; each of them is then a row of the batch.
 
         Raises:
             ValueError: if a row has no real token.
         """
         outputs = self.transformer(
-            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, prefix=prefix, **kwargs
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            prefix=prefix,
+            sequence_lengths=sequence_lengths,
+            **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        last = self._last_real_position(input_ids, attention_mask, hidden_states)
-        pooled = hidden_states[torch.arange(hidden_states.shape[0], device=last.device), last]
+        if sequence_lengths is not None:
+            pooled = hidden_states[0].index_select(0, last_tokens(sequence_lengths, hidden_states.device))
+        else:
+            last = self._last_real_position(input_ids, attention_mask, hidden_states)
+            pooled = hidden_states[torch.arange(hidden_states.shape[0], device=last.device), last]
         logits = self._apply_head(pooled, prefix)
         loss = None if labels is None else self._loss(logits, labels.to(logits.device), num_items_in_batch)
         return SequenceClassifierOutputWithPast(
@@ -241,6 +252,7 @@ class ChatGLMForQuestionAnswering(ChatGLMWithHead):
         end_positions: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         prefix: PrefixArgument = None,
+        sequence_lengths: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> QuestionAnsweringModelOutput:
         """As `ChatGLMModel.forward`, with `start_logits` and `end_logits` `[batch, seq_len]`, float32.
@@ -249,11 +261,20 @@ class ChatGLMForQuestionAnswering(ChatGLMWithHead):
             start_positions: `[batch]`; a position outside the row (a window without the answer) is masked.
             end_positions: likewise, of the answer's last token.
             num_items_in_batch: divides each loss, instead of the number of positions here.
+            sequence_lengths: of the sequences of a packed row; each of them is then a row of the batch, padded on the
+                right to the longest.
         """
         outputs: BaseModelOutputWithPast = self.transformer(
-            input_ids=input_ids, attention_mask=attention_mask, prefix=prefix, **kwargs
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            prefix=prefix,
+            sequence_lengths=sequence_lengths,
+            **kwargs,
         )
-        start_logits, end_logits = self._apply_head(outputs.last_hidden_state, prefix).unbind(-1)
+        logits = self._apply_head(outputs.last_hidden_state, prefix)
+        if sequence_lengths is not None:
+            logits, attention_mask = unpack(logits, sequence_lengths)
+        start_logits, end_logits = logits.unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
             # Padding is masked, so that the loss of a row does not depend on the length of others.

@@ -103,13 +103,12 @@ class PrefixMixin:
         """
         return prefix if isinstance(prefix, PrefixBatch) else self.prefix_batch(self._selection(prefix))
 
-    def _prefix_for(self, prefix: PrefixArgument, states: torch.Tensor) -> PrefixBatch:
-        """The prefix of a forward pass with `states` `[batch, ...]`; in training with dropout, except on a PrefixBatch.
+    def _prefix_for(self, prefix: PrefixArgument, states: torch.Tensor, rows: int) -> PrefixBatch:
+        """The prefix of a forward pass on `rows` sequences; in training with dropout, except on a PrefixBatch.
 
         Raises:
             KeyError, ValueError: as `prefix_batch`; if the batch has another number of rows.
         """
-        rows = states.shape[0]
         if not isinstance(prefix, PrefixBatch):
             rate = self.config.prefix_dropout if self.training and self._trainable is not None else 0.0
             prefix = self._make_batch(self._selection(prefix), states.device, states.dtype, rate, rows)

@@ -42,6 +42,7 @@ def key_values_before(base: PreTrainedModel, inputs_embeds: torch.Tensor) -> tor
             encoder,
             states.float() if config.fp32_residual_connection else states,
             PrefixBatch(),
+            1,
             position_embeddings=base.rotary_pos_emb(position_ids, states.dtype),
             attention_mask=causal_mask_with_prefix(config, states, None, None, position_ids, PrefixBatch()),
             past_key_values=cache,
