@@ -18,7 +18,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
@@ -55,10 +55,22 @@ _ROOM_FOR_SMALL_FILES = 2**20
 """Bytes of a checkpoint besides the numbers of prefix and optimizer: random states, metadata, log."""
 
 
+@contextmanager
+def _as_trainable(model: PreTrainedModel) -> Iterator[None]:
+    """Lets the Trainer accept a quantised model without a PEFT adapter: what is quantised is frozen here."""
+    quantised = getattr(model, "is_quantized", False)
+    model.is_quantized = False
+    try:
+        yield
+    finally:
+        model.is_quantized = quantised
+
+
 class PrefixTrainer(Trainer):
     """Trains the prefix of a ChatGLM model, or the parameters of another tuning method.
 
     Args:
+        model: with a frozen base, which may be quantised.
         tuning: the trained parameters of the model; by default its prefix.
         details: what every checkpoint records beside the weights: chat format, task, training.
         generation_metrics: called after an evaluation, for metrics that need predictions.
@@ -68,6 +80,7 @@ class PrefixTrainer(Trainer):
 
     def __init__(
         self,
+        model: PreTrainedModel,
         *args: Any,
         tuning: Tuning | None = None,
         details: dict[str, Any] | None = None,
@@ -75,7 +88,8 @@ class PrefixTrainer(Trainer):
         replay: Replay | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        with _as_trainable(model):
+            super().__init__(model, *args, **kwargs)
         self.tuning = tuning or PrefixTuning(self.model)
         self.details = details or {}
         self.generation_metrics = generation_metrics
