@@ -12,6 +12,7 @@ import processes
 import pytest
 import task_runs
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from json_lines import write_rows
 from safetensors.torch import load_file
 from torch.nn import functional
@@ -110,6 +111,11 @@ def test_a_refused_flag_says_what_to_use_instead(base, tmp_path, capsys, flag):
     assert not (tmp_path / "run").exists()
 
 
+def test_an_evaluation_at_the_start_needs_rows(base, train_file, tmp_path, capsys):
+    message = refusal(flags(base, train_file, tmp_path, "--eval_on_start", "true"), capsys)
+    assert "--eval_on_start" in message and "--do_eval" in message
+
+
 def test_a_refused_flag_with_its_default_is_accepted(tmp_path):
     fields = {field.name: field for field in dataclasses.fields(Seq2SeqTrainingArguments)}
     defaults = {name: fields[name].default for name in REFUSED if fields[name].default is not dataclasses.MISSING}
@@ -141,6 +147,14 @@ def test_flags_in_a_file_and_of_a_search_are_refused_too(base, train_file, tmp_p
         ("--lr_scheduler_type cosine_with_min_lr", "--lr_scheduler_kwargs .*min_lr"),
         ('--lr_scheduler_type cosine --lr_scheduler_kwargs {"cycles":2}', "--lr_scheduler_kwargs .*cycles"),
         ("--include_num_input_tokens_seen some", "--include_num_input_tokens_seen .*non_padding, got some"),
+        ("--lr_scheduler_kwargs {min_lr", "--lr_scheduler_kwargs .*JSON.* got {min_lr"),
+        ("--activation_checkpointing_kwargs [1]", r"--activation_checkpointing_kwargs .*JSON.* got \[1\]"),
+        ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps .*at least 1, got 0"),
+        ("--per_device_train_batch_size 0", "--per_device_train_batch_size .*at least 1, got 0"),
+        ("--per_device_eval_batch_size -2", "--per_device_eval_batch_size .*at least 1, got -2"),
+        ("--seed -1", "--seed .*at least 0.*got -1"),
+        ("--data_seed -1", "--data_seed .*at least 0.*got -1"),
+        ("--trackio_space_id mine", "--trackio_space_id .*--report_to trackio"),
         ("--ddp_backend gloo", "--ddp_backend gloo .*scripts/launch.sh"),
         ("--debug tpu_metrics_debug", "--debug tpu_metrics_debug"),
         ("--neftune_noise_alpha 5 --preserve_base 0.3", "--preserve_base .*--neftune_noise_alpha"),
@@ -218,22 +232,14 @@ def test_all_trackers_are_those_that_are_installed(base, train_file, plain, tmp_
 @pytest.mark.parametrize(
     "given",
     [
-        "--activation_checkpointing true",
-        '--gradient_checkpointing true --gradient_checkpointing_kwargs {"use_reentrant":true}',
+        '--activation_checkpointing true --activation_checkpointing_kwargs {"use_reentrant":true}',
+        "--gradient_checkpointing true --torch_empty_cache_steps 1 --debug underflow_overflow",
         "--torch_compile_backend eager",
-        "--torch_empty_cache_steps 1",
         "--dataloader_num_workers 1 --dataloader_persistent_workers true --dataloader_prefetch_factor 2",
-        "--remove_unused_columns true",
-        "--skip_memory_metrics false",
-        "--debug underflow_overflow",
-        "--optim adamw_torch",
-        "--data_seed 42",
-        "--log_level info --logging_first_step true",
-        "--auto_find_batch_size true",
-        "--local_rank 0",
-        "--report_to none --run_name first --project mine",
-        "--eval_accumulation_steps 1 --logging_nan_inf_filter true",
-        "--max_grad_norm 1000",
+        "--remove_unused_columns true --eval_accumulation_steps 1 --logging_nan_inf_filter true --local_rank 0",
+        "--skip_memory_metrics false --auto_find_batch_size true",
+        "--optim adamw_torch --data_seed 42 --max_grad_norm 1000",
+        "--log_level info --logging_first_step true --report_to none --run_name first --project mine",
     ],
 )
 def test_the_losses_stay_the_same(base, train_file, plain, tmp_path, given):
@@ -243,21 +249,24 @@ def test_the_losses_stay_the_same(base, train_file, plain, tmp_path, given):
     )
 
 
-def test_full_determinism_gives_the_same_weights_again(base, train_file, tmp_path):
-    for name in ("one", "two"):
-        more = ["--full_determinism", "true", "--prefix_dropout", "0.3"]
-        processes.run(flags(base, train_file, tmp_path / name, *more), 1, tmp_path / "logs")
-    assert torch.equal(prefix(tmp_path / "one"), prefix(tmp_path / "two"))
+def test_full_determinism_uses_deterministic_algorithms(base, train_file, plain, tmp_path, monkeypatch):
+    for name in ("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG", "ASCEND_LAUNCH_BLOCKING", "HCCL_DETERMINISTIC",
+                 "FLASH_ATTENTION_DETERMINISTIC"):  # fmt: skip
+        monkeypatch.setenv(name, "")  # which the flag sets for the whole process
+    try:
+        main(flags(base, train_file, tmp_path, "--full_determinism", "true"))
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert history(tmp_path, "loss") == history(plain, "loss")
 
 
-def test_flags_of_ddp_do_not_change_the_losses_of_two_processes(base, train_file, tmp_path):
-    plain = flags(base, train_file, tmp_path / "plain", "--per_device_train_batch_size", 1)
-    processes.run(plain, 2, tmp_path / "logs")
-    more = "--ddp_backend gloo --ddp_timeout 300 --ddp_bucket_cap_mb 1 --ddp_broadcast_buffers false"
-    more += " --ddp_find_unused_parameters true --ddp_static_graph true --log_level_replica error"
-    argv = flags(base, train_file, tmp_path / "more", "--per_device_train_batch_size", 1, *more.split())
-    processes.run(argv, 2, tmp_path / "logs")
-    assert history(tmp_path / "more", "loss") == pytest.approx(history(tmp_path / "plain", "loss"), rel=1e-4)
+def test_flags_of_ddp_do_not_change_the_losses(base, train_file, plain, tmp_path):
+    more = "--per_device_train_batch_size 1 --ddp_backend gloo --ddp_timeout 300 --ddp_bucket_cap_mb 1"
+    more += " --ddp_broadcast_buffers false --ddp_find_unused_parameters true --ddp_static_graph true"
+    more += " --log_level_replica error --log_on_each_node false"
+    processes.run(flags(base, train_file, tmp_path / "run", *more.split()), 2, tmp_path / "logs")
+    assert history(tmp_path / "run", "loss") == pytest.approx(history(plain, "loss"), rel=1e-3)
 
 
 # ---- flags that change the training ----
@@ -471,6 +480,27 @@ def test_steps_that_change_nothing_train_nothing(base, train_file, tmp_path, cap
         message = refusal(argv, capsys)
         assert re.search(f"none of the {steps} steps .*--learning_rate .*--warmup_steps", message)
     assert not list(tmp_path.glob("checkpoint-*")) and not list(tmp_path.glob("*.safetensors"))
+
+
+def test_an_epoch_without_a_batch_trains_nothing(base, train_file, tmp_path, capsys):
+    more = ["--per_device_train_batch_size", 50, "--dataloader_drop_last", "true", "--num_train_epochs", 2]
+    message = refusal(flags(base, train_file, tmp_path, *more, steps=-1), capsys)
+    assert re.search("12 training rows .*batch of 50.* --dataloader_drop_last", message)
+
+
+def test_steps_that_are_all_skipped_train_nothing(base, train_file, tmp_path, capsys, monkeypatch):
+    """As with float16 gradients that overflow in every step."""
+    monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", property(lambda self: True))
+    assert "none of the 2 steps" in refusal(flags(base, train_file, tmp_path, steps=2), capsys)
+    assert not (tmp_path / "prefix_config.json").exists()
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_a_finished_run_is_trained_though_nothing_is_left_to_do(base, train_file, tmp_path, caplog, tuning):
+    argv = flags(base, train_file, tmp_path, "--tuning", tuning, "--save_steps", 2, steps=2)
+    main(argv)
+    main(argv)
+    assert "nothing was left to train" in caplog.text and (tmp_path / "tuning.json").exists()
 
 
 def test_rows_without_a_learned_answer_train_nothing(base, tmp_path, capsys):

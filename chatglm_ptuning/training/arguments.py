@@ -50,6 +50,7 @@ RETIRED_FLAGS = {
     "group_by_length": "it is the default; --train_sampling_strategy random turns it off.",
     "eval_accumulation_steps": "an evaluation keeps no logits that could fill the memory.",
     "logging_nan_inf_filter": "a loss that is not finite always ends the training.",
+    "remove_unused_columns": "the rows have only the columns that the model takes.",
     "cache_dir": "set the environment variable HF_HOME (MODELSCOPE_CACHE for --hub modelscope) instead.",
     "config_name": "the configuration is read from --model_name_or_path.",
     "tokenizer_name": "the tokenizer is read from --model_name_or_path.",

@@ -191,6 +191,8 @@ def _check_flags(
             "--use_cpu does not move the base off the GPU: set the environment variable CUDA_VISIBLE_DEVICES= to hide "
             "the GPUs instead."
         )
+    if args.eval_on_start and not args.do_eval:
+        raise ValueError("--eval_on_start needs --do_eval or --eval_strategy, and rows to evaluate on.")
     if checkpoint is not None and args.tuning == "none":
         raise ValueError(f"--tuning none is the plain base: leave --ptuning_checkpoint {checkpoint} out.")
     if model_args.init_prefix is not None and not _trains_prefix(args):

@@ -196,6 +196,8 @@ class PrefixTrainer(Trainer):
                 "auto_find_batch_size works in one process only: when a batch does not fit on one GPU, the others "
                 "wait for it. Find the size on one GPU, then set per_device_train_batch_size to it."
             )
+        if self.train_dataset is not None and not len(self.get_train_dataloader()):
+            raise self._nothing_trained(0)
         self._signal.install()
         try:
             result = super().train(*args, **kwargs)
@@ -216,13 +218,12 @@ class PrefixTrainer(Trainer):
                 f"{PREFIX_CHECKPOINT_DIR}-{step}; resume with resume_from_checkpoint true."
             )
         if not self._has_learned:
-            raise NothingTrained(
-                self.state.global_step,
-                len(self.train_dataset),
-                self._train_batch_size * self.args.world_size,
-                self.args,
-            )
+            raise self._nothing_trained(self.state.global_step)
         return result
+
+    def _nothing_trained(self, steps: int) -> NothingTrained:
+        batch = self._train_batch_size * self.args.world_size
+        return NothingTrained(steps, len(self.train_dataset), batch, self.args)
 
     @property
     def _has_learned(self) -> bool:

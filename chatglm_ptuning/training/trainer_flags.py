@@ -6,6 +6,7 @@ All others do what transformers says; docs/training_flags.md lists every one.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
@@ -89,6 +90,14 @@ def check_given(args: Seq2SeqTrainingArguments) -> None:
     for field in dataclasses.fields(Seq2SeqTrainingArguments):
         if field.name in REFUSED and _is_changed(getattr(args, field.name), field):
             raise ValueError(f"--{field.name} is refused: {REFUSED[field.name]}")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    for name in ("seed", "data_seed"):
+        if not 0 <= (getattr(args, name) or 0) < 2**32:
+            raise ValueError(f"--{name} must be at least 0 and below 2**32, got {getattr(args, name)}")
+    for name in ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        _check_mapping(name, getattr(args, name))
     if not 0 <= args.label_smoothing_factor < 1:
         raise ValueError(f"--label_smoothing_factor must be at least 0 and below 1, got {args.label_smoothing_factor}")
     if args.do_train and (args.max_steps == 0 or args.max_steps < -1):
@@ -103,6 +112,17 @@ def check_given(args: Seq2SeqTrainingArguments) -> None:
         )
     if "tpu_metrics_debug" in str(args.debug):
         raise ValueError("--debug tpu_metrics_debug is refused: there is no support for TPUs.")
+
+
+def _check_mapping(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        return
+    try:
+        is_mapping = isinstance(json.loads(value), dict)
+    except json.JSONDecodeError:
+        is_mapping = False
+    if not is_mapping:
+        raise ValueError(f"--{name} must be a mapping in JSON, such as '{{\"name\": 1}}', got {value}")
 
 
 def _is_changed(value: Any, field: dataclasses.Field) -> bool:
@@ -125,6 +145,9 @@ def check_resolved(args: Seq2SeqTrainingArguments) -> None:
     _check_schedule(args)
     for name in args.report_to:
         _check_tracker(name)
+    for name in ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"):
+        if getattr(args, name) and "trackio" not in args.report_to:
+            raise ValueError(f"--{name} belongs to --report_to trackio: give that too, or leave it out.")
 
 
 def _check_optimizer(args: Seq2SeqTrainingArguments) -> None:
