@@ -114,12 +114,14 @@ def test_every_sequence_has_the_prefix_of_its_own_name(load, prefix_folders):
         torch.testing.assert_close(logits, alone, **ALIKE)
 
 
-def test_given_label_positions_are_those_that_are_found(trains):
+def test_given_supervised_positions_are_those_that_are_found(trains):
     model, rows = trains(), random_rows(6, 3)
     batch = packed(rows) | {"skip_logits": True}
     places = (batch["labels"][0] != IGNORED_LABEL).nonzero().flatten()
     expected = loss_and_gradient(model, batch)
-    torch.testing.assert_close(loss_and_gradient(model, batch | {"label_positions": places}), expected, rtol=0, atol=0)
+    torch.testing.assert_close(
+        loss_and_gradient(model, batch | {"supervised_positions": places}), expected, rtol=0, atol=0
+    )
 
 
 def test_the_first_token_of_a_sequence_is_not_predicted(trains):
@@ -176,14 +178,15 @@ def test_several_rows_cannot_be_packed_rows(trains):
         trains()(torch.ones(2, 4, dtype=torch.long), sequence_lengths=[4, 4])
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_loss_of_a_frozen_output_layer_is_that_of_its_logits(dtype):
+def test_the_loss_of_a_frozen_output_layer_is_that_of_its_logits(dtype, smoothing):
     torch.manual_seed(0)
     layer = torch.nn.Linear(16, 500, bias=False, dtype=dtype).requires_grad_(False)
     labels = torch.randint(500, (600,))
     states = torch.randn(600, 16, dtype=dtype, requires_grad=True)
-    expected = cross_entropy(functional.linear(states, layer.weight), labels)
-    found = loss_of_states(states, layer, labels)
+    expected = cross_entropy(functional.linear(states, layer.weight), labels, smoothing=smoothing)
+    found = loss_of_states(states, layer, labels, smoothing=smoothing)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     wanted, got = (torch.autograd.grad(loss, states)[0] for loss in (expected, found))

@@ -19,7 +19,10 @@ _STATES_AT_ONCE = 256
 
 
 def cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    smoothing: float = 0.0,
 ) -> torch.Tensor:
     """Cross entropy in float32, the mean over all labels that are not -100; 0 if all of them are.
 
@@ -28,10 +31,16 @@ def cross_entropy(
         labels: `[...]`.
         num_items_in_batch: divides the sum, instead of the number of labels that are not -100. The Trainer passes the
             number in all batches of a step, so that gradient accumulation does not change the loss.
+        smoothing: of the labels: share of the target that is spread evenly over all classes, 0 to 1 (Szegedy et al.
+            2016). Its name must not begin with "label": transformers takes such arguments of a model for labels.
     """
     labels = labels.to(logits.device)
     total = functional.cross_entropy(
-        logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
+        logits.flatten(0, -2).float(),
+        labels.flatten(),
+        ignore_index=IGNORED_LABEL,
+        reduction="sum",
+        label_smoothing=smoothing,
     )
     items = (labels != IGNORED_LABEL).sum() if num_items_in_batch is None else num_items_in_batch
     return total / torch.as_tensor(items, device=total.device).clamp(min=1)
@@ -55,6 +64,7 @@ def loss_of_states(
     output_layer: nn.Module,
     labels: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None = None,
+    smoothing: float = 0.0,
 ) -> torch.Tensor:
     """`cross_entropy` of the output layer's logits, without keeping them if the layer is a frozen linear one.
 
@@ -65,9 +75,9 @@ def loss_of_states(
     labels = labels.to(states.device)
     items = len(labels) if num_items_in_batch is None else num_items_in_batch
     if not _is_frozen_linear(output_layer):
-        return cross_entropy(output_layer(states), labels, items)
+        return cross_entropy(output_layer(states), labels, items, smoothing)
     with gathered([output_layer.weight]):
-        total = _FrozenLinearCrossEntropy.apply(states, output_layer.weight, labels)
+        total = _FrozenLinearCrossEntropy.apply(states, output_layer.weight, labels, smoothing)
     return total / torch.as_tensor(items, device=total.device).clamp(min=1)
 
 
@@ -86,7 +96,9 @@ class _FrozenLinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, smoothing: float
+    ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=states.device)
         grad = torch.empty_like(states)
         rows = min(_STATES_AT_ONCE, len(states))
@@ -98,13 +110,17 @@ class _FrozenLinearCrossEntropy(torch.autograd.Function):
             wanted = wanted[:, None]
             torch.mm(own, weight.T, out=logits[: len(own)])
             error = torch.log_softmax(logits[: len(own)], -1, dtype=torch.float32, out=scores[: len(own)])
-            total -= error.gather(-1, wanted).sum()
-            error.exp_().scatter_add_(-1, wanted, error.new_full(wanted.shape, -1.0))
+            total -= (1 - smoothing) * error.gather(-1, wanted).sum()
+            if smoothing:
+                total -= smoothing * error.mean(-1).sum()
+            error.exp_().scatter_add_(-1, wanted, error.new_full(wanted.shape, smoothing - 1))
+            if smoothing:
+                error -= smoothing / len(weight)
             torch.mm(logits[: len(own)].copy_(error), weight, out=target)
         ctx.save_for_backward(grad)
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_of_total: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, grad_of_total: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (grad,) = ctx.saved_tensors
-        return grad * grad_of_total.to(grad.dtype), None, None
+        return grad * grad_of_total.to(grad.dtype), None, None, None

@@ -487,10 +487,11 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, PrefixG
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        smoothing: float = 0.0,
         prefix: PrefixArgument = None,
         sequence_lengths: Sequence[int] | None = None,
         skip_logits: bool = False,
-        label_positions: torch.Tensor | None = None,
+        supervised_positions: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As `ChatGLMModel.forward`, with logits `[batch, seq_len, padded_vocab_size]`.
@@ -501,22 +502,24 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, PrefixG
             logits_to_keep: number of last positions whose logits are computed (0: all), or these positions.
             num_items_in_batch: divides the loss, instead of the number of supervised tokens here; the Trainer passes
                 the number in all batches of a step.
+            smoothing: of the labels, see `cross_entropy`.
             prefix: as for `ChatGLMModel.forward`.
             sequence_lengths: as for `ChatGLMModel.forward`; the first token of a sequence is not predicted.
             skip_logits: with labels, return the loss alone. It then takes less time and memory: states and logits are
                 computed only where a token is supervised, and only some logits exist at a time.
-            label_positions: int64, places of the supervised tokens in `[batch * seq_len]`, none of them the first of
+            supervised_positions: int64, places of the supervised tokens in `[batch * seq_len]`, none of them the first of
                 its sequence. Without them `skip_logits` looks for them, and waits for the GPU.
         """
         if labels is not None:
             labels = next_labels(labels, sequence_lengths)
         if skip_logits and labels is not None:
             labels = labels.flatten()
-            supervised = (
-                (labels != IGNORED_LABEL).nonzero().flatten() if label_positions is None else label_positions - 1
-            )
-            labels = labels.index_select(0, supervised)
-            use_cache, kwargs["kept_positions"] = False, supervised
+            if supervised_positions is None:
+                predicting = (labels != IGNORED_LABEL).nonzero().flatten()
+            else:
+                predicting = supervised_positions - 1
+            labels = labels.index_select(0, predicting)
+            use_cache, kwargs["kept_positions"] = False, predicting
         outputs = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -529,14 +532,13 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, PrefixG
             **kwargs,
         )
         if skip_logits and labels is not None:
-            states = outputs.last_hidden_state[0]
-            return CausalLMOutputWithPast(
-                loss=loss_of_states(states, self.transformer.output_layer, labels, num_items_in_batch)
-            )
+            states, output_layer = outputs.last_hidden_state[0], self.transformer.output_layer
+            loss = loss_of_states(states, output_layer, labels, num_items_in_batch, smoothing)
+            return CausalLMOutputWithPast(loss=loss)
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         logits = self.transformer.output_layer(hidden_states)
         return CausalLMOutputWithPast(
-            loss=None if labels is None else cross_entropy(logits, labels, num_items_in_batch),
+            loss=None if labels is None else cross_entropy(logits, labels, num_items_in_batch, smoothing),
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,

@@ -41,9 +41,8 @@ def _require_peft(method: str) -> None:
 
 
 def _freeze(model: PreTrainedModel) -> None:
-    """Freezes the base, and lets the Trainer accept a quantised one."""
+    """Freezes the base."""
     if getattr(model, "is_quantized", False):
-        model.is_quantized = False
         keep_layout(model)
     model.requires_grad_(False)
 
