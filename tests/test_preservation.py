@@ -143,9 +143,14 @@ def test_steps_replay_defined_rows_however_they_are_shared(trained):
     # A step that the end of an epoch cuts short does not shift those that follow.
     assert replay.rows_of_step(1, 2, step_rows=4) == replay.rows_of_step(1, 4)[:2]
     model = trained()
-    whole = replay.divergence(model, 2, 4)
-    shared = [replay.divergence(model, 2, 1, part=part, parts=4) for part in range(4)]
+    (whole,) = replay.divergences(model, 2, 4)
+    shared = replay.divergences(model, 2, 1, own=range(4), parts=4)
     torch.testing.assert_close(sum(shared), whole)
+    packed = Replay(rows, 1.0, 0, seed=3, max_tokens=9)
+    for own in ((range(4),), ((0, 2), (3, 1))):
+        summands = [list(packed.divergences(model, 2, 1, own=parts, parts=4)) for parts in own]
+        assert len(summands[0]) > 1
+        torch.testing.assert_close(sum(map(sum, summands)), whole)
     chosen = [rows[place]["input_ids"] for place in replay.rows_of_step(2, 4)]
     torch.testing.assert_close(whole.detach(), torch.cat(rows_by_torch(model, chosen)).mean(), rtol=1e-4, atol=1e-6)
 

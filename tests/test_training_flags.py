@@ -408,9 +408,13 @@ def test_tokens_are_counted_with_or_without_padding(base, train_file, tmp_path):
     for given in ("all", "non_padding", "no"):
         run = tmp_path / given
         main(flags(base, train_file, run, "--include_num_input_tokens_seen", given, "--train_sampling_strategy",
-                   "sequential"))  # fmt: skip
+                   "sequential", "--packing", "false"))  # fmt: skip
         seen[given] = json.loads((run / "trainer_state.json").read_text("utf-8"))["num_input_tokens_seen"]
     assert seen["all"] > seen["non_padding"] > seen["no"] == 0
+    packed = tmp_path / "packed"
+    main(flags(base, train_file, packed, "--include_num_input_tokens_seen", "--train_sampling_strategy", "sequential"))
+    packed_tokens = json.loads((packed / "trainer_state.json").read_text("utf-8"))["num_input_tokens_seen"]
+    assert packed_tokens == seen["non_padding"]
 
 
 def test_the_data_seed_alone_orders_the_rows(base, train_file, plain, tmp_path):

@@ -1,7 +1,8 @@
-"""Pads rows of different lengths to the tensors of one batch."""
+"""Makes the tensors of a batch from rows of different lengths: padded, or packed one after the other."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,13 +59,7 @@ class PaddingCollator:
         if all(_is_of_whole_row(example.get("labels")) for example in examples):
             return torch.tensor([example["labels"] for example in examples])
         for index, example in enumerate(examples):
-            labels = example.get("labels")
-            count = len(labels) if isinstance(labels, Sequence) else 0
-            if count != len(example["input_ids"]):
-                raise ValueError(
-                    f"example {index} of the batch has {len(example['input_ids'])} ids and {count} labels; the numbers "
-                    "must be equal"
-                )
+            _check_labels(index, example)
         return self._pad([example["labels"] for example in examples], IGNORED_LABEL)
 
     def _pad(self, rows: list[Sequence[int]], value: int) -> torch.Tensor:
@@ -74,6 +69,99 @@ class PaddingCollator:
             place = slice(length - len(row), length) if self.padding_side == "left" else slice(len(row))
             target[place] = torch.as_tensor(row, dtype=torch.int64)
         return padded
+
+
+class PackingCollator:
+    """Rows as tensors, which `pack` lays one after the other; no padding."""
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, torch.Tensor]]]:
+        """The batch: `rows`, each with the keys of the example, int64 or float32 on the CPU.
+
+        Rows with a label for each token also have `supervised_positions`: the places of those that are not masked. The
+        first token is one of them in no row, because no position predicts it.
+
+        Raises:
+            ValueError: if an example has another number of labels than of ids, or only some examples have labels.
+        """
+        return {"rows": [self._row(place, example) for place, example in enumerate(examples)]}
+
+    def _row(self, place: int, example: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        names = [name for name in ("start_positions", "end_positions") if name in example]
+        row = {name: torch.as_tensor(example[name]) for name in ("input_ids", *names)}
+        if "labels" not in example:
+            return row
+        row["labels"] = labels = torch.as_tensor(example["labels"])
+        if not _is_of_whole_row(example["labels"]):
+            _check_labels(place, example)
+            row["supervised_positions"] = (labels[1:] != IGNORED_LABEL).nonzero().flatten() + 1
+        return row
+
+
+def pack(rows: Sequence[Mapping[str, torch.Tensor]], max_tokens: int) -> list[dict[str, Any]]:
+    """Rows of a `PackingCollator` as batches of packed sequences (`ChatGLMModel.forward`), on the device of the rows.
+
+    Args:
+        max_tokens: of a batch; a longer row has a batch of its own.
+
+    Returns:
+        Batches with `input_ids` `[1, tokens]`, `sequence_lengths`, and what else the rows have: `labels` `[1, tokens]`
+        and `supervised_positions` if there is a label for each token, otherwise one entry for each row.
+    """
+    batches = []
+    for places in fit([len(row["input_ids"]) for row in rows], max_tokens):
+        own = [rows[place] for place in places]
+        lengths = [len(row["input_ids"]) for row in own]
+        batch: dict[str, Any] = {
+            "input_ids": torch.cat([row["input_ids"] for row in own])[None],
+            "sequence_lengths": lengths,
+        }
+        for name in ("labels", "start_positions", "end_positions"):
+            if name in own[0] and "supervised_positions" not in own[0]:
+                batch[name] = torch.stack([row[name] for row in own])
+        if "supervised_positions" in own[0]:
+            starts = itertools.accumulate(lengths, initial=0)
+            shifted = [row["supervised_positions"] + start for row, start in zip(own, starts, strict=False)]
+            batch |= {
+                "labels": torch.cat([row["labels"] for row in own])[None],
+                "supervised_positions": torch.cat(shifted),
+            }
+        batches.append(batch)
+    return batches
+
+
+def fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Distributes items over as few bins as best fit decreasing finds.
+
+    Args:
+        lengths: of the items.
+        capacity: of a bin; a longer item has a bin of its own.
+
+    Returns:
+        The indices of the items in each bin.
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        fitting = [number for number, left in enumerate(room) if left >= lengths[place]]
+        if fitting:
+            best = min(fitting, key=room.__getitem__)
+        else:
+            best = len(bins)
+            bins.append([])
+            room.append(capacity)
+        bins[best].append(place)
+        room[best] -= lengths[place]
+    return bins
+
+
+def _check_labels(index: int, example: Mapping[str, Any]) -> None:
+    labels = example.get("labels")
+    count = len(labels) if isinstance(labels, Sequence) else 0
+    if count != len(example["input_ids"]):
+        raise ValueError(
+            f"example {index} of the batch has {len(example['input_ids'])} ids and {count} labels; the numbers must be "
+            "equal"
+        )
 
 
 def _is_of_whole_row(labels: Any) -> bool:

@@ -23,7 +23,7 @@ _POSITIONS_AT_ONCE = 256
 their gradient take about five times that."""
 
 
-def kl_from_base(model: ChatGLMPreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def kl_from_base(model: ChatGLMPreTrainedModel, batch: Mapping[str, Any]) -> torch.Tensor:
     """The sum of KL(base || tuned) over all real positions of a batch, a float32 scalar in nats.
 
     The base is the same model without its prefix, and gets no gradient. Both distributions of the next token are over
@@ -36,7 +36,8 @@ def kl_from_base(model: ChatGLMPreTrainedModel, batch: Mapping[str, torch.Tensor
 
     Args:
         model: with the prefix selected.
-        batch: `input_ids`, `attention_mask` and `position_ids`, each `[batch, seq_len]`.
+        batch: `input_ids`, `attention_mask` and `position_ids`, each `[batch, seq_len]`; or packed sequences,
+            `input_ids` `[1, tokens]` and `sequence_lengths`.
     """
     base: ChatGLMModel = model.base_model
     with torch.no_grad():
@@ -94,7 +95,10 @@ def measure_drift(
     }
 
 
-def _states(base: ChatGLMModel, batch: Mapping[str, torch.Tensor], prefix: PrefixBatch) -> torch.Tensor:
+def _states(base: ChatGLMModel, batch: Mapping[str, Any], prefix: PrefixBatch) -> torch.Tensor:
+    if "sequence_lengths" in batch:
+        inputs = {name: batch[name] for name in ("input_ids", "sequence_lengths")}
+        return base(**inputs, use_cache=False, prefix=prefix).last_hidden_state[0]
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
     return base(**inputs, use_cache=False, prefix=prefix).last_hidden_state[batch["attention_mask"].bool()]
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from chatglm_ptuning.model.packed_sequences import last_tokens
-from chatglm_ptuning.model.zero3 import gathered
+from chatglm_ptuning.model.zero3 import is_partitioned
 
 IGNORED_LABEL = -100
 """The label of a masked position, which the loss ignores."""
@@ -76,15 +76,15 @@ def loss_of_states(
     items = len(labels) if num_items_in_batch is None else num_items_in_batch
     if not _is_frozen_linear(output_layer):
         return cross_entropy(output_layer(states), labels, items, smoothing)
-    with gathered([output_layer.weight]):
-        total = _FrozenLinearCrossEntropy.apply(states, output_layer.weight, labels, smoothing)
+    total = _FrozenLinearCrossEntropy.apply(states, output_layer.weight, labels, smoothing)
     return total / torch.as_tensor(items, device=total.device).clamp(min=1)
 
 
 def _is_frozen_linear(layer: nn.Module) -> bool:
+    """Whether the weight can be used without calling the layer, whose call may gather or load it."""
     if type(layer) is not nn.Linear or layer.bias is not None or hasattr(layer, "_hf_hook"):
         return False
-    return not layer.weight.requires_grad
+    return not layer.weight.requires_grad and not is_partitioned([layer.weight])
 
 
 class _FrozenLinearCrossEntropy(torch.autograd.Function):

@@ -507,8 +507,8 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, PrefixG
             sequence_lengths: as for `ChatGLMModel.forward`; the first token of a sequence is not predicted.
             skip_logits: with labels, return the loss alone. It then takes less time and memory: states and logits are
                 computed only where a token is supervised, and only some logits exist at a time.
-            supervised_positions: int64, places of the supervised tokens in `[batch * seq_len]`, none of them the first of
-                its sequence. Without them `skip_logits` looks for them, and waits for the GPU.
+            supervised_positions: int64, places of the supervised tokens in `[batch * seq_len]`, none of them the first
+                of its sequence. Without them `skip_logits` looks for them, and waits for the GPU.
         """
         if labels is not None:
             labels = next_labels(labels, sequence_lengths)

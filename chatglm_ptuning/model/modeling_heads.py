@@ -87,6 +87,12 @@ class ChatGLMWithHead(ChatGLMPreTrainedModel):
     def _outputs(self) -> int:
         return self.config.num_labels
 
+    def _states(
+        self, skip_logits: bool = False, supervised_positions: torch.Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPast:
+        """The transformer's states. The Trainer's arguments against large logits change nothing: a head's are small."""
+        return self.transformer(**kwargs)
+
     def _apply_head(self, states: torch.Tensor, prefix: PrefixArgument) -> torch.Tensor:
         """States `[..., hidden_size]` -> float32 `[..., outputs]`, with the head that belongs to the prefix."""
         states, key = self.dropout(states), self.head_key or self.head_name
@@ -147,7 +153,10 @@ class ChatGLMForSequenceClassification(ChatGLMWithHead):
         Raises:
             ValueError: if a row has no real token, or labels of which a row has several are to be smoothed.
         """
-        outputs = self.transformer(
+        if sequence_lengths is not None:
+            device = (input_ids if inputs_embeds is None else inputs_embeds).device
+            kwargs["kept_positions"] = last_tokens(sequence_lengths, device)
+        outputs = self._states(
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
@@ -157,7 +166,7 @@ class ChatGLMForSequenceClassification(ChatGLMWithHead):
         )
         hidden_states = outputs.last_hidden_state
         if sequence_lengths is not None:
-            pooled = hidden_states[0].index_select(0, last_tokens(sequence_lengths, hidden_states.device))
+            pooled = hidden_states[0]
         else:
             last = self._last_real_position(input_ids, attention_mask, hidden_states)
             pooled = hidden_states[torch.arange(hidden_states.shape[0], device=last.device), last]
@@ -240,7 +249,7 @@ class ChatGLMForTokenClassification(ChatGLMWithHead):
             num_items_in_batch: divides the loss, instead of the number of labelled tokens here.
             smoothing: of the labels, see `cross_entropy`.
         """
-        outputs = self.transformer(input_ids=input_ids, attention_mask=attention_mask, prefix=prefix, **kwargs)
+        outputs = self._states(input_ids=input_ids, attention_mask=attention_mask, prefix=prefix, **kwargs)
         logits = self._apply_head(outputs.last_hidden_state, prefix)
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch, smoothing)
         return TokenClassifierOutput(
@@ -278,7 +287,7 @@ class ChatGLMForQuestionAnswering(ChatGLMWithHead):
             sequence_lengths: of the sequences of a packed row; each of them is then a row of the batch, padded on the
                 right to the longest.
         """
-        outputs: BaseModelOutputWithPast = self.transformer(
+        outputs = self._states(
             input_ids=input_ids,
             attention_mask=attention_mask,
             prefix=prefix,

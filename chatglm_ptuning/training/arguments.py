@@ -267,6 +267,16 @@ class PrefixTrainingArguments(TuningArguments, Seq2SeqTrainingArguments):
         default=False, metadata={"help": "start over in the folder of an earlier run; its checkpoints are removed"}
     )
     logging_steps: float = field(default=10, metadata={"help": "number of steps between log entries"})
+    packing: bool | None = field(
+        default=None,
+        metadata={"help": "lay the rows of a step one after the other, without padding; the loss is the same (default: "
+                  "true, except with --torch_compile and --neftune_noise_alpha)"},
+    )  # fmt: skip
+    max_tokens_per_pass: int | None = field(
+        default=None,
+        metadata={"help": "with --packing: tokens of one forward and backward pass; a step has as many passes as its "
+                  "rows need (default: --per_device_train_batch_size times the longest row, at least 2048)"},
+    )  # fmt: skip
     train_sampling_strategy: SamplingStrategy = field(
         default="group_by_length", metadata={"help": "order of the training rows"}
     )
@@ -315,11 +325,32 @@ class PrefixTrainingArguments(TuningArguments, Seq2SeqTrainingArguments):
         prepare_processes(self)
         Seq2SeqTrainingArguments.__post_init__(self)
         check_resolved(self)
+        self._decide_packing()
         if super().n_gpu > 1:
             logger.warning(
                 f"One process uses one GPU, so that {super().n_gpu - 1} GPUs are idle. NUM_GPUS of "
                 "scripts/train.sh, or scripts/launch.sh, starts a process for each GPU."
             )
+
+    def _decide_packing(self) -> None:
+        """Sets `packing` where it was left open.
+
+        Raises:
+            ValueError: naming the flags that contradict one another.
+        """
+        reason = ""
+        if self.torch_compile:
+            reason = "--torch_compile would compile every step anew, as no two have rows of the same lengths"
+        elif self.neftune_noise_alpha:
+            reason = "--neftune_noise_alpha scales its noise by the length of a padded row"
+        if self.packing and reason:
+            raise ValueError(f"--packing: {reason}. Leave one of them out.")
+        if self.packing is None:
+            self.packing = not reason
+        if self.max_tokens_per_pass is not None and not self.packing:
+            raise ValueError("--max_tokens_per_pass is for --packing; a padded pass has one batch of rows.")
+        if self.max_tokens_per_pass is not None and self.max_tokens_per_pass < 1:
+            raise ValueError(f"--max_tokens_per_pass must be at least 1, got {self.max_tokens_per_pass}")
 
     @property
     def n_gpu(self) -> int:

@@ -10,7 +10,6 @@ from torch.utils.data import Dataset, Sampler
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from chatglm_ptuning.data.collate import PaddingCollator
 from chatglm_ptuning.training.sampler import TASK_KEY, MixtureSampler, PaddedRows, row_lengths
 from chatglm_ptuning.training.trainer import PrefixTrainer
 
@@ -18,13 +17,13 @@ logger = logging.get_logger(__name__)
 
 
 class OneTaskCollator:
-    """`PaddingCollator` for batches whose rows all belong to one task."""
+    """A collator for batches whose rows all belong to one task."""
 
-    def __init__(self, padding: PaddingCollator) -> None:
-        self.padding = padding
+    def __init__(self, collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]) -> None:
+        self.collate = collate
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The tensors of `PaddingCollator`, and `task`.
+        """What the collator makes of the rows, and `task`.
 
         Raises:
             ValueError: if the rows belong to several tasks.
@@ -32,7 +31,7 @@ class OneTaskCollator:
         tasks = {example[TASK_KEY] for example in examples}
         if len(tasks) != 1:
             raise ValueError(f"a batch must be of one task, got rows of {', '.join(sorted(tasks))}")
-        return self.padding(examples) | {TASK_KEY: tasks.pop()}
+        return self.collate(examples) | {TASK_KEY: tasks.pop()}
 
 
 class MixtureTrainer(PrefixTrainer):
@@ -139,5 +138,6 @@ class MixtureTrainer(PrefixTrainer):
 
     def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
         """As the PrefixTrainer's, with the labels of the batch's task."""
-        self.label_names = [name for name in ("labels", "start_positions", "end_positions") if name in inputs]
+        columns = inputs["rows"][0] if "rows" in inputs else inputs
+        self.label_names = [name for name in ("labels", "start_positions", "end_positions") if name in columns]
         return super().prediction_step(model, inputs, *args, **kwargs)

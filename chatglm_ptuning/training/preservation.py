@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.utils import logging
 
-from chatglm_ptuning.data.collate import PaddingCollator
+from chatglm_ptuning.data.collate import PackingCollator, PaddingCollator, pack
 from chatglm_ptuning.data.dataset import Loader, Split, lengths_of, shared_rows
 from chatglm_ptuning.data.formats.registry import Columns
 from chatglm_ptuning.data.tasks.heads.conversations import ConversationAnswers
@@ -94,6 +95,7 @@ class Replay:
         weight: of the divergence against the loss of the task.
         batch_size: rows of one batch on one device; None for as many as a batch of the task has.
         seed: of the run.
+        max_tokens: of a forward pass on packed rows; None to pad the rows of every batch.
     """
 
     def __init__(
@@ -104,13 +106,15 @@ class Replay:
         *,
         batch_size: int | None = None,
         seed: int = 42,
+        max_tokens: int | None = None,
     ) -> None:
         self.rows = rows
         self.weight = weight
         self.batch_size = batch_size
         self.seed = seed
+        self.max_tokens = max_tokens
         self._lengths = lengths_of(rows)
-        self._collate = PaddingCollator(pad_token_id, "right")
+        self._pad = PaddingCollator(pad_token_id, "right")
         self._order = lru_cache(maxsize=4)(self._order_of_epoch)
 
     def rows_of_step(self, step: int, count: int, step_rows: int | None = None) -> list[int]:
@@ -127,30 +131,40 @@ class Replay:
         places = (divmod(place, len(self.rows)) for place in range(start, start + count))
         return [self._order(epoch)[place] for epoch, place in places]
 
-    def divergence(
+    def divergences(
         self,
         model: ChatGLMPreTrainedModel,
         step: int,
         batch_size: int,
         *,
-        part: int = 0,
+        own: Sequence[int] = (0,),
         parts: int = 1,
         whole_parts: int | None = None,
-    ) -> torch.Tensor:
-        """One batch's part of a step's mean KL per token. The sum over all batches of the step is the mean.
+    ) -> Iterator[torch.Tensor]:
+        """Summands of a step's mean KL per token, one for each forward pass. The sum over all parts is the mean.
 
         Args:
             model: the model itself, without what DDP or DeepSpeed put around it.
             batch_size: rows of a batch of the task.
-            part: which of the step's batches, on all processes, this is.
+            own: which of the step's batches, on all processes, to compute.
             parts: how many batches the step has.
             whole_parts: number of parts of a full step, which the end of an epoch has not shortened.
         """
         size = self.batch_size or batch_size
         chosen = self.rows_of_step(step, size * parts, size * (whole_parts or parts))
         tokens = sum(self._lengths[place] for place in chosen)
-        batch = self._collate([{"input_ids": self.rows[p]["input_ids"]} for p in chosen[part * size :][:size]])
-        return kl_from_base(model, {name: value.to(model.device) for name, value in batch.items()}) / tokens
+        rows = [
+            [{"input_ids": self.rows[place]["input_ids"]} for place in chosen[part * size :][:size]] for part in own
+        ]
+        if self.max_tokens is None:
+            batches = [self._pad(batch) for batch in rows]
+        else:
+            batches = pack(PackingCollator()(list(chain.from_iterable(rows)))["rows"], self.max_tokens)
+        for batch in batches:
+            on_device = {
+                name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()
+            }
+            yield kl_from_base(model, on_device) / tokens
 
     def _order_of_epoch(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)

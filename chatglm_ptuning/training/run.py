@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from chatglm_ptuning.command_line import fail, parse_arguments
 from chatglm_ptuning.data.cache import TokenCache
-from chatglm_ptuning.data.collate import PaddingCollator
+from chatglm_ptuning.data.collate import PackingCollator, PaddingCollator
 from chatglm_ptuning.data.dataset import Loader, Split, shared_rows
 from chatglm_ptuning.data.tasks.arguments import submission_variant
 from chatglm_ptuning.data.tasks.examples import Example, has_gold
@@ -52,8 +52,8 @@ from chatglm_ptuning.training.preservation import (
 )
 from chatglm_ptuning.training.progress import failure_noted
 from chatglm_ptuning.training.report import draw_loss_curve, peak_memory, print_samples, trained_parameters
-from chatglm_ptuning.training.sampler import MixedRows
-from chatglm_ptuning.training.trainer import PrefixTrainer
+from chatglm_ptuning.training.sampler import MixedRows, row_lengths
+from chatglm_ptuning.training.trainer import TOKENS_PER_PASS, PrefixTrainer
 from chatglm_ptuning.training.tuning import start_tuning
 from chatglm_ptuning.tuning.tuning import Tuning
 
@@ -261,14 +261,16 @@ def make_trainer(config: RunConfig, data: RunData, tuning: Tuning, tokenizer: Ch
     """The Trainer for one task, or for a mixture of several."""
     args = config.schedule
     rows = data.train_rows(config.mixture is not None)
-    padding = PaddingCollator(tokenizer.pad_token_id, "right")
+    collate = PackingCollator() if args.packing else PaddingCollator(tokenizer.pad_token_id, "right")
+    tokens = _tokens_per_pass(args, rows)
     common = {
         "model": tuning.model,
         "args": args,
         "train_dataset": rows or None,
         "tuning": tuning,
         "details": config.details(tokenizer.chat_format, len(rows)),
-        "replay": _replay(config, data, tokenizer),
+        "replay": _replay(config, data, tokenizer, tokens),
+        "max_tokens_per_pass": tokens,
     }
 
     def score(name: str) -> tuple[dict[str, float], str]:
@@ -282,7 +284,7 @@ def make_trainer(config: RunConfig, data: RunData, tuning: Tuning, tokenizer: Ch
     if config.mixture is not None:
         trainer = MixtureTrainer(
             **common,
-            data_collator=OneTaskCollator(padding),
+            data_collator=OneTaskCollator(collate),
             eval_dataset={name: MixedRows({name: task.dev}) for name, task in data.tasks.items() if task.dev} or None,
             train_sizes=rows.sizes,
             probabilities=config.mixture.probabilities(list(rows.sizes.values())) if args.do_train else [],
@@ -292,14 +294,20 @@ def make_trainer(config: RunConfig, data: RunData, tuning: Tuning, tokenizer: Ch
         ((name, task),) = data.tasks.items()
         trainer = PrefixTrainer(
             **common,
-            data_collator=padding,
+            data_collator=collate,
             eval_dataset=task.dev or None,
             generation_metrics=(lambda: score(name)[0]) if task.watched else None,
         )
     return trainer
 
 
-def _replay(config: RunConfig, data: RunData, tokenizer: ChatGLMTokenizer) -> Replay | None:
+def _tokens_per_pass(args: PrefixTrainingArguments, rows: Any) -> int:
+    """Tokens of a pass on packed rows: no more than a batch of padded rows could have, but enough to fill a GPU."""
+    longest = max(row_lengths(rows), default=1) if rows else 1
+    return args.max_tokens_per_pass or max(args.per_device_train_batch_size * longest, TOKENS_PER_PASS)
+
+
+def _replay(config: RunConfig, data: RunData, tokenizer: ChatGLMTokenizer, tokens: int) -> Replay | None:
     if data.general.replayed is None:
         return None
     return Replay(
@@ -308,6 +316,7 @@ def _replay(config: RunConfig, data: RunData, tokenizer: ChatGLMTokenizer) -> Re
         tokenizer.pad_token_id,
         batch_size=config.preserve.preserve_batch_size,
         seed=config.schedule.seed,
+        max_tokens=tokens if config.schedule.packing else None,
     )
 
 

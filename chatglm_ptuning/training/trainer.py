@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,9 +23,10 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
+from chatglm_ptuning.data.collate import pack
 from chatglm_ptuning.files import write_json
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
-from chatglm_ptuning.model.zero3 import gathered, is_partitioned, whole_shape
+from chatglm_ptuning.model.zero3 import gathered, is_partitioned, most_of_processes, whole_shape
 from chatglm_ptuning.prefix.checkpoint import PREFIX_KEY
 from chatglm_ptuning.prefix.formats import read_prefix
 from chatglm_ptuning.training import optimizer_state
@@ -50,7 +51,7 @@ from chatglm_ptuning.training.failures import (
 )
 from chatglm_ptuning.training.preservation import Replay
 from chatglm_ptuning.training.progress import ProgressFile
-from chatglm_ptuning.training.sampler import EpochSampler, PaddedRows, row_lengths
+from chatglm_ptuning.training.sampler import EpochSampler, PaddedRows, masked_row_like, row_lengths
 from chatglm_ptuning.tuning.tuning import PrefixTuning, Tuning
 
 logger = logging.get_logger(__name__)
@@ -58,6 +59,10 @@ logger = logging.get_logger(__name__)
 STAGING_FOLDER = ".saving"
 REPLACED_FOLDER = ".replaced"
 ARGUMENTS_FILE = "training_arguments.json"
+PASSES = "passes"
+"""Key of a batch: the packed batches that a step runs one after the other."""
+TOKENS_PER_PASS = 2048
+"""Enough to fill a GPU."""
 _ROOM_FOR_SMALL_FILES = 2**20
 """Bytes of a checkpoint besides the numbers of prefix and optimizer: random states, metadata, log."""
 
@@ -82,6 +87,7 @@ class PrefixTrainer(Trainer):
         details: what every checkpoint records beside the weights: chat format, task, training.
         generation_metrics: called after an evaluation, for metrics that need predictions.
         replay: the loss term that preserves the base on general rows.
+        max_tokens_per_pass: of a forward and backward pass, if the `data_collator` is a PackingCollator.
         kwargs: as for transformers' Trainer.
     """
 
@@ -93,6 +99,7 @@ class PrefixTrainer(Trainer):
         details: dict[str, Any] | None = None,
         generation_metrics: Callable[[], dict[str, float]] | None = None,
         replay: Replay | None = None,
+        max_tokens_per_pass: int = TOKENS_PER_PASS,
         **kwargs: Any,
     ) -> None:
         with _as_trainable(model):
@@ -103,7 +110,8 @@ class PrefixTrainer(Trainer):
         self.details = details or {}
         self.generation_metrics = generation_metrics
         self.replay = replay
-        self._replay_step, self._replay_batches, self._replay_steps = -1, 0, 0
+        self.max_tokens_per_pass = max_tokens_per_pass
+        self._replayed_step, self._replayed_batches, self._replay_steps = -1, 0, 0
         self._replay_sum: torch.Tensor | None = None
         self._staging: Path | None = None
         self._optimizer_groups: list[dict[str, Any]] = []
@@ -166,7 +174,7 @@ class PrefixTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True  # the Trainer checks it only after a step
             return
-        self._replay_step = -1
+        self._replayed_step = -1
         if self._epoch_sampler is not None:
             self._epoch_sampler.set_epoch(epoch)
         super()._run_epoch(epoch=epoch, **kwargs)
@@ -256,18 +264,39 @@ class PrefixTrainer(Trainer):
         step = self.state.global_step + 1
         if num_items_in_batch is not None and int(num_items_in_batch) == 0:
             raise AllLabelsMasked(step)
+        passes = inputs.get(PASSES, [inputs])
+        batch, loss = inputs, torch.zeros((), device=self.args.device)
         try:
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            if self.replay is not None and passes:
+                loss += self._replay_step(model, self.current_gradient_accumulation_steps if PASSES in inputs else 1)
+            for place, batch in enumerate(passes, 1):
+                with nullcontext() if place == len(passes) else self._without_synchronisation(model):
+                    loss += super().training_step(model, batch, num_items_in_batch)
         except Exception as error:
             if self.args.auto_find_batch_size or not is_out_of_memory(error):
                 raise
-            mask = inputs["attention_mask"]
-            length = self._prefix_model.config.pre_seq_len or 0
-            replayed = (self.replay.batch_size or len(mask)) if self.replay else 0
-            raise OutOfMemory(mask.sum(-1).tolist(), mask.shape[1], length, self.args, replayed) from error
+            raise self._out_of_memory(batch) from error
         if not torch.isfinite(loss):
             raise TrainingDiverged(f"The loss became {loss.item()}", step, self.args)
         return loss
+
+    def _out_of_memory(self, batch: dict[str, Any]) -> OutOfMemory:
+        lengths = batch.get("sequence_lengths") or batch["attention_mask"].sum(-1).tolist()
+        replayed = (self.replay.batch_size or self._train_batch_size) if self.replay else 0
+        length = self._prefix_model.config.pre_seq_len or 0
+        return OutOfMemory(lengths, batch["input_ids"].shape[1], length, self.args, replayed)
+
+    @contextmanager
+    def _without_synchronisation(self, model: torch.nn.Module) -> Iterator[None]:
+        """For all passes of a step but the last: gradients are added up on every process by itself."""
+        state = self.accelerator.gradient_state
+        synchronises = state.sync_gradients
+        state._set_sync_gradients(False)  # as the Trainer does between accumulated batches
+        try:
+            with nullcontext() if self.is_deepspeed_enabled else self.accelerator.no_sync(model):
+                yield
+        finally:
+            state._set_sync_gradients(synchronises)
 
     def compute_loss(
         self,
@@ -276,39 +305,37 @@ class PrefixTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """As the Trainer's; in training with label smoothing, plus the divergence from the base if it is preserved."""
+        """As the Trainer's, without logits; in training with label smoothing."""
+        inputs = {**inputs, "skip_logits": True}
         if model.training and self.args.label_smoothing_factor:
-            inputs = {**inputs, "smoothing": self.args.label_smoothing_factor}
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self.replay is None or not model.training:
-            return result
-        term = self.replay.weight * self._divergence_from_base()
-        # Gradients and logged losses are means over the processes, and the term is this process's part of a sum.
-        term = term * self.args.world_size
-        if num_items_in_batch is None or not self.model_accepts_loss_kwargs:
-            term = term * self.current_gradient_accumulation_steps  # the Trainer divides by it
-        if return_outputs:
-            return result[0] + term, result[1]
-        return result + term
+            inputs["smoothing"] = self.args.label_smoothing_factor
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-    def _divergence_from_base(self) -> torch.Tensor:
-        """This batch's part of the step's mean KL per token, which is also logged."""
+    def _replay_step(self, model: torch.nn.Module, batches: int) -> torch.Tensor:
+        """Forward and backward passes on the general rows that belong to some batches of the task; their loss."""
         step, world = self.state.global_step, self.args.world_size
-        if step != self._replay_step:
-            self._replay_step, self._replay_batches = step, 0
+        if step != self._replayed_step:
+            self._replayed_step, self._replayed_batches = step, 0
             self._replay_steps += 1
-        divergence = self.replay.divergence(
+        first, self._replayed_batches = self._replayed_batches, self._replayed_batches + batches
+        divergences = self.replay.divergences(
             self._prefix_model,
             step,
             self._train_batch_size,
-            part=self._replay_batches * world + self.args.process_index,
+            own=[batch * world + self.args.process_index for batch in range(first, first + batches)],
             parts=self.current_gradient_accumulation_steps * world,
             whole_parts=self.args.gradient_accumulation_steps * world,
         )
-        self._replay_batches += 1
-        noted = divergence.detach().double()
-        self._replay_sum = noted if self._replay_sum is None else self._replay_sum + noted
-        return divergence
+        total = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        model.train()
+        with self._without_synchronisation(model):
+            for divergence in divergences:
+                # Gradients are means over the processes, and the term is this process's part of a sum.
+                loss = self.replay.weight * world * divergence
+                self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
+                total += divergence.detach()
+        self._replay_sum = total if self._replay_sum is None else self._replay_sum + total
+        return (self.replay.weight * world * total).float()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the Trainer's; training entries also have the mean KL from the base since the previous entry."""
@@ -318,10 +345,41 @@ class PrefixTrainer(Trainer):
             self._replay_sum, self._replay_steps = None, 0
         super().log(logs, *args, **kwargs)
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
+        """As the Trainer's. The rows of all batches of a step are packed into as few passes as `max_tokens_per_pass`
+        allows, which the last batch holds; the others are then empty.
+        """
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        if not batches or "rows" not in batches[0]:
+            return batches, items
+        rows = [row for batch in batches for row in batch.pop("rows")]
+        packed, common = pack(rows, self._tokens_per_pass()), batches[0]
+        filling = most_of_processes(self._prefix_model, len(packed)) - len(packed)
+        packed += pack(self.data_collator([masked_row_like(self.train_dataset[0])])["rows"], 1) * filling
+        passes = [common | own for own in packed]
+        return [common | {PASSES: []}] * (len(batches) - 1) + [common | {PASSES: passes}], items
+
+    def _tokens_per_pass(self) -> int:
+        """Fewer than set where `auto_find_batch_size` has made the batch smaller."""
+        return self.max_tokens_per_pass * self._train_batch_size // self.args.train_batch_size
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As the Trainer's, of all passes."""
+        of_pass = super().floating_point_ops
+        return sum(map(of_pass, inputs.get(PASSES, [inputs])))
+
+    # The only place where the tokens of a batch are counted.
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        for own in inputs.get(PASSES, [inputs]):
+            real = {} if "attention_mask" in own else {"attention_mask": torch.ones_like(own["input_ids"])}
+            super()._track_num_input_tokens(own | real)
+
     # Spans have start positions instead of labels. Without a count, each process would take a mean of its own.
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], *args: Any, **kwargs: Any) -> Any:
         counted = [
-            {"labels": batch["start_positions"]} if "start_positions" in batch else batch for batch in batch_samples
+            {"labels": part["start_positions"]} if "start_positions" in part else part
+            for batch in batch_samples
+            for part in batch.get("rows", [batch])
         ]
         return super()._get_num_items_in_batch(counted, *args, **kwargs)
 
@@ -367,6 +425,10 @@ class PrefixTrainer(Trainer):
 
     def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
         """As the Trainer's; sums loss and number of tokens for `evaluation_loop`."""
+        if "rows" in inputs:
+            rows = inputs["rows"]
+            (packed,) = pack(rows, sum(len(row["input_ids"]) for row in rows))
+            inputs = {name: value for name, value in inputs.items() if name != "rows"} | packed
         result = super().prediction_step(model, inputs, *args, **kwargs)
         tokens = self._get_num_items_in_batch([inputs], self.args.device)
         if result[0] is not None and tokens is not None:
