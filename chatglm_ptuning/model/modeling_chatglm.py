@@ -535,7 +535,8 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, PrefixG
             states, output_layer = outputs.last_hidden_state[0], self.transformer.output_layer
             loss = loss_of_states(states, output_layer, labels, num_items_in_batch, smoothing)
             return CausalLMOutputWithPast(loss=loss)
-        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        # Contiguous: for a slice, torch would copy the weight of the output layer once for every row.
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep).contiguous()
         logits = self.transformer.output_layer(hidden_states)
         return CausalLMOutputWithPast(
             loss=None if labels is None else cross_entropy(logits, labels, num_items_in_batch, smoothing),
