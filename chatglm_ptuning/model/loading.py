@@ -14,7 +14,7 @@ from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.hub import find_base
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMPreTrainedModel
 from chatglm_ptuning.model.modeling_heads import head_to_come
-from chatglm_ptuning.model.quantization import keep_layout, quantization_settings
+from chatglm_ptuning.model.quantization import quantization_settings
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
 
@@ -109,8 +109,6 @@ def load_model(
         )
     # Prefix checkpoints record the name; a path in the hub's cache would mean nothing to others.
     model.config.name_or_path = str(model_name_or_path)
-    if quantization is not None:
-        keep_layout(model)
     return model.eval()
 
 

@@ -37,6 +37,7 @@ from chatglm_ptuning.model.packed_weights import check_unpacked, packed_dtype_pl
 from chatglm_ptuning.model.placement import execution_device, out_of_offload
 from chatglm_ptuning.model.prefix_encoder import PrefixEncoder
 from chatglm_ptuning.model.prefix_mixin import PrefixMixin
+from chatglm_ptuning.model.quantization import keep_layout
 from chatglm_ptuning.model.rotary import RotaryEmbedding
 from chatglm_ptuning.model.trained_module import FirstValues
 from chatglm_ptuning.model.zero3 import gathered, is_partitioned
@@ -276,6 +277,7 @@ class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
                 raise
             raise ValueError(damage) from error
         check_unpacked(model, str(pretrained_model_name_or_path))
+        keep_layout(model)
         inside = "" if model.base_model is model else cls.base_model_prefix + "."
         missing = [name for name in info["missing_keys"] if name.startswith(inside) and "prefix_encoder." not in name]
         if missing:

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from chatglm_ptuning.files import read_tensors
-from chatglm_ptuning.model.quantization import keep_layout
 from chatglm_ptuning.model.virtual_tokens import VirtualTokens
 from chatglm_ptuning.prefix.bank import TRAINABLE_PREFIX
 from chatglm_ptuning.prefix.batch import PrefixBatch
@@ -44,7 +43,6 @@ def _freeze(model: PreTrainedModel) -> None:
     """Freezes the base, and lets the Trainer accept a quantised one."""
     if getattr(model, "is_quantized", False):
         model.is_quantized = False
-        keep_layout(model)
     model.requires_grad_(False)
 
 
