@@ -10,6 +10,7 @@ from typing import Any, NoReturn, TextIO
 
 from chatglm_ptuning.data.sources.rows import BadRows, Row
 from chatglm_ptuning.data.sources.text import first_character, not_utf8, open_text, read_text, text_lines
+from chatglm_ptuning.exact_json import NUMBERS, loads
 
 EXPECTED = "A data file holds one JSON object per line, or one JSON array of objects"
 _NOT_AN_OBJECT = "expected a JSON object"
@@ -45,7 +46,7 @@ def json_document(path: Path, expected: str) -> Any:
     if not text.strip():
         raise ValueError(f"{path} is empty; expected {expected}.")
     try:
-        return json.loads(text)
+        return loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: {_reason(error)}; expected {expected}.") from error
     except RecursionError as error:
@@ -147,7 +148,7 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON value, write null or a number")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, **NUMBERS)
 
 
 def _reason(error: Exception) -> str:
