@@ -155,3 +155,22 @@ def test_no_mojibake(text):
 def test_special_spellings():
     text = "<|user|> [gMASK]<sop> soporific </s> <|endoftext|> [MASK"
     assert special_spellings(text) == ["<|user|>", "[gMASK]", "<sop>", "</s>", "<|endoftext|>"]
+
+
+def test_check_names_fields_with_text_that_is_not_read(tmp_path, capsys):
+    pair = {"question": "谁写的？", "answer": "李白", "context": "静夜思是李白写的。", "id": "a"}
+    path = data_file(tmp_path, pair, {**pair, "备注": "注"}, {**pair, "备注": "再注", "id": "b"})
+    main(["data", "check", str(path), "--output_dir", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "2 rows whose field '备注' holds text that is not read" in out and f"{path}:2, {path}:3" in out
+    assert "Fit to train on, without the text of '备注' (2 rows)." in out
+    assert json.loads((tmp_path / "data_check.json").read_text("utf-8"))["unread"] == {"备注": 2}
+    main(["data", "check", str(path), "--ignored_columns", "备注"])
+    assert "Fit to train on." in capsys.readouterr().out
+    lost = data_file(tmp_path, pair, {"question": "问", "answer": "答", "passage": "一段材料"}, name="lost.jsonl")
+    fails("data", "check", lost)
+    out = capsys.readouterr().out
+    assert re.search(rf"error: {lost}:2: .*columns.*'passage'.*prompt_column.*ignored_columns", out)
+    assert "Not fit to train on" in out
+    main(["data", "check", str(lost), "--prompt_column", "question", "--response_column", "answer"])
+    assert "Fit to train on, without the text of 'context' (1 rows), 'passage' (1 rows)." in capsys.readouterr().out

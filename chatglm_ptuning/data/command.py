@@ -161,7 +161,12 @@ def _print_check(args: CheckArguments, checker: Checker, errors: Sequence[str], 
         print(f"error: {error if place == 0 else error.splitlines()[0]}")
     if checker.bad_rows.count > BadRows.KEPT:
         print(f"error: and {checker.bad_rows.count - BadRows.KEPT} more rows that cannot be understood")
-    print("Not fit to train on; see the errors." if errors else "Fit to train on.")
+    print("Not fit to train on; see the errors." if errors else f"Fit to train on{_without(checker)}.")
+
+
+def _without(checker: Checker) -> str:
+    left_out = ", ".join(f"{name!r} ({count} rows)" for name, count in checker.unread.items())
+    return f", without the text of {left_out}" if left_out else ""
 
 
 def _write_check(
