@@ -105,6 +105,7 @@ def test_check_finds_faults_and_suspicious_rows(tmp_path, capsys):
         {"prompt": "锟斤拷", "response": "中文测试".encode().decode("latin-1")},
         {"conversations": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答", "loss": False}]},
         {"甲": "乙"},
+        {"prompt": "问\ufeff", "response": "答"},
     )
     fails("data", "check", path, "--output_dir", tmp_path)
     out = capsys.readouterr().out
@@ -113,14 +114,15 @@ def test_check_finds_faults_and_suspicious_rows(tmp_path, capsys):
     )
     assert "Not fit to train on" in out
     found = json.loads((tmp_path / "data_check.json").read_text("utf-8"))
-    assert (found["fit"], found["rows"], found["bad"]) == (False, 8, 2)
+    assert (found["fit"], found["rows"], found["bad"]) == (False, 9, 2)
     assert found["counts"] == {
         "duplicates": 1, "empty": 1, "one_sided": 1, "without_targets": 1, "replacement_characters": 1, "mojibake": 1,
-        "special_tokens": 1,
+        "special_tokens": 1, "byte_order_marks": 1,
     }  # fmt: skip
     assert {name: [place.rpartition(":")[2] for place in places] for name, places in found["places"].items()} == {
         "duplicates": ["2"], "empty": ["4"], "one_sided": ["5"], "without_targets": ["9"],
         "replacement_characters": ["7"], "mojibake": ["8"], "special_tokens": ["6"],
+        "byte_order_marks": ["11"],
     }  # fmt: skip
     assert found["scripts"]["kana"]["rows"] == found["scripts"]["hangul"]["rows"] == 1
 

@@ -20,6 +20,7 @@ FINDINGS = {
     "one_sided": "rows with only a question or only an answer",
     "without_targets": "rows with nothing to learn",
     "replacement_characters": "rows with U+FFFD, which replaces lost characters",
+    "byte_order_marks": "rows with U+FEFF in them, a byte order mark, as files have that were joined",
     "mojibake": "rows with passages that were decoded with a wrong encoding",
     "special_tokens": "rows that spell special tokens (they are learned as ordinary text)",
 }
@@ -147,6 +148,7 @@ class Checker:
             "duplicates": digest in self.seen,
             example.left_out_as: True,
             "replacement_characters": "\ufffd" in text,
+            "byte_order_marks": "\ufeff" in text,
             "mojibake": is_mojibake(text),
             "special_tokens": bool(special_spellings(text)),
         }
