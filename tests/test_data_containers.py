@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import bz2
+import datetime
 import gzip
 import io
 import json
 import lzma
 import re
 import zipfile
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from chatglm_ptuning.data.formats.fields import text
 from chatglm_ptuning.data.formats.registry import Columns
 from chatglm_ptuning.data.sources.files import find_sources, iterate_rows
 from chatglm_ptuning.data.sources.rows import BadRows, Row
 from chatglm_ptuning.data.tasks import load_task, read_examples
 from chatglm_ptuning.data.tasks.task import Task
+from chatglm_ptuning.exact_json import dumps
 
 
 def written(folder: Path, name: str, content: str | bytes) -> Path:
@@ -327,3 +331,18 @@ def test_a_file_that_is_no_text_is_named(tmp_path, name, content, message):
     found = fault(path)
     assert re.match(rf"{re.escape(str(path))} is not UTF-8 text: it is {message}", found)
     assert ("iconv" in found) == ("iconv" in message)
+
+
+def test_numbers_and_dates_of_tables_keep_their_digits(tmp_path):
+    day, number = datetime.date(2024, 5, 1), Decimal("12.50")
+    columns = {
+        "decimal": [number], "short": pyarrow.array([0.1], pyarrow.float32()), "day": [day], "whole": [2**60],
+        "nested": [{"price": number}],
+    }  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    cells = written(tmp_path, "a.csv", "decimal,short\n12.50,1E400\n")
+    (row,), (texts,) = read_rows(tmp_path / "a.parquet"), read_rows(cells)
+    shown = {name: text(value, name) for name, value in row.items() if name != "nested"}
+    assert shown == {"decimal": "12.50", "short": "0.1", "day": "2024-05-01", "whole": str(2**60)}
+    assert dumps(row["nested"]) == '{"price": 12.50}'
+    assert texts == {"decimal": "12.50", "short": "1E400"}

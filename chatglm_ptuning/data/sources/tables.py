@@ -6,12 +6,15 @@ import csv
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from transformers.utils import logging
 
-from chatglm_ptuning.data.sources.rows import BadRows, Row, without_nulls
+from chatglm_ptuning.data.sources.rows import BadRows, Row, plain_value
 from chatglm_ptuning.data.sources.text import BOM, data_suffix, not_utf8, open_bytes, open_text, text_lines
+
+if TYPE_CHECKING:
+    import pyarrow
 
 logger = logging.get_logger(__name__)
 
@@ -157,7 +160,7 @@ def _columns(values: list[str], where: str) -> list[str]:
 
 
 def parquet_rows(path: Path) -> Iterator[Row]:
-    """Rows of a Parquet file; fields of nested objects that are null are left out.
+    """Rows of a Parquet file, with values as of `plain_value`.
 
     Raises:
         ValueError: naming the file, if it is missing, damaged or empty.
@@ -171,14 +174,25 @@ def parquet_rows(path: Path) -> Iterator[Row]:
             # A Parquet file is read from its end, so a gzipped one is decompressed whole.
             source = file if isinstance(file, io.BufferedReader) else io.BytesIO(file.read())
             batches = pyarrow.parquet.ParquetFile(source).iter_batches(batch_size=_PARQUET_BATCH)
-            rows = (row for batch in batches for row in batch.to_pylist(maps_as_pydicts="lossy"))
+            rows = (row for batch in batches for row in _with_short_floats(batch).to_pylist(maps_as_pydicts="lossy"))
             for number, row in enumerate(rows, start=1):
-                values = {key: without_nulls(value) for key, value in row.items()}
+                values = {key: plain_value(value) for key, value in row.items()}
                 yield Row(values, str(path), number, has_lines=False)
         except pyarrow.ArrowException as error:
             raise ValueError(f"{path} is damaged or not a Parquet file: {error}") from error
     if not number:
         raise ValueError(f"{path} is empty: it has no rows.")
+
+
+def _with_short_floats(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
+    """Columns of float32 as the shortest numbers that mean the same: 0.1 instead of 0.10000000149011612."""
+    import pyarrow
+
+    for place, field in enumerate(batch.schema):
+        if field.type == pyarrow.float32():
+            shortest = batch.column(place).cast(pyarrow.string()).cast(pyarrow.float64())
+            batch = batch.set_column(place, field.name, shortest)
+    return batch
 
 
 def plain_text_rows(path: Path, bad_rows: BadRows) -> Iterator[Row]:
