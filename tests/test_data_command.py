@@ -176,3 +176,12 @@ def test_check_names_fields_with_text_that_is_not_read(tmp_path, capsys):
     assert "Not fit to train on" in out
     main(["data", "check", str(lost), "--prompt_column", "question", "--response_column", "answer"])
     assert "Fit to train on, without the text of 'context' (1 rows), 'passage' (1 rows)." in capsys.readouterr().out
+
+
+def test_check_names_rows_that_are_longer_than_the_base_reads(base, tmp_path, capsys):
+    path = data_file(tmp_path, {"prompt": "甲" * 3000, "response": "乙"}, {"prompt": "甲", "response": "乙"})
+    more = ["--model_name_or_path", str(base), "--max_source_length"]
+    main(["data", "check", str(path), *more, "4000"])
+    assert re.search("warning: 1 of 2 .*seq_length of 2048 .*longest has 3012.*max_source", capsys.readouterr().out)
+    main(["data", "check", str(path), *more, "1000"])
+    assert "seq_length" not in capsys.readouterr().out
