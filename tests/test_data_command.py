@@ -169,6 +169,8 @@ def test_check_names_fields_with_text_that_is_not_read(tmp_path, capsys):
     assert json.loads((tmp_path / "data_check.json").read_text("utf-8"))["unread"] == {"备注": 2}
     main(["data", "check", str(path), "--ignored_columns", "备注"])
     assert "Fit to train on." in capsys.readouterr().out
+    main(["data", "show", str(path), "--row", "2"])
+    assert "not read: 备注\n" in capsys.readouterr().out
     lost = data_file(tmp_path, pair, {"question": "问", "answer": "答", "passage": "一段材料"}, name="lost.jsonl")
     fails("data", "check", lost)
     out = capsys.readouterr().out

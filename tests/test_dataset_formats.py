@@ -317,6 +317,8 @@ def test_input_and_context_are_joined_to_the_question(question, reply, added):
     assert found.unread == ()
     several = read_row(row(**{**values, added: ["一", "二"]}), DETECT).content
     assert several.messages[0] == user("谁写的？\n一\n二")
+    assert read_row(row(**{**values, added: "[3, 1, 2]"}), DETECT).content.messages[0] == user("谁写的？\n[3, 1, 2]")
+    assert re.search(f"'{added}' .*ignored_columns.* object", refusal(row(**{**values, added: {"a": "b"}})))
 
 
 @EVERY_FORMAT

@@ -86,6 +86,8 @@ def show(args: ShowArguments) -> None:
         encoded = head.learn(example)
         formats = f"dataset format {example.dataset_format}, chat format {head.tokenizer.chat_format}"
         console.print(f"{example.where}: {formats}", markup=False)
+        if example.unread:
+            console.print(f"not read: {', '.join(example.unread)}", markup=False)
         if encoded.counted:
             console.print(describe(encoded.counted), markup=False)
         for number, row in enumerate(encoded.rows, start=1):

@@ -119,7 +119,10 @@ def tool_list(value: Any, what: str) -> tuple[Any, ...]:
     if isinstance(tools, dict):
         tools = [tools]
     if not isinstance(tools, list):
-        raise ValueError(f"{what} must be a list of tool definitions, not {shown(tools)}")
+        raise ValueError(
+            f"{what} must be a list of tool definitions, not {shown(tools)}. If it is something else, list it in "
+            "ignored_columns."
+        )
     text(json.dumps(tools, ensure_ascii=False, default=str), what)
     return tuple(tools)
 

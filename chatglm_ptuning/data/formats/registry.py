@@ -39,7 +39,8 @@ class Columns:
     Attributes:
         prompt, response, history: names of columns.
         dataset_format: one of FORMATS or ALIASES.
-        ignored: names of fields that are not to be read; KEY or FIELD.KEY for a key of the messages in a field.
+        ignored: names of fields that are left out; also KEY or FIELD.KEY, for a key of the messages in a field that
+            the dataset format does not read.
 
     Raises:
         ValueError: if the dataset format is unknown.
@@ -184,9 +185,9 @@ def _joined(row: NotedFields, question: str, but: tuple[str, ...] = ()) -> str:
     parts = [question]
     for name in _JOINED:
         if name in row and name not in but:
-            value = parsed(row[name])
-            passages = value if isinstance(value, list) else [row[name]]
-            parts += [text(passage, f"the column {name!r}") for passage in passages]
+            value, what = row[name], f"the column {name!r} (to leave it out, list it in ignored_columns)"
+            several = isinstance(value, list) and all(isinstance(passage, str) for passage in value)
+            parts += [text(passage, what) for passage in (value if several else [value])]
     return "\n".join(part for part in parts if part)
 
 
