@@ -193,7 +193,12 @@ def load_data(config: RunConfig, tokenizer: ChatGLMTokenizer) -> RunData:
         _print_mixture(config, tasks)
     strict = replace(loader, skip_bad_rows=0)  # the flag is about the rows of the task
     general = read_general_rows(
-        config.preserve, tokenizer, strict, replays=config.replays, measures=config.measures_drift
+        config.preserve,
+        tokenizer,
+        strict,
+        replays=config.replays,
+        measures=config.measures_drift,
+        ignored_columns=flags.ignored_columns,
     )
     return RunData(tasks, general)
 
