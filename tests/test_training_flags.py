@@ -147,6 +147,8 @@ def test_flags_in_a_file_and_of_a_search_are_refused_too(base, train_file, tmp_p
         ("--lr_scheduler_type cosine_with_min_lr", "--lr_scheduler_kwargs .*min_lr"),
         ('--lr_scheduler_type cosine --lr_scheduler_kwargs {"cycles":2}', "--lr_scheduler_kwargs .*cycles"),
         ("--include_num_input_tokens_seen some", "--include_num_input_tokens_seen .*non_padding, got some"),
+        ('--lr_scheduler_type polynomial --learning_rate 0.1 --lr_scheduler_kwargs {"lr_end":0.5}',
+         "--lr_scheduler_type polynomial .*lr_end.* --learning_rate 0.1"),
         ("--lr_scheduler_kwargs {min_lr", "--lr_scheduler_kwargs .*JSON.* got {min_lr"),
         ("--activation_checkpointing_kwargs [1]", r"--activation_checkpointing_kwargs .*JSON.* got \[1\]"),
         ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps .*at least 1, got 0"),
@@ -446,6 +448,24 @@ def test_the_best_strategy_saves_when_the_loss_falls(base, train_file, tmp_path)
     losses = history(tmp_path, "eval_loss")
     best = [step for step, loss in enumerate(losses, 1) if loss == min(losses[:step])]
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in best}
+
+
+def test_logs_evaluations_and_checkpoints_at_the_ends_of_epochs(base, train_file, tmp_path):
+    more = "--logging_strategy epoch --eval_strategy epoch --eval_delay 1 --save_strategy epoch --num_train_epochs 3 "
+    more += "--save_total_limit 1 --load_best_model_at_end true --metric_for_best_model loss --greater_is_better true"
+    main(flags(base, train_file, tmp_path, *more.split(), "--validation_file", train_file, steps=-1))
+    losses = history(tmp_path, "eval_loss")
+    assert len(history(tmp_path, "loss")) == 3 and len(losses) == 3
+    (kept,) = tmp_path.glob("checkpoint-*")
+    assert kept.name == f"checkpoint-{6 * (1 + losses.index(max(losses)))}"
+    assert torch.equal(prefix(tmp_path), prefix(kept))
+
+
+def test_predictions_search_as_many_beams_as_the_official_flag_says(base, train_file, tmp_path):
+    more = ["--do_predict", "--validation_file", train_file, "--generation_num_beams", 2, "--max_predict_samples", 2]
+    main(flags(base, train_file, tmp_path, *more))
+    settings = json.loads((tmp_path / "predict" / "metrics.json").read_text("utf-8"))["settings"]
+    assert (settings["num_beams"], settings["batch_size"]) == (2, 8)
 
 
 def test_no_run_resumes_from_a_checkpoint_without_optimizer_state(base, train_file, tmp_path, capsys):
