@@ -19,6 +19,7 @@ from torch.nn import functional
 from transformers import Seq2SeqTrainingArguments
 
 from chatglm_ptuning.data.collate import PaddingCollator
+from chatglm_ptuning.experiments.compare import main as compare
 from chatglm_ptuning.experiments.search import main as search
 from chatglm_ptuning.model.loading import load_model
 from chatglm_ptuning.model.modeling_heads import (
@@ -123,13 +124,18 @@ def test_a_refused_flag_with_its_default_is_accepted(tmp_path):
     PrefixTrainingArguments(output_dir=str(tmp_path), fsdp="", push_to_hub=False, include_for_metrics=[])
 
 
-def test_flags_in_a_file_and_of_a_search_are_refused_too(base, train_file, tmp_path, capsys):
+def test_flags_in_a_file_of_a_search_and_of_a_comparison_are_refused_too(base, train_file, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("generation_max_length: 64\n", "utf-8")
     message = refusal(flags(base, train_file, tmp_path / "run", "--config", tmp_path / "run.yaml"), capsys)
     assert "--val_max_target_length" in message
     with pytest.raises(SystemExit):
         search(["--model_name_or_path", str(base), "--train_file", str(train_file), "--validation_file",
                 str(train_file), "--output_dir", str(tmp_path), "--generation_max_length", "64"])  # fmt: skip
+    assert "--val_max_target_length" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        compare(["--model_name_or_path", str(base), "--methods", "ptuning_v2", "--tasks", str(tmp_path / "mood.yaml"),
+                 "--task_data", str(task_runs.write_tasks(tmp_path)), "--output_dir", str(tmp_path / "compare"), "--",
+                 "--generation_max_length", "64"])  # fmt: skip
     assert "--val_max_target_length" in capsys.readouterr().err
 
 
