@@ -396,7 +396,7 @@ def test_a_task_that_is_not_in_the_mixture_has_no_head_there(folder, run, tmp_pa
 
 def frozen(folder: Path, output: Path, *more: str) -> dict[str, torch.Tensor]:
     """What a run that learns nothing ends with: its first values."""
-    train([*flags(folder, output), "--max_steps", "1", "--learning_rate", "0", "--weight_decay", "0", *more])
+    train([*flags(folder, output), "--max_steps", "1", "--learning_rate", "1e-30", "--weight_decay", "0", *more])
     return load_file(output / WEIGHTS_FILE)
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 import instruction_rows
 import packed_base
 import pytest
+import task_runs
 import tiny_base
 import torch
 from conftest import TINY
+from json_lines import write_rows
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from chatglm_ptuning import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMForSequenceClassification
@@ -235,6 +237,58 @@ def test_the_train_command_trains_through_a_quantised_base(tmp_path, bits, capsy
     assert losses[-1] < losses[0] - 0.3
     for settings in ({}, {"quantization_bit": bits}):
         load_model(str(folder), **settings).load_prefix(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def speaker(tmp_path_factory):
+    """A base with a tokenizer."""
+    return tiny_base.make_base(tmp_path_factory.mktemp("speaker"))
+
+
+@pytest.fixture(scope="module")
+def rows_file(tmp_path_factory):
+    rows = [{"content": "你是谁", "summary": "甲乙丙丁"}, {"content": "天气", "summary": "很好"}] * 2
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", *rows)
+
+
+def command(base, rows_file, output, bits, *more) -> list[str]:
+    """The flags of the official evaluate.sh, without --do_predict and --ptuning_checkpoint."""
+    return [
+        "--validation_file", str(rows_file), "--test_file", str(rows_file), "--overwrite_cache", "--prompt_column",
+        "content", "--response_column", "summary", "--model_name_or_path", str(base), "--output_dir", str(output),
+        "--overwrite_output_dir", "--max_source_length", "40", "--max_target_length", "20", "--predict_with_generate",
+        "--per_device_eval_batch_size", "1", "--quantization_bit", str(bits), "--disable_tqdm", "true",
+        *map(str, more),
+    ]  # fmt: skip
+
+
+def results(run) -> dict[str, float]:
+    return json.loads((run / "all_results.json").read_text("utf-8"))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_base_is_evaluated_without_training(speaker, rows_file, tmp_path, bits):
+    tiny_base.make_prefix(speaker, tmp_path / "prefix", "甲乙丙丁")
+    for name, more in {"plain": [], "prefix": ["--ptuning_checkpoint", tmp_path / "prefix"]}.items():
+        train(command(speaker, rows_file, tmp_path / name, bits, "--do_predict", "--do_eval", *more))
+        assert {"predict_rouge-l", "eval_loss", "eval_rouge-l"} <= results(tmp_path / name).keys()
+        assert (tmp_path / name / "generated_predictions.txt").read_text("utf-8").count("\n") == 4
+    assert results(tmp_path / "plain")["eval_loss"] != results(tmp_path / "prefix")["eval_loss"]
+
+
+@pytest.mark.parametrize("tuning", ["lora", "prompt", "p_tuning"])
+def test_other_methods_train_on_a_quantised_base_and_are_evaluated_on_it(speaker, rows_file, tmp_path, tuning):
+    more = ["--do_train", "--train_file", rows_file, "--tuning", tuning, "--pre_seq_len", 4, "--max_steps", 2]
+    train(command(speaker, rows_file, tmp_path / "run", 8, "--do_eval", *more, "--report_drift", "false"))
+    scored = ["--do_eval", "--ptuning_checkpoint", tmp_path / "run", "--report_drift", "false"]
+    train(command(speaker, rows_file, tmp_path / "again", 8, *scored))
+    assert results(tmp_path / "again")["eval_loss"] == pytest.approx(results(tmp_path / "run")["eval_loss"], rel=1e-3)
+
+
+def test_a_head_alone_trains_on_a_quantised_base(speaker, tmp_path):
+    data = task_runs.write_tasks(tmp_path / "data")
+    more = ["--head", "sequence_classification", "--tuning", "head_only", "--quantization_bit", 4, "--do_eval"]
+    assert "eval_accuracy" in task_runs.train(speaker, data, "mood.yaml", tmp_path / "run", *more, steps=2)
 
 
 _RANK = """

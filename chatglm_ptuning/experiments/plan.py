@@ -22,7 +22,7 @@ from chatglm_ptuning.data.tasks.heads.head import Prediction
 from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.evaluation.report import score_task
 from chatglm_ptuning.experiments.run import RUN_DEFAULTS
-from chatglm_ptuning.training.arguments import DataArguments, ModelArguments, TuningArguments
+from chatglm_ptuning.training.arguments import DataArguments, GivenTrainingArguments, ModelArguments
 from chatglm_ptuning.training.run import TRAIN_FLAGS
 
 DEFAULT_SEEDS = (1, 2, 3)
@@ -248,7 +248,7 @@ def _check_cell(
 ) -> Cell | str:
     """The cell, or the reason why it cannot be run."""
     tuning, asked = flags.get("tuning", "ptuning_v2"), flags.pop("head", None)
-    kinds = (ModelArguments, DataArguments, TuningArguments)
+    kinds = (ModelArguments, DataArguments, GivenTrainingArguments)
     _, data, _ = checker.values({**flags, "model_name_or_path": plan.base}, kinds)
     definition = data.chosen_task()
     head = _head(definition, asked, tuning != "none")

@@ -22,7 +22,7 @@ from chatglm_ptuning.experiments.search_arguments import SearchArguments, Settin
 from chatglm_ptuning.experiments.search_report import REPORT_FILE, print_report, write_report
 from chatglm_ptuning.files import read_json_object
 from chatglm_ptuning.metrics.intervals import mean_and_deviation
-from chatglm_ptuning.training.arguments import RETIRED_FLAGS, DataArguments, ModelArguments, TuningArguments
+from chatglm_ptuning.training.arguments import RETIRED_FLAGS, DataArguments, GivenTrainingArguments, ModelArguments
 from chatglm_ptuning.training.progress import DEVICE, DIVERGED, REFUSED
 from chatglm_ptuning.training.run import TRAIN_FLAGS
 
@@ -228,7 +228,9 @@ def _parse(argv: Sequence[str]) -> tuple[SearchArguments, list[str], str]:
     first = args.train_arguments(common, args.grid()[0], args.seeds[0])
     try:
         # Not the Trainer's arguments: they would prepare this process for DeepSpeed, and the runs inherit that.
-        _, data_args, _ = FlagChecker(TRAIN_FLAGS).parsed(first, (ModelArguments, DataArguments, TuningArguments))
+        _, data_args, _ = FlagChecker(TRAIN_FLAGS).parsed(
+            first, (ModelArguments, DataArguments, GivenTrainingArguments)
+        )
         task = data_args.chosen_task()
         if data_args.task is not None:
             data_args.setup_of_task(task, head_of(task, data_args.head))

@@ -69,7 +69,8 @@ def read_weight(base: PreTrainedModel, name: str) -> tuple[torch.Tensor | None, 
                 return None, False
             from transformers.integrations.bitsandbytes import dequantize_bnb_weight  # imports bitsandbytes
 
-            return dequantize_bnb_weight(weight, getattr(module, "state", None)), False
+            layer = getattr(module, "base_layer", module)  # inside a layer of PEFT
+            return dequantize_bnb_weight(weight, getattr(layer, "state", None)), False
         # An official quantised checkpoint packs the linear layers of the encoder, and nothing else.
         packed = bool(base.config.dequantized_from_bit) and isinstance(module, torch.nn.Linear)
         return weight.detach(), not packed

@@ -455,6 +455,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, PrefixG
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        smoothing: float = 0.0,
         prefix: PrefixArgument = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -466,6 +467,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, PrefixG
             logits_to_keep: number of last positions whose logits are computed (0: all), or these positions.
             num_items_in_batch: divides the loss, instead of the number of supervised tokens here; the Trainer passes
                 the number in all batches of a step.
+            smoothing: of the labels, see `cross_entropy`.
             prefix: as for `ChatGLMModel.forward`.
         """
         outputs = self.transformer(
@@ -481,7 +483,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, PrefixG
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         logits = self.transformer.output_layer(hidden_states)
         return CausalLMOutputWithPast(
-            loss=None if labels is None else next_token_loss(logits, labels, num_items_in_batch),
+            loss=None if labels is None else next_token_loss(logits, labels, num_items_in_batch, smoothing),
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,

@@ -127,6 +127,7 @@ class ChatGLMForSequenceClassification(ChatGLMWithHead):
         labels: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        smoothing: float = 0.0,
         prefix: PrefixArgument = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
@@ -138,9 +139,10 @@ class ChatGLMForSequenceClassification(ChatGLMWithHead):
             labels: `[batch]` classes or numbers, or `[batch, num_labels]` for several classes or numbers at once; -100
                 where the loss is masked.
             num_items_in_batch: divides the loss, instead of the number of labels here.
+            smoothing: of the labels, see `cross_entropy`; for labels of which a row has one.
 
         Raises:
-            ValueError: if a row has no real token.
+            ValueError: if a row has no real token, or labels of which a row has several are to be smoothed.
         """
         outputs = self.transformer(
             input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, prefix=prefix, **kwargs
@@ -149,7 +151,9 @@ class ChatGLMForSequenceClassification(ChatGLMWithHead):
         last = self._last_real_position(input_ids, attention_mask, hidden_states)
         pooled = hidden_states[torch.arange(hidden_states.shape[0], device=last.device), last]
         logits = self._apply_head(pooled, prefix)
-        loss = None if labels is None else self._loss(logits, labels.to(logits.device), num_items_in_batch)
+        loss = None
+        if labels is not None:
+            loss = self._loss(logits, labels.to(logits.device), num_items_in_batch, smoothing)
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
@@ -175,7 +179,11 @@ class ChatGLMForSequenceClassification(ChatGLMWithHead):
         return (torch.arange(seq_len, device=real.device) * real).argmax(-1)
 
     def _loss(
-        self, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None,
+        smoothing: float,
     ) -> torch.Tensor:
         problem = self.config.problem_type
         if problem is None and self.num_labels == 1:
@@ -183,7 +191,11 @@ class ChatGLMForSequenceClassification(ChatGLMWithHead):
         elif problem is None:
             problem = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
         if problem == "single_label_classification":
-            return cross_entropy(logits, labels.reshape(-1), num_items_in_batch)
+            return cross_entropy(logits, labels.reshape(-1), num_items_in_batch, smoothing)
+        if smoothing:
+            raise ValueError(
+                f"smoothing is not defined for {problem}: its labels are not classes of which one is right."
+            )
         labels = labels.reshape(logits.shape).to(logits.dtype)
         known = labels != IGNORED_LABEL
         if problem == "regression":
@@ -206,6 +218,7 @@ class ChatGLMForTokenClassification(ChatGLMWithHead):
         attention_mask: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        smoothing: float = 0.0,
         prefix: PrefixArgument = None,
         **kwargs: Any,
     ) -> TokenClassifierOutput:
@@ -214,10 +227,11 @@ class ChatGLMForTokenClassification(ChatGLMWithHead):
         Args:
             labels: `[batch, seq_len]`, -100 on tokens that have none.
             num_items_in_batch: divides the loss, instead of the number of labelled tokens here.
+            smoothing: of the labels, see `cross_entropy`.
         """
         outputs = self.transformer(input_ids=input_ids, attention_mask=attention_mask, prefix=prefix, **kwargs)
         logits = self._apply_head(outputs.last_hidden_state, prefix)
-        loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
+        loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch, smoothing)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

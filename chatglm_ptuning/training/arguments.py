@@ -21,6 +21,7 @@ from chatglm_ptuning.training.distributed import prepare_processes
 from chatglm_ptuning.training.head_start import HeadInit
 from chatglm_ptuning.training.initialisation import PrefixInit
 from chatglm_ptuning.training.sampler import SamplingStrategy
+from chatglm_ptuning.training.trainer_flags import Optimizer, check_given, check_resolved
 from chatglm_ptuning.tuning.methods import (
     LEARNING_RATES,
     LINEAR_LAYERS,
@@ -47,6 +48,9 @@ RETIRED_FLAGS = {
     "ignore_pad_token_for_loss": "padding is never learned, and a real <unk> in an answer always is.",
     "sortish_sampler": "use --train_sampling_strategy group_by_length, which is the default.",
     "group_by_length": "it is the default; --train_sampling_strategy random turns it off.",
+    "eval_accumulation_steps": "an evaluation keeps no logits that could fill the memory.",
+    "logging_nan_inf_filter": "a loss that is not finite always ends the training.",
+    "remove_unused_columns": "the rows have only the columns that the model takes.",
     "cache_dir": "set the environment variable HF_HOME (MODELSCOPE_CACHE for --hub modelscope) instead.",
     "config_name": "the configuration is read from --model_name_or_path.",
     "tokenizer_name": "the tokenizer is read from --model_name_or_path.",
@@ -276,6 +280,23 @@ class PrefixTrainingArguments(TuningArguments, Seq2SeqTrainingArguments):
         default_factory=torch.accelerator.is_available, metadata={"help": "pinned memory (default: with a GPU)"}
     )
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "see TrainingArguments"})
+    report_to: list[str] = field(
+        default_factory=lambda: ["none"],
+        metadata={"help": "experiment trackers, such as tensorboard or wandb; all for those that are installed"},
+    )
+    # Refused, with a message of the kit's own: the parser does not understand their types.
+    liger_kernel_config: str | None = field(default=None, metadata={"help": "refused (docs/training_flags.md)"})
+    parallelism_config: str | None = field(default=None, metadata={"help": "refused (docs/training_flags.md)"})
+    optim: Optimizer = field(default="adamw_torch_fused", metadata={"help": "the optimizer"})
+    label_smoothing_factor: float = field(
+        default=0.0,
+        metadata={"help": "share of the target that is spread over all tokens or labels; for the training loss only"},
+    )
+    include_num_input_tokens_seen: str = field(
+        default="no",
+        metadata={"help": "count the tokens of the training rows: no, all or non_padding", "nargs": "?",
+                  "const": "all"},
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         if self.output_dir is None:
@@ -284,6 +305,8 @@ class PrefixTrainingArguments(TuningArguments, Seq2SeqTrainingArguments):
         TuningArguments.__post_init__(self)
         if self.tuning == "none" and self.do_train:
             raise ValueError("--tuning none trains nothing: leave --do_train out, or choose another --tuning.")
+        check_given(self)
+        self.include_num_input_tokens_seen = _counted_tokens(self.include_num_input_tokens_seen)
         if self.deepspeed and self.tuning != "ptuning_v2":
             raise ValueError(
                 f"--deepspeed works with --tuning ptuning_v2 alone. Train {self.tuning} in one process or in several "
@@ -291,6 +314,7 @@ class PrefixTrainingArguments(TuningArguments, Seq2SeqTrainingArguments):
             )
         prepare_processes(self)
         Seq2SeqTrainingArguments.__post_init__(self)
+        check_resolved(self)
         if super().n_gpu > 1:
             logger.warning(
                 f"One process uses one GPU, so that {super().n_gpu - 1} GPUs are idle. NUM_GPUS of "
@@ -301,6 +325,23 @@ class PrefixTrainingArguments(TuningArguments, Seq2SeqTrainingArguments):
     def n_gpu(self) -> int:
         """Number of GPUs of this process: at most one. DataParallel would copy the base to all in every step."""
         return min(super().n_gpu, 1)
+
+
+@dataclass
+class GivenTrainingArguments(PrefixTrainingArguments):
+    """The same, checked as they were given, for a run that another process will start: no device is prepared."""
+
+    def __post_init__(self) -> None:
+        TuningArguments.__post_init__(self)
+        check_given(self)
+
+
+def _counted_tokens(given: str | bool) -> str:
+    """The value of --include_num_input_tokens_seen, which used to be yes or no."""
+    name = {"true": "all", "false": "no"}.get(str(given).lower(), str(given))
+    if name not in ("no", "all", "non_padding"):
+        raise ValueError(f"--include_num_input_tokens_seen must be no, all or non_padding, got {given}")
+    return name
 
 
 @dataclass

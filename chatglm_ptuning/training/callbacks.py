@@ -37,6 +37,32 @@ class FiniteGuard:
             raise TrainingDiverged("The gradients became NaN or infinite", step, args)
 
 
+class UpdateCounter(TrainerCallback):
+    """Counts the optimizer steps that change parameters: not those skipped, nor those with a learning rate of 0."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Starts counting at 0."""
+        self.count = 0
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: object,
+    ) -> None:
+        """Counts a step."""
+        skipped = getattr(optimizer, "step_was_skipped", False)
+        if not skipped and any(float(group["lr"]) > 0 for group in optimizer.param_groups):
+            self.count += 1
+
+
 class ZeroLossGuard(TrainerCallback):
     """Stops the training when the logged loss stays at exactly 0, as it does when 16-bit numbers overflow."""
 

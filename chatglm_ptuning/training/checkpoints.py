@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import TrainingArguments
 from transformers.utils import logging
@@ -56,6 +56,12 @@ def choose_checkpoint(args: TrainingArguments) -> Path | None:
     fault, chosen = broadcast_object((fault, chosen))
     if fault is not None:
         raise ValueError(fault)
+    if chosen is not None and is_resumable(chosen) and not (chosen / OPTIMIZER_NAME).exists():
+        raise ValueError(
+            f"{chosen} has no {OPTIMIZER_NAME}, as with save_only_model, so no run can resume from it. Start over by "
+            "overwrite_output_dir without resume_from_checkpoint, or start another run from its weights: "
+            f"ptuning_checkpoint {chosen} and another output_dir."
+        )
     if chosen is not None and not is_resumable(chosen):
         raise ValueError(
             f"The first process resumes from {chosen}, which process {args.process_index} does not see: output_dir "

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from chatglm_ptuning.data.dataset import Split
 from chatglm_ptuning.data.tasks.arguments import TaskSetup
 from chatglm_ptuning.data.tasks.heads import ECHO_HEADS, LINEAR_HEADS, head_of, heads_of
@@ -147,6 +149,7 @@ def resolve(
     if not (args.do_train or args.do_eval or args.do_predict):
         raise ValueError("nothing to do: give --do_train, --do_eval or --do_predict.")
     _check_flags(model_args, data_args, args, preserve_args)
+    _check_best_metric(data_args, args)
     resume_from = choose_checkpoint(args)
     mixture = None
     if data_args.task_mixture is not None:
@@ -164,6 +167,7 @@ def resolve(
     config = RunConfig(base, data_args, args, preserve_args, tasks, mixture, resume_from)
     for task in tasks:
         _check_attention(base, task)
+        _check_smoothing(args, task)
     if resume_from is not None:
         _check_same_tasks(config, resume_from)
     return config
@@ -182,6 +186,13 @@ def _check_flags(
     """Refuses flags that contradict one another."""
     checkpoint = model_args.ptuning_checkpoint
     zero3 = bool(args.deepspeed) and args.hf_deepspeed_config.is_zero3()
+    if args.use_cpu and torch.accelerator.is_available():
+        raise ValueError(
+            "--use_cpu does not move the base off the GPU: set the environment variable CUDA_VISIBLE_DEVICES= to hide "
+            "the GPUs instead."
+        )
+    if args.eval_on_start and not args.do_eval:
+        raise ValueError("--eval_on_start needs --do_eval or --eval_strategy, and rows to evaluate on.")
     if checkpoint is not None and args.tuning == "none":
         raise ValueError(f"--tuning none is the plain base: leave --ptuning_checkpoint {checkpoint} out.")
     if model_args.init_prefix is not None and not _trains_prefix(args):
@@ -202,6 +213,11 @@ def _check_flags(
                 "--tuning none."
             )
     if preserve_args.preserve_base > 0:
+        if args.neftune_noise_alpha:
+            raise ValueError(
+                "--preserve_base does not go with --neftune_noise_alpha, whose noise would be in the answers of the "
+                "base, too. Give one of them."
+            )
         if args.tuning not in PREFIX_METHODS:
             raise ValueError(
                 f"--preserve_base needs --tuning {', '.join(PREFIX_METHODS)}, which freeze the base; got {args.tuning}."
@@ -291,6 +307,29 @@ def _check_attention(base: ModelArguments, task: RunTask) -> None:
         f"candidate answers are scored with a mask that only {' and '.join(CANDIDATE_ATTENTIONS)} take. Give one of "
         "these, or leave --do_eval and --do_predict out."
     )
+
+
+def _check_smoothing(args: PrefixTrainingArguments, task: RunTask) -> None:
+    """Refuses label smoothing for a head without classes of which one is right."""
+    head = task.setup.head
+    if args.do_train and args.label_smoothing_factor and not head.smooths_labels:
+        others = [name for name, other in heads_of(task.task).items() if other.smooths_labels]
+        raise ValueError(
+            f"--label_smoothing_factor {args.label_smoothing_factor:g} does not work for {task.task.name} with the "
+            f"head {head.name}, whose outputs are not classes of which one is right. Leave it out"
+            f"{', or use --head ' + ' or '.join(others) if others else ''}."
+        )
+
+
+def _check_best_metric(data_args: DataArguments, args: PrefixTrainingArguments) -> None:
+    """Refuses to choose checkpoints by a score that no evaluation computes."""
+    metric = args.metric_for_best_model
+    computes_loss_alone = not (data_args.task or data_args.task_mixture or args.predict_with_generate)
+    if args.do_train and metric is not None and computes_loss_alone and metric.removeprefix("eval_") != "loss":
+        raise ValueError(
+            f"--metric_for_best_model {metric} is a score of generated answers: give --predict_with_generate, too, or "
+            "--metric_for_best_model loss."
+        )
 
 
 # ---- checkpoints ----

@@ -56,6 +56,36 @@ class AllLabelsMasked(TrainingStopped):
         )
 
 
+class NothingTrained(TrainingStopped):
+    """No step has changed a parameter, so there is nothing to save.
+
+    Args:
+        steps: number of steps taken.
+        rows: number of training rows.
+        batch: rows of one batch on all processes.
+    """
+
+    def __init__(self, steps: int, rows: int, batch: int, arguments: TrainingArguments) -> None:
+        if steps:
+            skipped = ", or they were skipped because float16 gradients overflowed" if arguments.fp16 else ""
+            reason = (
+                f"none of the {steps} steps changed a parameter: their learning rate was 0 (--learning_rate "
+                f"{arguments.learning_rate:g}, --warmup_steps {arguments.warmup_steps:g}, --lr_scheduler_type "
+                f"{arguments.lr_scheduler_type.value}){skipped}. Train for more steps, or with fewer --warmup_steps"
+            )
+        elif arguments.dataloader_drop_last and rows < batch:
+            reason = (
+                f"no step was taken: {rows} training rows do not fill a batch of {batch}, and --dataloader_drop_last "
+                f"drops what does not. Leave it out, or set --per_device_train_batch_size to {rows} or less"
+            )
+        else:
+            reason = (
+                f"no step was taken on {rows} training rows (--max_steps {arguments.max_steps}, --num_train_epochs "
+                f"{arguments.num_train_epochs:g})"
+            )
+        super().__init__(f"Nothing was trained, and nothing is saved: {reason}.")
+
+
 class OutOfMemory(TrainingStopped):
     """A batch did not fit into memory.
 

@@ -71,7 +71,7 @@ class MixtureTrainer(PrefixTrainer):
         args = self.args
         step = self._train_batch_size * args.world_size * args.gradient_accumulation_steps
         strategy = args.train_sampling_strategy
-        self._epoch_sampler = MixtureSampler(of_task, self.probabilities, step, args.seed, strategy)
+        self._epoch_sampler = MixtureSampler(of_task, self.probabilities, step, self._sampler_seed, strategy)
         return self._epoch_sampler
 
     # ---- losses ----
@@ -132,6 +132,7 @@ class MixtureTrainer(PrefixTrainer):
             metrics |= {f"{prefix}_{name}": value for name, value in of_task.items()}
         metrics[f"{metric_key_prefix}_loss"] = sum(losses) / len(losses)
         metrics[f"{metric_key_prefix}_mean"] = sum(scores) / len(scores)
+        self._check_best_metric(metrics)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

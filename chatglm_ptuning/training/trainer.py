@@ -18,7 +18,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
@@ -29,11 +29,18 @@ from chatglm_ptuning.model.zero3 import gathered, is_partitioned, whole_shape
 from chatglm_ptuning.prefix.checkpoint import PREFIX_KEY
 from chatglm_ptuning.prefix.formats import read_prefix
 from chatglm_ptuning.training import optimizer_state
-from chatglm_ptuning.training.callbacks import FiniteGuard, LogAtCheckpoints, StopOnSignal, ZeroLossGuard
+from chatglm_ptuning.training.callbacks import (
+    FiniteGuard,
+    LogAtCheckpoints,
+    StopOnSignal,
+    UpdateCounter,
+    ZeroLossGuard,
+)
 from chatglm_ptuning.training.distributed import all_gather_objects
 from chatglm_ptuning.training.failures import (
     AllLabelsMasked,
     CheckpointNotWritten,
+    NothingTrained,
     OutOfMemory,
     Preempted,
     TrainingDiverged,
@@ -55,10 +62,22 @@ _ROOM_FOR_SMALL_FILES = 2**20
 """Bytes of a checkpoint besides the numbers of prefix and optimizer: random states, metadata, log."""
 
 
+@contextmanager
+def _as_trainable(model: PreTrainedModel) -> Iterator[None]:
+    """Lets the Trainer accept a quantised model without a PEFT adapter: what is quantised is frozen here."""
+    quantised = getattr(model, "is_quantized", False)
+    model.is_quantized = False
+    try:
+        yield
+    finally:
+        model.is_quantized = quantised
+
+
 class PrefixTrainer(Trainer):
     """Trains the prefix of a ChatGLM model, or the parameters of another tuning method.
 
     Args:
+        model: with a frozen base, which may be quantised.
         tuning: the trained parameters of the model; by default its prefix.
         details: what every checkpoint records beside the weights: chat format, task, training.
         generation_metrics: called after an evaluation, for metrics that need predictions.
@@ -68,6 +87,7 @@ class PrefixTrainer(Trainer):
 
     def __init__(
         self,
+        model: PreTrainedModel,
         *args: Any,
         tuning: Tuning | None = None,
         details: dict[str, Any] | None = None,
@@ -75,7 +95,10 @@ class PrefixTrainer(Trainer):
         replay: Replay | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        with _as_trainable(model):
+            super().__init__(model, *args, **kwargs)
+        # transformers' own does not shift the labels of this family; `compute_loss` passes the factor to the model.
+        self.label_smoother = None
         self.tuning = tuning or PrefixTuning(self.model)
         self.details = details or {}
         self.generation_metrics = generation_metrics
@@ -90,7 +113,8 @@ class PrefixTrainer(Trainer):
         self._epoch_sampler: EpochSampler | None = None
         self._finite = FiniteGuard()
         self._signal = StopOnSignal()
-        for callback in (ZeroLossGuard(), LogAtCheckpoints(), ProgressFile(), self._signal):
+        self._updates = UpdateCounter()
+        for callback in (ZeroLossGuard(), LogAtCheckpoints(), ProgressFile(), self._signal, self._updates):
             self.add_callback(callback)
 
     @property
@@ -98,6 +122,19 @@ class PrefixTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model)
 
     # ---- data ----
+
+    # The Trainer drops the rows of an incomplete batch from evaluations, too, so that their loss would be another.
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    @property
+    def _sampler_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def get_train_dataloader(self) -> DataLoader:
         """As the Trainer's; with several processes the last batches are filled with padding rows (`PaddedRows`)."""
@@ -121,7 +158,7 @@ class PrefixTrainer(Trainer):
         step = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         filled = self._rows_at_once(self._train_batch_size)
         lengths = row_lengths(dataset)
-        self._epoch_sampler = EpochSampler(lengths, step, self.args.seed, self.args.train_sampling_strategy, filled)
+        self._epoch_sampler = EpochSampler(lengths, step, self._sampler_seed, self.args.train_sampling_strategy, filled)
         return self._epoch_sampler
 
     # When the Trainer resumes within an epoch on several processes, it does not call the sampler's `set_epoch`.
@@ -151,13 +188,16 @@ class PrefixTrainer(Trainer):
         """As the Trainer's.
 
         Raises:
-            TrainingStopped: with advice, if the training cannot continue; Preempted after SIGTERM, when all is saved.
+            TrainingStopped: with advice, if the training cannot continue; Preempted after SIGTERM, when all is saved;
+                NothingTrained if no step has changed a parameter.
         """
         if self.args.auto_find_batch_size and self.args.world_size > 1:
             raise ValueError(
                 "auto_find_batch_size works in one process only: when a batch does not fit on one GPU, the others "
                 "wait for it. Find the size on one GPU, then set per_device_train_batch_size to it."
             )
+        if self.train_dataset is not None and not len(self.get_train_dataloader()):
+            raise self._nothing_trained(0)
         self._signal.install()
         try:
             result = super().train(*args, **kwargs)
@@ -168,11 +208,27 @@ class PrefixTrainer(Trainer):
             self._signal.remove()
         if self._signal.stopped:
             step = self.state.global_step
+            if not self._has_learned:
+                raise Preempted(
+                    f"SIGTERM: stopped after step {step}, before any step had changed a parameter. There was nothing "
+                    "to save; start the run again."
+                )
             raise Preempted(
                 f"SIGTERM: stopped after step {step}. Everything is saved in {self.args.output_dir}/"
                 f"{PREFIX_CHECKPOINT_DIR}-{step}; resume with resume_from_checkpoint true."
             )
+        if not self._has_learned:
+            raise self._nothing_trained(self.state.global_step)
         return result
+
+    def _nothing_trained(self, steps: int) -> NothingTrained:
+        batch = self._train_batch_size * self.args.world_size
+        return NothingTrained(steps, len(self.train_dataset), batch, self.args)
+
+    @property
+    def _has_learned(self) -> bool:
+        """Whether a step, or one before the checkpoint that the run resumed from, has changed a parameter."""
+        return self._updates.count > 0 or self._initial_global_step > 0
 
     @property
     def under_engine(self) -> bool:
@@ -220,7 +276,9 @@ class PrefixTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """As the Trainer's; in training plus the divergence from the base, if the base is preserved."""
+        """As the Trainer's; in training with label smoothing, plus the divergence from the base if it is preserved."""
+        if model.training and self.args.label_smoothing_factor:
+            inputs = {**inputs, "smoothing": self.args.label_smoothing_factor}
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.replay is None or not model.training:
             return result
@@ -288,8 +346,18 @@ class PrefixTrainer(Trainer):
             generated = {f"{metric_key_prefix}_{name}": value for name, value in self.generation_metrics().items()}
             self.log(generated)
             metrics |= generated
+        self._check_best_metric(metrics)
         self._evaluated = self.state.global_step, metrics
         return metrics
+
+    def _check_best_metric(self, metrics: dict[str, float]) -> None:
+        """Refuses to choose checkpoints, or the learning rate, by a metric that the evaluation did not compute."""
+        wanted = self.args.metric_for_best_model
+        if not self.is_in_train or wanted is None:
+            return
+        known = [name.removeprefix("eval_") for name in metrics if name.startswith("eval_")]
+        if wanted.removeprefix("eval_") not in known:
+            raise ValueError(f"metric_for_best_model {wanted} is not among the scores: {', '.join(known)}.")
 
     def last_evaluation(self) -> dict[str, float]:
         """The metrics of the current model: those of the evaluation at the last step, or of a new one."""
@@ -413,6 +481,9 @@ class PrefixTrainer(Trainer):
 
     # Writes into a staging folder first, so that a killed process or a full disk leaves no incomplete checkpoint.
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        if not self._has_learned:
+            logger.warning(f"Step {self.state.global_step} has no checkpoint: no step has changed a parameter so far.")
+            return
         run = Path(super()._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._staging = run / STAGING_FOLDER

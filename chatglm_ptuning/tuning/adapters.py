@@ -39,13 +39,6 @@ def _require_peft(method: str) -> None:
         raise ImportError(f"The tuning method {method} needs PEFT: pip install peft.") from error
 
 
-def _freeze(model: PreTrainedModel) -> None:
-    """Freezes the base, and lets the Trainer accept a quantised one."""
-    if getattr(model, "is_quantized", False):
-        model.is_quantized = False
-    model.requires_grad_(False)
-
-
 class LoraTuning(Tuning):
     """Low-rank update matrices beside linear layers (Hu et al. 2021), inserted into the model, and the linear head.
 
@@ -75,7 +68,7 @@ class LoraTuning(Tuning):
                 modules_to_save=heads or None,
             )
         self.config = settings
-        _freeze(model)
+        model.requires_grad_(False)
         self.adapter = get_peft_model(model, settings)
         self._head_wrappers = [part for part in self.adapter.modules() if isinstance(part, ModulesToSaveWrapper)]
         for wrapper in self._head_wrappers:
@@ -174,7 +167,7 @@ class PromptTuning(Tuning):
         if first_ids is not None:
             with torch.no_grad():
                 encoder.embedding.weight.copy_(base.embedding(first_ids.to(base.device)))
-        _freeze(model)
+        model.requires_grad_(False)
         base.prefix_encoder = VirtualTokens(encoder, settings.pre_seq_len, base).to(base.device)
         base.config.prefix_dropout = 0.0  # keys and values are not trained
         model.set_prefix(TRAINABLE_PREFIX)

@@ -63,6 +63,7 @@ class Head(ABC):
         echoes: whether it supports `echo`.
         splits_tokens: whether it uses `token_unit`.
         masks_candidates: whether its predictions need an attention implementation that takes a custom mask.
+        smooths_labels: whether its loss is over classes of which one is right, so that label smoothing is defined.
         max_source_length: maximum number of tokens of a prompt. In longer prompts the longest texts of the example are
             truncated in the middle; the task's own words are kept. Texts to tag and contexts to search are read in
             windows that overlap by `doc_stride` tokens.
@@ -83,6 +84,7 @@ class Head(ABC):
     echoes: ClassVar[bool] = False
     splits_tokens: ClassVar[bool] = False
     masks_candidates: ClassVar[bool] = False
+    smooths_labels: ClassVar[bool] = True
 
     task: Task
     tokenizer: ChatGLMTokenizer

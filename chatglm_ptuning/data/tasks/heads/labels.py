@@ -55,6 +55,7 @@ class SequenceClassification(PromptHead):
 class MultiLabelClassification(SequenceClassification):
     """Any number of labels for each text."""
 
+    smooths_labels = False
     solves = (MultiLabelExample,)
 
     @classmethod

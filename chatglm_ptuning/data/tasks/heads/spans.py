@@ -23,6 +23,7 @@ class QuestionAnswering(WindowHead):
     name = "question_answering"
     solves = (QuestionExample,)
     model_class = ChatGLMForQuestionAnswering
+    smooths_labels = False
 
     @staticmethod
     def check(task: Task) -> None:
