@@ -33,6 +33,7 @@ from chatglm_ptuning.model.checkpoint_formats import register_conversions
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.generation_mixin import PrefixGenerationMixin
 from chatglm_ptuning.model.losses import next_token_loss
+from chatglm_ptuning.model.official_model import OfficialModelSurface, refuse_retired
 from chatglm_ptuning.model.packed_weights import check_unpacked, packed_dtype_plan
 from chatglm_ptuning.model.placement import execution_device, out_of_offload
 from chatglm_ptuning.model.prefix_encoder import PrefixEncoder
@@ -225,7 +226,7 @@ class GLMTransformer(nn.Module):
         return self.final_layernorm(hidden_states)
 
 
-class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
+class ChatGLMPreTrainedModel(OfficialModelSurface, PrefixMixin, PreTrainedModel):
     """Loading, saving and initialisation shared by all ChatGLM classes."""
 
     config: ChatGLMConfig
@@ -395,9 +396,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
         Raises:
             KeyError: if a prefix of that name is not loaded.
+            TypeError: for a retired argument of the official code.
             ValueError: if the mask does not cover the tokens, the cache was filled under another prefix, or the prefix
                 is for another number of rows.
         """
+        refuse_retired(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
