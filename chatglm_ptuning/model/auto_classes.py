@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import wraps
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from transformers import (
@@ -25,7 +26,7 @@ from chatglm_ptuning.model.modeling_heads import (
     ChatGLMForSequenceClassification,
     ChatGLMForTokenClassification,
 )
-from chatglm_ptuning.model.tokenization_chatglm import ChatGLM4Tokenizer, ChatGLMTokenizer
+from chatglm_ptuning.model.tokenization_chatglm import ChatGLM4Tokenizer, ChatGLMTokenizer, check_settings
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -33,10 +34,13 @@ _auto_tokenizer = AutoTokenizer.from_pretrained
 
 
 @wraps(_auto_tokenizer)
-def _tokenizer_without_remote_code(
-    pretrained_model_name_or_path: str | PathLike[str], *inputs: Any, **kwargs: Any
-) -> Any:
-    if kwargs.get("trust_remote_code") and _is_of_the_family(pretrained_model_name_or_path, kwargs):
+def _tokenizer_of_the_kit(pretrained_model_name_or_path: str | PathLike[str], *inputs: Any, **kwargs: Any) -> Any:
+    trusted = kwargs.get("trust_remote_code")
+    # Without trust, transformers finds the kit's class under a hub name by itself.
+    if (trusted or Path(pretrained_model_name_or_path).is_dir()) and _is_of_the_family(
+        pretrained_model_name_or_path, kwargs
+    ):
+        check_settings(pretrained_model_name_or_path)
         kwargs["trust_remote_code"] = False
     return _auto_tokenizer(pretrained_model_name_or_path, *inputs, **kwargs)
 
@@ -45,7 +49,7 @@ def _is_of_the_family(path: str | PathLike[str], kwargs: dict[str, Any]) -> bool
     """Whether the base is one of the kit's, by the argument `config` or its config.json.
 
     Raises:
-        ValueError: for a base of `model_type` chatglm with another architecture.
+        ValueError: for a base of `model_type` chatglm with another architecture or a damaged configuration.
     """
     if kwargs.get("config") is not None:
         return isinstance(kwargs["config"], ChatGLMConfig)
@@ -74,4 +78,4 @@ def register_auto_classes() -> None:
     # The second is registered by its name alone, which GLM-4's tokenizer_config.json gives.
     AutoTokenizer.register(ChatGLMConfig, ChatGLMTokenizer, slow_tokenizer_class=ChatGLM4Tokenizer, exist_ok=True)
     # Unlike the other Auto classes, AutoTokenizer prefers remote code to a registered class if both are allowed.
-    AutoTokenizer.from_pretrained = staticmethod(_tokenizer_without_remote_code)
+    AutoTokenizer.from_pretrained = staticmethod(_tokenizer_of_the_kit)

@@ -26,10 +26,11 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from chatglm_ptuning.files import check_json_files
 from chatglm_ptuning.model.attention_mask import causal_mask_with_prefix, positions_from_mask
 from chatglm_ptuning.model.base_weights import describe_damage, describe_missing
 from chatglm_ptuning.model.chat_mixin import ChatMixin
-from chatglm_ptuning.model.checkpoint_formats import register_conversions
+from chatglm_ptuning.model.checkpoint_formats import DTYPE_KEYS, checked_dtype, register_conversions
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.generation_mixin import PrefixGenerationMixin
 from chatglm_ptuning.model.losses import next_token_loss
@@ -266,6 +267,12 @@ class ChatGLMPreTrainedModel(OfficialModelSurface, PrefixMixin, PreTrainedModel)
             ValueError: naming the file that is damaged or holds more than tensors, or the parameters of the base that
                 are missing or do not fit `quantization_bit`: a base never gets random weights.
         """
+        if pretrained_model_name_or_path is not None:
+            check_json_files(
+                Path(pretrained_model_name_or_path), "config.json", "generation_config.json", "*.index.json"
+            )
+        for key in DTYPE_KEYS & kwargs.keys():
+            kwargs[key] = checked_dtype(kwargs[key], key)
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ from transformers.utils import PaddingStrategy, logging
 
 from chatglm_ptuning.chat.format import ChatFormat
 from chatglm_ptuning.chat.formats import formats_of
+from chatglm_ptuning.files import check_json_files
 from chatglm_ptuning.model.chat_recognition import FolderSettings, recognise_chat_format
 from chatglm_ptuning.model.official_tokenizer import OfficialTokenizerSurface
 from chatglm_ptuning.model.render_guard import RenderGuard
@@ -57,6 +59,18 @@ class ChatGLMTokenizer(OfficialTokenizerSurface, PreTrainedTokenizer):
     model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask", "position_ids"]
     padding_side = "left"
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike[str], *inputs: Any, **kwargs: Any
+    ) -> ChatGLMTokenizer:
+        """As in transformers.
+
+        Raises:
+            ValueError: as the class, and naming a settings file that is damaged.
+        """
+        check_settings(pretrained_model_name_or_path)
+        return super().from_pretrained(pretrained_model_name_or_path, *inputs, **kwargs)
+
     def __init__(
         self,
         vocab_file: str | None,
@@ -69,6 +83,8 @@ class ChatGLMTokenizer(OfficialTokenizerSurface, PreTrainedTokenizer):
         **kwargs: Any,
     ) -> None:
         origin = str(kwargs.get("name_or_path", ""))
+        if isinstance(chat_template, str):
+            chat_template = chat_template.removeprefix("\ufeff")  # some editors begin chat_template.jinja with it
         special_ids = special_token_ids or {str(token): int(i) for i, token in (added_tokens_decoder or {}).items()}
         self.vocabulary = open_vocabulary(
             vocab_file or tokenizer_file or Path(origin, self.vocab_files_names["vocab_file"]), special_ids
@@ -417,6 +433,15 @@ class ChatGLMTokenizer(OfficialTokenizerSurface, PreTrainedTokenizer):
 
 class ChatGLM4Tokenizer(ChatGLMTokenizer):
     """The same by the class name in GLM-4's official tokenizer_config.json, for AutoTokenizer."""
+
+
+def check_settings(path: str | PathLike[str]) -> None:
+    """Checks the settings files in the folder of a tokenizer; does nothing for a hub name.
+
+    Raises:
+        ValueError: naming a damaged one.
+    """
+    check_json_files(Path(path), "config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def _is_batch(text: Any, is_split_into_words: bool) -> bool:
