@@ -8,7 +8,7 @@ import shutil
 import pytest
 import tiny_chat_base
 import torch
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from chatglm_ptuning import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
@@ -22,7 +22,7 @@ MODELS = [
 ]
 # File -> what reads it.
 READERS = {
-    "config.json": [ChatGLMConfig.from_pretrained, *TOKENIZERS[::2], *MODELS[::2]],
+    "config.json": [ChatGLMConfig.from_pretrained, AutoConfig.from_pretrained, *TOKENIZERS, *MODELS],
     "tokenizer_config.json": TOKENIZERS,
     "special_tokens_map.json": TOKENIZERS,
     "generation_config.json": MODELS,

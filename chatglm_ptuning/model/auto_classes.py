@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from chatglm_ptuning.files import check_json_files
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_ptuning.model.modeling_heads import (
@@ -30,7 +31,16 @@ from chatglm_ptuning.model.tokenization_chatglm import ChatGLM4Tokenizer, ChatGL
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
-_auto_tokenizer = AutoTokenizer.from_pretrained
+_auto_config, _auto_tokenizer = AutoConfig.from_pretrained, AutoTokenizer.from_pretrained
+
+
+@wraps(_auto_config)
+def _named_config(pretrained_model_name_or_path: str | PathLike[str], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return _auto_config(pretrained_model_name_or_path, *args, **kwargs)
+    except OSError:
+        check_json_files(Path(pretrained_model_name_or_path), "config.json")  # says what is wrong with it
+        raise
 
 
 @wraps(_auto_tokenizer)
@@ -57,6 +67,7 @@ def _is_of_the_family(path: str | PathLike[str], kwargs: dict[str, Any]) -> bool
     try:
         fields, _ = PreTrainedConfig.get_config_dict(path, **where)
     except OSError:
+        check_json_files(Path(path), "config.json")
         return False  # transformers has the message
     if fields.get("model_type") != ChatGLMConfig.model_type:
         return False
@@ -79,3 +90,4 @@ def register_auto_classes() -> None:
     AutoTokenizer.register(ChatGLMConfig, ChatGLMTokenizer, slow_tokenizer_class=ChatGLM4Tokenizer, exist_ok=True)
     # Unlike the other Auto classes, AutoTokenizer prefers remote code to a registered class if both are allowed.
     AutoTokenizer.from_pretrained = staticmethod(_tokenizer_of_the_kit)
+    AutoConfig.from_pretrained = staticmethod(_named_config)
