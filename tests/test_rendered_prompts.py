@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from chatglm_ptuning import ChatGLMTokenizer
+from chatglm_ptuning.model.loading import load_tokenizer
 
 CONTENTS = ["你好吗", "今天有雨！ abc", "a", " 你好", "你是谁？\n{x: 1}", "abc\n\n好  ", "问：答：12"]
 WARNING = "encoded as ordinary text"
@@ -84,6 +85,8 @@ def test_the_setting_of_the_tokenizer(glm4, tmp_path):
         assert asked(text, encode_special_tokens=False)["input_ids"] == glm4(text)["input_ids"] != expected
     asked.save_pretrained(tmp_path / "saved")
     assert ChatGLMTokenizer.from_pretrained(tmp_path / "saved")(text)["input_ids"] == expected
+    (tmp_path / "saved" / "config.json").write_bytes((folder / "config.json").read_bytes())
+    assert load_tokenizer(str(tmp_path / "saved"))(text)["input_ids"] != expected  # in commands
     tokenizer = ChatGLMTokenizer.from_pretrained(folder)
     assert tokenizer(text)["input_ids"] != expected
     tokenizer.encode_special_tokens = True  # as the official batch demo of ChatGLM3 does
