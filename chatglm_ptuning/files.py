@@ -70,10 +70,15 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: if the file is not there or cannot be opened.
-        ValueError: naming the file, if it is not valid JSON or holds something else.
+        ValueError: naming the file, if it is not valid JSON (a byte order mark is not) or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if text.startswith("\ufeff"):
+            raise ValueError(
+                f"{path} begins with a byte order mark (BOM), which JSON does not have. Save it as UTF-8 without BOM."
+            )
+        content = json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(content, dict):
@@ -87,6 +92,21 @@ def read_json_object_or_empty(path: Path) -> dict[str, Any]:
         return read_json_object(path)
     except (OSError, ValueError):
         return {}
+
+
+def check_json_files(folder: Path, *patterns: str) -> None:
+    """Checks JSON files that transformers reads: it would ignore a damaged one, or not name it.
+
+    Args:
+        folder: may be a hub name, too; then nothing is checked.
+        patterns: names of files, or glob patterns.
+
+    Raises:
+        ValueError: naming the first file that `read_json_object` cannot read.
+    """
+    for pattern in patterns:
+        for path in sorted(folder.glob(pattern)):
+            read_json_object(path)
 
 
 def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:

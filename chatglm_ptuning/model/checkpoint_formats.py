@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming
 from transformers.models.glm.configuration_glm import GlmConfig
@@ -28,6 +29,8 @@ _OTHER_ARCHITECTURES = {
     "glm4v_moe": "GLM-4.5V, which has image input",
     "glm_edge": "GLM-Edge",
 }
+DTYPE_KEYS = {"torch_dtype", "dtype"}
+"""The dtype of the weights in a config.json, old and new."""
 # Fields that only the first ChatGLM-6B has, whose `model_type` is chatglm, too.
 _FIRST_GENERATION_FIELDS = ("position_encoding_2d", "inner_hidden_size", "max_sequence_length")
 
@@ -81,13 +84,33 @@ def official_fields(fields: dict[str, Any], source: str, name: str) -> dict[str,
         ValueError: if it is of another architecture, or has values that this network does not support.
     """
     check_architecture(fields, source)
+    fields = dict(fields)
+    for key in DTYPE_KEYS & fields.keys():
+        fields[key] = checked_dtype(fields[key], f"{key} of {source}")
     if fields.get("model_type") == "glm":
         return _from_glm(fields, source)
-    fields = dict(fields)
     names = [last_part(str(fields.get("_name_or_path", ""))), last_part(name)]
     if "position_interpolation" not in fields and fields.get("rope_ratio", 1) != 1:
         fields["position_interpolation"] = any("chatglm2" in name for name in names)
     return fields
+
+
+def checked_dtype(value: Any, name: str) -> Any:
+    """A dtype of a configuration or an argument, which may be spelled as `float16` or as `torch.float16`.
+
+    Args:
+        value: its name, the dtype itself, None or "auto" (both are returned as they are).
+        name: what it is called in messages.
+
+    Raises:
+        ValueError: naming a value that is no floating-point dtype.
+    """
+    if value is None or value == "auto":
+        return value
+    dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"{name} must be float32, bfloat16 or float16, got {value!r}.")
+    return dtype
 
 
 def last_part(name: str) -> str:

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from chatglm_ptuning.model.checkpoint_formats import check_architecture, official_fields
+from chatglm_ptuning.files import check_json_files
+from chatglm_ptuning.model.checkpoint_formats import check_architecture, checked_dtype, official_fields
 from chatglm_ptuning.prefix.shape import PrefixShape
 
 
@@ -32,8 +33,9 @@ class ChatGLMConfig(PreTrainedConfig):
     its name) or multiplies the rotary base (all others). Saved configurations record it.
 
     Raises:
-        ValueError: for sizes that do not fit together, naming the fields and their values, and for a configuration of
-            another architecture (the first ChatGLM-6B, GLM-4-0414, GLM-4.5, GLM-4V, ...), naming a base to use instead.
+        ValueError: for sizes that do not fit together and for an unknown dtype, naming the fields and their values;
+            for a configuration of another architecture (the first ChatGLM-6B, GLM-4-0414, GLM-4.5, GLM-4V, ...),
+            naming a base to use instead.
     """
 
     model_type = "chatglm"
@@ -91,6 +93,9 @@ class ChatGLMConfig(PreTrainedConfig):
         if self.padded_vocab_size is None:
             self.padded_vocab_size = 65024 if vocab_size is None else vocab_size
         key_value_heads = kwargs.pop("num_key_value_heads", None)
+        torch_dtype = kwargs.pop("torch_dtype", None)
+        dtype = checked_dtype(torch_dtype if self.dtype is None else self.dtype, "dtype")
+        self.dtype = None if dtype == "auto" else dtype
         super().__post_init__(**kwargs)
         self.validate_sizes()
         if key_value_heads not in (None, self.num_key_value_heads):
@@ -107,10 +112,11 @@ class ChatGLMConfig(PreTrainedConfig):
         """As in transformers, with the official names.
 
         Raises:
-            ValueError: if the configuration is of another architecture.
+            ValueError: if the configuration is of another architecture, or the file is damaged.
         """
-        fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         path = Path(pretrained_model_name_or_path)
+        check_json_files(path, "config.json")
+        fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         source = str(path / "config.json" if path.is_dir() else path)
         return official_fields(fields, source, str(path)), kwargs
 

@@ -123,4 +123,5 @@ def load_tokenizer(
     """
     folder = find_base(model_name_or_path, hub, revision, weights=False)
     ChatGLMConfig.from_pretrained(folder)  # refuses other architectures, some of which share the vocabulary
-    return ChatGLMTokenizer.from_pretrained(folder)
+    # Commands make their prompts as ids; no text of a user may set roles, whatever was saved with the tokenizer.
+    return ChatGLMTokenizer.from_pretrained(folder, encode_special_tokens=False)

@@ -26,13 +26,15 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from chatglm_ptuning.files import check_json_files
 from chatglm_ptuning.model.attention_mask import causal_mask_with_prefix, positions_from_mask
 from chatglm_ptuning.model.base_weights import describe_damage, describe_missing
 from chatglm_ptuning.model.chat_mixin import ChatMixin
-from chatglm_ptuning.model.checkpoint_formats import register_conversions
+from chatglm_ptuning.model.checkpoint_formats import DTYPE_KEYS, checked_dtype, register_conversions
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.generation_mixin import PrefixGenerationMixin
 from chatglm_ptuning.model.losses import next_token_loss
+from chatglm_ptuning.model.official_model import OfficialModelSurface, refuse_retired
 from chatglm_ptuning.model.packed_weights import check_unpacked, packed_dtype_plan
 from chatglm_ptuning.model.placement import execution_device, out_of_offload
 from chatglm_ptuning.model.prefix_encoder import PrefixEncoder
@@ -226,7 +228,7 @@ class GLMTransformer(nn.Module):
         return self.final_layernorm(hidden_states)
 
 
-class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
+class ChatGLMPreTrainedModel(OfficialModelSurface, PrefixMixin, PreTrainedModel):
     """Loading, saving and initialisation shared by all ChatGLM classes."""
 
     config: ChatGLMConfig
@@ -266,6 +268,12 @@ class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
             ValueError: naming the file that is damaged or holds more than tensors, or the parameters of the base that
                 are missing or do not fit `quantization_bit`: a base never gets random weights.
         """
+        if pretrained_model_name_or_path is not None:
+            check_json_files(
+                Path(pretrained_model_name_or_path), "config.json", "generation_config.json", "*.index.json"
+            )
+        for key in DTYPE_KEYS & kwargs.keys():
+            kwargs[key] = checked_dtype(kwargs[key], key)
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
@@ -397,9 +405,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
         Raises:
             KeyError: if a prefix of that name is not loaded.
+            TypeError: for a retired argument of the official code.
             ValueError: if the mask does not cover the tokens, the cache was filled under another prefix, or the prefix
                 is for another number of rows.
         """
+        refuse_retired(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from pathlib import Path
+from typing import Any
 
 from chatglm_ptuning.files import read_json_object, read_tensors
 from chatglm_ptuning.prefix.checkpoint import PrefixCheckpoint, PrefixMetadata
 from chatglm_ptuning.prefix.rotation import rotate_keys
 from chatglm_ptuning.prefix.shape import PrefixShape
 
+logger = logging.getLogger(__name__)
+
 METADATA_FILE = "adapter_config.json"
 FILES = METADATA_FILE
+FIRST_POSITION = "first_position"
+"""A key of this kit in adapter_config.json: the position of the first token of a text, 0 or the prefix's length."""
+
+# Bases whose own code PEFT 0.11 could train, in paths and hub names. Those for transformers' classes end in "-hf".
+_OFFICIAL_CODE = re.compile(r"(glm-4-9b|codegeex4-all-9b)(?!-0414)(?!.*-hf)", re.IGNORECASE)
 
 
 def holds(path: Path) -> bool:
@@ -31,8 +41,11 @@ def adapter_type(folder: Path) -> str | None:
 def read(path: Path, shape: PrefixShape) -> PrefixCheckpoint:
     """Reads the prefix of an adapter.
 
-    PEFT saves the output of its projection, so the result has no projection. In PEFT the virtual tokens take positions,
-    and those of the text start at `pre_seq_len`. In this kit they start at 0, so the keys are rotated back.
+    PEFT saves the output of its projection, so the result has no projection. Positions of the text start at 0 in this
+    kit. Under PEFT they start where the code of the base starts them behind a cache: at `pre_seq_len` in transformers'
+    classes, so the keys are rotated back; at 0 in GLM-4's own modeling_chatglm.py, because PEFT drops the position ids
+    and that code then counts the new tokens alone. `first_position` in adapter_config.json says which; without it, the
+    name of the base does.
 
     Raises:
         FileNotFoundError: if the weights are missing.
@@ -55,5 +68,27 @@ def read(path: Path, shape: PrefixShape) -> PrefixCheckpoint:
     parameters = {"embedding.weight": tensors["prompt_embeddings"]}
     metadata = PrefixMetadata.of_parameters(parameters, source, shape, adapter.get("base_model_name_or_path"))
     table = parameters["embedding.weight"].float()
-    moved = rotate_keys(table.view(len(table), *shape.per_token), -metadata.pre_seq_len, shape)
+    first = _first_position(adapter, metadata.pre_seq_len, folder / METADATA_FILE)
+    moved = rotate_keys(table.view(len(table), *shape.per_token), -first, shape)
     return PrefixCheckpoint(source, metadata, {"embedding.weight": moved.flatten(1)})
+
+
+def _first_position(adapter: dict[str, Any], length: int, source: Path) -> int:
+    """The position of the first token of a text behind a prefix of this length.
+
+    Raises:
+        ValueError: naming the file, if it has a value that no code trains with.
+    """
+    given, base = adapter.get(FIRST_POSITION), str(adapter.get("base_model_name_or_path"))
+    if given is not None:
+        if isinstance(given, bool) or given not in (0, length):
+            raise ValueError(f"{source}: {FIRST_POSITION} must be 0 or {length}, the prefix's length, got {given!r}.")
+        return given
+    if not _OFFICIAL_CODE.search(base):
+        return length
+    logger.warning(
+        f"{source} was trained on {base}. This is read as trained by the base's own code, in which positions of a text "
+        "start at 0. If it was trained by transformers' or this kit's classes, "
+        f'set "{FIRST_POSITION}": {length} there.'
+    )
+    return 0
