@@ -22,8 +22,7 @@ from chatglm_ptuning.evaluation.recorded import (
     recorded_reading,
     tasks_of,
 )
-from chatglm_ptuning.prefix.formats import read_prefix
-from chatglm_ptuning.prefix.formats.peft import adapter_type
+from chatglm_ptuning.prefix.formats import adapter_type, read_prefix
 from chatglm_ptuning.training.arguments import (
     DataArguments,
     ModelArguments,
