@@ -143,6 +143,10 @@ def resolve(
         FileNotFoundError: if the base, a checkpoint or a task file is not there.
     """
     preserve_args = preserve_args or PreservationArguments()
+    sources = {name: getattr(model_args, name) for name in ("ptuning_checkpoint", "init_prefix")}
+    model_args = replace(
+        model_args, **{name: model_args.find_prefix(source) for name, source in sources.items() if source is not None}
+    )
     if not (args.do_train or args.do_eval or args.do_predict):
         raise ValueError("nothing to do: give --do_train, --do_eval or --do_predict.")
     _check_flags(model_args, data_args, args, preserve_args)
