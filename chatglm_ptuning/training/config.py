@@ -22,6 +22,7 @@ from chatglm_ptuning.evaluation.recorded import (
     recorded_reading,
     tasks_of,
 )
+from chatglm_ptuning.prefix.export import check_room_for_export
 from chatglm_ptuning.prefix.formats import adapter_type, read_prefix
 from chatglm_ptuning.training.arguments import (
     DataArguments,
@@ -197,6 +198,13 @@ def _check_flags(
             f"--pre_seq_len {model_args.pre_seq_len} without --do_train needs a --ptuning_checkpoint: an untrained "
             "prefix is random. Without --pre_seq_len the plain base is used."
         )
+    if args.save_official_prefix:
+        if args.tuning not in PREFIX_METHODS:
+            raise ValueError(
+                f"--save_official_prefix needs --tuning {', '.join(PREFIX_METHODS)}, which train a prefix; got "
+                f"{args.tuning}."
+            )
+        check_room_for_export(Path(args.output_dir))
     if data_args.compare_base:
         record = None if args.do_train or checkpoint is None else read_record(checkpoint)
         if (args.tuning if record is None else record.tuning) == "full":

@@ -101,17 +101,13 @@ def write(folder: Path, parameters: Mapping[str, torch.Tensor]) -> None:
         torch.save(tensors, temporary)
 
 
-def remove(folder: Path) -> None:
-    """Removes the file that `write` wrote. A file with anything but a prefix in it is kept."""
-    file = folder / FILES
-    if not file.is_file():
-        return
+def holds_prefix_alone(file: Path) -> bool:
+    """Whether a file can be read, and holds the parameters of a prefix under their official names and nothing else."""
     try:
         names = _names(file)
-    except ValueError:
-        return
-    if names and all(name.startswith(PREFIX_KEY) for name in names):
-        file.unlink()
+    except (OSError, ValueError):
+        return False
+    return all(name.startswith(PREFIX_KEY) for name in names)
 
 
 def _sources(path: Path) -> list[Path]:
