@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -119,7 +120,9 @@ def read_tensors(
     with path.open("rb"):
         pass  # whatever keeps the file from being opened is no damage
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
+        # Trainers save their arguments in one. Unpickling it sets attributes, and runs no code.
+        with torch.serialization.safe_globals([Namespace] if nested else []):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
     except Exception as error:  # the unpickler, given damaged bytes, raises whatever they lead it to
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def test_dictionaries_around_the_parameters(parameters, shape, tmp_path, outside
         content = {
             key: content,
             "epoch": 3,
-            "args": None,
+            "args": Namespace(lr=0.1),
             "optimizer": {"state": states, "param_groups": [{"lr": 1.0}]},
         }
     for file in (tmp_path / "pytorch_model.bin", tmp_path / "prefix.pt"):

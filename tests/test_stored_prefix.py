@@ -151,6 +151,17 @@ def test_other_classes_recognise_it_too(stored, trained, ids):
         model.check_prefix_is_trained(NAME)
 
 
+def test_in_a_hubs_cache_the_name_is_that_of_the_repository(trained, tmp_path):
+    repository, commit = tmp_path / f"models--me--{NAME}", "a" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots").mkdir()
+    write_base(trained(), repository / "snapshots" / commit, "sharded bin", torch.float32)
+    for cls in (ChatGLMForConditionalGeneration, AutoModel):
+        model = cls.from_pretrained(f"me/{NAME}", cache_dir=tmp_path)
+        assert model.prefix_names == [NAME] and model.selected_prefix is None
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantised_base(trained, tmp_path, ids, bits):
     pytest.importorskip("bitsandbytes")
@@ -204,7 +215,7 @@ def test_training_is_that_of_the_plain_base(base, tuned, train_file, tmp_path, t
     more = ["--tuning", tuning, "--validation_file", train_file, "--do_eval", "--predict_with_generate"]
     more += ["--max_eval_samples", "3", "--max_predict_samples", "3", "--max_target_length", "8"]
     more += ["--report_drift", "false"]
-    more += ["--do_predict"] if tuning == "full" else ["--do_predict", "--compare_base"]
+    more += ["--do_predict", "--compare_base"] if tuning == "prompt" else []
     for name, folder in (("plain", base), ("stored", tuned[0])):
         main(flags(folder, train_file, tmp_path / name, *more, steps=2))
     assert losses(tmp_path / "stored") == losses(tmp_path / "plain")
@@ -212,7 +223,7 @@ def test_training_is_that_of_the_plain_base(base, tuned, train_file, tmp_path, t
         {name: value for name, value in results(tmp_path / run).items() if name.startswith(("eval", "predict", "base"))}
         for run in ("plain", "stored")
     ]
-    assert scores[0] == scores[1] and len(scores[0]) > 5
+    assert scores[0] == scores[1] and len(scores[0]) > 3
     if tuning == "full":
         assert not any("prefix" in name for name in load_file(tmp_path / "stored" / "model.safetensors"))
         assert json.loads((tmp_path / "stored" / "config.json").read_text("utf-8"))["pre_seq_len"] is None
