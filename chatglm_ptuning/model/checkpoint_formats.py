@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming
+from transformers.core_model_loading import Concatenate, ConversionOps, WeightConverter, WeightRenaming
 from transformers.models.glm.configuration_glm import GlmConfig
 
 SUPPORTED = (
     "ChatGLM2-6B, ChatGLM3-6B, CodeGeeX2-6B, GLM-4-9B (of 2024) or CodeGeeX4-ALL-9B, in the official format "
     "(model_type chatglm) or in that of transformers' GlmForCausalLM (model_type glm)"
 )
+_PREFIX_PARAMETERS = ("embedding.weight", "trans.0.weight", "trans.0.bias", "trans.2.weight", "trans.2.bias")
 _INSTEAD = "Use glm-4-9b-chat or glm-4-9b-chat-hf (bases: glm-4-9b, glm-4-9b-hf), or chatglm3-6b."
 _OTHER_ARCHITECTURES = {
     "glm4": "GLM-4-0414 or GLM-Z1, whose layers have two more norms",
@@ -113,6 +114,18 @@ def checked_dtype(value: Any, name: str) -> Any:
     return dtype
 
 
+def without_recorded_prefix(fields: dict[str, Any], pre_seq_len: Any) -> dict[str, Any]:
+    """The fields of a folder's config.json without the prefix that it records.
+
+    Args:
+        pre_seq_len: of the prefix that the caller wants to train, whose `prefix_projection` is then the recorded one;
+            None for no prefix.
+    """
+    if pre_seq_len:
+        return fields | {"pre_seq_len": pre_seq_len}
+    return {name: value for name, value in fields.items() if name not in ("pre_seq_len", "prefix_projection")}
+
+
 def last_part(name: str) -> str:
     """The name of a base in a path, hub name or folder of the hub's cache, in lower case."""
     parts = [part for part in re.split(r"[/\\]", name) if part]
@@ -156,10 +169,19 @@ def _from_glm(fields: dict[str, Any], source: str) -> dict[str, Any]:
     }
 
 
+class LeaveOut(ConversionOps):
+    """Loads nothing, so that the parameter counts as missing."""
+
+    def convert(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """An empty dictionary."""
+        return {}
+
+
 def register_conversions() -> None:
     """Registers with transformers how tensors of a GlmForCausalLM checkpoint are converted while they load.
 
-    Official checkpoints have none of these names, so they are not changed.
+    Official checkpoints have none of these names, so they are not changed. A prefix among the weights of a base is
+    left out: it must not become the values of a new prefix to train (`stored_prefix.py`).
     """
     conversions: list[WeightConverter | WeightRenaming] = [
         WeightRenaming(r"^model\.embed_tokens\.", "transformer.embedding.word_embeddings."),
@@ -177,5 +199,9 @@ def register_conversions() -> None:
             [Concatenate(dim=0)],
         )
         for kind in ("weight", "bias")
+    ]
+    conversions += [
+        WeightConverter([f"prefix_encoder.{name}"], f"prefix_encoder.{name}", [LeaveOut()])
+        for name in _PREFIX_PARAMETERS
     ]
     register_checkpoint_conversion_mapping("chatglm", conversions, overwrite=True)

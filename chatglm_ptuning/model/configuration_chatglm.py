@@ -9,7 +9,12 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from chatglm_ptuning.files import check_json_files
-from chatglm_ptuning.model.checkpoint_formats import check_architecture, checked_dtype, official_fields
+from chatglm_ptuning.model.checkpoint_formats import (
+    check_architecture,
+    checked_dtype,
+    official_fields,
+    without_recorded_prefix,
+)
 from chatglm_ptuning.prefix.shape import PrefixShape
 
 
@@ -19,7 +24,9 @@ class ChatGLMConfig(PreTrainedConfig):
     An official `config.json` is accepted unchanged; one of transformers' GlmForCausalLM (`model_type: glm`) is
     converted. The fields of P-Tuning v2:
 
-    - `pre_seq_len`: number of virtual tokens in front of every layer; None or 0 for no trainable prefix.
+    - `pre_seq_len`: number of virtual tokens in front of every layer; None or 0 for no trainable prefix. It is never
+      taken from a folder's `config.json`, where the official code leaves that of an earlier training: whoever wants a
+      trainable prefix passes it.
     - `prefix_projection`: whether the prefix is the output of a two-layer MLP (Li & Liang 2021, section 4.3) instead
       of a plain table (P-Tuning v2, Liu et al. 2022, section 3.3).
     - `multi_query_group_num`: number of key/value groups; the prefix holds one key and one value per group.
@@ -118,7 +125,8 @@ class ChatGLMConfig(PreTrainedConfig):
         check_json_files(path, "config.json")
         fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         source = str(path / "config.json" if path.is_dir() else path)
-        return official_fields(fields, source, str(path)), kwargs
+        fields = official_fields(fields, source, str(path))
+        return without_recorded_prefix(fields, kwargs.get("pre_seq_len")), kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -128,7 +136,10 @@ class ChatGLMConfig(PreTrainedConfig):
             ValueError: if the configuration is of another architecture.
         """
         name = str(kwargs.get("name_or_path", ""))
-        return super().from_dict(official_fields(config_dict, name or "This", name), **kwargs)
+        fields = official_fields(config_dict, name or "This", name)
+        if "name_or_path" in kwargs:  # by AutoConfig, which reads the file of a folder itself
+            fields = without_recorded_prefix(fields, kwargs.get("pre_seq_len"))
+        return super().from_dict(fields, **kwargs)
 
     @property
     def num_key_value_heads(self) -> int:

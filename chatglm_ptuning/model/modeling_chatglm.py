@@ -41,6 +41,7 @@ from chatglm_ptuning.model.prefix_encoder import PrefixEncoder
 from chatglm_ptuning.model.prefix_mixin import PrefixMixin
 from chatglm_ptuning.model.quantization import keep_layout
 from chatglm_ptuning.model.rotary import RotaryEmbedding
+from chatglm_ptuning.model.stored_prefix import folder_of_base
 from chatglm_ptuning.model.trained_module import FirstValues
 from chatglm_ptuning.model.zero3 import gathered, is_partitioned
 from chatglm_ptuning.prefix.bank import TRAINABLE_PREFIX, PrefixBank
@@ -243,7 +244,7 @@ class ChatGLMPreTrainedModel(OfficialModelSurface, PrefixMixin, PreTrainedModel)
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs: ClassVar[dict[str, type]] = {"hidden_states": GLMBlock, "attentions": SelfAttention}
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"rotary_pos_emb\.inv_freq"]
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"rotary_pos_emb\.inv_freq", r"prefix_encoder\."]
     _keys_to_ignore_on_load_missing: ClassVar[list[str]] = [r"prefix_encoder\."]
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["prefix_encoder"]
 
@@ -261,12 +262,16 @@ class ChatGLMPreTrainedModel(OfficialModelSurface, PrefixMixin, PreTrainedModel)
     ) -> Any:
         """As in transformers; with a trainable prefix (`pre_seq_len`) all but the prefix and a head is frozen.
 
+        The trainable prefix is a new one, and only the argument or a given configuration asks for it. A prefix that the
+        folder itself holds is loaded under the folder's name, and not selected (`stored_prefix.py`).
+
         Checkpoints of transformers' GlmForCausalLM are converted tensor by tensor while they load; official checkpoints
         in 4 or 8 bits are de-quantised (`packed_weights.py`).
 
         Raises:
             ValueError: naming the file that is damaged or holds more than tensors, or the parameters of the base that
-                are missing or do not fit `quantization_bit`: a base never gets random weights.
+                are missing or do not fit `quantization_bit`: a base never gets random weights. Also if the folder's
+                own prefix is damaged, or contradicts its `config.json`.
         """
         if pretrained_model_name_or_path is not None:
             check_json_files(
@@ -291,7 +296,7 @@ class ChatGLMPreTrainedModel(OfficialModelSurface, PrefixMixin, PreTrainedModel)
         if missing:
             raise ValueError(describe_missing(str(pretrained_model_name_or_path), missing))
         if model._trainable is not None:
-            encoder = out_of_offload(model._trainable, PrefixEncoder(model.config))
+            encoder = out_of_offload(model._trainable, PrefixEncoder(model.config), is_new=True)
             model.base_model.prefix_encoder = encoder
             # The Trainer refuses quantised models without an adapter of PEFT; here the prefix is the adapter.
             model.is_quantized = False
@@ -299,6 +304,7 @@ class ChatGLMPreTrainedModel(OfficialModelSurface, PrefixMixin, PreTrainedModel)
                 with gathered(encoder.parameters()):
                     encoder.mark_untrained()  # again: all processes now have the values of the first
         model.freeze_base()
+        model._keep_stored_prefix(folder_of_base(pretrained_model_name_or_path, model.config, kwargs))
         return (model, info) if output_loading_info else model
 
     def save_pretrained(
@@ -306,7 +312,7 @@ class ChatGLMPreTrainedModel(OfficialModelSurface, PrefixMixin, PreTrainedModel)
     ) -> None:
         """As in transformers: the base, and a trainable prefix under its official names; loaded prefixes are not saved.
 
-        The layout is always the official one. An untrained prefix is left out, so that loading gives an untrained one.
+        The layout is always the official one. An untrained prefix is left out.
         """
         if self._trainable is not None and self._trainable.is_untrained:
             tensors = self.state_dict() if state_dict is None else state_dict
@@ -333,8 +339,6 @@ class ChatGLMPreTrainedModel(OfficialModelSurface, PrefixMixin, PreTrainedModel)
         if isinstance(module, RotaryEmbedding):
             init.copy_(module.inv_freq, module.frequencies())
         elif isinstance(module, PrefixEncoder):
-            if all(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()):
-                return  # loaded with the base
             # The official initialisation is torch's default: N(0, 1) for the table.
             init.normal_(module.embedding.weight)
             if module.prefix_projection:

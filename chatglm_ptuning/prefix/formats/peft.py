@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from chatglm_ptuning.files import read_json_object, read_tensors
+from chatglm_ptuning.files import read_json_object, read_json_object_or_empty, read_tensors
 from chatglm_ptuning.prefix.checkpoint import PrefixCheckpoint, PrefixMetadata
 from chatglm_ptuning.prefix.rotation import rotate_keys
 from chatglm_ptuning.prefix.shape import PrefixShape
@@ -15,6 +15,7 @@ from chatglm_ptuning.prefix.shape import PrefixShape
 logger = logging.getLogger(__name__)
 
 METADATA_FILE = "adapter_config.json"
+WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 FILES = METADATA_FILE
 FIRST_POSITION = "first_position"
 """A key of this kit in adapter_config.json: the position of the first token of a text, 0 or the prefix's length."""
@@ -28,14 +29,20 @@ def holds(path: Path) -> bool:
     return path.name == METADATA_FILE if path.is_file() else (path / METADATA_FILE).exists()
 
 
-def adapter_type(folder: Path) -> str | None:
-    """The type of the adapter in a folder (`PREFIX_TUNING`, `LORA`, ...); None if there is no adapter.
+def has_prefix(path: Path) -> bool:
+    """Whether an adapter is one of prefix tuning, and has its weights."""
+    folder = path.parent if path.is_file() else path
+    complete = any((folder / name).exists() for name in WEIGHTS_FILES)
+    return complete and read_json_object_or_empty(folder / METADATA_FILE).get("peft_type") == "PREFIX_TUNING"
+
+
+def type_of(path: Path) -> str | None:
+    """The type of an adapter (`PREFIX_TUNING`, `LORA`, ...).
 
     Raises:
         ValueError: naming the file, if it is damaged.
     """
-    path = folder / METADATA_FILE
-    return read_json_object(path).get("peft_type") if path.is_file() else None
+    return read_json_object(path if path.is_file() else path / METADATA_FILE).get("peft_type")
 
 
 def read(path: Path, shape: PrefixShape) -> PrefixCheckpoint:
@@ -58,7 +65,7 @@ def read(path: Path, shape: PrefixShape) -> PrefixCheckpoint:
             f"{folder / METADATA_FILE} is an adapter of type {adapter.get('peft_type')}; only PREFIX_TUNING can be "
             "used as a prefix. `chatglm-ptuning evaluate` scores LoRA adapters, PEFT loads them."
         )
-    safe, pickled = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
+    safe, pickled = (folder / name for name in WEIGHTS_FILES)
     source = safe if safe.exists() else pickled
     if not source.exists():
         raise FileNotFoundError(f"The PEFT adapter in {folder} is incomplete: {safe.name} is missing.")
