@@ -24,6 +24,7 @@ from chatglm_ptuning.evaluation.recorded import (
     recorded_reading,
     tasks_of,
 )
+from chatglm_ptuning.model.loading import best_device, choose_dtype
 from chatglm_ptuning.prefix.export import check_room_for_export
 from chatglm_ptuning.prefix.formats import adapter_type, read_prefix
 from chatglm_ptuning.training.arguments import (
@@ -167,7 +168,8 @@ def resolve(
     if args.tuning == "full" and base.dtype == "auto":
         # Weights that are trained must be in float32: small steps are rounded away in 16 bits.
         base = replace(base, dtype="float32")
-    match_precision(args, base.dtype, base.quantization_bit)
+    dtype = choose_dtype(base.dtype, best_device(), base.load_config().hidden_size)
+    match_precision(args, dtype, base.quantization_bit)
     config = RunConfig(base, data_args, args, preserve_args, tasks, mixture, resume_from)
     for task in tasks:
         _check_attention(base, task)
