@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+_DEEPEST = 4
+"""Most dictionaries around a dictionary of tensors."""
 
 
 @contextmanager
@@ -70,10 +74,15 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: if the file is not there or cannot be opened.
-        ValueError: naming the file, if it is not valid JSON or holds something else.
+        ValueError: naming the file, if it is not valid JSON (a byte order mark is not) or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if text.startswith("\ufeff"):
+            raise ValueError(
+                f"{path} begins with a byte order mark (BOM), which JSON does not have. Save it as UTF-8 without BOM."
+            )
+        content = json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(content, dict):
@@ -89,10 +98,32 @@ def read_json_object_or_empty(path: Path) -> dict[str, Any]:
         return {}
 
 
-def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
+def check_json_files(folder: Path, *patterns: str) -> None:
+    """Checks JSON files that transformers reads: it would ignore a damaged one, or not name it.
+
+    Args:
+        folder: may be a hub name, too; then nothing is checked.
+        patterns: names of files, or glob patterns.
+
+    Raises:
+        ValueError: naming the first file that `read_json_object` cannot read.
+    """
+    for pattern in patterns:
+        for path in sorted(folder.glob(pattern)):
+            read_json_object(path)
+
+
+def read_tensors(
+    path: Path, wanted: Callable[[str], bool] = lambda name: True, *, nested: bool = False
+) -> dict[str, torch.Tensor]:
     """Reads the wanted tensors of a `.safetensors` file or of a file written by `torch.save`, onto the CPU.
 
     Nothing in the file is executed, and only the requested part of a large file is read into memory.
+
+    Args:
+        wanted: takes the name of a tensor.
+        nested: also reads tensors in dictionaries within the dictionary, under names such as `model.layer.weight`, and
+            ignores whatever else is in them.
 
     Raises:
         OSError: if the file is not there or cannot be opened.
@@ -109,12 +140,23 @@ def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) 
     with path.open("rb"):
         pass  # whatever keeps the file from being opened is no damage
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
+        # Trainers save their arguments in one. Unpickling it sets attributes, and runs no code.
+        with torch.serialization.safe_globals([Namespace] if nested else []):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
     except Exception as error:  # the unpickler, given damaged bytes, raises whatever they lead it to
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{path} is damaged, or holds more than tensors and is not opened for safety: {reason}"
         ) from error
-    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+    tensors = dict(_tensors_within(content)) if nested and isinstance(content, Mapping) else content
+    if not isinstance(tensors, Mapping) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise ValueError(f"{path} does not hold a dictionary of tensors.")
-    return {name: tensor.clone() for name, tensor in content.items() if wanted(name)}
+    return {name: tensor.clone() for name, tensor in tensors.items() if wanted(name)}
+
+
+def _tensors_within(content: Mapping[Any, Any], depth: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+    for key, value in content.items():
+        if isinstance(value, torch.Tensor):
+            yield str(key), value
+        elif isinstance(value, Mapping) and depth < _DEEPEST:
+            yield from ((f"{key}.{name}", tensor) for name, tensor in _tensors_within(value, depth + 1))

@@ -128,7 +128,9 @@ def test_the_chat_room_knows_nothing_of_the_rest():
     for path in room.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.module.startswith("chatglm_ptuning"):
-                assert node.module.startswith("chatglm_ptuning.chat."), f"{path.name} imports {node.module}"
+                assert node.module.startswith(("chatglm_ptuning.chat.", "chatglm_ptuning.exact_json")), (
+                    f"{path.name} imports {node.module}"
+                )
 
 
 def test_the_format_that_the_docs_add_works(tokenizers, monkeypatch):

@@ -105,6 +105,7 @@ def test_check_finds_faults_and_suspicious_rows(tmp_path, capsys):
         {"prompt": "锟斤拷", "response": "中文测试".encode().decode("latin-1")},
         {"conversations": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答", "loss": False}]},
         {"甲": "乙"},
+        {"prompt": "问\ufeff", "response": "答"},
     )
     fails("data", "check", path, "--output_dir", tmp_path)
     out = capsys.readouterr().out
@@ -113,14 +114,15 @@ def test_check_finds_faults_and_suspicious_rows(tmp_path, capsys):
     )
     assert "Not fit to train on" in out
     found = json.loads((tmp_path / "data_check.json").read_text("utf-8"))
-    assert (found["fit"], found["rows"], found["bad"]) == (False, 8, 2)
+    assert (found["fit"], found["rows"], found["bad"]) == (False, 9, 2)
     assert found["counts"] == {
         "duplicates": 1, "empty": 1, "one_sided": 1, "without_targets": 1, "replacement_characters": 1, "mojibake": 1,
-        "special_tokens": 1,
+        "special_tokens": 1, "byte_order_marks": 1,
     }  # fmt: skip
     assert {name: [place.rpartition(":")[2] for place in places] for name, places in found["places"].items()} == {
         "duplicates": ["2"], "empty": ["4"], "one_sided": ["5"], "without_targets": ["9"],
         "replacement_characters": ["7"], "mojibake": ["8"], "special_tokens": ["6"],
+        "byte_order_marks": ["11"],
     }  # fmt: skip
     assert found["scripts"]["kana"]["rows"] == found["scripts"]["hangul"]["rows"] == 1
 
@@ -155,3 +157,33 @@ def test_no_mojibake(text):
 def test_special_spellings():
     text = "<|user|> [gMASK]<sop> soporific </s> <|endoftext|> [MASK"
     assert special_spellings(text) == ["<|user|>", "[gMASK]", "<sop>", "</s>", "<|endoftext|>"]
+
+
+def test_check_names_fields_with_text_that_is_not_read(tmp_path, capsys):
+    pair = {"question": "谁写的？", "answer": "李白", "context": "静夜思是李白写的。", "id": "a"}
+    path = data_file(tmp_path, pair, {**pair, "备注": "注"}, {**pair, "备注": "再注", "id": "b"})
+    main(["data", "check", str(path), "--output_dir", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "2 rows whose field '备注' holds text that is not read" in out and f"{path}:2, {path}:3" in out
+    assert "Fit to train on, without the text of '备注' (2 rows)." in out
+    assert json.loads((tmp_path / "data_check.json").read_text("utf-8"))["unread"] == {"备注": 2}
+    main(["data", "check", str(path), "--ignored_columns", "备注"])
+    assert "Fit to train on." in capsys.readouterr().out
+    main(["data", "show", str(path), "--row", "2"])
+    assert "not read: 备注\n" in capsys.readouterr().out
+    lost = data_file(tmp_path, pair, {"question": "问", "answer": "答", "passage": "一段材料"}, name="lost.jsonl")
+    fails("data", "check", lost)
+    out = capsys.readouterr().out
+    assert re.search(rf"error: {lost}:2: .*columns.*'passage'.*prompt_column.*ignored_columns", out)
+    assert "Not fit to train on" in out
+    main(["data", "check", str(lost), "--prompt_column", "question", "--response_column", "answer"])
+    assert "Fit to train on, without the text of 'context' (1 rows), 'passage' (1 rows)." in capsys.readouterr().out
+
+
+def test_check_names_rows_that_are_longer_than_the_base_reads(base, tmp_path, capsys):
+    path = data_file(tmp_path, {"prompt": "甲" * 3000, "response": "乙"}, {"prompt": "甲", "response": "乙"})
+    more = ["--model_name_or_path", str(base), "--max_source_length"]
+    main(["data", "check", str(path), *more, "4000"])
+    assert re.search("warning: 1 of 2 .*seq_length of 2048 .*longest has 3012.*max_source", capsys.readouterr().out)
+    main(["data", "check", str(path), *more, "1000"])
+    assert "seq_length" not in capsys.readouterr().out

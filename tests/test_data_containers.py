@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import bz2
+import datetime
 import gzip
+import io
 import json
+import lzma
 import re
+import zipfile
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from chatglm_ptuning.data.formats.fields import text
 from chatglm_ptuning.data.formats.registry import Columns
 from chatglm_ptuning.data.sources.files import find_sources, iterate_rows
 from chatglm_ptuning.data.sources.rows import BadRows, Row
 from chatglm_ptuning.data.tasks import load_task, read_examples
 from chatglm_ptuning.data.tasks.task import Task
+from chatglm_ptuning.exact_json import dumps
 
 
 def written(folder: Path, name: str, content: str | bytes) -> Path:
@@ -228,3 +236,113 @@ def test_bad_rows_are_counted_until_there_are_too_many(tmp_path):
     ]  # fmt: skip
     with pytest.raises(ValueError, match=rf"More than 2 .*skip_bad_rows(?s:.*){path}:4: .*UTF-8"):
         list(iterate_rows([path], BadRows(2)))
+
+
+def test_a_tsv_file_whose_column_names_are_quoted_is_quoted(tmp_path):
+    path = written(tmp_path, "rows.tsv", '"text"\t"label"\n"他说""好""\n再说"\t"1"\n')
+    assert read_rows(path) == [{"text": '他说"好"\n再说', "label": "1"}]
+
+
+def test_a_quoted_value_that_swallows_rows_gives_a_warning(tmp_path, caplog):
+    path = written(tmp_path, "rows.csv", 'text,label\n好,1\n"很好,1\n差,0\n不错",1\n"两行\n文字",1\n')
+    assert [row.line for row in read_rows(path)] == [2, 3, 6]
+    (record,) = caplog.records
+    assert f"{path}:3: " in record.getMessage() and "3 lines" in record.getMessage()
+
+
+BOM = "\ufeff"
+TABLE = "prompt,response\n问{0},答{0}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("a.jsonl", '{{"prompt": "问{0}", "response": "答{0}"}}\n'), ("a.csv", TABLE),
+        ("a.json", '[\n{{"prompt": "问{0}", "response": "答{0}"}}]\n'), ("a.tsv", TABLE.replace(",", "\t")),
+        ("quoted.csv", '"prompt","response"\n"问{0}","答{0}"\n'),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("mark", ["", BOM, BOM * 2])
+def test_joined_files_are_read_as_one(tmp_path, caplog, name, part, mark):
+    path = written(tmp_path, name, "".join(mark + part.format(number) for number in "一二三"))
+    rows = read_rows(path)
+    assert rows == [{"prompt": f"问{number}", "response": f"答{number}"} for number in "一二三"]
+    assert [row.line for row in rows] == ([1, 2, 3] if name == "a.jsonl" else [2, 4, 6])
+    assert [f"{path}:3: " in record.getMessage() for record in caplog.records] == [True] * ("sv" in name)
+
+
+def test_joined_text_has_no_byte_order_marks_at_the_beginnings_of_lines(tmp_path):
+    path = written(tmp_path, "a.txt", f"{BOM}一\n{BOM}二\n")
+    assert [row["text"] for row in read_rows(path)] == ["一", "二"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", f"a,b\n1,2\n{BOM}b,a\n3,4\n", r":3: another file .*byte order mark.*columns a, b.*one by one"),
+        ("a.csv", f"a,b\n1,2{BOM}a,b\n3,4\n", ":2: 3 values.* without a line break"),
+        ("a.jsonl", f'{{"a": 1}}{BOM}{{"a": 2}}\n', ":1: a byte order mark inside the line.*break the line"),
+        ("a.json", f'[{{"a": 1}}]{BOM}{{"a": 2}}\n', ":1: there is more text after the end of the array"),
+    ],
+)
+def test_joined_files_that_do_not_fit_are_named(tmp_path, name, content, message):
+    path = written(tmp_path, name, content)
+    assert re.match(re.escape(str(path)) + message, fault(path))
+
+
+def zipped(*names: str) -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        for name in names:
+            archive.writestr(name, "内容" * 1000)
+    return data.getvalue()
+
+
+TEXT = '{"prompt": "一二三", "response": "一"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.xlsx", zipped("[Content_Types].xml", "xl/workbook.xml"), "an Excel workbook.* CSV"),
+        ("renamed.csv", zipped("xl/workbook.xml"), "an Excel workbook.* CSV"),
+        ("a.xls", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600), "an old Office document.* CSV"),
+        ("a.docx", zipped("[Content_Types].xml", "word/document.xml"), "a Word document.* text"),
+        ("cut.docx", zipped("word/document.xml")[:500], "a damaged zip archive.*again"),
+        ("a.zip", zipped("train.json"), "a zip archive.*`unzip a.zip`"),
+        ("a.json.bz2", bz2.compress(TEXT.encode()), "compressed by bzip2.*`bunzip2 a.json.bz2`"),
+        ("a.json.xz", lzma.compress(TEXT.encode()), "compressed by xz.*`unxz a.json.xz`"),
+        ("a.json.gz", gzip.compress(gzip.compress(TEXT.encode())), "gzipped twice.*`gunzip a.json.gz`"),
+        ("a.tar.gz", gzip.compress(b"train.json".ljust(257, b"\0") + b"ustar\x0000"), "a tar archive.*`tar -xf "),
+        ("a.json", b"PAR1\x15\x04", r"a Parquet file.*\.parquet"),
+        ("a.pkl", b"\x80\x04\x95\0", "a Python pickle"),
+        ("a.pdf", b"%PDF-1.7\n", "a PDF document"),
+        ("a.json", b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS.*git lfs pull"),
+        ("a.dat", bytes(range(256)) * 4, "a binary file of an unknown kind"),
+        ("a.json", TEXT.encode("utf-16"), "UTF-16.*`iconv -f UTF-16 -t UTF-8 a.json > utf8.json`"),
+        ("a.json", TEXT.encode("utf-16-le"), "UTF-16LE.*`iconv -f UTF-16LE"),
+        ("a.csv", "一,二\n一,二\n".encode("utf-16-be"), "UTF-16BE.*`iconv -f UTF-16BE"),
+        ("a.txt", TEXT.encode("utf-32"), "UTF-32.*`iconv -f UTF-32"),
+        ("a.json.gz", gzip.compress(TEXT.encode("utf-16")), r"UTF-16.*`gunzip -c a.json.gz \| iconv .* > utf8.json`"),
+    ],
+)
+def test_a_file_that_is_no_text_is_named(tmp_path, name, content, message):
+    path = written(tmp_path, name, content)
+    found = fault(path)
+    assert re.match(rf"{re.escape(str(path))} is not UTF-8 text: it is {message}", found)
+    assert ("iconv" in found) == ("iconv" in message)
+
+
+def test_numbers_and_dates_of_tables_keep_their_digits(tmp_path):
+    day, number = datetime.date(2024, 5, 1), Decimal("12.50")
+    columns = {
+        "decimal": [number], "short": pyarrow.array([0.1], pyarrow.float32()), "day": [day], "whole": [2**60],
+        "nested": [{"price": number}],
+    }  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    cells = written(tmp_path, "a.csv", "decimal,short\n12.50,1E400\n")
+    (row,), (texts,) = read_rows(tmp_path / "a.parquet"), read_rows(cells)
+    shown = {name: text(value, name) for name, value in row.items() if name != "nested"}
+    assert shown == {"decimal": "12.50", "short": "0.1", "day": "2024-05-01", "whole": str(2**60)}
+    assert dumps(row["nested"]) == '{"price": 12.50}'
+    assert texts == {"decimal": "12.50", "short": "1E400"}

@@ -87,7 +87,7 @@ def test_an_empty_file(tmp_path, content):
 
 
 def test_an_empty_array(tmp_path):
-    assert "holds an empty array" in fault(written(tmp_path, "[ ]"))
+    assert ":1: an empty array" in fault(written(tmp_path, "[ ]"))
 
 
 def test_a_missing_file_names_near_ones(tmp_path):

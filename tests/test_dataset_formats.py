@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from chatglm_ptuning.chat.message import Conversation, Document, Message
 from chatglm_ptuning.data.formats.registry import Columns, read_row
 from chatglm_ptuning.data.sources.rows import Row
+from chatglm_ptuning.exact_json import dumps
 
 DETECT = Columns()
 WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}
@@ -36,7 +38,7 @@ def seen(content: str) -> Message:
 
 
 def read(values: Row, dataset_format: str, columns: Columns = DETECT) -> Conversation:
-    name, content = read_row(values, columns)
+    name, content, _ = read_row(values, columns)
     assert name == dataset_format
     return content
 
@@ -279,3 +281,134 @@ def test_a_named_format_is_not_detected():
 )  # fmt: skip
 def test_names_what_is_wrong(values, message):
     assert re.search(message, refusal(values))
+
+
+SYSTEM = Message("system", "你是助手")
+PAIR = [user("问"), answer("答")]
+ROLES = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
+SHAREGPT = [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]
+EVERY_FORMAT = pytest.mark.parametrize(
+    ("values", "dataset_format"),
+    [
+        ({"query": "问", "response": "答"}, "columns"), ({"question": "问", "answer": "答"}, "columns"),
+        ({"instruction": "问", "output": "答"}, "alpaca"), ({"conversations": ROLES}, "chatglm3"),
+        ({"messages": ROLES}, "messages"), ({"conversations": SHAREGPT}, "sharegpt"),
+    ],
+)  # fmt: skip
+
+
+@EVERY_FORMAT
+@pytest.mark.parametrize("name", ["system", "system_prompt"])
+def test_system_and_tools_beside_a_conversation_are_used(values, dataset_format, name):
+    found = read(row(**values, **{name: "你是助手"}, tools=json.dumps([WEATHER])), dataset_format)
+    assert (found.messages, found.tools) == ([SYSTEM, *PAIR], (WEATHER,))
+
+
+@pytest.mark.parametrize("added", ["input", "context"])
+@pytest.mark.parametrize(
+    ("question", "reply"),
+    [("query", "response"), ("prompt", "response"), ("question", "answer"), ("instruction", "response"),
+     ("instruction", "output")],
+)  # fmt: skip
+def test_input_and_context_are_joined_to_the_question(question, reply, added):
+    values = {question: "谁写的？", reply: "李白", added: "静夜思是李白写的。"}
+    found = read_row(row(**values), DETECT)
+    assert found.content.messages == [user("谁写的？\n静夜思是李白写的。"), answer("李白")]
+    assert found.unread == ()
+    several = read_row(row(**{**values, added: ["一", "二"]}), DETECT).content
+    assert several.messages[0] == user("谁写的？\n一\n二")
+    assert read_row(row(**{**values, added: "[3, 1, 2]"}), DETECT).content.messages[0] == user("谁写的？\n[3, 1, 2]")
+    assert re.search(f"'{added}' .*ignored_columns.* object", refusal(row(**{**values, added: {"a": "b"}})))
+
+
+@EVERY_FORMAT
+def test_other_text_is_named_and_what_has_no_meaning_is_not(values, dataset_format):
+    notes = {"id": "a", "prompt_id": "b", "source": "网", "category": "问答", "language": "zh", "score": 4.5,
+             "metadata": {"url": "http://" + "长" * 500}, "createdAt": "昨天", "Unnamed: 0": "x", "empty": None,
+             "count": "12.5"}  # fmt: skip
+    assert read_row(row(**values, **notes), DETECT).unread == ()
+    assert read_row(row(**values, **notes, 备注="注", images=["a"]), DETECT).unread == ("备注", "images")
+    assert read_row(row(**values, 备注="注"), Columns(ignored=("备注",))).unread == ()
+
+
+@EVERY_FORMAT
+def test_a_row_of_which_most_text_would_be_left_out_is_refused(values, dataset_format):
+    for passage in ("一段材料", ["一段", "材料"], {"title": "一段", "text": "材料"}):
+        message = refusal(row(**values, passage=passage))
+        assert "'passage' (4 characters; it reads 2)" in message and dataset_format in message
+        assert "ignored_columns" in message
+        assert ("prompt_column" in message) == (dataset_format in ("columns", "alpaca"))
+    assert "'source'" in refusal(row(**values, source="一段材料" * 100))
+    assert read_row(row(**values, passage="一段材料"), Columns(ignored=("passage",))).unread == ()
+
+
+def test_named_columns_leave_the_other_columns_to_the_user():
+    values = row(问题="问", 回答="答", context="很长的一段材料", 旧="题", system="你是助手")
+    found = read_row(values, Columns("问题", "回答"))
+    assert found.content.messages == [SYSTEM, *PAIR]
+    assert found.unread == ("context", "旧")
+
+
+def test_a_field_that_repeats_the_conversation_is_not_left_out():
+    assert read_row(row(messages=ROLES, prompt="问", text="<|user|>问<|assistant|>答"), DETECT).unread == ()
+    assert read_row(row(messages=ROLES, text="问"), DETECT).unread == ()
+    assert "'text' (63 characters; it reads 2)" in refusal(row(messages=ROLES, text="问答" + "长" * 61))
+    turns = [{"role": "user", "content": "一个问题" * 5}, {"role": "assistant", "content": "一个回答" * 5}]
+    rendered = f"<|user|>{turns[0]['content']}<|assistant|>{turns[1]['content']}"
+    assert read_row(row(messages=turns, prompt=turns[0]["content"], text=rendered), DETECT).unread == ()
+
+
+def test_a_system_message_beside_another_one_is_named():
+    turns = [{"role": "system", "content": "甲"}, *ROLES]
+    found = read_row(row(messages=turns, system="乙"), DETECT)
+    assert found.content.messages == [Message("system", "甲"), *PAIR]
+    assert found.unread == ("system",)
+    assert read_row(row(messages=turns, system="甲"), DETECT).unread == ()
+
+
+def test_keys_of_messages_that_hold_other_text_are_named():
+    def turns(**more: object) -> list[dict]:
+        return [{"role": "user", "content": "问题", "name": "小王"}, {"role": "assistant", "content": "回答", **more}]
+
+    for field in ("messages", "conversations"):
+        found = read_row(row(**{field: turns(reasoning_content="想")}), DETECT)
+        assert found.unread == (f"{field}.reasoning_content",)
+        assert "reasoning_content' (6 " in refusal(row(**{field: turns(reasoning_content="想了很久很久")}))
+        for name in ("reasoning_content", f"{field}.reasoning_content"):
+            allowed = Columns(ignored=(name,))
+            assert read_row(row(**{field: turns(reasoning_content="想了很久很久")}), allowed).unread == ()
+    assert re.search("'function_call' of message 2 .*object", refusal(row(messages=turns(function_call="f()"))))
+    calls = [{"function": {"name": "get_weather", "arguments": "{}"}}]
+    assert "'conversations.tool_calls'" in refusal(row(conversations=turns(tool_calls=calls)))
+
+
+def test_the_title_of_a_plain_text_is_not_its_text():
+    assert read_row(row(text="短", title="一个长得多的题目", url="http://a"), DETECT).unread == ()
+
+
+NUMBERS = ["12.50", "1E400", "-0", "1.0", "1e5", "0.1", "12345678901234567890.123456789", "9" * 5000, "-12"]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_numbers_are_kept_as_they_are_written(tmp_path, number):
+    from chatglm_ptuning.data.sources.files import iterate_rows
+
+    def first(text: str) -> Conversation:
+        (tmp_path / "rows.json").write_text(text, "utf-8")
+        (found,) = iterate_rows([tmp_path / "rows.json"])
+        return read_row(found, DETECT).content
+
+    for text in (f'{{"prompt": {number}, "response": {number}}}', f'[{{"prompt": {number}, "response": {number}}}]'):
+        assert [message.content for message in first(text).messages] == [number] * 2
+    arguments = f'{{"price": {number}, "all": [{number}]}}'
+    for written in (arguments, json.dumps(arguments)):
+        turns = f'[{{"role": "assistant", "tool_calls": [{{"function": {{"name": "f", "arguments": {written}}}}}]}}]'
+        (made,) = first(f'{{"messages": {turns}}}').messages
+        assert pickle.loads(pickle.dumps(made.arguments)) == made.arguments
+        assert dumps(pickle.loads(pickle.dumps(made.arguments))) == arguments
+        assert repr(made.arguments["price"]) == number if len(number) < 4300 else True
+
+
+def test_a_row_that_is_left_out_is_not_refused_for_its_other_fields():
+    found = read_row(row(prompt="问", response="", passage="一段材料"), DETECT)
+    assert (found.content.missing_side(), found.unread) == ("one_sided", ("passage",))

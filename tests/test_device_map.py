@@ -71,10 +71,10 @@ def test_another_base_is_recognised_on_the_disk_too(base, prefixes, tmp_path, pa
 
 @pytest.mark.parametrize("part", [0.6, 0.1])
 def test_a_trainable_prefix_stays_in_memory(base, prefixes, tmp_path, ids, part):
-    def load(folder):
+    def load(folder, length=3):
         size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
         memory, offload = {"cpu": int(part * size)}, str(tmp_path / "offload")
-        return load_model(str(folder), pre_seq_len=3, device_map="auto", max_memory=memory, offload_folder=offload)
+        return load_model(str(folder), pre_seq_len=length, device_map="auto", max_memory=memory, offload_folder=offload)
 
     model, whole = load(base), load_model(str(base))
     with pytest.raises(ValueError, match="is untrained"):
@@ -88,7 +88,10 @@ def test_a_trainable_prefix_stays_in_memory(base, prefixes, tmp_path, ids, part)
     together = load_model(str(base), pre_seq_len=3)
     together.load_prefix(prefixes["a"])
     together.save_pretrained(tmp_path / "together")
-    assert torch.equal(load(tmp_path / "together")(ids).logits, whole(ids).logits)
+    for length in (3, 4):
+        model = load(tmp_path / "together", length)
+        assert model.transformer.prefix_encoder.is_untrained
+        assert torch.equal(model(ids, prefix="together").logits, whole(ids).logits)
 
 
 @pytest.mark.parametrize("part", [0.6, 0.1])

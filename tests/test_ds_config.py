@@ -12,6 +12,7 @@ SHIPPED = sorted(FOLDER.glob("*.json"))
 
 def _parse(path: str, output: str) -> str:
     """Fills the configuration in as a training does, and lets DeepSpeed check it."""
+    import torch
     from deepspeed.runtime.config import DeepSpeedConfig
     from transformers.integrations.deepspeed import deepspeed_config
 
@@ -23,7 +24,7 @@ def _parse(path: str, output: str) -> str:
         output_dir=output, deepspeed=path, per_device_train_batch_size=3, gradient_accumulation_steps=5,
         max_grad_norm=0.5, report_to="none",
     )  # fmt: skip
-    match_precision(args, "bfloat16", None)
+    match_precision(args, torch.bfloat16, None)
 
     class Model:
         config = ChatGLMConfig(hidden_size=64)

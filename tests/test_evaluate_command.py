@@ -196,3 +196,9 @@ def test_the_script_works_from_another_folder_and_passes_arguments_on(base, pref
     assert done.returncode == 0, done.stderr
     results, predictions = read(tmp_path / "scores")
     assert len(predictions) == 2 and results["base_metrics"]["exact_match"] == 100
+
+
+def test_text_that_is_not_read_is_named(base, tmp_path, caplog):
+    path = write(tmp_path / "noted.json", [{**row, "备注": "注"} for row in ROWS])
+    main(flags(base, path, "--output_dir", str(tmp_path / "scores")))
+    assert any(f"{len(ROWS)} rows of noted" in message and "'备注'" in message for message in caplog.messages)

@@ -79,7 +79,7 @@ def test_a_dataset_format_is_a_function_and_an_entry(monkeypatch):
     exec(block_of("def dialogue("), made)
     monkeypatch.setitem(registry.FORMATS, *eval(f"{{{block_of('DatasetFormat(')}}}", made).popitem())
     row = Row({"dialogue": "问：几点\n答：三点"}, "rows.json", 4)
-    name, content = registry.read_row(row, registry.Columns())
+    name, content, _ = registry.read_row(row, registry.Columns())
     assert (name, [message.content for message in content.messages]) == ("dialogue", ["几点", "三点"])
     with pytest.raises(ValueError, match=r"rows.json:4: .*'dialogue' .*问： or 答：.*'三点'"):
         registry.read_row(Row({"dialogue": "三点"}, "rows.json", 4), registry.Columns(dataset_format="dialogue"))

@@ -19,6 +19,7 @@ from transformers.masking_utils import flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import chatglm_ptuning  # noqa: F401  (registers the Auto classes)
+from chatglm_ptuning.model.loading import choose_dtype, load_model
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMModel
 
 PREFIX_ENCODER = "transformer.prefix_encoder."
@@ -500,3 +501,34 @@ def test_decoding_steps_compile_as_one_graph(trained, ids):
         model(ids, past_key_values=cache)
         logits = step(ids[:, :1], past_key_values=cache, position_ids=torch.full((3, 1), 7)).logits
         torch.testing.assert_close(logits, model(torch.cat((ids, ids[:, :1]), 1)).logits[:, -1:], **ALIKE)
+
+
+BFLOAT16, WITHOUT = {"avx512_f": True, "avx512_bf16": True}, {"avx512_f": True, "avx512_bf16": False}
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "hidden_size", "dtype", "chosen"),
+    [
+        (BFLOAT16, 4096, "auto", torch.bfloat16),
+        ({"amx_bf16": True}, 1024, "auto", torch.bfloat16),
+        (BFLOAT16, 256, "auto", torch.float32),
+        (WITHOUT, 4096, "auto", torch.float32),
+        ({"architecture": "aarch64"}, 4096, "auto", torch.float32),
+        (BFLOAT16, 4096, "float32", torch.float32),
+        (WITHOUT, 256, "bfloat16", torch.bfloat16),
+    ],
+)
+def test_a_cpu_computes_in_bfloat16_if_it_can_and_the_base_is_wide(
+    monkeypatch, capabilities, hidden_size, dtype, chosen
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert choose_dtype(dtype, torch.device("cpu"), hidden_size) == chosen
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="is about CPUs")
+def test_a_wide_base_is_loaded_as_the_cpu_computes(monkeypatch, tmp_path, tiny_config):
+    ChatGLMForConditionalGeneration(tiny_config(hidden_size=1024, num_layers=1)).save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: BFLOAT16)
+    model = load_model(str(tmp_path), pre_seq_len=2)
+    assert model.transformer.output_layer.weight.dtype == torch.bfloat16
+    assert model.transformer.prefix_encoder.embedding.weight.dtype == torch.float32

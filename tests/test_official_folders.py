@@ -10,7 +10,15 @@ import pytest
 import tiny_glm4
 import tiny_tokenizer
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoProcessor,
+    AutoTokenizer,
+    pipeline,
+)
 
 from chatglm_ptuning import ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from chatglm_ptuning.model.loading import load_tokenizer
@@ -118,7 +126,8 @@ def write(folder: Path, name: str, pieces: Path) -> Path:
         index = {"metadata": {"total_size": 1}, "weight_map": {key: f for f, keys in shards.items() for key in keys}}
         (target / "pytorch_model.bin.index.json").write_text(json.dumps(index), encoding="utf-8")
     (target / "config.json").write_text(json.dumps(fields), encoding="utf-8")
-    (target / "modeling_chatglm.py").write_text("raise SystemExit('remote code was run')", encoding="utf-8")
+    for part in ("configuration", "modeling", "tokenization"):
+        (target / f"{part}_chatglm.py").write_text("raise SystemExit('remote code was run')", encoding="utf-8")
     if is_fourth:
         (target / "generation_config.json").write_text(json.dumps(GENERATION), encoding="utf-8")
     return target
@@ -149,6 +158,40 @@ def test_everything_is_chosen_by_the_folders_files(tmp_path, pieces, name):
         assert (model.generation_config.temperature, model.generation_config.top_p) == (0.7, 0.6)
     response, _ = model.float().chat(tokenizer, "你好", [], max_new_tokens=3)
     assert isinstance(response, str)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"use_fast": False}, {"use_fast": True}])
+@pytest.mark.parametrize("name", ["chatglm3-6b", "glm-4-9b-chat"])
+def test_no_remote_code_is_run_where_it_is_trusted(tmp_path, pieces, name, arguments):
+    folder = write(tmp_path, name, pieces)
+    for auto_class in (AutoTokenizer, AutoProcessor):
+        tokenizer = auto_class.from_pretrained(folder, trust_remote_code=True, **arguments)
+        assert isinstance(tokenizer, ChatGLMTokenizer)
+        assert tokenizer.chat_format == FOLDERS[name][2]
+    for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM):
+        model = auto_class.from_pretrained(folder, trust_remote_code=True)
+        assert type(model) is ChatGLMForConditionalGeneration
+    chat = pipeline("text-generation", model=str(folder), trust_remote_code=True)
+    assert isinstance(chat.tokenizer, ChatGLMTokenizer)
+
+
+def test_a_tokenizer_is_recognised_by_the_configuration_alone(tmp_path, pieces):
+    folder = write(tmp_path, "chatglm2-6b", pieces)
+    settings = {"auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    for arguments in ({}, {"config": config}):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True, **arguments)
+        assert type(tokenizer) is ChatGLMTokenizer
+
+
+def test_remote_code_of_other_families_is_left_to_transformers(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}), encoding="utf-8")
+    settings = {"auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (tmp_path / "tokenization_own.py").write_text("raise SystemExit('remote code was run')", encoding="utf-8")
+    with pytest.raises(SystemExit, match="remote code was run"):
+        AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
 
 
 def test_chatglm2_32k_interpolates_positions_and_says_so_when_saved(tmp_path, pieces):
@@ -189,5 +232,7 @@ def test_other_architectures_are_refused_with_what_to_use(tmp_path, name):
         assert str(tmp_path / "config.json") in str(error.value)
         assert "Use " in str(error.value) or "Load the base" in str(error.value)
     if fields["model_type"] == "chatglm":
-        with pytest.raises(ValueError, match=named):
-            AutoConfig.from_pretrained(tmp_path)
+        (tmp_path / "tokenization_chatglm.py").write_text("raise SystemExit('remote code was run')", encoding="utf-8")
+        for load in (AutoConfig.from_pretrained, AutoTokenizer.from_pretrained):
+            with pytest.raises(ValueError, match=named):
+                load(tmp_path, trust_remote_code=True)

@@ -308,6 +308,50 @@ def test_a_peft_adapter_gives_pefts_logits(load, tmp_path, ids, network, project
     torch.testing.assert_close(again(ids, attention_mask=mask).logits, logits)
 
 
+def rotated(length: int, by: int) -> torch.Tensor:
+    """Keys and values `[length, 4, 2, 8]` of ones, the keys rotated by a number of positions."""
+    key_values = torch.ones(length, 4, 2, 8)
+    for pair, frequency in ((0, 1.0), (2, 0.01)):
+        angle = torch.tensor(by * frequency)
+        key_values[:, 0::2, :, pair] = angle.cos() - angle.sin()
+        key_values[:, 0::2, :, pair + 1] = angle.cos() + angle.sin()
+    return key_values
+
+
+@pytest.mark.parametrize(
+    ("base", "given", "by"),
+    [
+        ("THUDM/glm-4-9b-chat", {}, 0),
+        ("/data/GLM-4-9B", {}, 0),
+        ("/cache/models--THUDM--glm-4-9b-chat-1m/snapshots/0123", {}, 0),
+        ("THUDM/codegeex4-all-9b", {}, 0),
+        ("THUDM/glm-4-9b-chat-hf", {}, -3),
+        ("/cache/models--THUDM--glm-4-9b-hf/snapshots/0123", {}, -3),
+        ("/data/mine", {}, -3),
+        (None, {}, -3),
+        ("THUDM/glm-4-9b-chat", {"first_position": 3}, -3),
+        ("/data/mine", {"first_position": 0}, 0),
+    ],
+)
+def test_positions_are_those_that_a_peft_adapter_was_trained_with(load, tmp_path, caplog, base, given, by):
+    """GLM-4's own code counts the tokens from 0 under PEFT, transformers' classes from the prefix's length."""
+    fields = {"peft_type": "PREFIX_TUNING", "base_model_name_or_path": base, **given}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    save_file({"prompt_embeddings": torch.ones(3, 64)}, tmp_path / "adapter_model.safetensors")
+    checkpoint = read_prefix(tmp_path, load().config.prefix_shape)
+    found = checkpoint.parameters["embedding.weight"].view(3, 4, 2, 8)
+    torch.testing.assert_close(found, rotated(3, by))
+    assert ('set "first_position": 3' in caplog.text) == (by == 0 and not given)
+
+
+@pytest.mark.parametrize("value", [1, -3, "0", True, 0.5])
+def test_a_wrong_first_position_is_named(load, tmp_path, value):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "PREFIX_TUNING", "first_position": value}))
+    save_file({"prompt_embeddings": torch.ones(3, 64)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=rf"adapter_config\.json: first_position must be 0 or 3.*got {value!r}"):
+        load().load_prefix(tmp_path)
+
+
 def test_other_peft_adapters_are_refused(load, tmp_path):
     peft = pytest.importorskip("peft")
     lora = peft.get_peft_model(load(), peft.LoraConfig(target_modules=["query_key_value"]))

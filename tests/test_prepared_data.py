@@ -173,6 +173,10 @@ def test_warnings_and_rows_in_both_sets(tmp_path, encoder, cache):
         f"1 rows that repeat an earlier row word for word: {train}:3",
         f"1 rows that spell special tokens (they are learned as ordinary text): {train}:4",
     ]
+    noted = data_file(tmp_path, pair(4), {**pair(5), "备注": "注"}, name="noted.json")
+    for _ in range(2):  # newly encoded, and from the cache
+        (warning,) = prepare([noted], encoder(), cache).warnings
+        assert "1 rows whose field '备注'" in warning and f"{noted}:2" in warning
     other = prepare([dev], encoder(), cache)
     assert shared_rows(data.rows, other.rows) == 1
     with pytest.raises(ValueError, match="No row of the data can be used:\n1 rows, 0 used"):

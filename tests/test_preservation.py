@@ -235,8 +235,10 @@ def test_zero3_is_refused(base, files, tmp_path):
     assert ended.code == 1 and re.search("--preserve_base .*ZeRO-3", ended.output)
 
 
-def test_a_run_can_do_without_the_report(base, files, tmp_path):
-    main([*flags(base, files, tmp_path / "run", 0.5, steps=1), "--report_drift", "false"])
+def test_a_run_can_do_without_the_report_and_without_columns_of_its_general_rows(base, files, tmp_path):
+    noted = write_rows(tmp_path / "noted.json", {"prompt": "你好", "response": "好", "notes": "很长的注释"})
+    more = ["--report_drift", "false", "--preserve_file", str(noted), "--ignored_columns", "notes"]
+    main([*flags(base, files, tmp_path / "run", 0.5, steps=1), *more])
     assert not [name for name in results(tmp_path / "run") if name.startswith("general_")]
 
 
@@ -251,12 +253,14 @@ def test_a_run_can_do_without_the_report(base, files, tmp_path):
         (["--preserve_eval_file", "GENERAL"], 1, "6 rows .*preserve_eval_file .*preserve_file"),
         (["--preserve_file", "BROKEN"], 1, "broken.json:2"),
         (["--preserve_file", "BROKEN", "--skip_bad_rows", "1"], 1, "broken.json:2"),
+        (["--preserve_file", "NOTED"], 1, "noted.json:1: .*'notes'.*ignored_columns"),
     ],
 )
 def test_what_is_wrong_is_named(base, files, tmp_path, capsys, change, code, said):
     broken = tmp_path / "broken.json"
     broken.write_text('{"text": "一"}\n{"text": \n', "utf-8")
-    names = {"GENERAL": str(files / "general.json"), "BROKEN": str(broken)}
+    noted = write_rows(tmp_path / "noted.json", {"prompt": "你好", "response": "好", "notes": "很长的注释"})
+    names = {"GENERAL": str(files / "general.json"), "BROKEN": str(broken), "NOTED": str(noted)}
     with pytest.raises(SystemExit) as stopped:
         main([*flags(base, files, tmp_path / "run", 1), *(names.get(word, word) for word in change)])
     assert stopped.value.code == code

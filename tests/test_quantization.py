@@ -13,6 +13,7 @@ import tiny_base
 import torch
 from conftest import TINY
 from json_lines import write_rows
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from chatglm_ptuning import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMForSequenceClassification
 from chatglm_ptuning.data.collate import PaddingCollator
@@ -62,6 +63,20 @@ def dequantized(model, batch):
             weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
             whole.transformer.get_submodule(name).weight.data.copy_(weight)
     return whole
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_widths_outside_the_blocks_of_a_cpu_work_through_transformers_too(tmp_path, tiny_config, compute):
+    """On CPUs with AVX512-BF16, bitsandbytes would re-order weights in blocks that these widths do not fill."""
+    config = tiny_config(hidden_size=72, ffn_hidden_size=200, kv_channels=12)
+    ChatGLMForConditionalGeneration(config).save_pretrained(tmp_path)
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings, dtype=torch.float32).eval()
+    assert not any(getattr(part, "support_avx512bf16_for_cpu", False) for part in model.modules())
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        inferred = model(ids).logits
+    torch.testing.assert_close(inferred, model.train()(ids).logits)
 
 
 @pytest.mark.parametrize(("bits", "kind"), **ids_of)

@@ -48,7 +48,7 @@ def test_prefix_is_the_ground_floor(imports):
 
 
 FLOORS = (
-    ("files", "figures", "tables", "version"),
+    ("exact_json", "files", "figures", "tables", "version"),
     ("prefix",),
     ("chat",),
     ("model",),

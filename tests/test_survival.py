@@ -359,7 +359,8 @@ def test_float16_may_skip_some_steps_but_not_for_ever(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "rate", "warned"), [("float16", 2e-2, True), ("float16", 5e-3, False), ("float32", 2e-2, False)]
+    ("dtype", "rate", "warned"),
+    [(torch.float16, 2e-2, True), (torch.float16, 5e-3, False), (torch.float32, 2e-2, False)],
 )
 def test_float16_with_the_official_learning_rate_is_warned_of(tmp_path, caplog, dtype, rate, warned):
     match_precision(PrefixTrainingArguments(output_dir=str(tmp_path), learning_rate=rate, do_train=True), dtype, None)

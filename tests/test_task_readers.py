@@ -57,6 +57,13 @@ def test_labels_with_whitespace_or_as_whole_floats(tmp_path):
         read_examples(load_task("tnews"), tmp_path, "test")
 
 
+def test_numbers_in_texts_are_kept_as_written_and_labels_are_compared_as_numbers(tmp_path):
+    row = '{{"sentence": {}, "label": {}, "label_desc": "news_story"}}\n'
+    (tmp_path / "test.json").write_text(row.format("12.50", "1.01e2") + row.format("1E400", "101.00"), "utf-8")
+    examples = read_examples(load_task("tnews"), tmp_path, "test")
+    assert [(example.text, example.label) for example in examples] == [("12.50", "101"), ("1E400", "101")]
+
+
 def test_rows_with_a_dropped_label_are_left_out(tmp_path, caplog):
     write_rows(tmp_path / "dev.json", CLUE_ROWS["cmnli"] | {"label": "-"}, CLUE_ROWS["cmnli"])
     assert [example.label for example in read_examples(load_task("cmnli"), tmp_path, "dev")] == ["contradiction"]

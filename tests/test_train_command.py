@@ -289,3 +289,15 @@ def test_several_files_of_several_forms_with_bad_rows_and_a_cache(base, tmp_path
     assert capsys.readouterr().out.count("(from the cache)") == 1
     for name, value in load_file(run / "prefix_model.safetensors").items():
         torch.testing.assert_close(first[name], value, rtol=0, atol=0)
+
+
+def test_rows_that_are_longer_than_the_base_reads_are_named_once_and_evaluated(base, tmp_path, caplog):
+    long = {"content": "天气" * 150, "summary": "很好"}
+    path = write_rows(tmp_path / "long.json", long, *ROWS[:3])
+    more = ["--do_eval", "--do_predict", "--predict_with_generate", "--validation_file", path]
+    more += ["--max_source_length", "400"]
+    main(flags(base, path, tmp_path / "run", *more, steps=1))
+    (warning,) = [message for message in caplog.messages if "seq_length" in message]
+    assert re.match("2 of 8 .*seq_length of 256 .*longest has 31", warning)
+    answers = (tmp_path / "run" / "generated_predictions.txt").read_text("utf-8").splitlines()
+    assert len(answers) == 4

@@ -19,6 +19,7 @@ from torch.nn import functional
 from transformers import Seq2SeqTrainingArguments
 
 from chatglm_ptuning.data.collate import PaddingCollator
+from chatglm_ptuning.experiments.compare import main as compare
 from chatglm_ptuning.experiments.search import main as search
 from chatglm_ptuning.model.loading import load_model
 from chatglm_ptuning.model.modeling_heads import (
@@ -123,13 +124,18 @@ def test_a_refused_flag_with_its_default_is_accepted(tmp_path):
     PrefixTrainingArguments(output_dir=str(tmp_path), fsdp="", push_to_hub=False, include_for_metrics=[])
 
 
-def test_flags_in_a_file_and_of_a_search_are_refused_too(base, train_file, tmp_path, capsys):
+def test_flags_in_a_file_of_a_search_and_of_a_comparison_are_refused_too(base, train_file, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("generation_max_length: 64\n", "utf-8")
     message = refusal(flags(base, train_file, tmp_path / "run", "--config", tmp_path / "run.yaml"), capsys)
     assert "--val_max_target_length" in message
     with pytest.raises(SystemExit):
         search(["--model_name_or_path", str(base), "--train_file", str(train_file), "--validation_file",
                 str(train_file), "--output_dir", str(tmp_path), "--generation_max_length", "64"])  # fmt: skip
+    assert "--val_max_target_length" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        compare(["--model_name_or_path", str(base), "--methods", "ptuning_v2", "--tasks", str(tmp_path / "mood.yaml"),
+                 "--task_data", str(task_runs.write_tasks(tmp_path)), "--output_dir", str(tmp_path / "compare"), "--",
+                 "--generation_max_length", "64"])  # fmt: skip
     assert "--val_max_target_length" in capsys.readouterr().err
 
 
@@ -147,6 +153,8 @@ def test_flags_in_a_file_and_of_a_search_are_refused_too(base, train_file, tmp_p
         ("--lr_scheduler_type cosine_with_min_lr", "--lr_scheduler_kwargs .*min_lr"),
         ('--lr_scheduler_type cosine --lr_scheduler_kwargs {"cycles":2}', "--lr_scheduler_kwargs .*cycles"),
         ("--include_num_input_tokens_seen some", "--include_num_input_tokens_seen .*non_padding, got some"),
+        ('--lr_scheduler_type polynomial --learning_rate 0.1 --lr_scheduler_kwargs {"lr_end":0.5}',
+         "--lr_scheduler_type polynomial .*lr_end.* --learning_rate 0.1"),
         ("--lr_scheduler_kwargs {min_lr", "--lr_scheduler_kwargs .*JSON.* got {min_lr"),
         ("--activation_checkpointing_kwargs [1]", r"--activation_checkpointing_kwargs .*JSON.* got \[1\]"),
         ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps .*at least 1, got 0"),
@@ -450,6 +458,24 @@ def test_the_best_strategy_saves_when_the_loss_falls(base, train_file, tmp_path)
     losses = history(tmp_path, "eval_loss")
     best = [step for step, loss in enumerate(losses, 1) if loss == min(losses[:step])]
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in best}
+
+
+def test_logs_evaluations_and_checkpoints_at_the_ends_of_epochs(base, train_file, tmp_path):
+    more = "--logging_strategy epoch --eval_strategy epoch --eval_delay 1 --save_strategy epoch --num_train_epochs 3 "
+    more += "--save_total_limit 1 --load_best_model_at_end true --metric_for_best_model loss --greater_is_better true"
+    main(flags(base, train_file, tmp_path, *more.split(), "--validation_file", train_file, steps=-1))
+    losses = history(tmp_path, "eval_loss")
+    assert len(history(tmp_path, "loss")) == 3 and len(losses) == 3
+    (kept,) = tmp_path.glob("checkpoint-*")
+    assert kept.name == f"checkpoint-{6 * (1 + losses.index(max(losses)))}"
+    assert torch.equal(prefix(tmp_path), prefix(kept))
+
+
+def test_predictions_search_as_many_beams_as_the_official_flag_says(base, train_file, tmp_path):
+    more = ["--do_predict", "--validation_file", train_file, "--generation_num_beams", 2, "--max_predict_samples", 2]
+    main(flags(base, train_file, tmp_path, *more))
+    settings = json.loads((tmp_path / "predict" / "metrics.json").read_text("utf-8"))["settings"]
+    assert (settings["num_beams"], settings["batch_size"]) == (2, 8)
 
 
 def test_no_run_resumes_from_a_checkpoint_without_optimizer_state(base, train_file, tmp_path, capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Any
 from chatglm_ptuning.chat.message import Conversation, Message
 from chatglm_ptuning.chat.roles import ROLE_TOKENS, RoleFormat
 from chatglm_ptuning.chat.tools import inner_part
+from chatglm_ptuning.exact_json import dumps
 
 # The official ChatGLM3 was trained on tool definitions and calls in exactly this notation (finetune_demo,
 # preprocess_utils.py), so it is part of the chat format.
@@ -71,12 +71,12 @@ class ChatGLM3Roles(RoleFormat):
 
     def write_tools(self, message: Message) -> str:
         """See `RoleFormat`."""
-        return f"{message.content}\n{json.dumps(message.tools, indent=4, ensure_ascii=False)}"
+        return f"{message.content}\n{dumps(message.tools, indent=4)}"
 
     def write_call(self, arguments: Mapping[str, Any]) -> str:
         """A call in Python; JSON if an argument's name is not a Python name."""
         if not all(name.isidentifier() for name in arguments):
-            return json.dumps(arguments, ensure_ascii=False)
+            return dumps(arguments)
         return _CALL.format(arguments=", ".join(f"{name}={value!r}" for name, value in arguments.items()))
 
     def last_id(self, answer: Message) -> int:

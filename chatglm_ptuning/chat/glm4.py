@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Any
 from chatglm_ptuning.chat.message import Conversation, Message
 from chatglm_ptuning.chat.roles import ROLE_TOKENS, RoleFormat
 from chatglm_ptuning.chat.tools import inner_part
+from chatglm_ptuning.exact_json import dumps
 
 # The texts are those of the official chat template (tokenizer_config.json of glm-4-9b-chat).
 _INTRODUCTION = (
@@ -81,12 +81,12 @@ class GLM4Roles(RoleFormat):
         for tool in map(inner_part, message.tools or ()):
             if not isinstance(tool, Mapping) or not isinstance(tool.get("name"), str):
                 raise ValueError("GLM-4's format needs tools that are objects with a 'name'; one of them has none.")
-            text += f"\n\n## {tool['name']}\n\n{json.dumps(tool, indent=4, ensure_ascii=False)}{_BEHIND_A_TOOL}"
+            text += f"\n\n## {tool['name']}\n\n{dumps(tool, indent=4)}{_BEHIND_A_TOOL}"
         return text
 
     def write_call(self, arguments: Mapping[str, Any]) -> str:
         """A JSON object."""
-        return json.dumps(arguments, ensure_ascii=False)
+        return dumps(arguments)
 
     def last_id(self, answer: Message) -> int:
         """The role of the next message (as in later versions of the official finetune_demo/finetune.py)."""

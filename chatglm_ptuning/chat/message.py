@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from chatglm_ptuning.exact_json import dumps
+
 ROLES = ("system", "user", "assistant", "observation")
 
 
@@ -75,6 +77,15 @@ class Conversation:
     tools: tuple[Any, ...] = ()
     followed_by: str | None = None
 
+    def texts(self) -> list[str]:
+        """Everything that is said: tools, contents and arguments."""
+        found = [dumps(self.tools)] if self.tools else []
+        for message in self.messages:
+            structured = [part for part in (message.tools, message.arguments) if part is not None]
+            found += [message.metadata, message.content]
+            found += [part if isinstance(part, str) else dumps(part) for part in structured]
+        return found
+
     @property
     def answer(self) -> Message | None:
         """The last message if it is an answer, else None."""
@@ -126,6 +137,10 @@ class Document:
 
     text: str
     is_learned: ClassVar[bool] = True
+
+    def texts(self) -> list[str]:
+        """The text."""
+        return [self.text]
 
     def missing_side(self) -> str | None:
         """`empty` if it has only white space, else None."""

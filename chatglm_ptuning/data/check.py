@@ -20,6 +20,7 @@ FINDINGS = {
     "one_sided": "rows with only a question or only an answer",
     "without_targets": "rows with nothing to learn",
     "replacement_characters": "rows with U+FFFD, which replaces lost characters",
+    "byte_order_marks": "rows with U+FEFF in them, a byte order mark, as files have that were joined",
     "mojibake": "rows with passages that were decoded with a wrong encoding",
     "special_tokens": "rows that spell special tokens (they are learned as ordinary text)",
 }
@@ -31,6 +32,8 @@ _SCRIPTS = {
     "kana": re.compile(r"[\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f]+"),
     "hangul": re.compile(r"[\u1100-\u11ff\u3130-\u318f\uac00-\ud7af]+"),
 }
+_WAY_OUT = " (join it to a field that is read, or list it in ignored_columns)"
+
 _LETTERS = re.compile(r"[^\W\d_]+")
 SCRIPTS = (*_SCRIPTS, "other")
 """Chinese characters, Latin letters, Japanese kana, Korean hangul, letters of anything else."""
@@ -57,7 +60,8 @@ class Checker:
 
     Attributes:
         counts: number of rows by finding (FINDINGS).
-        places: the first rows of every finding, as FILE:LINE.
+        unread: number of rows by field that is left out although it holds text.
+        places: the first rows of every finding and every such field, as FILE:LINE.
     """
 
     def __init__(self, bad_rows: BadRows) -> None:
@@ -65,6 +69,7 @@ class Checker:
         self.seen: set[int] = set()
         self.turns, self.source, self.target = array("i"), array("i"), array("i")
         self.formats, self.letters, self.rows_with, self.counts = Counter(), Counter(), Counter(), Counter()
+        self.unread: Counter[str] = Counter()
         self.places: defaultdict[str, list[str]] = defaultdict(list)
 
     def watch(self, examples: Iterable[Example]) -> Iterator[Example]:
@@ -81,7 +86,7 @@ class Checker:
         - `turns`: percentiles of the answers in a row.
         - `characters`: percentiles of the characters of `source` (all but the answers) and `target` (all answers).
         - `scripts`: by script, its `share` of the letters, and the `rows` in which it occurs.
-        - `counts`, `places`: as the attributes.
+        - `counts`, `unread`, `places`: as the attributes.
         """
         letters = self.letters.total()
         return {
@@ -96,6 +101,7 @@ class Checker:
                 if self.letters[name]
             },
             "counts": dict(self.counts),
+            "unread": dict(self.unread),
             "places": dict(self.places),
         }
 
@@ -105,11 +111,14 @@ class Checker:
 
     def warnings(self) -> list[str]:
         """Suspicious properties of the data, one line each, with the first places."""
+        found = [(self.counts[name], meaning, name) for name, meaning in FINDINGS.items() if self.counts[name]]
+        found += [
+            (count, f"rows whose field {name!r} holds text that is not read{_WAY_OUT}", _place_of(name))
+            for name, count in self.unread.items()
+        ]
         return [
-            f"{self.counts[name]} {meaning}: {', '.join(self.places[name])}"
-            + (", ..." if self.counts[name] > len(self.places[name]) else "")
-            for name, meaning in FINDINGS.items()
-            if self.counts[name]
+            f"{count} {meaning}: {', '.join(self.places[place])}" + (", ..." if count > len(self.places[place]) else "")
+            for count, meaning, place in found
         ]
 
     def summary(self) -> str:
@@ -139,15 +148,25 @@ class Checker:
             "duplicates": digest in self.seen,
             example.left_out_as: True,
             "replacement_characters": "\ufffd" in text,
+            "byte_order_marks": "\ufeff" in text,
             "mojibake": is_mojibake(text),
             "special_tokens": bool(special_spellings(text)),
         }
         self.seen.add(digest)
-        for name in FINDINGS:
-            if found.get(name):
-                self.counts[name] += 1
-                if len(self.places[name]) < _PLACES:
-                    self.places[name].append(example.where)
+        for name in filter(found.get, FINDINGS):
+            self.counts[name] += 1
+            self._place(name, example)
+        for name in example.unread:
+            self.unread[name] += 1
+            self._place(_place_of(name), example)
+
+    def _place(self, name: str, example: Example) -> None:
+        if len(self.places[name]) < _PLACES:
+            self.places[name].append(example.where)
+
+
+def _place_of(field: str) -> str:
+    return f"unread: {field}"
 
 
 def count_scripts(text: str) -> Counter[str]:

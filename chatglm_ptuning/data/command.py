@@ -14,7 +14,7 @@ from rich.console import Console
 from chatglm_ptuning.command_line import fail, parse_arguments
 from chatglm_ptuning.data.check import Checker
 from chatglm_ptuning.data.encoding import Lengths, encode_examples
-from chatglm_ptuning.data.report import PreparationReport, percentiles
+from chatglm_ptuning.data.report import PreparationReport, percentiles, too_long_for_base
 from chatglm_ptuning.data.show import describe, draw_lengths, print_example, print_tokens
 from chatglm_ptuning.data.sources.files import find_sources, iterate_rows
 from chatglm_ptuning.data.sources.rows import BadRows, Row
@@ -86,6 +86,8 @@ def show(args: ShowArguments) -> None:
         encoded = head.learn(example)
         formats = f"dataset format {example.dataset_format}, chat format {head.tokenizer.chat_format}"
         console.print(f"{example.where}: {formats}", markup=False)
+        if example.unread:
+            console.print(f"not read: {', '.join(example.unread)}", markup=False)
         if encoded.counted:
             console.print(describe(encoded.counted), markup=False)
         for number, row in enumerate(encoded.rows, start=1):
@@ -125,11 +127,14 @@ def check(args: CheckArguments) -> bool:
     errors = [*bad_rows.messages, *unreadable]
     if not checker.is_usable() and not unreadable:
         errors.append("There is no row from which anything can be learned.")
+    warnings = checker.warnings()
     if lengths["example"]:
         preparation.set_lengths(lengths)
-    _print_check(args, checker, errors, preparation)
+        too_long = too_long_for_base(lengths["example"], args.load_config().seq_length)
+        warnings += [too_long] if too_long else []
+    _print_check(args, checker, warnings, errors, preparation)
     if args.output_dir is not None:
-        content = {"files": args.files, "fit": not errors, "errors": errors, **checker.report()}
+        content = {"files": args.files, "fit": not errors, "errors": errors, "warnings": warnings, **checker.report()}
         _write_check(args, content, preparation, lengths)
     return not errors
 
@@ -149,19 +154,30 @@ class _Readable:
             self.unreadable.append(str(error))
 
 
-def _print_check(args: CheckArguments, checker: Checker, errors: Sequence[str], preparation: PreparationReport) -> None:
+def _print_check(
+    args: CheckArguments,
+    checker: Checker,
+    warnings: Sequence[str],
+    errors: Sequence[str],
+    preparation: PreparationReport,
+) -> None:
     print(", ".join(args.files))
     print(checker.summary())
     if preparation.lengths:
         print(f"in tokens of {args.model_name_or_path}:")
         print(preparation.summary())
-    for warning in checker.warnings():
+    for warning in warnings:
         print(f"warning: {warning}")
     for place, error in enumerate(errors):
         print(f"error: {error if place == 0 else error.splitlines()[0]}")
     if checker.bad_rows.count > BadRows.KEPT:
         print(f"error: and {checker.bad_rows.count - BadRows.KEPT} more rows that cannot be understood")
-    print("Not fit to train on; see the errors." if errors else "Fit to train on.")
+    print("Not fit to train on; see the errors." if errors else f"Fit to train on{_without(checker)}.")
+
+
+def _without(checker: Checker) -> str:
+    left_out = ", ".join(f"{name!r} ({count} rows)" for name, count in checker.unread.items())
+    return f", without the text of {left_out}" if left_out else ""
 
 
 def _write_check(

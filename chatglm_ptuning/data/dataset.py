@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -164,6 +165,9 @@ class Loader:
                 f"{found.bad_rows.count} bad rows of {task.name}, split {split.name}, were skipped, the first:\n"
                 f"{found.bad_rows.messages[0]}"
             )
+        unread = Counter(name for example in found.examples for name in example.unread)
+        for name, count in unread.items():
+            logger.warning(f"{count} rows of {task.name}, split {split.name}, have text in {name!r} that is not read.")
         return found
 
     def make_ready(self, head: Head, found: ReadExamples) -> tuple[list[Example], PreparationReport]:

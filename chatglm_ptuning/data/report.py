@@ -105,6 +105,23 @@ class PreparationReport:
         return "\n".join(lines)
 
 
+def too_long_for_base(lengths: Sequence[int], seq_length: int) -> str | None:
+    """The warning about rows that are longer than what the base was trained for; None if there are none.
+
+    Args:
+        lengths: tokens of every row, after truncation.
+        seq_length: of the base's configuration.
+    """
+    longer = sum(length > seq_length for length in lengths)
+    if not longer:
+        return None
+    return (
+        f"{longer} of {len(lengths)} examples are longer than the base's seq_length of {seq_length} tokens (the "
+        f"longest has {max(lengths)}). The base was not trained on so long texts, and chat refuses them. Lower "
+        "max_source_length or max_target_length, or use a base with a longer seq_length."
+    )
+
+
 def percentiles(values: Sequence[int], shares: Sequence[int] = _PERCENTILES) -> dict[str, int]:
     """Percentiles: for each share in per cent, the smallest value that this share of the values does not exceed."""
     ordered = sorted(values)

@@ -48,7 +48,7 @@ def resolve(args: EvaluationArguments) -> EvaluationConfig:
         FileNotFoundError, ValueError: if the checkpoint is not there, or its head or the plain base cannot solve the
             task.
     """
-    prefix = choose_prefix(args.ptuning_checkpoint)
+    prefix = choose_prefix(args.ptuning_checkpoint and args.find_prefix(args.ptuning_checkpoint))
     if args.compare_base and prefix is not None and (record := read_record(prefix)) and record.tuning == "full":
         raise ValueError(
             f"--compare_base: {prefix} holds all parameters of a tuned model, so score the base by itself."

@@ -12,8 +12,7 @@ from chatglm_ptuning.data.tasks.arguments import TaskSetup, TrainedReading
 from chatglm_ptuning.data.tasks.heads import ECHO_HEADS, LINEAR_HEADS, heads_of
 from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.model.arguments import BaseArguments
-from chatglm_ptuning.prefix.formats import read_prefix
-from chatglm_ptuning.prefix.formats.peft import adapter_type
+from chatglm_ptuning.prefix.formats import adapter_type, read_prefix
 from chatglm_ptuning.tuning.record import read_record
 
 logger = logging.get_logger(__name__)

@@ -11,6 +11,7 @@ from chatglm_ptuning.model.hub import HubName, find_base
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMPreTrainedModel
 from chatglm_ptuning.model.quantization import QuantizationType
+from chatglm_ptuning.model.stored_prefix import name_of_base
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
 DEFAULT_MODEL = str(Path(__file__).resolve().parents[2] / "data" / "chatglm-nano")
@@ -35,6 +36,17 @@ class TokenizerArguments:
         """The configuration of the base, without its weights; errors as `find_base`."""
         folder = find_base(self.model_name_or_path, self.hub, self.revision, weights=False)
         return ChatGLMConfig.from_pretrained(folder)
+
+    def find_prefix(self, named: str) -> str:
+        """The path of a prefix that a flag names: the name of the base means the prefix in the base's own folder.
+
+        Raises:
+            FileNotFoundError, ConnectionError, ImportError: as `find_base`.
+        """
+        base = self.model_name_or_path
+        if Path(named).exists() or named not in (base, name_of_base(Path(base))):
+            return named
+        return str(find_base(base, self.hub, self.revision))
 
     def load_tokenizer(self) -> ChatGLMTokenizer:
         """As `loading.load_tokenizer`."""

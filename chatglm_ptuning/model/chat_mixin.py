@@ -125,8 +125,6 @@ class ChatMixin:
         turn = ChatTurn(tokenizer.chat, query, history, role)
         given = {"do_sample": do_sample, "top_p": top_p, "temperature": temperature, **kwargs}
         settings = self._chat_settings(tokenizer, turn, max_length, logits_processor, given)
-        prefix, ids = self.resolve_prefix(prefix), settings["input_ids"][0].tolist()
-        settings |= {"past_key_values": self._reusable_part(past_key_values, ids, prefix), "use_cache": True}
         generated: list[int] = []
         answer = shown = None
         cache = past_key_values
@@ -134,7 +132,7 @@ class ChatMixin:
         def result(answer: Answer) -> tuple:
             return (answer.response, answer.history, cache) if return_past_key_values else answer[:2]
 
-        for token, cache in self.generate(**settings, prefix=prefix, custom_generate=type(self)._generate_steps):  # noqa: B007
+        for token, cache in self._generate_stream(past_key_values=past_key_values, prefix=prefix, **settings):  # noqa: B007
             generated.append(token)
             answer = turn.read(generated)
             if not answer.unfinished and (shown is None or answer.history != shown.history):
@@ -177,6 +175,21 @@ class ChatMixin:
         if not settings["do_sample"]:
             del settings["top_p"], settings["temperature"]
         return settings | given
+
+    def _generate_stream(
+        self, input_ids: torch.LongTensor, past_key_values: Cache | None, prefix: PrefixArgument, **settings: Any
+    ) -> Iterator[tuple[int, Cache]]:
+        """As `generate` for one row, `[1, seq_len]`; yields every token with the cache.
+
+        Raises:
+            ValueError: if `past_key_values` was filled under another prefix, and as `generate`.
+        """
+        prefix = self.resolve_prefix(prefix)
+        cache = self._reusable_part(past_key_values, input_ids[0].tolist(), prefix)
+        steps = type(self)._generate_steps
+        return self.generate(
+            input_ids, **settings, past_key_values=cache, use_cache=True, prefix=prefix, custom_generate=steps
+        )
 
     def _reusable_part(self, cache: Cache | None, ids: list[int], prefix: PrefixBatch) -> Cache | None:
         """The cache, cropped to the tokens that it shares with the beginning of `ids`; None if there are none.

@@ -31,7 +31,7 @@ class FolderSettings:
         config = read_json_object_or_empty(folder / "tokenizer_config.json")
         self.chat_format: str | None = config.get("chat_format")
         file = folder / "chat_template.jinja"
-        templates = (file.read_text(encoding="utf-8") if file.is_file() else None, config.get("chat_template"))
+        templates = (file.read_text(encoding="utf-8-sig") if file.is_file() else None, config.get("chat_template"))
         self.templates = [template for template in templates if template is not None]
         named = (read_json_object_or_empty(folder / "config.json").get("_name_or_path"), config.get("name_or_path"))
         self.names = [name for name in named if isinstance(name, str)]

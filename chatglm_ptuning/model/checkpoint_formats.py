@@ -10,14 +10,16 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming
+from transformers.core_model_loading import Concatenate, ConversionOps, WeightConverter, WeightRenaming
 from transformers.models.glm.configuration_glm import GlmConfig
 
 SUPPORTED = (
     "ChatGLM2-6B, ChatGLM3-6B, CodeGeeX2-6B, GLM-4-9B (of 2024) or CodeGeeX4-ALL-9B, in the official format "
     "(model_type chatglm) or in that of transformers' GlmForCausalLM (model_type glm)"
 )
+_PREFIX_PARAMETERS = ("embedding.weight", "trans.0.weight", "trans.0.bias", "trans.2.weight", "trans.2.bias")
 _INSTEAD = "Use glm-4-9b-chat or glm-4-9b-chat-hf (bases: glm-4-9b, glm-4-9b-hf), or chatglm3-6b."
 _OTHER_ARCHITECTURES = {
     "glm4": "GLM-4-0414 or GLM-Z1, whose layers have two more norms",
@@ -28,6 +30,8 @@ _OTHER_ARCHITECTURES = {
     "glm4v_moe": "GLM-4.5V, which has image input",
     "glm_edge": "GLM-Edge",
 }
+DTYPE_KEYS = {"torch_dtype", "dtype"}
+"""The dtype of the weights in a config.json, old and new."""
 # Fields that only the first ChatGLM-6B has, whose `model_type` is chatglm, too.
 _FIRST_GENERATION_FIELDS = ("position_encoding_2d", "inner_hidden_size", "max_sequence_length")
 
@@ -81,13 +85,45 @@ def official_fields(fields: dict[str, Any], source: str, name: str) -> dict[str,
         ValueError: if it is of another architecture, or has values that this network does not support.
     """
     check_architecture(fields, source)
+    fields = dict(fields)
+    for key in DTYPE_KEYS & fields.keys():
+        fields[key] = checked_dtype(fields[key], f"{key} of {source}")
     if fields.get("model_type") == "glm":
         return _from_glm(fields, source)
-    fields = dict(fields)
     names = [last_part(str(fields.get("_name_or_path", ""))), last_part(name)]
     if "position_interpolation" not in fields and fields.get("rope_ratio", 1) != 1:
         fields["position_interpolation"] = any("chatglm2" in name for name in names)
     return fields
+
+
+def checked_dtype(value: Any, name: str) -> Any:
+    """A dtype of a configuration or an argument, which may be spelled as `float16` or as `torch.float16`.
+
+    Args:
+        value: its name, the dtype itself, None or "auto" (both are returned as they are).
+        name: what it is called in messages.
+
+    Raises:
+        ValueError: naming a value that is no floating-point dtype.
+    """
+    if value is None or value == "auto":
+        return value
+    dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"{name} must be float32, bfloat16 or float16, got {value!r}.")
+    return dtype
+
+
+def without_recorded_prefix(fields: dict[str, Any], pre_seq_len: Any) -> dict[str, Any]:
+    """The fields of a folder's config.json without the prefix that it records.
+
+    Args:
+        pre_seq_len: of the prefix that the caller wants to train, whose `prefix_projection` is then the recorded one;
+            None for no prefix.
+    """
+    if pre_seq_len:
+        return fields | {"pre_seq_len": pre_seq_len}
+    return {name: value for name, value in fields.items() if name not in ("pre_seq_len", "prefix_projection")}
 
 
 def last_part(name: str) -> str:
@@ -133,10 +169,19 @@ def _from_glm(fields: dict[str, Any], source: str) -> dict[str, Any]:
     }
 
 
+class LeaveOut(ConversionOps):
+    """Loads nothing, so that the parameter counts as missing."""
+
+    def convert(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """An empty dictionary."""
+        return {}
+
+
 def register_conversions() -> None:
     """Registers with transformers how tensors of a GlmForCausalLM checkpoint are converted while they load.
 
-    Official checkpoints have none of these names, so they are not changed.
+    Official checkpoints have none of these names, so they are not changed. A prefix among the weights of a base is
+    left out: it must not become the values of a new prefix to train (`stored_prefix.py`).
     """
     conversions: list[WeightConverter | WeightRenaming] = [
         WeightRenaming(r"^model\.embed_tokens\.", "transformer.embedding.word_embeddings."),
@@ -154,5 +199,9 @@ def register_conversions() -> None:
             [Concatenate(dim=0)],
         )
         for kind in ("weight", "bias")
+    ]
+    conversions += [
+        WeightConverter([f"prefix_encoder.{name}"], f"prefix_encoder.{name}", [LeaveOut()])
+        for name in _PREFIX_PARAMETERS
     ]
     register_checkpoint_conversion_mapping("chatglm", conversions, overwrite=True)

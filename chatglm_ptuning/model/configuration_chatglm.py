@@ -8,7 +8,13 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from chatglm_ptuning.model.checkpoint_formats import check_architecture, official_fields
+from chatglm_ptuning.files import check_json_files
+from chatglm_ptuning.model.checkpoint_formats import (
+    check_architecture,
+    checked_dtype,
+    official_fields,
+    without_recorded_prefix,
+)
 from chatglm_ptuning.prefix.shape import PrefixShape
 
 
@@ -18,7 +24,9 @@ class ChatGLMConfig(PreTrainedConfig):
     An official `config.json` is accepted unchanged; one of transformers' GlmForCausalLM (`model_type: glm`) is
     converted. The fields of P-Tuning v2:
 
-    - `pre_seq_len`: number of virtual tokens in front of every layer; None or 0 for no trainable prefix.
+    - `pre_seq_len`: number of virtual tokens in front of every layer; None or 0 for no trainable prefix. It is never
+      taken from a folder's `config.json`, where the official code leaves that of an earlier training: whoever wants a
+      trainable prefix passes it.
     - `prefix_projection`: whether the prefix is the output of a two-layer MLP (Li & Liang 2021, section 4.3) instead
       of a plain table (P-Tuning v2, Liu et al. 2022, section 3.3).
     - `multi_query_group_num`: number of key/value groups; the prefix holds one key and one value per group.
@@ -32,8 +40,9 @@ class ChatGLMConfig(PreTrainedConfig):
     its name) or multiplies the rotary base (all others). Saved configurations record it.
 
     Raises:
-        ValueError: for sizes that do not fit together, naming the fields and their values, and for a configuration of
-            another architecture (the first ChatGLM-6B, GLM-4-0414, GLM-4.5, GLM-4V, ...), naming a base to use instead.
+        ValueError: for sizes that do not fit together and for an unknown dtype, naming the fields and their values;
+            for a configuration of another architecture (the first ChatGLM-6B, GLM-4-0414, GLM-4.5, GLM-4V, ...),
+            naming a base to use instead.
     """
 
     model_type = "chatglm"
@@ -91,6 +100,9 @@ class ChatGLMConfig(PreTrainedConfig):
         if self.padded_vocab_size is None:
             self.padded_vocab_size = 65024 if vocab_size is None else vocab_size
         key_value_heads = kwargs.pop("num_key_value_heads", None)
+        torch_dtype = kwargs.pop("torch_dtype", None)
+        dtype = checked_dtype(torch_dtype if self.dtype is None else self.dtype, "dtype")
+        self.dtype = None if dtype == "auto" else dtype
         super().__post_init__(**kwargs)
         self.validate_sizes()
         if key_value_heads not in (None, self.num_key_value_heads):
@@ -107,12 +119,14 @@ class ChatGLMConfig(PreTrainedConfig):
         """As in transformers, with the official names.
 
         Raises:
-            ValueError: if the configuration is of another architecture.
+            ValueError: if the configuration is of another architecture, or the file is damaged.
         """
-        fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         path = Path(pretrained_model_name_or_path)
+        check_json_files(path, "config.json")
+        fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         source = str(path / "config.json" if path.is_dir() else path)
-        return official_fields(fields, source, str(path)), kwargs
+        fields = official_fields(fields, source, str(path))
+        return without_recorded_prefix(fields, kwargs.get("pre_seq_len")), kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -122,7 +136,10 @@ class ChatGLMConfig(PreTrainedConfig):
             ValueError: if the configuration is of another architecture.
         """
         name = str(kwargs.get("name_or_path", ""))
-        return super().from_dict(official_fields(config_dict, name or "This", name), **kwargs)
+        fields = official_fields(config_dict, name or "This", name)
+        if "name_or_path" in kwargs:  # by AutoConfig, which reads the file of a folder itself
+            fields = without_recorded_prefix(fields, kwargs.get("pre_seq_len"))
+        return super().from_dict(fields, **kwargs)
 
     @property
     def num_key_value_heads(self) -> int:

@@ -27,19 +27,23 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from chatglm_ptuning.files import check_json_files
 from chatglm_ptuning.model.attention_mask import causal_mask_with_prefix, positions_from_mask
 from chatglm_ptuning.model.base_weights import describe_damage, describe_missing
 from chatglm_ptuning.model.chat_mixin import ChatMixin
-from chatglm_ptuning.model.checkpoint_formats import register_conversions
+from chatglm_ptuning.model.checkpoint_formats import DTYPE_KEYS, checked_dtype, register_conversions
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.generation_mixin import PrefixGenerationMixin
 from chatglm_ptuning.model.losses import IGNORED_LABEL, cross_entropy, loss_of_states, next_labels
+from chatglm_ptuning.model.official_model import OfficialModelSurface, refuse_retired
 from chatglm_ptuning.model.packed_sequences import PackedSequences, packed_attention
 from chatglm_ptuning.model.packed_weights import check_unpacked, packed_dtype_plan
 from chatglm_ptuning.model.placement import execution_device, out_of_offload
 from chatglm_ptuning.model.prefix_encoder import PrefixEncoder
 from chatglm_ptuning.model.prefix_mixin import PrefixMixin
+from chatglm_ptuning.model.quantization import keep_layout
 from chatglm_ptuning.model.rotary import RotaryEmbedding
+from chatglm_ptuning.model.stored_prefix import folder_of_base
 from chatglm_ptuning.model.swiglu import SwiGLU
 from chatglm_ptuning.model.trained_module import FirstValues
 from chatglm_ptuning.model.zero3 import gathered, is_partitioned
@@ -246,7 +250,7 @@ class GLMTransformer(nn.Module):
         return self.final_layernorm(hidden_states)
 
 
-class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
+class ChatGLMPreTrainedModel(OfficialModelSurface, PrefixMixin, PreTrainedModel):
     """Loading, saving and initialisation shared by all ChatGLM classes."""
 
     config: ChatGLMConfig
@@ -261,7 +265,7 @@ class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs: ClassVar[dict[str, type]] = {"hidden_states": GLMBlock, "attentions": SelfAttention}
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"rotary_pos_emb\.inv_freq"]
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"rotary_pos_emb\.inv_freq", r"prefix_encoder\."]
     _keys_to_ignore_on_load_missing: ClassVar[list[str]] = [r"prefix_encoder\."]
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["prefix_encoder"]
 
@@ -279,13 +283,23 @@ class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
     ) -> Any:
         """As in transformers; with a trainable prefix (`pre_seq_len`) all but the prefix and a head is frozen.
 
+        The trainable prefix is a new one, and only the argument or a given configuration asks for it. A prefix that the
+        folder itself holds is loaded under the folder's name, and not selected (`stored_prefix.py`).
+
         Checkpoints of transformers' GlmForCausalLM are converted tensor by tensor while they load; official checkpoints
         in 4 or 8 bits are de-quantised (`packed_weights.py`).
 
         Raises:
             ValueError: naming the file that is damaged or holds more than tensors, or the parameters of the base that
-                are missing or do not fit `quantization_bit`: a base never gets random weights.
+                are missing or do not fit `quantization_bit`: a base never gets random weights. Also if the folder's
+                own prefix is damaged, or contradicts its `config.json`.
         """
+        if pretrained_model_name_or_path is not None:
+            check_json_files(
+                Path(pretrained_model_name_or_path), "config.json", "generation_config.json", "*.index.json"
+            )
+        for key in DTYPE_KEYS & kwargs.keys():
+            kwargs[key] = checked_dtype(kwargs[key], key)
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
@@ -297,12 +311,13 @@ class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
                 raise
             raise ValueError(damage) from error
         check_unpacked(model, str(pretrained_model_name_or_path))
+        keep_layout(model)
         inside = "" if model.base_model is model else cls.base_model_prefix + "."
         missing = [name for name in info["missing_keys"] if name.startswith(inside) and "prefix_encoder." not in name]
         if missing:
             raise ValueError(describe_missing(str(pretrained_model_name_or_path), missing))
         if model._trainable is not None:
-            encoder = out_of_offload(model._trainable, PrefixEncoder(model.config))
+            encoder = out_of_offload(model._trainable, PrefixEncoder(model.config), is_new=True)
             model.base_model.prefix_encoder = encoder
             # The Trainer refuses quantised models without an adapter of PEFT; here the prefix is the adapter.
             model.is_quantized = False
@@ -310,6 +325,7 @@ class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
                 with gathered(encoder.parameters()):
                     encoder.mark_untrained()  # again: all processes now have the values of the first
         model.freeze_base()
+        model._keep_stored_prefix(folder_of_base(pretrained_model_name_or_path, model.config, kwargs))
         return (model, info) if output_loading_info else model
 
     def save_pretrained(
@@ -317,7 +333,7 @@ class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
     ) -> None:
         """As in transformers: the base, and a trainable prefix under its official names; loaded prefixes are not saved.
 
-        The layout is always the official one. An untrained prefix is left out, so that loading gives an untrained one.
+        The layout is always the official one. An untrained prefix is left out.
         """
         if self._trainable is not None and self._trainable.is_untrained:
             tensors = self.state_dict() if state_dict is None else state_dict
@@ -344,8 +360,6 @@ class ChatGLMPreTrainedModel(PrefixMixin, PreTrainedModel):
         if isinstance(module, RotaryEmbedding):
             init.copy_(module.inv_freq, module.frequencies())
         elif isinstance(module, PrefixEncoder):
-            if all(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()):
-                return  # loaded with the base
             # The official initialisation is torch's default: N(0, 1) for the table.
             init.normal_(module.embedding.weight)
             if module.prefix_projection:
@@ -421,9 +435,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
         Raises:
             KeyError: if a prefix of that name is not loaded.
+            TypeError: for a retired argument of the official code.
             ValueError: if the mask does not cover the tokens, the cache was filled under another prefix, the prefix
                 is for another number of rows, or the lengths do not add up to the tokens.
         """
+        refuse_retired(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:

@@ -30,24 +30,27 @@ def layer_devices(layers: Iterable[nn.Module]) -> tuple[torch.device, ...] | Non
     return None if None in devices else tuple(devices)
 
 
-def out_of_offload(module: TrainedModule, fresh: TrainedModule) -> TrainedModule:
+def out_of_offload(module: TrainedModule, fresh: TrainedModule, *, is_new: bool = False) -> TrainedModule:
     """Returns a trainable prefix or head in memory, in place of one that accelerate may have offloaded to the disk.
 
     Args:
         module: the one of the model; returned if it is in memory.
         fresh: an untrained one of the same size, which takes the offloaded values.
+        is_new: whether to leave them: accelerate offloads to the base's own files, and takes what has the same name.
     """
     if not any(parameter.is_meta for parameter in module.parameters()):
         return module
-    values = {}
+    values: dict[str, torch.Tensor] = {}
     try:
-        for name, part in module.named_modules():
+        for name, part in () if is_new else module.named_modules():
             with align_module_device(part):
                 for leaf, parameter in part.named_parameters(recurse=False):
                     values[f"{name}.{leaf}".removeprefix(".")] = parameter.detach().clone()
     except KeyError:  # the base's files have no values for it, so nothing was written to the disk
-        fresh.mark_untrained()
-    else:
+        values = {}
+    if values:
         fresh.load_state_dict(values)
+    else:
+        fresh.mark_untrained()
     device = next(filter(None, map(execution_device, module.modules())), None)
     return fresh.to(device).train(module.training)

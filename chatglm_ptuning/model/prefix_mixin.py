@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from os import PathLike
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from transformers.utils import logging
 from chatglm_ptuning.model.base_weights import fingerprint_of_base
 from chatglm_ptuning.model.placement import layer_devices
 from chatglm_ptuning.model.prefix_encoder import PrefixEncoder
+from chatglm_ptuning.model.stored_prefix import name_of_base, read_stored_prefix
 from chatglm_ptuning.model.trained_module import FirstValues
 from chatglm_ptuning.model.virtual_tokens import key_values_before
 from chatglm_ptuning.model.zero3 import gathered, gathering_modules, is_partitioned, whole_shape
@@ -197,6 +199,19 @@ class PrefixMixin:
             self._bank.add(name, LoadedPrefix(encoder.key_values(), heads, checkpoint.metadata.trained))
         self.set_prefix(name)
 
+    def _keep_stored_prefix(self, folder: Path | None) -> None:
+        """Loads the prefix that the base's own folder holds, under the folder's name, without selecting it."""
+        config = self.base_model.config
+        checkpoint = None if folder is None else read_stored_prefix(folder, config)
+        if checkpoint is not None:
+            name = name_of_base(folder)
+            self._bank.add(name, LoadedPrefix(self._encoder_from(checkpoint).key_values(), {}))
+            logger.warning(
+                f"{checkpoint.source} holds a prefix of {checkpoint.metadata.pre_seq_len} virtual tokens beside the "
+                f"base. It is loaded as {name!r}, and used only if it is asked for: by set_prefix({name!r}), or "
+                f"ptuning_checkpoint {name}."
+            )
+
     def unload_prefix(self, name: str) -> None:
         """Removes a loaded prefix; if it was selected, the plain base is selected.
 
@@ -327,13 +342,15 @@ class PrefixMixin:
         ]
 
     def _encoder_from(self, checkpoint: PrefixCheckpoint) -> PrefixEncoder:
-        """The checkpoint as an encoder on the CPU."""
+        """The checkpoint as an encoder on the CPU. Draws no random numbers: a base with a prefix trains like any."""
         config = copy(self.base_model.config)
         config.pre_seq_len = checkpoint.metadata.pre_seq_len
         config.prefix_projection = checkpoint.metadata.prefix_projection
-        encoder = PrefixEncoder(config)
+        with torch.device("meta"):
+            encoder = PrefixEncoder(config)
+        parameters = {name: value.to(torch.float32, copy=True) for name, value in checkpoint.parameters.items()}
         try:
-            encoder.load_state_dict(checkpoint.parameters)
+            encoder.load_state_dict(parameters, assign=True)
         except RuntimeError as error:
             raise ValueError(f"{checkpoint.source} is not a complete prefix: {error}") from error
         return encoder

@@ -28,7 +28,7 @@ class RenderGuard:
     def __init__(self, vocabulary: Vocabulary) -> None:
         spelled = (*vocabulary.special_ids, *vocabulary.named_tokens.values())
         self._spelled_by_caller = re.compile("|".join(map(re.escape, spelled)))
-        self._written_by_template = vocabulary.written_by_templates
+        self._vocabulary = vocabulary
         self._mark = secrets.token_hex(16)
         self.segment_cut = secrets.token_hex(16)
 
@@ -55,7 +55,5 @@ class RenderGuard:
     def parts(self, rendered: str) -> Iterator[tuple[str, bool]]:
         """The parts of the rendered text in order, each with whether it is a special token."""
         for segment in rendered.split(self.segment_cut):
-            for index, part in enumerate(self._written_by_template.split(segment)):
-                is_special = index % 2 == 1
-                if part:
-                    yield part if is_special else part.replace(self._mark, ""), is_special
+            for part, is_special in self._vocabulary.parts(segment):
+                yield part if is_special else part.replace(self._mark, ""), is_special

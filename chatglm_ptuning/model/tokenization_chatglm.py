@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,32 +11,33 @@ from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import PaddingStrategy, logging
 
-from chatglm_ptuning.chat.chatglm2 import ChatGLM2Rounds
 from chatglm_ptuning.chat.format import ChatFormat
 from chatglm_ptuning.chat.formats import formats_of
-from chatglm_ptuning.chat.message import Message
-from chatglm_ptuning.chat.roles import RoleFormat
-from chatglm_ptuning.chat.turn import ChatTurn, message_history, pair_history
+from chatglm_ptuning.files import check_json_files
 from chatglm_ptuning.model.chat_recognition import FolderSettings, recognise_chat_format
+from chatglm_ptuning.model.official_tokenizer import OfficialTokenizerSurface
 from chatglm_ptuning.model.render_guard import RenderGuard
 from chatglm_ptuning.model.vocabulary import open_vocabulary
 
 logger = logging.get_logger(__name__)
 
 # Fields in official folders and of earlier versions of transformers that have no effect here.
-_UNUSED_SETTINGS = ("auto_map", "do_lower_case", "remove_space", "encode_special_tokens", "additional_special_tokens",
+_UNUSED_SETTINGS = ("auto_map", "do_lower_case", "remove_space", "additional_special_tokens",
                     "extra_special_tokens", "is_local", "local_files_only", "model_specific_special_tokens",
                     "image_size")  # fmt: skip
 
 
-class ChatGLMTokenizer(PreTrainedTokenizer):
+class ChatGLMTokenizer(OfficialTokenizerSurface, PreTrainedTokenizer):
     """Tokenizer of the whole family, with the official ids: ChatGLM2-6B, ChatGLM3-6B, CodeGeeX2-6B and chatglm-nano
     (sentencepiece), GLM-4-9B and CodeGeeX4-ALL-9B (byte pairs).
 
     Every sequence starts with `[gMASK] sop` (`[gMASK] <sop>`); a pair ends with eos: `</s>` or `<|endoftext|>`. Padding
-    is `<unk>` or `<|endoftext|>`, on the left, with position ids 0 on it and 0, 1, 2, ... on the tokens. A special
-    token comes from its id or from a chat template, never from text: "<|user|>" is text of eight characters. As in the
+    is `<unk>` or `<|endoftext|>`, on the left, with position ids 0 on it and 0, 1, 2, ... on the tokens. As in the
     official tokenizer, sentencepiece writes spaces as U+2581, so that a U+2581 in the text is decoded to a space.
+
+    A special token comes from its id or from a chat template, not from text: "<|user|>" is text of eight characters.
+    `encode_special_tokens` turns this off, for prompts that you have rendered as text. Start tokens that such a text
+    spells are not added a second time. Contents of messages are always text.
 
     Args:
         vocab_file: the `tokenizer.model`.
@@ -45,6 +47,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         chat_template: a jinja template to use instead of the format's own.
         special_token_ids: special tokens to ids of a GLM-4 vocabulary, as `save_pretrained` writes them.
         added_tokens_decoder: the same in the format of the official files.
+        encode_special_tokens: whether special tokens that a text spells become special tokens (`Vocabulary.parts`);
+            an attribute, too, and an argument of each call. As in the official tokenizer, it is saved.
         kwargs: settings of transformers' tokenizers (`padding_side`, `model_max_length`, ...).
 
     Raises:
@@ -55,6 +59,18 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask", "position_ids"]
     padding_side = "left"
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike[str], *inputs: Any, **kwargs: Any
+    ) -> ChatGLMTokenizer:
+        """As in transformers.
+
+        Raises:
+            ValueError: as the class, and naming a settings file that is damaged.
+        """
+        check_settings(pretrained_model_name_or_path)
+        return super().from_pretrained(pretrained_model_name_or_path, *inputs, **kwargs)
+
     def __init__(
         self,
         vocab_file: str | None,
@@ -63,9 +79,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         chat_template: str | dict[str, str] | None = None,
         special_token_ids: Mapping[str, int] | None = None,
         added_tokens_decoder: Mapping[int, AddedToken] | None = None,
+        encode_special_tokens: bool = False,
         **kwargs: Any,
     ) -> None:
         origin = str(kwargs.get("name_or_path", ""))
+        if isinstance(chat_template, str):
+            chat_template = chat_template.removeprefix("\ufeff")  # some editors begin chat_template.jinja with it
         special_ids = special_token_ids or {str(token): int(i) for i, token in (added_tokens_decoder or {}).items()}
         self.vocabulary = open_vocabulary(
             vocab_file or tokenizer_file or Path(origin, self.vocab_files_names["vocab_file"]), special_ids
@@ -85,8 +104,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             chat_template = None
         if special_ids:
             kwargs["special_token_ids"] = self.vocabulary.special_ids
+        self.encode_special_tokens = encode_special_tokens
         super().__init__(
             chat_format=chat_format,
+            encode_special_tokens=encode_special_tokens,
             chat_template=chat_template or self._chat.chat_template,
             extra_special_tokens=list(self.vocabulary.special_ids),
             **self._named_tokens(kwargs),
@@ -152,19 +173,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """The two ids with which every sequence starts, `[gMASK]` and `sop`."""
         return list(self._chat.start_ids)
 
-    def get_command(self, token: str) -> int:
-        """The id of a special token, or of `<bos>`, `<eos>`, `<unk>` or `<pad>`; an official method.
-
-        Raises:
-            ValueError: if there is no such token.
-        """
-        named = {"<bos>": self.bos_token_id, "<eos>": self.eos_token_id, "<unk>": self.unk_token_id,
-                 "<pad>": self.pad_token_id}  # fmt: skip
-        ids = {name: index for name, index in named.items() if index is not None} | self.vocabulary.special_ids
-        if token not in ids:
-            raise ValueError(f"{token!r} is no special token of this base; there are {', '.join(ids)}.")
-        return ids[token]
-
     def _add_tokens(self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False) -> int:
         # transformers would search all text for added tokens, and so turn a user's text into special tokens.
         unknown = [str(token) for token in new_tokens if str(token) not in self.vocabulary]
@@ -192,11 +200,28 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     # Text to ids
 
-    def tokenize(self, text: str, **kwargs: Any) -> list[str]:
+    def tokenize(self, text: str, encode_special_tokens: bool | None = None, **kwargs: Any) -> list[str]:
         """The pieces of a text. For ids call the tokenizer: a piece may be spelled like a special token, and
         `convert_tokens_to_ids` then returns the id of that.
         """
-        return self.vocabulary.split(text)
+        parts = self._parts(text, encode_special_tokens)
+        return [piece for part, special in parts for piece in ([part] if special else self.vocabulary.split(part))]
+
+    def _parts(self, text: str, encode_special_tokens: bool | None) -> Iterable[tuple[str, bool]]:
+        """Parts of the text, each with whether it is a special token."""
+        if self.encode_special_tokens if encode_special_tokens is None else encode_special_tokens:
+            return self.vocabulary.parts(text)
+        if self.vocabulary.spells_special_tokens(text):
+            logger.warning_once(
+                "A text spells special tokens, such as <|user|> or [gMASK]: they are encoded as ordinary text, so that "
+                "a text cannot set roles. For a prompt that you have rendered, use encode_special_tokens=True, in the "
+                "call or in from_pretrained. apply_chat_template and build_chat_input make the ids of messages."
+            )
+        return [(text, False)]
+
+    def _ids_of(self, parts: Iterable[tuple[str, bool]]) -> list[int]:
+        encode, special_id = self.vocabulary.encode, self.vocabulary.id
+        return [index for part, special in parts for index in ([special_id(part)] if special else encode(part))]
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
@@ -222,6 +247,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         truncation_strategy: TruncationStrategy = TruncationStrategy.DO_NOT_TRUNCATE,
         is_split_into_words: bool = False,
         return_offsets_mapping: bool = False,
+        encode_special_tokens: bool | None = None,
         **kwargs: Any,
     ) -> BatchEncoding:
         # transformers' own version goes from text to token strings to ids, which turns a piece that is spelled like a
@@ -240,15 +266,22 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         names = ("pad_to_multiple_of", "padding_side", "return_attention_mask", "return_tensors")
         for_batch = {name: kwargs.pop(name, None) for name in names}
         columns: dict[str, list] = {}
+        how = (is_split_into_words, encode_special_tokens)
         for first, second in rows:
+            ids = self._to_ids(first, *how)
+            # Start tokens that a rendered prompt spells are added below.
+            spelled = isinstance(first, str) and kwargs.get("add_special_tokens", True)
+            start = len(self.start_ids) if spelled and ids[: len(self.start_ids)] == self.start_ids else 0
             encoded = self.prepare_for_model(
-                self._to_ids(first, is_split_into_words),
-                None if second is None else self._to_ids(second, is_split_into_words),
+                ids[start:],
+                None if second is None else self._to_ids(second, *how),
                 return_attention_mask=False,
                 **kwargs,
             )
             if return_offsets_mapping:
-                encoded["offset_mapping"] = self._row_offsets(first, second, is_split_into_words, kwargs)
+                spans = self._to_offsets(first, *how)[start:]
+                pair = None if second is None else self._to_offsets(second, *how)
+                encoded["offset_mapping"] = self._row_offsets(spans, pair, kwargs)
             for name, value in encoded.items():
                 columns.setdefault(name, []).append(value)
         if is_batch and for_batch["return_tensors"]:
@@ -262,13 +295,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return BatchEncoding({name: column[0] for name, column in batch.items()})
 
     def _row_offsets(
-        self, first: Any, second: Any, is_split_into_words: bool, kwargs: Mapping[str, Any]
+        self, first: list[tuple[int, int]], second: list[tuple[int, int]] | None, kwargs: Mapping[str, Any]
     ) -> list[tuple[int, int]]:
-        """Offsets of a row's ids after truncation; (0, 0) for a special token, as in transformers."""
-        spans = self._to_offsets(first, is_split_into_words)
-        middle = len(spans)
-        if second is not None:
-            spans += self._to_offsets(second, is_split_into_words)
+        """Offsets of a row's ids after truncation; (0, 0) for a token that was added, as in transformers."""
+        spans, middle = [*first, *(second or ())], len(first)
         # Negative ids are placeholders that track tokens through truncation and the insertion of special tokens.
         placeholders = [-1 - place for place in range(len(spans))]
         settings = {name: kwargs[name] for name in ("truncation", "max_length", "add_special_tokens") if name in kwargs}
@@ -277,20 +307,27 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         )
         return [(0, 0) if index >= 0 else spans[-1 - index] for index in row["input_ids"]]
 
-    def _to_offsets(self, text: Any, is_split_into_words: bool) -> list[tuple[int, int]]:
+    def _to_offsets(
+        self, text: Any, is_split_into_words: bool, encode_special_tokens: bool | None
+    ) -> list[tuple[int, int]]:
         if isinstance(text, str):
-            return self.vocabulary.offsets(text)
+            spans, start = [], 0
+            for part, special in self._parts(text, encode_special_tokens):
+                inside = [(0, len(part))] if special else self.vocabulary.offsets(part)
+                spans += [(start + begin, start + end) for begin, end in inside]
+                start += len(part)
+            return spans
         if is_split_into_words and all(isinstance(word, str) for word in text):
-            return [span for word in text for span in self.vocabulary.offsets(word)]
+            return [span for word in text for span in self._to_offsets(word, False, encode_special_tokens)]
         raise ValueError(f"return_offsets_mapping needs texts; {text!r} has no characters.")
 
-    def _to_ids(self, text: Any, is_split_into_words: bool) -> list[int]:
+    def _to_ids(self, text: Any, is_split_into_words: bool, encode_special_tokens: bool | None) -> list[int]:
         if isinstance(text, str):
-            return self.vocabulary.encode(text)
+            return self._ids_of(self._parts(text, encode_special_tokens))
         if isinstance(text, (list, tuple)) and all(isinstance(item, int) for item in text):
             return list(text)
         if is_split_into_words and isinstance(text, (list, tuple)) and all(isinstance(item, str) for item in text):
-            return [index for word in text for index in self.vocabulary.encode(word)]
+            return [index for word in text for index in self._ids_of(self._parts(word, encode_special_tokens))]
         raise ValueError(f"A text is a string, a list of ids, or, split into words, a list of strings; got {text!r}.")
 
     def _pad(self, encoded_inputs: Any, *args: Any, padding_side: str | None = None, **kwargs: Any) -> Any:
@@ -330,51 +367,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     # Chats
 
-    def build_prompt(self, query: str, history: Sequence[tuple[str, str]] | None = None) -> str:
-        """The text of a chat in ChatGLM2's format, up to the last `答：`.
-
-        Args:
-            query: the new question.
-            history: earlier rounds, each a pair of question and answer.
-
-        Raises:
-            ValueError: naming a round that is not a pair of strings.
-        """
-        messages = map(Message.from_dict, message_history(pair_history(history or (), ChatGLM2Rounds.name)))
-        return ChatGLM2Rounds(self.vocabulary).prompt_text([*messages, Message("user", query)])
-
-    def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
-        """The ids of a message in ChatGLM3's or GLM-4's format: `<|role|>`, metadata and newline, the content.
-
-        Raises:
-            ValueError: if the role is not system, user, assistant or observation.
-        """
-        return self._role_format().encode_message(Message(role, message, metadata))
-
-    def build_chat_input(
-        self, query: str, history: Sequence[Mapping[str, Any]] | None = None, role: str = "user"
-    ) -> BatchEncoding:
-        """A chat in ChatGLM3's format (or GLM-4's, with its vocabulary) that ends with `<|assistant|>`.
-
-        Args:
-            query: the newest message.
-            history: earlier messages with `role`, `content` and optionally `metadata` and (system) `tools`.
-            role: role of the newest message; "observation" for a tool's output.
-
-        Returns:
-            `input_ids`, `attention_mask` and `position_ids`, each a tensor `[1, seq_len]`.
-
-        Raises:
-            ValueError: for an unknown role, and naming an entry of the history that is not a message.
-        """
-        ids = ChatTurn(self._role_format(), query, history, role).input_ids()
-        return self([ids], add_special_tokens=False, return_tensors="pt")
-
-    def _role_format(self) -> RoleFormat:
-        """The format with roles that the vocabulary supports, whatever the format of the base is."""
-        known = formats_of(self.vocabulary).values()
-        return next(found for found in known if issubclass(found, RoleFormat))(self.vocabulary)
-
     def apply_chat_template(
         self,
         conversation: Any,
@@ -398,7 +390,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
         Arguments and results are those of transformers, with two differences. Special tokens that messages and tools
         spell are always ordinary text in the ids, for any `sanitize_control_tokens`. (The text of `tokenize=False`
-        cannot distinguish them, so do not encode that text.) And `return_assistant_tokens_mask` is not supported.
+        cannot distinguish them. Encoding it needs `encode_special_tokens`, and then a message can set roles.) And
+        `return_assistant_tokens_mask` is not supported.
 
         Raises:
             ValueError: for `return_assistant_tokens_mask`, and for contradicting arguments.
@@ -424,14 +417,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             **options,
             **guard.protect(kwargs),
         )
-        rows = [
-            [
-                index
-                for part, is_special in guard.parts(text)
-                for index in ([self.vocabulary.id(part)] if is_special else self.vocabulary.encode(part))
-            ]
-            for text in ([rendered] if isinstance(rendered, str) else rendered)
-        ]
+        texts = [rendered] if isinstance(rendered, str) else rendered
+        rows = [self._ids_of(guard.parts(text)) for text in texts]
         encoded = self(
             rows[0] if isinstance(rendered, str) else rows,
             add_special_tokens=False,
@@ -446,6 +433,15 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
 class ChatGLM4Tokenizer(ChatGLMTokenizer):
     """The same by the class name in GLM-4's official tokenizer_config.json, for AutoTokenizer."""
+
+
+def check_settings(path: str | PathLike[str]) -> None:
+    """Checks the settings files in the folder of a tokenizer; does nothing for a hub name.
+
+    Raises:
+        ValueError: naming a damaged one.
+    """
+    check_json_files(Path(path), "config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def _is_batch(text: Any, is_split_into_words: bool) -> bool:

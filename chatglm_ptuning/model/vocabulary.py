@@ -10,7 +10,7 @@ import binascii
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -51,20 +51,19 @@ class Vocabulary(ABC):
         named_tokens: transformers' `bos_token`, `eos_token`, `unk_token` and `pad_token`, as far as there are any.
         start_tokens: the special tokens with which every sequence starts.
         end_id: the id of `eos_token`.
-        written_by_templates: matches, in one group, the special tokens in a chat template's text.
     """
 
     start_tokens: ClassVar[tuple[str, str]]
 
     def __init__(
-        self, path: Path, special_ids: Mapping[str, int], named_tokens: Mapping[str, str], written_by_templates: str
+        self, path: Path, special_ids: Mapping[str, int], named_tokens: Mapping[str, str], spelled: str
     ) -> None:
         self.path = path
         self.special_ids = dict(sorted(special_ids.items(), key=lambda item: item[1]))
         self.special_tokens = {index: token for token, index in special_ids.items()}
         self.named_tokens = dict(named_tokens)
         self.end_id = self.id(named_tokens["eos_token"])
-        self.written_by_templates = re.compile(f"({written_by_templates})")
+        self._spelled = re.compile(f"({spelled})")
         self._skipped = {*self.special_tokens, *map(self.id, self.named_tokens.values())}
 
     @abstractmethod
@@ -78,6 +77,19 @@ class Vocabulary(ABC):
     @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Ids of the text, none of them special; an unpaired surrogate becomes U+FFFD."""
+
+    def parts(self, rendered: str) -> Iterator[tuple[str, bool]]:
+        """The parts of a rendered prompt in order, each with whether it is a special token.
+
+        In a sentencepiece vocabulary, `sop` counts only behind `[gMASK]`, and `eop` never: both occur in words.
+        """
+        for index, part in enumerate(self._spelled.split(rendered)):
+            if part:
+                yield part, index % 2 == 1
+
+    def spells_special_tokens(self, text: str) -> bool:
+        """Whether the text spells a token by which prompts set roles or begin; fast on texts without any."""
+        return ("|>" in text or "MASK]" in text) and any(is_special for _, is_special in self.parts(text))
 
     @abstractmethod
     def split(self, text: str) -> list[str]:
@@ -101,6 +113,11 @@ class Vocabulary(ABC):
     @abstractmethod
     def content(self) -> bytes:
         """The vocabulary as the content of a `tokenizer.model`."""
+
+    @property
+    @abstractmethod
+    def official_tokenizer(self) -> Any:
+        """What `tokenizer.tokenizer` of the official code is: a tokenizer without start tokens."""
 
     @abstractmethod
     def _decode_pieces(self, pieces: list[int] | list[str]) -> str:
@@ -162,8 +179,7 @@ class SentencePieceVocabulary(Vocabulary):
                 "unk_token": piece(unknown),
                 "pad_token": piece(unknown),
             },
-            # `sop` and `eop` occur in words: `sop` counts only where every chat has it.
-            rf"\[gMASK\]|(?<=\[gMASK\])sop|</s>|{'|'.join(map(re.escape, ROLE_TOKENS))}",
+            rf"\[[gs]?MASK\]|(?<=\[gMASK\])sop|</s>|{'|'.join(map(re.escape, ROLE_TOKENS))}",
         )
 
     def __len__(self) -> int:
@@ -202,8 +218,31 @@ class SentencePieceVocabulary(Vocabulary):
         """As in `Vocabulary`."""
         return self.processor.serialized_model_proto()
 
+    @property
+    def official_tokenizer(self) -> SPTokenizer:
+        """As in `Vocabulary`."""
+        return SPTokenizer(self)
+
     def _decode_pieces(self, pieces: list[int] | list[str]) -> str:
         return self.processor.decode([piece for piece in pieces if isinstance(piece, str) or 0 <= piece < self.pieces])
+
+
+class SPTokenizer:
+    """The inner tokenizer of the official ChatGLM2 and ChatGLM3 tokenizers, with its official names."""
+
+    def __init__(self, vocabulary: SentencePieceVocabulary) -> None:
+        self.vocabulary = vocabulary
+        self.sp_model = vocabulary.processor
+        self.n_words = len(vocabulary)
+        self.bos_id, self.eos_id = self.sp_model.bos_id(), self.sp_model.eos_id()
+        self.pad_id = self.sp_model.unk_id()
+        self.special_tokens, self.index_special_tokens = vocabulary.special_ids, vocabulary.special_tokens
+        self.tokenize, self.decode, self.decode_tokens = vocabulary.split, vocabulary.decode, vocabulary.join
+        self.convert_token_to_id, self.convert_id_to_token = vocabulary.id, vocabulary.token
+
+    def encode(self, s: str, bos: bool = False, eos: bool = False) -> list[int]:
+        """Ids of the text, none of them special, between `<s>` and `</s>` as asked."""
+        return [self.bos_id] * bos + self.vocabulary.encode(s) + [self.eos_id] * eos
 
 
 class BytePairVocabulary(Vocabulary):
@@ -251,7 +290,9 @@ class BytePairVocabulary(Vocabulary):
             "|".join(map(re.escape, special_ids)),
         )
         self._size = max(behind, 1 + max(special_ids.values()))
-        self._encoding = tiktoken.Encoding("glm4", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
+        self._encoding = tiktoken.Encoding(
+            "glm4", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=self.special_ids
+        )
 
     def __len__(self) -> int:
         return self._size
@@ -287,6 +328,11 @@ class BytePairVocabulary(Vocabulary):
         """As in `Vocabulary`, in tiktoken's format."""
         lines = (b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in sorted(self.bytes_of.items()))
         return b"".join(lines)
+
+    @property
+    def official_tokenizer(self) -> tiktoken.Encoding:
+        """As in `Vocabulary`."""
+        return self._encoding
 
     def _decode_pieces(self, pieces: list[int] | list[str]) -> str:
         found = (_unspell(piece) if isinstance(piece, str) else self.bytes_of.get(piece) for piece in pieces)

@@ -206,7 +206,7 @@ def _load_first_prefixes(chat: TerminalChat, arguments: ChatArguments) -> None:
         if twice:
             raise ValueError(f"Two prefixes are called {twice.pop()!r}; name them with NAME=PATH.")
         for name, path in named:
-            chat.load(path, name)
+            chat.load(arguments.find_prefix(path), name)
         chat.session.switch_prefix(named[0][0])
         chat.say(f"Prefix: {chat.session.prefix} (loaded: {', '.join(chat.session.model.prefix_names)})")
         return

@@ -266,6 +266,10 @@ class PrefixTrainingArguments(TuningArguments, Seq2SeqTrainingArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "start over in the folder of an earlier run; its checkpoints are removed"}
     )
+    save_official_prefix: bool = field(
+        default=False,
+        metadata={"help": "write the prefix as the official pytorch_model.bin too, for programs that read only that"},
+    )
     logging_steps: float = field(default=10, metadata={"help": "number of steps between log entries"})
     packing: bool | None = field(
         default=None,

@@ -24,8 +24,9 @@ from chatglm_ptuning.evaluation.recorded import (
     recorded_reading,
     tasks_of,
 )
-from chatglm_ptuning.prefix.formats import read_prefix
-from chatglm_ptuning.prefix.formats.peft import adapter_type
+from chatglm_ptuning.model.loading import best_device, choose_dtype
+from chatglm_ptuning.prefix.export import check_room_for_export
+from chatglm_ptuning.prefix.formats import adapter_type, read_prefix
 from chatglm_ptuning.training.arguments import (
     DataArguments,
     ModelArguments,
@@ -146,6 +147,10 @@ def resolve(
         FileNotFoundError: if the base, a checkpoint or a task file is not there.
     """
     preserve_args = preserve_args or PreservationArguments()
+    sources = {name: getattr(model_args, name) for name in ("ptuning_checkpoint", "init_prefix")}
+    model_args = replace(
+        model_args, **{name: model_args.find_prefix(source) for name, source in sources.items() if source is not None}
+    )
     if not (args.do_train or args.do_eval or args.do_predict):
         raise ValueError("nothing to do: give --do_train, --do_eval or --do_predict.")
     _check_flags(model_args, data_args, args, preserve_args)
@@ -163,7 +168,8 @@ def resolve(
     if args.tuning == "full" and base.dtype == "auto":
         # Weights that are trained must be in float32: small steps are rounded away in 16 bits.
         base = replace(base, dtype="float32")
-    match_precision(args, base.dtype, base.quantization_bit)
+    dtype = choose_dtype(base.dtype, best_device(), base.load_config().hidden_size)
+    match_precision(args, dtype, base.quantization_bit)
     config = RunConfig(base, data_args, args, preserve_args, tasks, mixture, resume_from)
     for task in tasks:
         _check_attention(base, task)
@@ -205,6 +211,13 @@ def _check_flags(
             f"--pre_seq_len {model_args.pre_seq_len} without --do_train needs a --ptuning_checkpoint: an untrained "
             "prefix is random. Without --pre_seq_len the plain base is used."
         )
+    if args.save_official_prefix:
+        if args.tuning not in PREFIX_METHODS:
+            raise ValueError(
+                f"--save_official_prefix needs --tuning {', '.join(PREFIX_METHODS)}, which train a prefix; got "
+                f"{args.tuning}."
+            )
+        check_room_for_export(Path(args.output_dir))
     if data_args.compare_base:
         record = None if args.do_train or checkpoint is None else read_record(checkpoint)
         if (args.tuning if record is None else record.tuning) == "full":

@@ -11,8 +11,6 @@ import torch
 from torch import distributed
 from transformers.utils import logging
 
-from chatglm_ptuning.model.loading import best_device, choose_dtype
-
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
@@ -102,17 +100,19 @@ def all_gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def match_precision(args: TrainingArguments, dtype: str, quantization_bit: int | None) -> None:
+def match_precision(args: TrainingArguments, chosen: torch.dtype, quantization_bit: int | None) -> None:
     """Sets DeepSpeed's 16-bit mode as base and prefix need it; warns about float16 with a high learning rate.
 
     The prefix is trained in float32 beside a base of any type. Only where ZeRO-3 partitions the base does DeepSpeed
     have to know that it has 16 bits; its optimizer then works on float32 copies of the prefix. Elsewhere its bfloat16
     mode would round the prefix without a benefit, and is off.
 
+    Args:
+        chosen: dtype of the base.
+
     Raises:
         ValueError: for what DeepSpeed cannot do with the kit: ZeRO-3 on a quantised base, an own optimizer.
     """
-    chosen = choose_dtype(dtype, best_device())
     if (args.fp16 or chosen == torch.float16) and args.do_train and args.learning_rate >= RISKY_FP16_LEARNING_RATE:
         logger.warning(
             f"float16 with a learning rate of {args.learning_rate:g} often ends in a loss of 0 or NaN: numbers beyond "

@@ -50,12 +50,14 @@ def read_general_rows(
     *,
     replays: bool,
     measures: bool,
+    ignored_columns: Sequence[str] = (),
 ) -> GeneralRows:
     """Reads the rows to replay and the rows to measure the drift on.
 
     Args:
         replays: rows to replay are needed.
         measures: rows to measure on are needed.
+        ignored_columns: columns that are left out, although they hold text.
 
     Raises:
         ValueError: naming file and line, for rows that cannot be understood; if a row is in both files.
@@ -65,7 +67,7 @@ def read_general_rows(
 
     def read(names: Sequence[str] | None, bundled: str, limit: int | None = None) -> datasets.Dataset:
         wanted = names or [str(_BUNDLED / bundled)]
-        head = ConversationAnswers(Task.of_files(wanted, Columns()), tokenizer, *lengths)
+        head = ConversationAnswers(Task.of_files(wanted, Columns(ignored=tuple(ignored_columns))), tokenizer, *lengths)
         return loader.rows(head, Split(wanted, limit=limit)).rows
 
     replayed = read(arguments.preserve_file, "train.json") if replays else None

@@ -14,7 +14,8 @@ from transformers.utils import logging
 from chatglm_ptuning.command_line import fail, parse_arguments
 from chatglm_ptuning.data.cache import TokenCache
 from chatglm_ptuning.data.collate import PackingCollator, PaddingCollator
-from chatglm_ptuning.data.dataset import Loader, Split, shared_rows
+from chatglm_ptuning.data.dataset import Loader, Split, lengths_of, shared_rows
+from chatglm_ptuning.data.report import too_long_for_base
 from chatglm_ptuning.data.tasks.arguments import submission_variant
 from chatglm_ptuning.data.tasks.examples import Example, has_gold
 from chatglm_ptuning.data.tasks.heads.head import Head, Prediction
@@ -120,6 +121,8 @@ def run(config: RunConfig) -> None:
     # Data first: an error in a file shows before minutes go into loading the base.
     data = load_data(config, tokenizer)
     tuning = load_base(config, data, tokenizer)
+    if too_long := too_long_for_base(data.lengths(), tuning.model.config.seq_length):
+        logger.warning(too_long)
     trainer = make_trainer(config, data, tuning, tokenizer)
     if args.do_train:
         train(config, data, trainer)
@@ -161,6 +164,11 @@ class RunData:
     tasks: Mapping[str, TaskData]
     general: GeneralRows
 
+    def lengths(self) -> list[int]:
+        """The number of tokens of every row to learn or to evaluate."""
+        parts = [rows for task in self.tasks.values() for rows in (task.train, task.dev) if rows is not None]
+        return [length for rows in parts for length in lengths_of(rows)]
+
     def train_rows(self, mixture: bool) -> Any:
         """The rows to learn, of all tasks of a mixture together; empty if nothing is trained."""
         found = {name: task.train for name, task in self.tasks.items() if task.train is not None}
@@ -185,7 +193,12 @@ def load_data(config: RunConfig, tokenizer: ChatGLMTokenizer) -> RunData:
         _print_mixture(config, tasks)
     strict = replace(loader, skip_bad_rows=0)  # the flag is about the rows of the task
     general = read_general_rows(
-        config.preserve, tokenizer, strict, replays=config.replays, measures=config.measures_drift
+        config.preserve,
+        tokenizer,
+        strict,
+        replays=config.replays,
+        measures=config.measures_drift,
+        ignored_columns=flags.ignored_columns,
     )
     return RunData(tasks, general)
 

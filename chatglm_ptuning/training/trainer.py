@@ -28,6 +28,7 @@ from chatglm_ptuning.files import write_json
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_ptuning.model.zero3 import gathered, is_partitioned, most_of_processes, whole_shape
 from chatglm_ptuning.prefix.checkpoint import PREFIX_KEY
+from chatglm_ptuning.prefix.export import remove_export, write_export
 from chatglm_ptuning.prefix.formats import read_prefix
 from chatglm_ptuning.training import optimizer_state
 from chatglm_ptuning.training.callbacks import (
@@ -469,7 +470,10 @@ class PrefixTrainer(Trainer):
         model.base_fingerprint()  # a collective operation if the base is partitioned
         with self._in_full_precision(model):
             if self.args.should_save:
+                remove_export(folder)
                 self.tuning.save(folder, self.details)
+                if getattr(self.args, "save_official_prefix", False):
+                    write_export(folder)
                 write_json(folder / ARGUMENTS_FILE, self.args.to_sanitized_dict())
 
     @contextmanager

@@ -22,8 +22,8 @@ Optimizer = Literal[
     "lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit",
     "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
 ]  # fmt: skip
-"""Tested ones; those from the third line on need bitsandbytes. The rest of transformers' list works on the gradients of
-linear layers only, keeps other weights than those it trains, or needs a package that is not tested here."""
+"""Those that are tested; from the second line on they need bitsandbytes. The rest of transformers' list works on the
+gradients of linear layers only, keeps other weights than it trains, or needs a package that is not tested here."""
 _OF_TORCH = get_args(Optimizer)[:6]
 
 _NO_COMPUTED_METRICS = (
@@ -78,6 +78,8 @@ _MODULES = {
     "azure_ml": ("azureml",), "flyte": ("flytekit",), "kubeflow": (), "tensorboard": ("tensorboard", "tensorboardX"),
 }  # fmt: skip
 """Where package or module of an experiment tracker are not called as transformers calls the tracker."""
+_MANY_STEPS = 1_000_000
+"""Stands for the number of steps of a run of epochs, which is known when its rows are read."""
 _OFF = ("", "none", "false", "no", "0")
 
 
@@ -141,8 +143,9 @@ def check_resolved(args: Seq2SeqTrainingArguments) -> None:
     """
     if args.fp16 and args.device.type == "cpu" and not args.deepspeed:
         raise ValueError("--fp16 needs a GPU. Leave it out, or use --bf16 true --use_cpu true.")
-    _check_optimizer(args)
-    _check_schedule(args)
+    if args.do_train:
+        _check_optimizer(args)
+        _check_schedule(args)
     for name in args.report_to:
         _check_tracker(name)
     for name in ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"):
@@ -154,7 +157,7 @@ def _check_optimizer(args: Seq2SeqTrainingArguments) -> None:
     name = args.optim.value
     if name not in get_args(Optimizer):
         raise ValueError(f"--optim must be one of {', '.join(get_args(Optimizer))}, got {name}")
-    if args.do_train and name not in _OF_TORCH:
+    if name not in _OF_TORCH:
         try:
             import bitsandbytes  # noqa: F401
         except ImportError as error:
@@ -162,20 +165,20 @@ def _check_optimizer(args: Seq2SeqTrainingArguments) -> None:
 
 
 def _check_schedule(args: Seq2SeqTrainingArguments) -> None:
-    """Makes the schedule of a run of 100 steps: it knows which of its settings are missing or wrong."""
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    """Makes the schedule: it knows which of its settings are missing or wrong."""
+    steps = args.max_steps if args.max_steps > 0 else _MANY_STEPS
     try:
         get_scheduler(
             args.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=args.get_warmup_steps(100),
-            num_training_steps=100,
+            torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate),
+            num_warmup_steps=args.get_warmup_steps(steps),
+            num_training_steps=steps,
             scheduler_specific_kwargs=args.lr_scheduler_kwargs,
         )
     except (TypeError, ValueError, KeyError) as error:
         raise ValueError(
             f"--lr_scheduler_type {args.lr_scheduler_type.value} does not work with --lr_scheduler_kwargs "
-            f"{args.lr_scheduler_kwargs}: {error}"
+            f"{args.lr_scheduler_kwargs} and --learning_rate {args.learning_rate:g}: {error}"
         ) from error
 
 

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from chatglm_ptuning.files import read_tensors
-from chatglm_ptuning.model.quantization import keep_layout
 from chatglm_ptuning.model.virtual_tokens import VirtualTokens
 from chatglm_ptuning.prefix.bank import TRAINABLE_PREFIX
 from chatglm_ptuning.prefix.batch import PrefixBatch
@@ -38,13 +37,6 @@ def _require_peft(method: str) -> None:
         import peft  # noqa: F401
     except ImportError as error:
         raise ImportError(f"The tuning method {method} needs PEFT: pip install peft.") from error
-
-
-def _freeze(model: PreTrainedModel) -> None:
-    """Freezes the base."""
-    if getattr(model, "is_quantized", False):
-        keep_layout(model)
-    model.requires_grad_(False)
 
 
 class LoraTuning(Tuning):
@@ -76,7 +68,7 @@ class LoraTuning(Tuning):
                 modules_to_save=heads or None,
             )
         self.config = settings
-        _freeze(model)
+        model.requires_grad_(False)
         self.adapter = get_peft_model(model, settings)
         self._head_wrappers = [part for part in self.adapter.modules() if isinstance(part, ModulesToSaveWrapper)]
         for wrapper in self._head_wrappers:
@@ -175,7 +167,7 @@ class PromptTuning(Tuning):
         if first_ids is not None:
             with torch.no_grad():
                 encoder.embedding.weight.copy_(base.embedding(first_ids.to(base.device)))
-        _freeze(model)
+        model.requires_grad_(False)
         base.prefix_encoder = VirtualTokens(encoder, settings.pre_seq_len, base).to(base.device)
         base.config.prefix_dropout = 0.0  # keys and values are not trained
         model.set_prefix(TRAINABLE_PREFIX)

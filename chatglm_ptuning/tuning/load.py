@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chatglm_ptuning.model.loading import load_model
-from chatglm_ptuning.prefix.formats.peft import adapter_type
+from chatglm_ptuning.prefix.formats import adapter_type
 from chatglm_ptuning.tuning.adapters import LoraTuning, PromptTuning
 from chatglm_ptuning.tuning.methods import (
     PREFIX_METHODS,

@@ -7,7 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from chatglm_ptuning.chat.message import Message
+from chatglm_ptuning.data.formats.unread import NotedFields
+from chatglm_ptuning.exact_json import dumps, loads
 
+SYSTEM_FIELDS = ("system", "system_prompt")
+"""Fields of a row that can hold a system message."""
 _SHOWN = 60
 
 
@@ -17,7 +21,7 @@ def names(fields: Mapping[str, Any]) -> str:
 
 
 def text(value: Any, what: str) -> str:
-    """A value as text: numbers and booleans as JSON writes them, null as empty text.
+    """A value as text: numbers as they were written, booleans as in JSON, null as empty text.
 
     Raises:
         ValueError: if it is an array or an object, or holds half of a surrogate pair.
@@ -25,7 +29,7 @@ def text(value: Any, what: str) -> str:
     if value is None:
         return ""
     if isinstance(value, (bool, int, float)):
-        return json.dumps(value)
+        return dumps(value)
     if not isinstance(value, str):
         kind = "an array" if isinstance(value, list) else "an object"
         raise ValueError(f"{what} holds {kind}, not text: {shown(value)}")
@@ -41,7 +45,7 @@ def parsed(value: Any) -> Any:
     """The list or object that JSON text holds, as CSV files have it; any other value as it is."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return json.loads(value)
+            return loads(value)
         except (ValueError, RecursionError):
             return value
     return value
@@ -53,7 +57,7 @@ def shown(value: Any) -> str:
     return whole[:_SHOWN] + ("..." if len(whole) > _SHOWN else "")
 
 
-def turns_of(row: Mapping[str, Any], field: str) -> list[tuple[dict[str, Any], str]]:
+def turns_of(row: NotedFields, field: str) -> list[tuple[NotedFields, str]]:
     """The objects in a list of messages, each with its name for error messages.
 
     Raises:
@@ -64,11 +68,23 @@ def turns_of(row: Mapping[str, Any], field: str) -> list[tuple[dict[str, Any], s
     turns = parsed(row[field])
     if not isinstance(turns, list):
         raise ValueError(f"{field!r} must be a list of messages, or valid JSON text of one, not {shown(turns)}")
-    named = [(turn, f"message {number} of {field!r}") for number, turn in enumerate(turns, start=1)]
-    for turn, what in named:
+    named = []
+    for number, turn in enumerate(turns, start=1):
+        what = f"message {number} of {field!r}"
         if not isinstance(turn, dict):
             raise ValueError(f'{what} is not an object like {{"role": "user", "content": "..."}}')
+        named.append((row.message_of(field, turn), what))
     return named
+
+
+def with_system(said: list[Message], row: NotedFields) -> list[Message]:
+    """Messages with the system message that stands beside them, unless they begin with one of their own."""
+    if said and said[0].role == "system":
+        return said
+    for name in SYSTEM_FIELDS:
+        if name in row and (system := text(row[name], repr(name))).strip():
+            return [Message("system", system), *said]
+    return said
 
 
 def learns(turn: Mapping[str, Any], what: str) -> bool:
@@ -103,7 +119,10 @@ def tool_list(value: Any, what: str) -> tuple[Any, ...]:
     if isinstance(tools, dict):
         tools = [tools]
     if not isinstance(tools, list):
-        raise ValueError(f"{what} must be a list of tool definitions, not {shown(tools)}")
+        raise ValueError(
+            f"{what} must be a list of tool definitions, not {shown(tools)}. If it is something else, list it in "
+            "ignored_columns."
+        )
     text(json.dumps(tools, ensure_ascii=False, default=str), what)
     return tuple(tools)
 

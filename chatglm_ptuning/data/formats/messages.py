@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from chatglm_ptuning.chat.message import ROLES, Conversation, Message
@@ -17,7 +16,10 @@ from chatglm_ptuning.data.formats.fields import (
     tool_call,
     tool_list,
     turns_of,
+    with_system,
 )
+from chatglm_ptuning.data.formats.unread import NotedFields
+from chatglm_ptuning.exact_json import dumps
 
 _SAME_ROLE = {"developer": "system", "function": "observation", "tool": "observation"}
 _SHAREGPT_ROLES = {
@@ -28,7 +30,7 @@ _SHAREGPT_ROLES = {
 }  # fmt: skip
 
 
-def chatglm3(row: Mapping[str, Any]) -> Conversation:
+def chatglm3(row: NotedFields) -> Conversation:
     """ChatGLM3's `conversations`: every answer with text is learned unless it says `"loss": false`.
 
     `metadata` is on the line of the role. The role `tool` (`name`, `parameters`, `observation`) becomes a tool
@@ -45,15 +47,15 @@ def chatglm3(row: Mapping[str, Any]) -> Conversation:
             if not isinstance(turn.get("name"), str) or not isinstance(parsed(turn.get("parameters")), dict):
                 raise ValueError(f"{what} is a tool call, which needs 'name' (text) and 'parameters' (an object).")
             seen = turn.get("observation")
-            seen = seen if isinstance(seen, str) else json.dumps(seen, ensure_ascii=False)
+            seen = seen if isinstance(seen, str) else dumps(seen)
             said.append(tool_call(turn["name"], turn["parameters"], what, loss))
             said.append(Message("observation", text(seen, f"the observation of {what}")))
         else:
             said.append(_message(turn, what, loss, (*ROLES, "tool")))
-    return Conversation(said, tools=tool_list(row.get("tools"), "'tools'"))
+    return Conversation(with_system(said, row), tools=tool_list(row.get("tools"), "'tools'"))
 
 
-def messages(row: Mapping[str, Any]) -> Conversation:
+def messages(row: NotedFields) -> Conversation:
     """GLM-4's and OpenAI's `messages`: every answer with text is learned unless `loss` or `weight` forbids it.
 
     `tool_calls` become one call each, followed by its result (found by `tool_call_id`), because the family knows one
@@ -72,7 +74,8 @@ def messages(row: Mapping[str, Any]) -> Conversation:
             continue
         loss, calls = learns(turn, what), []
         if turn.get("role") == "assistant":
-            turn, calls = {"content": None, **turn}, _calls(turn, what)
+            turn.setdefault("content", None)
+            calls = _calls(turn, what)
         if not calls or _content(turn, what).strip():
             said.append(_message(turn, what, loss, known))
         results = _results_after(turns, place) if len(calls) > 1 else {}
@@ -83,10 +86,10 @@ def messages(row: Mapping[str, Any]) -> Conversation:
                 said.append(_message(*turns[found], False, known))
                 placed.add(found)
     tools = row.get("tools") if row.get("tools") is not None else row.get("functions")
-    return Conversation(said, tools=tool_list(tools, "'tools'"))
+    return Conversation(with_system(said, row), tools=tool_list(tools, "'tools'"))
 
 
-def sharegpt(row: Mapping[str, Any]) -> Conversation:
+def sharegpt(row: NotedFields) -> Conversation:
     """ShareGPT's `conversations`: every answer and tool call is learned unless `loss` or `weight` forbids it.
 
     `system` and `tools` may stand beside the messages, the latter as a list or as JSON text. Answers before the first
@@ -108,15 +111,13 @@ def sharegpt(row: Mapping[str, Any]) -> Conversation:
         else:
             content = text(turn["value"], what)
             said.append(answer(content, "", loss) if role == "assistant" else Message(role, content))
-    system = text(row.get("system"), "'system'")
-    if system.strip() and not (said and said[0].role == "system"):
-        said.insert(0, Message("system", system))
+    said = with_system(said, row)
     asked = next((place for place, message in enumerate(said) if message.role == "user"), 0)
     said = [message for message in said[:asked] if message.role == "system"] + said[asked:]
     return Conversation(said, tools=tool_list(row.get("tools"), "'tools'"))
 
 
-def _message(turn: Mapping[str, Any], what: str, loss: bool, known: tuple[str, ...]) -> Message:
+def _message(turn: NotedFields, what: str, loss: bool, known: tuple[str, ...]) -> Message:
     """A message that is no tool call; `content` may be missing beside `tools`.
 
     Args:
@@ -125,6 +126,7 @@ def _message(turn: Mapping[str, Any], what: str, loss: bool, known: tuple[str, .
     for key in ("role", "content"):
         if key not in turn and not (key == "content" and turn.get("tools")):
             raise ValueError(f"{what} has no {key!r} (it has {names(turn)}); a message needs 'role' and 'content'.")
+    turn.leave_out("name")  # of a speaker or a tool; the family's chat formats have no place for it
     role = turn["role"]
     if role not in known:
         raise ValueError(
@@ -141,7 +143,7 @@ def _message(turn: Mapping[str, Any], what: str, loss: bool, known: tuple[str, .
     return Message(role, content, metadata, tools=tools or None)
 
 
-def _content(turn: Mapping[str, Any], what: str) -> str:
+def _content(turn: NotedFields, what: str) -> str:
     content = turn.get("content")
     if content is None:
         return text(turn.get("refusal"), what)
@@ -156,7 +158,7 @@ def _content(turn: Mapping[str, Any], what: str) -> str:
     return "".join(parts)
 
 
-def _calls(turn: Mapping[str, Any], what: str) -> list[tuple[Any, Any, Any]]:
+def _calls(turn: NotedFields, what: str) -> list[tuple[Any, Any, Any]]:
     """`(id, name, arguments)` of every call."""
     calls = parsed(turn.get("tool_calls")) or []
     if not isinstance(calls, list):
@@ -168,12 +170,14 @@ def _calls(turn: Mapping[str, Any], what: str) -> list[tuple[Any, Any, Any]]:
             raise ValueError(f"a tool call of {what} is not understood: {shown(call)}")
         found.append((call.get("id"), function.get("name"), function.get("arguments")))
     single = parsed(turn.get("function_call"))
-    if isinstance(single, dict):
+    if single not in (None, "", {}):
+        if not isinstance(single, dict):
+            raise ValueError(f"'function_call' of {what} must be an object, not {shown(single)}")
         found.append((None, single.get("name"), single.get("arguments")))
     return found
 
 
-def _results_after(turns: Sequence[tuple[Mapping[str, Any], str]], place: int) -> dict[str, int]:
+def _results_after(turns: Sequence[tuple[NotedFields, str]], place: int) -> dict[str, int]:
     """The `tool` messages right after a message, by their `tool_call_id`: ids may come again in later turns."""
     results: dict[str, int] = {}
     for index in range(place + 1, len(turns)):

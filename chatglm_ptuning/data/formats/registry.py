@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from chatglm_ptuning.chat.message import Conversation, Document, Message
-from chatglm_ptuning.data.formats.fields import answer, names, parsed, shown, text
+from chatglm_ptuning.data.formats.fields import answer, names, parsed, shown, text, tool_list, with_system
 from chatglm_ptuning.data.formats.messages import chatglm3, messages, sharegpt
+from chatglm_ptuning.data.formats.unread import NotedFields
 from chatglm_ptuning.data.sources.rows import Row
 from chatglm_ptuning.data.sources.tables import TEXT_COLUMN
 
@@ -21,6 +23,11 @@ PAIRS = (
 ALIASES = {"glm4": "messages", "openai": "messages"}
 """Other names of dataset formats."""
 
+Fields = Mapping[str, Any]
+
+_JOINED = ("input", "context")
+"""Columns whose text is joined to the question, each on a line of its own."""
+
 _BESIDE_TEXT = {"", "id", "idx", "url", "title", "source", "meta", "metadata", "date", "timestamp", "lang", "language",
                 "license", "__index_level_0__"}  # fmt: skip
 
@@ -32,6 +39,8 @@ class Columns:
     Attributes:
         prompt, response, history: names of columns.
         dataset_format: one of FORMATS or ALIASES.
+        ignored: names of fields that are left out; also KEY or FIELD.KEY, for a key of the messages in a field that
+            the dataset format does not read.
 
     Raises:
         ValueError: if the dataset format is unknown.
@@ -41,6 +50,12 @@ class Columns:
     response: str | None = None
     history: str | None = None
     dataset_format: str | None = None
+    ignored: Sequence[str] = ()
+
+    @property
+    def are_detected(self) -> bool:
+        """Whether the user names neither question nor answer."""
+        return self.prompt is None and self.response is None
 
     def __post_init__(self) -> None:
         known = (*FORMATS, *ALIASES)
@@ -60,25 +75,57 @@ class DatasetFormat:
     """
 
     fields: str
-    read: Callable[[Row, Columns], Conversation | Document]
-    fits: Callable[[Row], bool]
+    read: Callable[[NotedFields, Columns], Conversation | Document]
+    fits: Callable[[Fields], bool]
     has_messages: bool = False
 
 
-def read_row(row: Row, columns: Columns) -> tuple[str, Conversation | Document]:
-    """The dataset format of a row, and what the row means.
+class ReadRow(NamedTuple):
+    """What a row means.
+
+    Attributes:
+        dataset_format: one of FORMATS.
+        unread: the fields with text that the dataset format does not read, besides those known to be without meaning
+            and those that are ignored; `FIELD.KEY` for a key of the messages in a field.
+    """
+
+    dataset_format: str
+    content: Conversation | Document
+    unread: tuple[str, ...]
+
+
+def read_row(row: Row, columns: Columns) -> ReadRow:
+    """The dataset format of a row, what the row means, and what is not read.
 
     Raises:
-        ValueError: naming file and line, if the fields fit no format, or several, or the row breaks its format.
+        ValueError: naming file and line, if the fields fit no format, or several; if the row breaks its format; if
+            fields that are not read hold most of the row's text, and the user has not named the columns.
     """
     try:
-        name = _find_format(row, columns)
-        return name, FORMATS[name].read(row, columns)
+        fields = NotedFields({name: value for name, value in row.items() if name not in columns.ignored})
+        name = _find_format(fields, columns)
+        fields.noted.clear()
+        content = FORMATS[name].read(fields, columns)
+        unread, whole = fields.unread(content.texts(), columns.ignored)
+        chosen = not FORMATS[name].has_messages and not columns.are_detected
+        if sum(unread.values()) > whole and not chosen and content.missing_side() is None:
+            raise ValueError(_most_is_unread(name, unread, whole))
+        return ReadRow(name, content, tuple(unread))
     except ValueError as error:
         raise ValueError(f"{row.where}: {error}") from error
 
 
-def _find_format(row: Row, columns: Columns) -> str:
+def _most_is_unread(name: str, unread: Mapping[str, int], whole: int) -> str:
+    shown = ", ".join(map(repr, unread))
+    columns = "" if FORMATS[name].has_messages else "name the columns by prompt_column and response_column; or "
+    return (
+        f"most of the text of the row would be left out: the dataset format {name} ({FORMATS[name].fields}) does not "
+        f"read {shown} ({sum(unread.values())} characters; it reads {whole}). Join the text to a field that is read; "
+        f"or {columns}list what is to be left out in ignored_columns."
+    )
+
+
+def _find_format(row: Fields, columns: Columns) -> str:
     """The named format, the one that the named columns make, or the only one that the fields fit."""
     if columns.dataset_format is not None:
         return ALIASES.get(columns.dataset_format, columns.dataset_format)
@@ -96,7 +143,7 @@ def _find_format(row: Row, columns: Columns) -> str:
     raise ValueError(f"the fields {names(row)} {fault}.\nSet dataset_format to one of these:{known}")
 
 
-def _columns(row: Row, columns: Columns) -> Conversation:
+def _columns(row: NotedFields, columns: Columns) -> Conversation:
     """The rounds of the history column, then the prompt, then the response, which alone is learned (official ptuning).
 
     Where a name is missing, it is that of the known pair which fits the row.
@@ -111,43 +158,51 @@ def _columns(row: Row, columns: Columns) -> Conversation:
                 "response_column."
             )
         ((prompt, response),) = pairs
-    detected = columns.prompt is None and columns.response is None
-    history = columns.history or ("history" if detected else None)
-    return Conversation(
-        [
-            *_rounds(row, history, learned=False),
-            Message("user", _column(row, prompt, "set prompt_column to the right one")),
-            Message("assistant", _column(row, response, "set response_column to the right one"), loss=True),
-        ]
-    )
+    history = columns.history or ("history" if columns.are_detected else None)
+    question = _column(row, prompt, "set prompt_column to the right one")
+    reply = _column(row, response, "set response_column to the right one")
+    said = [
+        *_rounds(row, history, learned=False),
+        Message("user", _joined(row, question, but=(prompt, response)) if columns.are_detected else question),
+        Message("assistant", reply, loss=True),
+    ]
+    return Conversation(with_system(said, row), tools=tool_list(row.get("tools"), "'tools'"))
 
 
-def _alpaca(row: Row, columns: Columns) -> Conversation:
+def _alpaca(row: NotedFields, columns: Columns) -> Conversation:
     """The question is the instruction and, on the next line, the input. Answers of the history are learned too."""
     needed = "the dataset format alpaca needs it"
-    instruction = _column(row, "instruction", needed)
-    system, added = (text(row.get(name), f"the column {name!r}") for name in ("system", "input"))
-    return Conversation(
-        [
-            *([Message("system", system)] if system.strip() else []),
-            *_rounds(row, columns.history or "history", learned=True),
-            Message("user", "\n".join(part for part in (instruction, added) if part)),
-            Message("assistant", _column(row, "output", needed), loss=True),
-        ]
-    )
+    said = [
+        *_rounds(row, columns.history or "history", learned=True),
+        Message("user", _joined(row, _column(row, "instruction", needed))),
+        Message("assistant", _column(row, "output", needed), loss=True),
+    ]
+    return Conversation(with_system(said, row), tools=tool_list(row.get("tools"), "'tools'"))
 
 
-def _plain_text(row: Row, columns: Columns) -> Document:
+def _joined(row: NotedFields, question: str, but: tuple[str, ...] = ()) -> str:
+    """A question and, on the next lines, what belongs to it, as LLaMA-Factory joins `query` to `prompt`."""
+    parts = [question]
+    for name in _JOINED:
+        if name in row and name not in but:
+            value, what = row[name], f"the column {name!r} (to leave it out, list it in ignored_columns)"
+            several = isinstance(value, list) and all(isinstance(passage, str) for passage in value)
+            parts += [text(passage, what) for passage in (value if several else [value])]
+    return "\n".join(part for part in parts if part)
+
+
+def _plain_text(row: NotedFields, columns: Columns) -> Document:
+    row.leave_out("title")  # of an article, whose text is read
     return Document(_column(row, columns.prompt or TEXT_COLUMN, "the dataset format text needs it"))
 
 
-def _column(row: Row, name: str, way_out: str) -> str:
+def _column(row: NotedFields, name: str, way_out: str) -> str:
     if name not in row:
         raise ValueError(f"there is no column {name!r} (the row has {names(row)}); {way_out}.")
     return text(row[name], f"the column {name!r}")
 
 
-def _rounds(row: Row, column: str | None, learned: bool) -> list[Message]:
+def _rounds(row: NotedFields, column: str | None, learned: bool) -> list[Message]:
     rounds = parsed(row.get(column)) if column else None
     if rounds is None or rounds == "":
         return []
@@ -163,44 +218,47 @@ def _rounds(row: Row, column: str | None, learned: bool) -> list[Message]:
     return said
 
 
-def _pairs(row: Row) -> list[tuple[str, str]]:
+def _pairs(row: Fields) -> list[tuple[str, str]]:
     return [pair for pair in PAIRS if pair[0] in row and pair[1] in row]
 
 
-def _fits_columns(row: Row) -> bool:
+def _fits_columns(row: Fields) -> bool:
     return any(pair != ("input", "output") or not _fits_alpaca(row) for pair in _pairs(row))
 
 
-def _fits_alpaca(row: Row) -> bool:
+def _fits_alpaca(row: Fields) -> bool:
     return row.get("instruction") is not None and "output" in row
 
 
-def _fits_conversations(row: Row, is_sharegpt: bool) -> bool:
+def _fits_conversations(row: Fields, is_sharegpt: bool) -> bool:
     turns = parsed(row.get("conversations"))
     first = turns[0] if isinstance(turns, list) and turns else None
     return turns is not None and is_sharegpt == (isinstance(first, dict) and "from" in first)
 
 
-def _fits_text(row: Row) -> bool:
+def _fits_text(row: Fields) -> bool:
     beside = all(name == TEXT_COLUMN or name.lower() in _BESIDE_TEXT or value is None for name, value in row.items())
     return isinstance(row.get(TEXT_COLUMN), str) and beside and not _pairs(row)
 
 
 FORMATS = {
     "columns": DatasetFormat(
-        "two columns, a question and its answer (prompt_column, response_column, history_column)",
+        "two columns, a question and its answer (prompt_column, response_column, history_column); optionally input, "
+        "context, system, history, tools",
         _columns,
         _fits_columns,
     ),
-    "alpaca": DatasetFormat("instruction, output; optionally input, system, history", _alpaca, _fits_alpaca),
+    "alpaca": DatasetFormat(
+        "instruction, output; optionally input, context, system, history, tools", _alpaca, _fits_alpaca
+    ),
     "chatglm3": DatasetFormat(
-        "conversations of role and content; optionally tools",
+        "conversations of role and content; optionally system, tools",
         lambda row, _: chatglm3(row),
         lambda row: _fits_conversations(row, is_sharegpt=False),
         has_messages=True,
     ),
     "messages": DatasetFormat(
-        "GLM-4's and OpenAI's messages of role and content; optionally tools, tool_calls, weight",
+        "GLM-4's and OpenAI's messages of role and content; optionally system, tools, tool_calls, weight",
         lambda row, _: messages(row),
         lambda row: row.get("messages") is not None,
         has_messages=True,

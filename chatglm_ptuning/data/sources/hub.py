@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 from urllib.parse import parse_qsl
 
-from chatglm_ptuning.data.sources.rows import BadRows, Row, without_nulls
+from chatglm_ptuning.data.sources.rows import BadRows, Row, plain_value
 from chatglm_ptuning.model.hub import HUBS
 
 _OPTIONS = ("config", "split", "revision")
@@ -112,7 +112,7 @@ def first_line(error: Exception) -> str:
 
 
 def _decoded(row: Mapping[str, Any], features: Mapping[str, Any]) -> dict[str, Any]:
-    decoded = {name: without_nulls(value) for name, value in row.items()}
+    decoded = {name: plain_value(value) for name, value in row.items()}
     for name, feature in features.items():
         inner = getattr(feature, "feature", feature)
         if not hasattr(inner, "int2str"):

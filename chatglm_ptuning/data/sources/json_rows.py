@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from chatglm_ptuning.data.sources.rows import BadRows, Row
-from chatglm_ptuning.data.sources.text import first_character, not_utf8, open_text, read_text, text_lines
+from chatglm_ptuning.data.sources.text import BOM, first_character, not_utf8, open_text, read_text, text_lines
+from chatglm_ptuning.exact_json import NUMBERS, loads
 
 EXPECTED = "A data file holds one JSON object per line, or one JSON array of objects"
 _NOT_AN_OBJECT = "expected a JSON object"
-_SPACE = re.compile(r"[ \t\r\n]*")
+_SPACE = re.compile(rf"[ \t\r\n{BOM}]*")
 _SHOWN = 60  # characters of a faulty line in a message
 _CHUNK = 1 << 16  # characters; the rest of a chunk is copied with every element
 _LONGEST_TOKEN = 16  # characters of JSON that may look wrong because the rest of them is not read yet
 
 
 def json_rows(path: Path, bad_rows: BadRows) -> Iterator[Row]:
-    """The objects of an array, or of lines; blank lines are skipped.
+    """The objects of an array, or of lines; blank lines are skipped. Joined files are read as one.
 
     Raises:
         ValueError: naming file and line, if the file is unreadable, empty or not text, or an array is not JSON; and as
@@ -45,7 +46,7 @@ def json_document(path: Path, expected: str) -> Any:
     if not text.strip():
         raise ValueError(f"{path} is empty; expected {expected}.")
     try:
-        return json.loads(text)
+        return loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: {_reason(error)}; expected {expected}.") from error
     except RecursionError as error:
@@ -59,7 +60,10 @@ def _line_rows(path: Path, bad_rows: BadRows) -> Iterator[Row]:
         try:
             value = _DECODER.decode(line.rstrip("\r\n"))
         except (ValueError, RecursionError) as error:
-            bad_rows.add(_message(path, number, _reason(error), line))
+            joined = (
+                "a byte order mark inside the line: two files were joined; break the line there" if BOM in line else ""
+            )
+            bad_rows.add(_message(path, number, joined or _reason(error), line))
             continue
         if isinstance(value, dict):
             yield Row(value, str(path), number)
@@ -70,22 +74,23 @@ def _line_rows(path: Path, bad_rows: BadRows) -> Iterator[Row]:
 def _array_rows(path: Path, bad_rows: BadRows) -> Iterator[Row]:
     with open_text(path) as file:
         array = _ArrayText(file, path)
-        array.next_mark()
-        array.drop(1)
-        if array.next_mark() == "]":
-            raise ValueError(f"{path} holds an empty array. {EXPECTED}.")
-        mark = ","
-        while mark == ",":
-            array.next_mark()
-            line, value = array.line, array.take_value()
-            if isinstance(value, dict):
-                yield Row(value, str(path), line)
-            else:
-                bad_rows.add(_message(path, line, _NOT_AN_OBJECT, json.dumps(value, ensure_ascii=False)))
-            mark = array.next_mark()
-            if mark not in {",", "]"}:
-                array.fail(f"expected ',' or ']' after an element, {f'found {mark!r}' if mark else 'the file ends'}")
+        while array.next_mark() == "[":  # joined files hold one array after the other
             array.drop(1)
+            if array.next_mark() == "]":
+                raise ValueError(f"{path}:{array.line}: an empty array. {EXPECTED}.")
+            mark = ","
+            while mark == ",":
+                array.next_mark()
+                line, value = array.line, array.take_value()
+                if isinstance(value, dict):
+                    yield Row(value, str(path), line)
+                else:
+                    bad_rows.add(_message(path, line, _NOT_AN_OBJECT, json.dumps(value, ensure_ascii=False)))
+                mark = array.next_mark()
+                if mark not in {",", "]"}:
+                    found = f"found {mark!r}" if mark else "the file ends"
+                    array.fail(f"expected ',' or ']' after an element, {found}")
+                array.drop(1)
         if array.next_mark():
             array.fail("there is more text after the end of the array")
 
@@ -147,7 +152,7 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON value, write null or a number")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, **NUMBERS)
 
 
 def _reason(error: Exception) -> str:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from datetime import date, time
+from decimal import Decimal
 from typing import Any, ClassVar, NoReturn
+
+from chatglm_ptuning.exact_json import WrittenNumber
 
 
 class Row(dict):
@@ -42,13 +46,19 @@ def fail(row: Row, text: str) -> NoReturn:
     raise ValueError(f"{row.where}: {text}")
 
 
-def without_nulls(value: Any) -> Any:
-    """A value of a table without the null fields of its objects, which Arrow fills in."""
+def plain_value(value: Any) -> Any:
+    """A value of a table as JSON could hold it.
+
+    Null fields of objects are left out, because Arrow fills them in. Decimal numbers keep their digits. Dates and times
+    are text (ISO 8601).
+    """
     if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+        return {key: plain_value(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
-        return [without_nulls(item) for item in value]
-    return value
+        return [plain_value(item) for item in value]
+    if isinstance(value, Decimal):
+        return WrittenNumber(str(value)) if value.is_finite() else float(value)
+    return value.isoformat() if isinstance(value, (date, time)) else value
 
 
 class BadRows:

@@ -6,43 +6,57 @@ import csv
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from transformers.utils import logging
 
-from chatglm_ptuning.data.sources.rows import BadRows, Row, without_nulls
-from chatglm_ptuning.data.sources.text import data_suffix, not_utf8, open_bytes, open_text, text_lines
+from chatglm_ptuning.data.sources.rows import BadRows, Row, plain_value
+from chatglm_ptuning.data.sources.text import BOM, data_suffix, not_utf8, open_bytes, open_text, text_lines
+
+if TYPE_CHECKING:
+    import pyarrow
 
 logger = logging.get_logger(__name__)
 
 TEXT_COLUMN = "text"
 """The column of the rows of a .txt file."""
 _PARQUET_BATCH = 256
+_CSV: dict[str, Any] = {"delimiter": ",", "strict": True}
+_TSV: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+_QUOTED_TSV: dict[str, Any] = {"delimiter": "\t", "strict": True}
+_MARKS = {",": "commas", "\t": "tabs"}
 
 
 def table_rows(path: Path, bad_rows: BadRows) -> Iterator[Row]:
     """Rows of a CSV or TSV file, whose first line names the columns; every value is text.
 
-    TSV has no quoting, as in the files that benchmarks publish: a double quote is text like any other. The first value
-    that looks quoted gives a warning. A line may also end in a carriage return alone.
+    TSV has no quoting, as in the files that benchmarks publish: a double quote is text like any other, unless all names
+    of columns are in quotes. The first value that looks quoted gives a warning, and so does the first value of a quoted
+    file that seems to have swallowed rows. A line may also end in a carriage return alone. Where joined files repeat
+    the names of the columns, that line is skipped.
 
     Raises:
         ValueError: naming file and line, if there are no rows, or the column names are missing or repeated; and as
             `bad_rows.add` for a row that is not UTF-8, has broken quotes, or has another number of values.
     """
-    is_tsv, warned = data_suffix(path) == ".tsv", False
-    if is_tsv:
-        dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-        needs = "tabs or line breaks in it needs a CSV file"
-    else:
-        dialect, needs = {"strict": True}, "commas or line breaks in it needs double quotes"
     csv.field_size_limit(2**31 - 1)
     columns: list[str] | None = None
     found = False
+    warned: set[str] = set()
+
+    def warn(about: str, text: str) -> None:
+        if about not in warned:
+            warned.add(about)
+            logger.warning(f"{path}:{number}: {text}")
+
     with open_text(path, newline="") as file:
-        reader = csv.reader(file, **dialect)
+        lines = _Lines(file)
+        dialect = _dialect(path, lines)
+        needs = "a CSV file" if dialect is _TSV else "double quotes"
+        reader = csv.reader(lines, **dialect)
         while True:
             number = reader.line_num + 1
+            lines.taken.clear()
             try:
                 values = next(reader)
             except StopIteration:
@@ -56,22 +70,79 @@ def table_rows(path: Path, bad_rows: BadRows) -> Iterator[Row]:
                 bad_rows.add(fault)
             elif values and columns is None:
                 columns = _columns(values, f"{path}:{number}")
+            elif values and [value.strip() for value in values] == columns:
+                warn("joined", "names the columns again, as joined files do. Such lines are skipped.")
+            elif values and lines.taken[0] == BOM:
+                bad_rows.add(
+                    f"{path}:{number}: another file begins here (a byte order mark), but not with the columns "
+                    f"{', '.join(columns)}. Name the files one by one, unjoined."
+                )
             elif values and len(values) != len(columns):
+                joined = " Two files were joined there without a line break." if BOM in "".join(values) else ""
                 bad_rows.add(
                     f"{path}:{number}: {len(values)} values, but {len(columns)} columns ({', '.join(columns)}). A "
-                    f"value with {needs}."
+                    f"value with {_MARKS[dialect['delimiter']]} or line breaks in it needs {needs}.{joined}"
                 )
             elif values:
                 found = True
-                if is_tsv and not warned and (quoted := next(filter(_looks_quoted, values), None)):
-                    warned = True
-                    logger.warning(
-                        f"{path}:{number}: the value {quoted[:30]} is in double quotes. They are read as text, because "
-                        "TSV has no quoting. If they are not part of the text, save the file as CSV."
+                if dialect is _TSV and (quoted := next(filter(_looks_quoted, values), None)):
+                    warn(
+                        "quotes",
+                        f"the value {quoted[:30]} is in double quotes. They are read as text, because TSV has no "
+                        "quoting. If they are not part of the text, save the file as CSV.",
+                    )
+                if lines.look_like_rows(dialect["delimiter"], len(columns)):
+                    warn(
+                        "swallowed",
+                        f"a quoted value has line breaks in it, and each of its {len(lines.taken)} lines looks like a "
+                        "row. If the quote is part of a text, write it twice and put the text in quotes.",
                     )
                 yield Row(zip(columns, values, strict=True), str(path), number)
     if not found and not bad_rows.count:
         raise ValueError(f"{path} is empty: it needs a line with the names of the columns, and rows below it.")
+
+
+class _Lines:
+    """The lines of a file; byte order marks at their beginnings are taken off.
+
+    Attributes:
+        taken: the lines that were read last, a byte order mark as an entry of its own.
+    """
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+        self.taken: list[str] = []
+        self.ahead: list[str] = []
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self.ahead.pop(0) if self.ahead else next(self.file)
+        text = line.lstrip(BOM)
+        self.taken += [BOM, text] if text != line else [text]
+        return text
+
+    def first(self) -> str:
+        """The first line that is not blank, without reading it."""
+        for line in self.file:
+            self.ahead.append(line.lstrip(BOM))
+            if self.ahead[-1].strip():
+                return self.ahead[-1]
+        return ""
+
+    def look_like_rows(self, delimiter: str, count: int) -> bool:
+        """Whether several lines were read for one row, each with as many values as there are columns."""
+        several = count > 1 and len(self.taken) > 1
+        return several and all(line.count(delimiter) == count - 1 for line in self.taken)
+
+
+def _dialect(path: Path, lines: _Lines) -> dict[str, Any]:
+    """How the values of a table are separated and quoted."""
+    if data_suffix(path) != ".tsv":
+        return _CSV
+    names = lines.first().rstrip("\r\n").split("\t")
+    return _QUOTED_TSV if all(map(_looks_quoted, names)) else _TSV
 
 
 def _looks_quoted(value: str) -> bool:
@@ -89,7 +160,7 @@ def _columns(values: list[str], where: str) -> list[str]:
 
 
 def parquet_rows(path: Path) -> Iterator[Row]:
-    """Rows of a Parquet file; fields of nested objects that are null are left out.
+    """Rows of a Parquet file, with values as of `plain_value`.
 
     Raises:
         ValueError: naming the file, if it is missing, damaged or empty.
@@ -103,14 +174,25 @@ def parquet_rows(path: Path) -> Iterator[Row]:
             # A Parquet file is read from its end, so a gzipped one is decompressed whole.
             source = file if isinstance(file, io.BufferedReader) else io.BytesIO(file.read())
             batches = pyarrow.parquet.ParquetFile(source).iter_batches(batch_size=_PARQUET_BATCH)
-            rows = (row for batch in batches for row in batch.to_pylist(maps_as_pydicts="lossy"))
+            rows = (row for batch in batches for row in _with_short_floats(batch).to_pylist(maps_as_pydicts="lossy"))
             for number, row in enumerate(rows, start=1):
-                values = {key: without_nulls(value) for key, value in row.items()}
+                values = {key: plain_value(value) for key, value in row.items()}
                 yield Row(values, str(path), number, has_lines=False)
         except pyarrow.ArrowException as error:
             raise ValueError(f"{path} is damaged or not a Parquet file: {error}") from error
     if not number:
         raise ValueError(f"{path} is empty: it has no rows.")
+
+
+def _with_short_floats(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
+    """Columns of float32 as the shortest numbers that mean the same: 0.1 instead of 0.10000000149011612."""
+    import pyarrow
+
+    for place, field in enumerate(batch.schema):
+        if field.type == pyarrow.float32():
+            shortest = batch.column(place).cast(pyarrow.string()).cast(pyarrow.float64())
+            batch = batch.set_column(place, field.name, shortest)
+    return batch
 
 
 def plain_text_rows(path: Path, bad_rows: BadRows) -> Iterator[Row]:

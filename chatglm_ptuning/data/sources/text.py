@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import difflib
 import gzip
 import io
@@ -13,10 +12,14 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from chatglm_ptuning.data.sources.rows import BadRows
+from chatglm_ptuning.data.sources.signatures import READ_AT_ONCE, encoding_of, kind_of
 
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
 _GZIP_MAGIC = b"\x1f\x8b"
 _LISTED = 5
+
+BOM = "\ufeff"
+"""The byte order mark, as a character."""
 
 
 def data_suffix(path: Path) -> str:
@@ -65,15 +68,16 @@ def open_text(path: Path, newline: str = "\n") -> Iterator[TextIO]:
         A file in which bytes that are not UTF-8 are lone surrogates; `not_utf8` finds them.
 
     Raises:
-        ValueError: as `open_bytes`; if the file is UTF-16 or binary, saying how to convert it.
+        ValueError: as `open_bytes`; if the file is UTF-16 or binary, saying what it is and the way out.
     """
     with open_bytes(path) as file:
-        start = file.peek(1000)[:1000]
-        if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in start:
-            raise ValueError(
-                f"{path} is not UTF-8 text: it is UTF-16 or a binary file. Save it as UTF-8, for example with "
-                f"`iconv -f UTF-16 -t UTF-8 {path.name} > utf8{data_suffix(path)}`."
-            )
+        start = file.peek(READ_AT_ONCE)[:READ_AT_ONCE]
+        if found := kind_of(file, start):
+            kind, way_out = found
+            way_out = way_out.format(name=path.name)
+            raise ValueError(f"{path} is not UTF-8 text: it is {kind}. {way_out[0].upper()}{way_out[1:]}.")
+        if encoding := encoding_of(start):
+            raise ValueError(f"{path} is not UTF-8 text: it is {encoding}. Convert it: {_conversion(path, encoding)}.")
         yield io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline)
 
 
@@ -89,13 +93,19 @@ def not_utf8(path: Path, line: int, text: str) -> str | None:
         byte = ord(text[error.start]) - 0xDC00
         return (
             f"{path}:{line + text.count(chr(10), 0, error.start)}: not UTF-8 text (byte 0x{byte:02x}). If it is GBK or "
-            f"GB18030, convert it: `iconv -f GB18030 -t UTF-8 {path.name} > utf8{data_suffix(path)}`."
+            f"GB18030, convert it: {_conversion(path, 'GB18030')}."
         )
     return None
 
 
+def _conversion(path: Path, encoding: str) -> str:
+    convert = f"iconv -f {encoding} -t UTF-8"
+    packed = path.suffix.lower() == ".gz"
+    return f"`{f'gunzip -c {path.name} | {convert}' if packed else f'{convert} {path.name}'} > utf8{data_suffix(path)}`"
+
+
 def text_lines(path: Path, bad_rows: BadRows) -> Iterator[tuple[int, str]]:
-    """Numbered lines, from 1, each with its line feed.
+    """Numbered lines, from 1, each with its line feed, and without the byte order marks that joined files have inside.
 
     Raises:
         ValueError: as `open_text`, and as `bad_rows.add` for a line that is not UTF-8.
@@ -105,7 +115,7 @@ def text_lines(path: Path, bad_rows: BadRows) -> Iterator[tuple[int, str]]:
             if fault := not_utf8(path, number, line):
                 bad_rows.add(fault)
             else:
-                yield number, line
+                yield number, line.lstrip(BOM)
 
 
 def read_text(path: Path) -> str:
@@ -125,8 +135,8 @@ def first_character(path: Path) -> str:
     """
     with open_text(path) as file:
         while chunk := file.read(1000):
-            if chunk.strip():
-                return chunk.lstrip()[0]
+            if rest := chunk.replace(BOM, "").lstrip():
+                return rest[0]
     return ""
 
 

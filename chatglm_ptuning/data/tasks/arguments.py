@@ -64,6 +64,9 @@ class InstructionArguments:
         default=None, metadata={"help": "column of the answer (default: detected from the field names)"}
     )
     history_column: str | None = field(default=None, metadata={"help": "column of earlier turns"})
+    ignored_columns: list[str] = field(
+        default_factory=list, metadata={"help": "columns that are left out, although they hold text"}
+    )
     source_prefix: str = field(default="", metadata={"help": "text in front of every source"})
     max_source_length: int = field(default=1024, metadata={"help": "maximum number of tokens of the source"})
     max_target_length: int = field(default=128, metadata={"help": "maximum number of tokens of the answer"})
@@ -77,7 +80,8 @@ class InstructionArguments:
         Raises:
             ValueError: if --dataset_format is unknown.
         """
-        return Columns(self.prompt_column, self.response_column, self.history_column, self.dataset_format)
+        named = (self.prompt_column, self.response_column, self.history_column)
+        return Columns(*named, self.dataset_format, tuple(self.ignored_columns))
 
     def setup_of_files(self, files: Sequence[str]) -> TaskSetup:
         """The task of answering as the rows of instruction files do."""

@@ -32,6 +32,7 @@ class Example(ABC):
         metrics: that `score` computes.
         submissions: names in `submission.FORMATS` that can hold its predictions.
         dataset_format: of a row of an instruction file.
+        unread: fields of such a row whose text is left out, see `ReadRow`.
         id: as in the benchmark's file, for the submission; without one, the index of the row in its split, from 0.
         where: `FILE:LINE`, or the nearest to it, for messages.
         left_out: whether its label is one of the task's `drop_labels`. It is predicted, because a submission needs
@@ -42,6 +43,7 @@ class Example(ABC):
     metrics: ClassVar[tuple[str, ...]]
     submissions: ClassVar[tuple[str, ...]] = ()
     dataset_format: ClassVar[str] = ""
+    unread: ClassVar[Sequence[str]] = ()
 
     id: int | str
     where: str = ""
@@ -242,6 +244,7 @@ class ConversationExample(Example):
 
     content: Conversation | Document
     dataset_format: str = ""
+    unread: Sequence[str] = ()
     row_digest: int = 0
     prompt_ids: Sequence[int] = ()
     reference: str | None = None

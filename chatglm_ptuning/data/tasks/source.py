@@ -17,6 +17,7 @@ from chatglm_ptuning.data.sources.text import data_suffix
 from chatglm_ptuning.data.tasks.checked_yaml import fault_of, nearest
 from chatglm_ptuning.data.tasks.examples import Example
 from chatglm_ptuning.data.tasks.task import Task
+from chatglm_ptuning.exact_json import dumps
 
 Unit = TypeVar("Unit")
 Value = TypeVar("Value")
@@ -188,7 +189,7 @@ def as_text(row: Row, value: Any, column: str) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, (bool, int, float)):
-        return json.dumps(value)
+        return dumps(value)
     if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
         return "、".join(value)
     shown = json.dumps(value, ensure_ascii=False)

@@ -130,6 +130,7 @@ class Task:
         label_separator: between the labels of such a text.
         letters: the prompt lists the candidates as A, B, C, ..., and the letter is the answer.
         dataset_format: of instruction rows; None to detect it from the field names.
+        ignored_columns: of instruction rows, left out although they hold text.
         source_prefix: text in front of every conversation.
         echo: whether a text to tag or to search is read twice by default; None for the head's default.
         subjects: of an examination, by their names in its files.
@@ -158,6 +159,7 @@ class Task:
     label_separator: Annotated[str, Field(min_length=1)] = ","
     letters: Flag = False
     dataset_format: str | None = None
+    ignored_columns: Texts = ()
     source_prefix: str = ""
     echo: Flag | None = None
     subjects: Mapping[Text, Subject] = field(default_factory=dict)
@@ -196,6 +198,7 @@ class Task:
             head="generation",
             fields={role: column for role, column in fields.items() if column is not None},
             dataset_format=columns.dataset_format,
+            ignored_columns=columns.ignored,
             source_prefix=source_prefix,
         )
 
@@ -206,5 +209,5 @@ class Task:
 
 _MEANING = (
     "reader", "prompt", "fields", "labels", "drop_labels", "multi_label", "label_separator", "letters", "subjects",
-    "dataset_format", "source_prefix",
+    "dataset_format", "ignored_columns", "source_prefix",
 )  # fmt: skip

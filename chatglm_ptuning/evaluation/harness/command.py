@@ -107,7 +107,7 @@ def run_harness(args: HarnessArguments) -> dict[str, Any]:
     tokenizer, model = args.load_tokenizer(), args.load_model()
     names = ["base"]
     if args.ptuning_checkpoint is not None:
-        model.load_prefix(args.ptuning_checkpoint)
+        model.load_prefix(args.find_prefix(args.ptuning_checkpoint))
         names = ["base", "prefix"] if args.compare_base else ["prefix"]
     chosen = Path(args.ptuning_checkpoint or args.model_name_or_path)
     output = Path(args.output_dir) if args.output_dir else runs_folder() / "lm_eval" / chosen.resolve().name

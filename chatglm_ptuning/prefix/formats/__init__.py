@@ -1,7 +1,8 @@
 """The formats of prefix checkpoints, and detecting the format of a path.
 
-A format is a module with `FILES` (its files, for messages), `holds(path) -> bool` and
-`read(path, shape) -> PrefixCheckpoint`; this kit's own format also has `write`.
+A format is a module with `FILES` (its files, for messages), `holds(path) -> bool` (by the names of files),
+`has_prefix(path) -> bool` (by their content) and `read(path, shape) -> PrefixCheckpoint`; this kit's own format and the
+official one also have `write`.
 """
 
 from __future__ import annotations
@@ -11,16 +12,20 @@ from os import PathLike
 from pathlib import Path
 
 from chatglm_ptuning.prefix.checkpoint import PrefixCheckpoint
-from chatglm_ptuning.prefix.formats import kit, official, peft
+from chatglm_ptuning.prefix.formats import deepspeed, kit, official, peft
 from chatglm_ptuning.prefix.shape import PrefixShape
 
-FORMATS = {"kit": kit, "PEFT": peft, "official": official}
-"""In the order of detection: prompt tuning writes the first two into one folder, the last accepts any file."""
+FORMATS = {"kit": kit, "PEFT": peft, "official": official, "DeepSpeed": deepspeed}
+"""In the order of detection. Prompt tuning writes the first two into one folder, the Trainer the last two, of which
+the first may be in full precision."""
 _CHECKPOINT_FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
 def detect_format(path: str | PathLike[str]) -> tuple[str, Path]:
     """The format of a prefix, a key of FORMATS, and the path of the prefix.
+
+    A folder may have files of several formats, such as an official prefix with a file of PEFT's. The first format with
+    a prefix in its files counts.
 
     Args:
         path: a folder or file in one of the formats; or a folder with `checkpoint-N` folders, of which the last is
@@ -34,12 +39,31 @@ def detect_format(path: str | PathLike[str]) -> tuple[str, Path]:
         raise FileNotFoundError(f"No prefix at {path}: there is no such file or folder.")
     children = path.iterdir() if path.is_dir() else ()
     checkpoints = [(int(match[1]), child) for child in children if (match := _CHECKPOINT_FOLDER.fullmatch(child.name))]
+    faulty: list[tuple[str, Path]] = []
     for place in (path, *(child for _, child in sorted(checkpoints, reverse=True))):
-        for name, module in FORMATS.items():
-            if module.holds(place):
-                return name, place
+        held = [name for name, module in FORMATS.items() if module.holds(place)]
+        with_prefix = next((name for name in held if FORMATS[name].has_prefix(place)), None)
+        if with_prefix is not None:
+            return with_prefix, place
+        faulty += [(name, place) for name in held]
+        if held and place != path:
+            break  # an earlier checkpoint must not stand in for the last
+    if faulty:
+        return faulty[0]  # reading it says what is wrong
     expected = " or ".join(f"{module.FILES} ({name})" for name, module in FORMATS.items())
     raise FileNotFoundError(f"No prefix in {path}: expected {expected}.")
+
+
+def adapter_type(path: str | PathLike[str]) -> str | None:
+    """The type of the PEFT adapter at a path (`PREFIX_TUNING`, `LORA`, ...); None for everything else.
+
+    Raises:
+        ValueError: naming the file, if it is damaged.
+    """
+    if not peft.holds(Path(path)):
+        return None
+    name, place = detect_format(path)
+    return peft.type_of(place) if name == "PEFT" else None
 
 
 def read_prefix(path: str | PathLike[str], shape: PrefixShape) -> PrefixCheckpoint:

@@ -36,6 +36,11 @@ def holds(path: Path) -> bool:
     return (path / METADATA_FILE).exists() or (path / WEIGHTS_FILE).exists()
 
 
+def has_prefix(path: Path) -> bool:
+    """True: these files hold nothing else, so faults in them are reported."""
+    return True
+
+
 def read(path: Path, shape: PrefixShape) -> PrefixCheckpoint:
     """Reads the prefix in a folder, or in the folder of one of its files; the files record its sizes.
 

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from pathlib import Path
+from typing import Any
 
-from chatglm_ptuning.files import read_json_object, read_tensors
+from chatglm_ptuning.files import read_json_object, read_json_object_or_empty, read_tensors
 from chatglm_ptuning.prefix.checkpoint import PrefixCheckpoint, PrefixMetadata
 from chatglm_ptuning.prefix.rotation import rotate_keys
 from chatglm_ptuning.prefix.shape import PrefixShape
 
+logger = logging.getLogger(__name__)
+
 METADATA_FILE = "adapter_config.json"
+WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 FILES = METADATA_FILE
+FIRST_POSITION = "first_position"
+"""A key of this kit in adapter_config.json: the position of the first token of a text, 0 or the prefix's length."""
+
+# Bases whose own code PEFT 0.11 could train, in paths and hub names. Those for transformers' classes end in "-hf".
+_OFFICIAL_CODE = re.compile(r"(glm-4-9b|codegeex4-all-9b)(?!-0414)(?!.*-hf)", re.IGNORECASE)
 
 
 def holds(path: Path) -> bool:
@@ -18,21 +29,30 @@ def holds(path: Path) -> bool:
     return path.name == METADATA_FILE if path.is_file() else (path / METADATA_FILE).exists()
 
 
-def adapter_type(folder: Path) -> str | None:
-    """The type of the adapter in a folder (`PREFIX_TUNING`, `LORA`, ...); None if there is no adapter.
+def has_prefix(path: Path) -> bool:
+    """Whether an adapter is one of prefix tuning, and has its weights."""
+    folder = path.parent if path.is_file() else path
+    complete = any((folder / name).exists() for name in WEIGHTS_FILES)
+    return complete and read_json_object_or_empty(folder / METADATA_FILE).get("peft_type") == "PREFIX_TUNING"
+
+
+def type_of(path: Path) -> str | None:
+    """The type of an adapter (`PREFIX_TUNING`, `LORA`, ...).
 
     Raises:
         ValueError: naming the file, if it is damaged.
     """
-    path = folder / METADATA_FILE
-    return read_json_object(path).get("peft_type") if path.is_file() else None
+    return read_json_object(path if path.is_file() else path / METADATA_FILE).get("peft_type")
 
 
 def read(path: Path, shape: PrefixShape) -> PrefixCheckpoint:
     """Reads the prefix of an adapter.
 
-    PEFT saves the output of its projection, so the result has no projection. In PEFT the virtual tokens take positions,
-    and those of the text start at `pre_seq_len`. In this kit they start at 0, so the keys are rotated back.
+    PEFT saves the output of its projection, so the result has no projection. Positions of the text start at 0 in this
+    kit. Under PEFT they start where the code of the base starts them behind a cache: at `pre_seq_len` in transformers'
+    classes, so the keys are rotated back; at 0 in GLM-4's own modeling_chatglm.py, because PEFT drops the position ids
+    and that code then counts the new tokens alone. `first_position` in adapter_config.json says which; without it, the
+    name of the base does.
 
     Raises:
         FileNotFoundError: if the weights are missing.
@@ -45,7 +65,7 @@ def read(path: Path, shape: PrefixShape) -> PrefixCheckpoint:
             f"{folder / METADATA_FILE} is an adapter of type {adapter.get('peft_type')}; only PREFIX_TUNING can be "
             "used as a prefix. `chatglm-ptuning evaluate` scores LoRA adapters, PEFT loads them."
         )
-    safe, pickled = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
+    safe, pickled = (folder / name for name in WEIGHTS_FILES)
     source = safe if safe.exists() else pickled
     if not source.exists():
         raise FileNotFoundError(f"The PEFT adapter in {folder} is incomplete: {safe.name} is missing.")
@@ -55,5 +75,27 @@ def read(path: Path, shape: PrefixShape) -> PrefixCheckpoint:
     parameters = {"embedding.weight": tensors["prompt_embeddings"]}
     metadata = PrefixMetadata.of_parameters(parameters, source, shape, adapter.get("base_model_name_or_path"))
     table = parameters["embedding.weight"].float()
-    moved = rotate_keys(table.view(len(table), *shape.per_token), -metadata.pre_seq_len, shape)
+    first = _first_position(adapter, metadata.pre_seq_len, folder / METADATA_FILE)
+    moved = rotate_keys(table.view(len(table), *shape.per_token), -first, shape)
     return PrefixCheckpoint(source, metadata, {"embedding.weight": moved.flatten(1)})
+
+
+def _first_position(adapter: dict[str, Any], length: int, source: Path) -> int:
+    """The position of the first token of a text behind a prefix of this length.
+
+    Raises:
+        ValueError: naming the file, if it has a value that no code trains with.
+    """
+    given, base = adapter.get(FIRST_POSITION), str(adapter.get("base_model_name_or_path"))
+    if given is not None:
+        if isinstance(given, bool) or given not in (0, length):
+            raise ValueError(f"{source}: {FIRST_POSITION} must be 0 or {length}, the prefix's length, got {given!r}.")
+        return given
+    if not _OFFICIAL_CODE.search(base):
+        return length
+    logger.warning(
+        f"{source} was trained on {base}. This is read as trained by the base's own code, in which positions of a text "
+        "start at 0. If it was trained by transformers' or this kit's classes, "
+        f'set "{FIRST_POSITION}": {length} there.'
+    )
+    return 0

@@ -19,11 +19,12 @@ class ConversationReader(Reader):
     name = "conversations"
     example = ConversationExample
     optional_fields = ("prompt", "response", "history")
-    options = ("dataset_format", "source_prefix")
+    options = ("dataset_format", "ignored_columns", "source_prefix")
 
     def read(self, source: SplitSource) -> Iterator[ConversationExample]:
         """As `Reader.read`; after the last row, refuses a split in which no row has the history column."""
-        columns = Columns(**source.fields, dataset_format=source.task.dataset_format)
+        task = source.task
+        columns = Columns(**source.fields, dataset_format=task.dataset_format, ignored=task.ignored_columns)
         # A single row may do without history; if no row has the column, its name must be wrong.
         without: Row | None = None
         has_history = columns.history is None
@@ -48,9 +49,9 @@ class ConversationReader(Reader):
         """The example of a row.
 
         Raises:
-            ValueError: naming file and line, if the row is in no dataset format, or in several.
+            ValueError: as `read_row`.
         """
-        name, content = read_row(row, columns)
+        name, content, unread = read_row(row, columns)
         return ConversationExample(
-            id=index, where=row.where, dataset_format=name, content=content, row_digest=row.digest()
+            id=index, where=row.where, dataset_format=name, content=content, unread=unread, row_digest=row.digest()
         )

@@ -89,7 +89,7 @@ def _label_key(task: Task, value: Any) -> str:
         return json.dumps(value)
     if is_whole_number(value) and str(value) not in task.labels:
         return str(int(value))
-    return str(value).strip()
+    return str(float(value) if isinstance(value, float) else value).strip()
 
 
 def _known_label(task: Task, row: Row, key: str) -> str:
