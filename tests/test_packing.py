@@ -36,6 +36,7 @@ def test_rows_lie_one_after_the_other():
     assert first["sequence_lengths"] == [3, 1] and second["sequence_lengths"] == [2]
     assert first["input_ids"].tolist() == [[5, 6, 7, 4]] and second["input_ids"].tolist() == [[8, 9]]
     assert first["labels"].tolist() == [[-100, 6, 7, -100]]
+    assert second["labels"].tolist() == [[-100, 9]]
     assert first["supervised_positions"].tolist() == [1, 2]
     assert second["supervised_positions"].tolist() == [1]  # no position predicts the first token of a row
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from chatglm_ptuning.model.losses import IGNORED_LABEL
@@ -72,61 +72,58 @@ class PaddingCollator:
 
 
 class PackingCollator:
-    """Rows as tensors, which `pack` lays one after the other; no padding."""
+    """Rows as arrays, which `pack` lays one after the other; no padding."""
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, torch.Tensor]]]:
-        """The batch: `rows`, each with the keys of the example, int64 or float32 on the CPU.
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, np.ndarray]]]:
+        """The batch: `rows`, each with the keys of the example, int64 or float32.
 
-        Rows with a label for each token also have `supervised_positions`: the places of those that are not masked. The
-        first token is one of them in no row, because no position predicts it.
+        Where there is a label for each token, that of the first is masked, because no position predicts it.
 
         Raises:
             ValueError: if an example has another number of labels than of ids, or only some examples have labels.
         """
         return {"rows": [self._row(place, example) for place, example in enumerate(examples)]}
 
-    def _row(self, place: int, example: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        names = [name for name in ("start_positions", "end_positions") if name in example]
-        row = {name: torch.as_tensor(example[name]) for name in ("input_ids", *names)}
-        if "labels" not in example:
-            return row
-        row["labels"] = labels = torch.as_tensor(example["labels"])
-        if not _is_of_whole_row(example["labels"]):
+    def _row(self, place: int, example: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        names = [name for name in ("input_ids", "labels", "start_positions", "end_positions") if name in example]
+        row = {name: np.array(example[name], np.float32 if _is_floating(example[name]) else np.int64) for name in names}
+        if "labels" in row and not _is_of_whole_row(example["labels"]):
             _check_labels(place, example)
-            row["supervised_positions"] = (labels[1:] != IGNORED_LABEL).nonzero().flatten() + 1
+            row["labels"][0] = IGNORED_LABEL
         return row
 
 
-def pack(rows: Sequence[Mapping[str, torch.Tensor]], max_tokens: int) -> list[dict[str, Any]]:
-    """Rows of a `PackingCollator` as batches of packed sequences (`ChatGLMModel.forward`), on the device of the rows.
+def pack(rows: Sequence[Mapping[str, np.ndarray]], max_tokens: int) -> list[dict[str, Any]]:
+    """Rows of a `PackingCollator` as batches of packed sequences (`ChatGLMModel.forward`), on the CPU.
 
     Args:
         max_tokens: of a batch; a longer row has a batch of its own.
 
     Returns:
-        Batches with `input_ids` `[1, tokens]`, `sequence_lengths`, and what else the rows have: `labels` `[1, tokens]`
-        and `supervised_positions` if there is a label for each token, otherwise one entry for each row.
+        Batches with `input_ids` `[1, tokens]`, `sequence_lengths`, and what else the rows have. With a label for each
+        token these are `labels` `[1, tokens]` and `supervised_positions`; otherwise one entry for each row.
     """
     batches = []
     for places in fit([len(row["input_ids"]) for row in rows], max_tokens):
         own = [rows[place] for place in places]
-        lengths = [len(row["input_ids"]) for row in own]
         batch: dict[str, Any] = {
-            "input_ids": torch.cat([row["input_ids"] for row in own])[None],
-            "sequence_lengths": lengths,
+            "input_ids": torch.from_numpy(np.concatenate([row["input_ids"] for row in own]))[None],
+            "sequence_lengths": [len(row["input_ids"]) for row in own],
         }
         for name in ("labels", "start_positions", "end_positions"):
-            if name in own[0] and "supervised_positions" not in own[0]:
-                batch[name] = torch.stack([row[name] for row in own])
-        if "supervised_positions" in own[0]:
-            starts = itertools.accumulate(lengths, initial=0)
-            shifted = [row["supervised_positions"] + start for row, start in zip(own, starts, strict=False)]
-            batch |= {
-                "labels": torch.cat([row["labels"] for row in own])[None],
-                "supervised_positions": torch.cat(shifted),
-            }
+            if name in own[0] and not has_token_labels(own[0]):
+                batch[name] = torch.from_numpy(np.stack([row[name] for row in own]))
+        if has_token_labels(own[0]):
+            labels = torch.from_numpy(np.concatenate([row["labels"] for row in own]))
+            supervised = (labels != IGNORED_LABEL).nonzero().flatten()
+            batch |= {"labels": labels[None], "supervised_positions": supervised}
         batches.append(batch)
     return batches
+
+
+def has_token_labels(row: Mapping[str, np.ndarray]) -> bool:
+    """Whether a row of a `PackingCollator` has a label for each token."""
+    return "labels" in row and row["labels"].ndim == 1 and row["labels"].dtype == np.int64
 
 
 def fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -166,6 +163,8 @@ def _check_labels(index: int, example: Mapping[str, Any]) -> None:
 
 def _is_of_whole_row(labels: Any) -> bool:
     """Whether this is a class, or a number for each class, and not a label for each token."""
-    if isinstance(labels, Sequence):
-        return len(labels) > 0 and isinstance(labels[0], float)
-    return isinstance(labels, int)
+    return isinstance(labels, int) or _is_floating(labels)
+
+
+def _is_floating(values: Any) -> bool:
+    return isinstance(values, Sequence) and len(values) > 0 and isinstance(values[0], float)

@@ -43,7 +43,12 @@ def cross_entropy(
         label_smoothing=smoothing,
     )
     items = (labels != IGNORED_LABEL).sum() if num_items_in_batch is None else num_items_in_batch
-    return total / torch.as_tensor(items, device=total.device).clamp(min=1)
+    return mean_loss(total, items)
+
+
+def mean_loss(total: torch.Tensor, items: torch.Tensor | int) -> torch.Tensor:
+    """The mean of a sum over so many items; 0 items count as 1. A number does not make a GPU wait, as a tensor does."""
+    return total / (items.to(total.device).clamp(min=1) if torch.is_tensor(items) else max(items, 1))
 
 
 def next_labels(labels: torch.Tensor, sequence_lengths: Sequence[int] | None = None) -> torch.Tensor:
@@ -77,12 +82,13 @@ def loss_of_states(
     if not _is_frozen_linear(output_layer):
         return cross_entropy(output_layer(states), labels, items, smoothing)
     total = _FrozenLinearCrossEntropy.apply(states, output_layer.weight, labels, smoothing)
-    return total / torch.as_tensor(items, device=total.device).clamp(min=1)
+    return mean_loss(total, items)
 
 
 def _is_frozen_linear(layer: nn.Module) -> bool:
-    """Whether the weight can be used without calling the layer, whose call may gather or load it."""
-    if type(layer) is not nn.Linear or layer.bias is not None or hasattr(layer, "_hf_hook"):
+    """Whether the weight can be used without calling the layer, whose hooks may gather or load it, or anything else."""
+    has_hooks = layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook")
+    if type(layer) is not nn.Linear or layer.bias is not None or has_hooks:
         return False
     return not layer.weight.requires_grad and not is_partitioned([layer.weight])
 

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
-from chatglm_ptuning.model.losses import IGNORED_LABEL, cross_entropy
+from chatglm_ptuning.model.losses import IGNORED_LABEL, cross_entropy, mean_loss
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMModel, ChatGLMPreTrainedModel
 from chatglm_ptuning.model.packed_sequences import last_tokens, unpack
 from chatglm_ptuning.model.placement import out_of_offload
@@ -223,7 +223,7 @@ class ChatGLMForSequenceClassification(ChatGLMWithHead):
         else:
             losses = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
         items = known.sum() if num_items_in_batch is None else num_items_in_batch
-        return (losses * known).sum() / torch.as_tensor(items, device=losses.device).clamp(min=1)
+        return mean_loss((losses * known).sum(), items)
 
 
 class ChatGLMForTokenClassification(ChatGLMWithHead):

@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 
 from chatglm_ptuning.model.attention_mask import causal_mask_with_prefix
+from chatglm_ptuning.model.placement import on_device
 
 if TYPE_CHECKING:
     from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
@@ -107,7 +108,7 @@ class PackedSequences:
         return causal_mask_with_prefix(self.config, embeds, self._put(real), None, None, self.prefix)
 
     def _put(self, tensor: torch.Tensor) -> torch.Tensor:
-        return _on_device(tensor, self.inputs_embeds.device)
+        return on_device(tensor, self.inputs_embeds.device)
 
 
 def packed_attention(
@@ -220,14 +221,14 @@ def _has_varlen_kernel(states: torch.Tensor) -> bool:
 
 def last_tokens(sequence_lengths: Sequence[int], device: torch.device) -> torch.Tensor:
     """Places of the last tokens of the sequences in their packed row, `[sequences]`."""
-    return _on_device(torch.tensor(sequence_lengths).cumsum(0) - 1, device)
+    return on_device(torch.tensor(sequence_lengths).cumsum(0) - 1, device)
 
 
 def unpack(states: torch.Tensor, sequence_lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """A packed row `[1, tokens, ...]` as rows `[sequences, longest, ...]`, padded on the right, and their mask."""
     real = _real_tokens(sequence_lengths)
-    index = _on_device(real.flatten().nonzero().flatten(), states.device)
-    return _pad(states[0], sequence_lengths, index), _on_device(real, states.device)
+    index = on_device(real.flatten().nonzero().flatten(), states.device)
+    return _pad(states[0], sequence_lengths, index), on_device(real, states.device)
 
 
 def _pad(tokens: torch.Tensor, lengths: Sequence[int], index: torch.Tensor) -> torch.Tensor:
@@ -239,8 +240,3 @@ def _pad(tokens: torch.Tensor, lengths: Sequence[int], index: torch.Tensor) -> t
 def _real_tokens(lengths: Sequence[int]) -> torch.Tensor:
     """`[sequences, longest]`, on the CPU: False on the padding."""
     return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-
-
-def _on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Moves a tensor from the CPU without waiting for the work that a GPU still has to do."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -30,6 +30,11 @@ def layer_devices(layers: Iterable[nn.Module]) -> tuple[torch.device, ...] | Non
     return None if None in devices else tuple(devices)
 
 
+def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Moves a tensor from the CPU without waiting for the work that a GPU still has to do."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def out_of_offload(module: TrainedModule, fresh: TrainedModule, *, is_new: bool = False) -> TrainedModule:
     """Returns a trainable prefix or head in memory, in place of one that accelerate may have offloaded to the disk.
 

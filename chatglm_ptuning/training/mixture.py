@@ -96,7 +96,8 @@ class MixtureTrainer(PrefixTrainer):
         """As the PrefixTrainer's; sums the loss by task."""
         loss = super().training_step(model, inputs, *args, **kwargs)
         place = list(self.train_sizes).index(inputs[TASK_KEY])
-        self._losses[0, place] += float(loss)
+        self._losses = self._losses.to(loss.device)
+        self._losses[0, place] += loss
         self._losses[1, place] += 1 / self.args.gradient_accumulation_steps
         return loss
 

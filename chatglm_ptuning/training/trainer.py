@@ -25,7 +25,9 @@ from transformers.utils import logging
 
 from chatglm_ptuning.data.collate import pack
 from chatglm_ptuning.files import write_json
+from chatglm_ptuning.model.losses import IGNORED_LABEL
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm_ptuning.model.placement import on_device
 from chatglm_ptuning.model.zero3 import gathered, is_partitioned, most_of_processes, whole_shape
 from chatglm_ptuning.prefix.checkpoint import PREFIX_KEY
 from chatglm_ptuning.prefix.export import remove_export, write_export
@@ -114,6 +116,7 @@ class PrefixTrainer(Trainer):
         self.max_tokens_per_pass = max_tokens_per_pass
         self._replayed_step, self._replayed_batches, self._replay_steps = -1, 0, 0
         self._replay_sum: torch.Tensor | None = None
+        self._loss_of_step: torch.Tensor | None = None
         self._staging: Path | None = None
         self._optimizer_groups: list[dict[str, Any]] = []
         self._trained: list[torch.nn.Parameter] = []
@@ -260,11 +263,9 @@ class PrefixTrainer(Trainer):
         Raises:
             AllLabelsMasked: if all labels of the step, on all processes, are masked.
             OutOfMemory: if the batch does not fit, unless a fitting size is being looked for.
-            TrainingDiverged: if the loss is not finite.
         """
-        step = self.state.global_step + 1
         if num_items_in_batch is not None and int(num_items_in_batch) == 0:
-            raise AllLabelsMasked(step)
+            raise AllLabelsMasked(self.state.global_step + 1)
         passes = inputs.get(PASSES, [inputs])
         batch, loss = inputs, torch.zeros((), device=self.args.device)
         try:
@@ -277,8 +278,7 @@ class PrefixTrainer(Trainer):
             if self.args.auto_find_batch_size or not is_out_of_memory(error):
                 raise
             raise self._out_of_memory(batch) from error
-        if not torch.isfinite(loss):
-            raise TrainingDiverged(f"The loss became {loss.item()}", step, self.args)
+        self._loss_of_step = loss if self._loss_of_step is None else self._loss_of_step + loss
         return loss
 
     def _out_of_memory(self, batch: dict[str, Any]) -> OutOfMemory:
@@ -357,8 +357,12 @@ class PrefixTrainer(Trainer):
         packed, common = pack(rows, self._tokens_per_pass()), batches[0]
         filling = most_of_processes(self._prefix_model, len(packed)) - len(packed)
         packed += pack(self.data_collator([masked_row_like(self.train_dataset[0])])["rows"], 1) * filling
-        passes = [common | own for own in packed]
+        passes = [common | self._on_device(own) for own in packed]
         return [common | {PASSES: []}] * (len(batches) - 1) + [common | {PASSES: passes}], items
+
+    def _on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        device = self.args.device
+        return {name: on_device(value, device) if torch.is_tensor(value) else value for name, value in batch.items()}
 
     def _tokens_per_pass(self) -> int:
         """Fewer than set where `auto_find_batch_size` has made the batch smaller."""
@@ -375,18 +379,27 @@ class PrefixTrainer(Trainer):
             real = {} if "attention_mask" in own else {"attention_mask": torch.ones_like(own["input_ids"])}
             super()._track_num_input_tokens(own | real)
 
-    # Spans have start positions instead of labels. Without a count, each process would take a mean of its own.
+    # Spans have start positions instead of labels. Without a count, each process would take a mean of its own. The
+    # labels of packed rows are counted before they are on a GPU, which then does not have to be waited for.
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], *args: Any, **kwargs: Any) -> Any:
+        if batch_samples and "rows" in batch_samples[0]:
+            gold = (row.get("labels", row.get("start_positions")) for batch in batch_samples for row in batch["rows"])
+            items = sum(int((labels != IGNORED_LABEL).sum()) for labels in gold)
+            if self.args.world_size == 1:
+                return items
+            return self.accelerator.reduce(on_device(torch.tensor(items), self.args.device), "sum")
         counted = [
-            {"labels": part["start_positions"]} if "start_positions" in part else part
-            for batch in batch_samples
-            for part in batch.get("rows", [batch])
+            {"labels": batch["start_positions"]} if "start_positions" in batch else batch for batch in batch_samples
         ]
         return super()._get_num_items_in_batch(counted, *args, **kwargs)
 
-    # Nothing else is called between the backward pass and the optimizer step, where NaN gradients must stop the run.
+    # Nothing else is called between the backward pass and the optimizer step, where NaN must stop the run. Here, and
+    # nowhere else in a step, a GPU is waited for.
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
+        loss, self._loss_of_step = float(self._loss_of_step), None
+        if not math.isfinite(loss):
+            raise TrainingDiverged(f"The loss became {loss}", self.state.global_step + 1, self.args)
         if norm is None:  # without ZeRO, DeepSpeed does not give the norm
             finite = all(bool(torch.isfinite(parameter).all()) for parameter in self._trained)
         else:
@@ -429,13 +442,13 @@ class PrefixTrainer(Trainer):
         if "rows" in inputs:
             rows = inputs["rows"]
             (packed,) = pack(rows, sum(len(row["input_ids"]) for row in rows))
-            inputs = {name: value for name, value in inputs.items() if name != "rows"} | packed
+            inputs = {name: value for name, value in inputs.items() if name != "rows"} | self._on_device(packed)
         result = super().prediction_step(model, inputs, *args, **kwargs)
         tokens = self._get_num_items_in_batch([inputs], self.args.device)
         if result[0] is not None and tokens is not None:
             # The Trainer has divided by the tokens of all processes and multiplied by the number of processes.
             together = self.args.world_size if self.args.average_tokens_across_devices else 1
-            sums = torch.stack((result[0] * tokens, tokens.to(result[0]))).double() / together
+            sums = torch.stack((result[0] * tokens, torch.as_tensor(tokens).to(result[0]))).double() / together
             self._eval_sums = sums if self._eval_sums is None else self._eval_sums + sums
         return result
 
