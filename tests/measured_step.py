@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
 import chatglm_ptuning  # noqa: F401  registers the classes
+from chatglm_ptuning.data.collate import PackingCollator, pack
 from chatglm_ptuning.estimation.memory import with_prefix
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 
@@ -19,10 +20,12 @@ from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 def make_step(model, config, batch, length):
     """A model with AdamW's states and the gradients of a batch before, and a function that runs one more batch."""
     ids = torch.randint(3, config.padded_vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": row, "labels": row} for row in ids.tolist()]
+    (packed,) = pack(PackingCollator()(rows)["rows"], batch * length)
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-3)
 
     def step():
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+        model(**packed, skip_logits=True).loss.backward()
 
     step()
     optimizer.step()

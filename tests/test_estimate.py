@@ -19,7 +19,7 @@ from chatglm_ptuning.estimation.memory import (
     count_parameters,
     estimate_memory,
     flops_per_example,
-    largest_batch,
+    largest_batches,
     seconds_per_1000_examples,
     weight_bytes,
     with_prefix,
@@ -158,11 +158,12 @@ def test_quantised_weights():
 
 
 def test_the_largest_batch_is_the_largest():
-    plain = job(batch=1)
-    batch = largest_batch(plain, RESERVE + 64 * 2**20)
-    fits = [estimate_memory(job(batch=rows)).total <= 64 * 2**20 for rows in (batch, batch + 1)]
-    assert batch > 1 and fits == [True, False]
-    assert largest_batch(plain, RESERVE) == 0
+    memories = [0, 32 * 2**20, 512 * 2**20]
+    none, few, many = largest_batches(job(batch=1, length=512), [RESERVE + memory for memory in memories])
+    assert none == 0 < few < 32 < many
+    for batch, memory in ((few, memories[1]), (many, memories[2])):
+        fits = [estimate_memory(job(batch=rows, length=512)).total <= memory for rows in (batch, batch + 1)]
+        assert fits == [True, False]
 
 
 def test_arithmetic_by_hand():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -19,6 +21,7 @@ UTILISATION = (0.25, 0.55)
 """The share of a GPU's peak operations that training reaches, from a small batch or a slow setting to a good one."""
 _ZERO3_LIVE_NUMBERS = 10**9  # DeepSpeed's default of stage3_max_live_parameters
 _ADAM_STATES = 2
+_MANY_POSITIONS = 2**14
 _FLOAT32 = 4
 
 
@@ -116,14 +119,28 @@ def estimate_memory(job: Job) -> Memory:
     )
 
 
-def largest_batch(job: Job, gpu_memory: int) -> int:
-    """The largest number of rows per step that fits into `gpu_memory` bytes; 0 if none does.
+def largest_batches(job: Job, gpu_memories: Sequence[int]) -> list[int]:
+    """The largest number of rows per step that fits into each of some memories, in bytes; 0 where none does."""
 
-    Every row takes the same memory, so two batches are enough to extrapolate.
-    """
-    one, two = (estimate_memory(replace(job, batch=batch)).total for batch in (1, 2))
-    room = gpu_memory - RESERVE - one
-    return 0 if room < 0 else 1 + room // max(1, two - one)
+    @cache
+    def size(batch: int) -> int:
+        return RESERVE + estimate_memory(replace(job, batch=batch)).total
+
+    def largest(gpu_memory: int) -> int:
+        if gpu_memory < size(1):
+            return 0
+        if gpu_memory >= size(many):
+            return many + (gpu_memory - size(many)) * many // (size(2 * many) - size(many))
+        low, high = 1, many
+        while high - low > 1:  # by interpolation: a few parts are linear, so that it takes fewer steps than bisection
+            guess = low + (gpu_memory - size(low)) * (high - low) // (size(high) - size(low))
+            guess = min(max(guess, low + 1), high - 1)
+            low, high = (guess, high) if size(guess) <= gpu_memory else (low, guess)
+        return low
+
+    # From here on the activations of all rows are the peak, and every further row takes the same.
+    many = -(-_MANY_POSITIONS // job.length)
+    return [largest(gpu_memory) for gpu_memory in gpu_memories]
 
 
 def flops_per_example(job: Job) -> int:

@@ -17,7 +17,7 @@ from chatglm_ptuning.estimation.memory import (
     count_parameters,
     estimate_memory,
     flops_per_example,
-    largest_batch,
+    largest_batches,
     seconds_per_1000_examples,
     with_prefix,
 )
@@ -159,7 +159,7 @@ def batch_table(args: EstimateArguments) -> str:
     job = args.job()
     rows = []
     for title, way in _WAYS.items():
-        batches = [largest_batch(replace(job, **way), int(card * GIB)) for card in args.cards]
+        batches = largest_batches(replace(job, **way), [int(card * GIB) for card in args.cards])
         rows.append([title, *(str(batch or "-") for batch in batches)])
     headings = [f"{args.model}, rows of {args.length} tokens", *(f"{card:g} GB" for card in args.cards)]
     return Table(headings, rows).markdown()

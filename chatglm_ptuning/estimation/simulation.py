@@ -28,8 +28,8 @@ class Job:
 
     Attributes:
         config: of the base, with `pre_seq_len`.
-        batch: rows per GPU and step.
-        length: tokens of a row, without the prefix.
+        batch: rows of a forward and backward pass, packed.
+        length: tokens of a row, without the prefix; all but the first are learned.
         dtype: of the base, and of the computation with a quantised base.
         quantization_bit: 8 or 4 for layers of bitsandbytes.
         zero: DeepSpeed's stage, 0 to 3.
@@ -52,7 +52,7 @@ class StepMemory:
 
     Attributes:
         activations: kept for the backward pass, and the temporary tensors of a layer.
-        logits: from the output layer on: logits, their float32 copies for the loss, their gradients.
+        logits: behind the final norm: the logits that exist at a time, their float32 copies, and the gradient.
     """
 
     activations: int
@@ -157,23 +157,30 @@ def _run(job: Job, num_layers: int) -> StepMemory:
             for name, module in list(model.named_modules()):
                 if name.endswith(PACKED_LAYERS):
                     model.set_submodule(name, _QuantizedLinear(module, job.quantization_bit))
-        ids = torch.zeros(job.batch, job.length, dtype=torch.long)
+        ids = torch.zeros(1, job.batch * job.length, dtype=torch.long)
+        supervised = torch.arange(1, job.batch * (job.length - 1) + 1)
         live = LiveBytes([*model.parameters(), *model.buffers()])
         _watch_loss(model, live)
         with live:
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+            model(
+                input_ids=ids,
+                labels=ids,
+                sequence_lengths=[job.length] * job.batch,
+                supervised_positions=supervised,
+                skip_logits=True,
+            ).loss.backward()
     peak, late = live.peak
     return StepMemory(peak - late, late)
 
 
 def _watch_loss(model: nn.Module, live: LiveBytes) -> None:
-    """Marks as late the tensors created from the output layer's forward pass to the end of its backward pass."""
+    """Marks as late the tensors created behind the final norm, to the end of the backward pass up to there."""
 
-    def begins(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    def begins(module: nn.Module, inputs: tuple[torch.Tensor, ...], states: torch.Tensor) -> None:
         live.late = True
-        inputs[0].register_hook(ends)
+        states.register_hook(ends)
 
     def ends(gradient: torch.Tensor) -> None:
         live.late = False
 
-    model.get_output_embeddings().register_forward_pre_hook(begins)
+    model.base_model.encoder.final_layernorm.register_forward_hook(begins)

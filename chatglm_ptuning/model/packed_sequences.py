@@ -1,12 +1,13 @@
 """Attention over sequences that are packed into one row, without padding: each sees its prefix and itself.
 
 `padded_attention` works with every attention implementation, and is the reference for the two faster ways: one call
-per sequence on a CPU, and one kernel for sequences of different lengths on a GPU.
+for each length on a CPU, and one kernel for sequences of different lengths on a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -84,21 +85,23 @@ class PackedSequences:
         )
 
     @cached_property
+    def runs(self) -> list[tuple[int, int, int]]:
+        """Neighbours of equal lengths, which are computed together: their number, and the tokens and keys of each."""
+        shapes = itertools.groupby(zip(self.lengths, self.key_lengths, strict=True))
+        return [(len(list(equal)), *shape) for shape, equal in shapes]
+
+    @cached_property
     def masks(self) -> list[torch.Tensor | None]:
-        """For each sequence what is added to its scores, `[length, prefix + length]`; None without a prefix."""
-        made: dict[tuple[int, int], torch.Tensor | None] = {}
-        for shape in zip(self.lengths, self.key_lengths, strict=True):
-            if shape[0] == shape[1]:
-                made[shape] = None
-            elif shape not in made:
-                hidden = self.inputs_embeds.new_full(shape, -torch.inf)
-                made[shape] = hidden.triu_(shape[1] - shape[0] + 1)
-        return [made[shape] for shape in zip(self.lengths, self.key_lengths, strict=True)]
+        """For each of `runs` what is added to the scores, `[tokens, keys]`; None without a prefix."""
+        return [
+            None if tokens == keys else self.inputs_embeds.new_full((tokens, keys), -torch.inf).triu_(keys - tokens + 1)
+            for _, tokens, keys in self.runs
+        ]
 
     @cached_property
     def padded_index(self) -> torch.Tensor:
         """Places of the tokens in rows that are padded on the right to the longest sequence, `[tokens]`."""
-        return self._put(_real_tokens(self.lengths).flatten().nonzero().flatten())
+        return self._put(_padded_places(self.lengths))
 
     @cached_property
     def padded_mask(self) -> Any:
@@ -137,7 +140,7 @@ def packed_attention(
     """
     implementation = packed.config._attn_implementation
     if implementation == "sdpa" and query.device.type == "cpu":
-        return _attention_per_sequence(query, key, value, prefix_key, prefix_value, packed, **kwargs)
+        return _attention_by_length(query, key, value, prefix_key, prefix_value, packed, **kwargs)
     if implementation == "sdpa" and _has_varlen_kernel(query) and not kwargs["dropout"]:
         key, value = (_behind_prefix(*pair, packed) for pair in ((prefix_key, key), (prefix_value, value)))
         queries_start, keys_start = packed.starts
@@ -178,7 +181,7 @@ def padded_attention(
     return output.flatten(0, 1).index_select(0, packed.padded_index)[None]
 
 
-def _attention_per_sequence(
+def _attention_by_length(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -190,18 +193,32 @@ def _attention_per_sequence(
     scaling: float,
     **_: Any,
 ) -> torch.Tensor:
-    queries = query.split(packed.lengths, dim=2)
     keys, values = (
-        _behind_prefix(*pair, packed).transpose(0, 1)[None].split(packed.key_lengths, dim=2)
-        for pair in ((prefix_key, key), (prefix_value, value))
+        _behind_prefix(*pair, packed).transpose(0, 1)[None] for pair in ((prefix_key, key), (prefix_value, value))
+    )
+    of_runs = zip(
+        _split(query, [(count, tokens) for count, tokens, _ in packed.runs]),
+        _split(keys, [(count, length) for count, _, length in packed.runs]),
+        _split(values, [(count, length) for count, _, length in packed.runs]),
+        packed.masks,
+        strict=True,
     )
     outputs = [
         functional.scaled_dot_product_attention(
             *own, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scaling, enable_gqa=True
-        ).transpose(1, 2)
-        for *own, mask in zip(queries, keys, values, packed.masks, strict=True)
+        )
+        .transpose(1, 2)
+        .flatten(0, 1)
+        for *own, mask in of_runs
     ]
-    return torch.cat(outputs, dim=1)
+    return torch.cat(outputs)[None]
+
+
+def _split(states: torch.Tensor, runs: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
+    """States `[1, heads, tokens, kv_channels]` -> for each run `[count, heads, length, kv_channels]`."""
+    parts = states.split([count * length for count, length in runs], dim=2)
+    for part, run in zip(parts, runs, strict=True):
+        yield part[0].unflatten(1, run).transpose(0, 1)
 
 
 def _behind_prefix(prefix: torch.Tensor | None, states: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
@@ -227,7 +244,7 @@ def last_tokens(sequence_lengths: Sequence[int], device: torch.device) -> torch.
 def unpack(states: torch.Tensor, sequence_lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """A packed row `[1, tokens, ...]` as rows `[sequences, longest, ...]`, padded on the right, and their mask."""
     real = _real_tokens(sequence_lengths)
-    index = on_device(real.flatten().nonzero().flatten(), states.device)
+    index = on_device(_padded_places(sequence_lengths), states.device)
     return _pad(states[0], sequence_lengths, index), on_device(real, states.device)
 
 
@@ -235,6 +252,11 @@ def _pad(tokens: torch.Tensor, lengths: Sequence[int], index: torch.Tensor) -> t
     rows, longest = len(lengths), max(lengths)
     padded = tokens.new_zeros(rows * longest, *tokens.shape[1:]).index_copy(0, index, tokens)
     return padded.unflatten(0, (rows, longest))
+
+
+def _padded_places(lengths: Sequence[int]) -> torch.Tensor:
+    """The places of the tokens in rows that are padded to the longest, `[tokens]`, on the CPU."""
+    return torch.cat([torch.arange(length) + row * max(lengths) for row, length in enumerate(lengths)])
 
 
 def _real_tokens(lengths: Sequence[int]) -> torch.Tensor:
