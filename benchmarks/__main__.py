@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from transformers.utils import logging
 
 from benchmarks.golden import Check, check_golden
@@ -62,9 +63,6 @@ def main(argv: Sequence[str]) -> None:
     )
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: torch finds no GPU.")
-    warnings.filterwarnings("ignore")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
         results, checks = run(args)
     except (ImportError, RuntimeError) as error:
@@ -98,7 +96,7 @@ def run(args: BenchmarkArguments) -> tuple[list[Result], list[Check]]:
     return results, checks
 
 
-def _advance(progress: Progress, task: int, shape: str):
+def _advance(progress: Progress, task: TaskID, shape: str) -> Callable[[str], None]:
     return lambda what: progress.update(task, description=f"{shape}: {what}")
 
 
@@ -122,4 +120,10 @@ def _summarise(console: Console, results: Sequence[Result]) -> None:
 
 
 if __name__ == "__main__":
+    if not sys.stdout.isatty():
+        os.environ.setdefault("COLUMNS", "170")  # as wide as the table
+    warnings.filterwarnings("ignore")
+    logging.set_verbosity_error()
+    logging.get_logger("chatglm_ptuning").setLevel(logging.ERROR)
+    logging.disable_progress_bar()
     main(sys.argv[1:])

@@ -50,7 +50,7 @@ def measure(
             yield from _training(model, shape, measured, rounds, device, advance, Path(folder))
         if "chats" in names:
             yield _long_chats(model, shape, rounds, device, advance, Path(folder))
-    _free(device)
+    free(device)
     if "switching" in names or "mixed" in names:
         prefixes = load_prefixes(model, shape)
         if "switching" in names:
@@ -64,7 +64,7 @@ def measure(
             speeds = [found[side].seconds.per(tokens) for side in ("mixed", "one")]
             yield QUANTITIES["mixed"].row(device.type, shape.name, *speeds)
     del model
-    _free(device)
+    free(device)
 
 
 def _training(
@@ -127,7 +127,8 @@ def _memory_on_cpu(shape: Shape, advance: Advance) -> Result:
     return QUANTITIES["memory"].row("cpu", shape.name, *peaks)
 
 
-def _free(device: torch.device) -> None:
+def free(device: torch.device) -> None:
+    """Frees the memory of models that are no longer used."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,16 +42,16 @@ def peak_memory(shape: Shape, side: str) -> float:
 
 
 def measure(shape: Shape, side: str, folder: Path) -> int:
-    """As `peak_memory`, in this process, which has measured nothing else."""
+    """As `peak_memory`, in this process, which has measured nothing else. Works on Linux alone."""
     rows = advertisements(shape, shape.memory_batch)
     model = make_model(shape, torch.device("cpu"), torch.float32)
-    trained = Kit(model, [rows], folder=folder) if side == Kit.name else Official(model, [rows])
+    make = {Kit.name: partial(Kit, folder=folder), Official.name: Official}[side]
+    trained = make(model, [rows])
     first = rows[0] | {"labels": rows[0]["input_ids"]}
     Padded(model, [[{name: values[:2] for name, values in first.items()}]]).step()  # loads libraries
     _return_free_memory()
     before = _kib("VmRSS")
-    if _kib("VmHWM") > before + _SMALLEST_MAPPING:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     trained.step()
     return (_kib("VmHWM") - before) * 1024
 

@@ -61,7 +61,8 @@ class Shape:
     generated: int = 32
 
 
-def _random_base(**sizes: int) -> Callable[[], ChatGLMConfig]:
+def random_base(**sizes: int) -> Callable[[], ChatGLMConfig]:
+    """Makes a configuration of these sizes, else as ChatGLM3's."""
     common = {"multi_query_attention": True, "multi_query_group_num": 2, "add_qkv_bias": True, "seq_length": 4096}
     return lambda: ChatGLMConfig(**common | sizes)
 
@@ -76,12 +77,12 @@ def _six_b(**changes: int) -> ChatGLMConfig:
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("S", lambda: ChatGLMConfig.from_pretrained(NANO), NANO, rounds=7, steps=2, chats=64, chats_at_once=16),
-        Shape("M", _random_base(num_layers=8, padded_vocab_size=65024, hidden_size=512, ffn_hidden_size=1368,
-                                kv_channels=64, num_attention_heads=8), chats=16),
+        Shape("S", lambda: ChatGLMConfig.from_pretrained(NANO), NANO, rounds=7, steps=2, chats_at_once=16),
+        Shape("M", random_base(num_layers=8, padded_vocab_size=65024, hidden_size=512, ffn_hidden_size=1368,
+                                kv_channels=64, num_attention_heads=8)),
         Shape("W", lambda: _six_b(num_layers=2), rounds=3, warm_ups=0, batch=4),
         Shape("G", _six_b, rounds=5, steps=2),
-        Shape("tiny", _random_base(num_layers=2, padded_vocab_size=96, hidden_size=32, ffn_hidden_size=48,
+        Shape("tiny", random_base(num_layers=2, padded_vocab_size=96, hidden_size=32, ffn_hidden_size=48,
                                    kv_channels=8, num_attention_heads=4),
               rounds=2, batch=3, memory_batch=3, prefix=4, chats=6, chats_at_once=3, generated=2),
     )
@@ -142,6 +143,12 @@ def chats(shape: Shape, count: int) -> list[Row]:
     """Long conversations: a log-normal length, median 200, at most 2,048; answers are two thirds of every turn."""
     draw = random.Random(0)
     return [_chat(draw, shape) for _ in range(count)]
+
+
+def rows_of_length(shape: Shape, length: int, count: int) -> list[Row]:
+    """Rows of equal length; the second half is learned."""
+    draw = random.Random(0)
+    return [_row(draw, shape, [(length // 2, False), (length - length // 2, True)]) for _ in range(count)]
 
 
 def _chat(draw: random.Random, shape: Shape) -> Row:
