@@ -25,6 +25,9 @@ from chatglm_ptuning.command_line import fail, parse_arguments
 
 _SHAPES_OF = {"cpu": ["S", "M", "W"], "cuda": ["S", "G"]}
 
+_BUSY = 0.5
+"""Load average from which on other programs disturb the threads of a measurement."""
+
 
 @dataclass
 class BenchmarkArguments:
@@ -78,6 +81,8 @@ def run(args: BenchmarkArguments) -> tuple[list[Result], list[Check]]:
     device, folder, console = torch.device(args.device), Path(args.output), Console()
     facts, started, results = environment(device), time.monotonic(), []
     console.print(described(facts), highlight=False)
+    if facts["load_average_before"] > _BUSY:
+        console.print(f"The machine is busy (load average {facts['load_average_before']:.1f}): times will be wrong.")
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         shown = progress.add_task("golden cases", total=len(args.shapes) + 1)
