@@ -92,9 +92,11 @@ class Check:
 
 _ALLOWED = {
     torch.float32: {"logits": 1e-4, "greedy tokens": 1e-5, "loss": 1e-5, "prefix gradients": 1e-4},
-    torch.bfloat16: {"logits": 3e-2, "greedy tokens": 3e-2, "loss": 3e-2, "prefix gradients": 5e-2},
+    torch.bfloat16: {"logits": 5e-2, "greedy tokens": 5e-2, "loss": 3e-2, "prefix gradients": 0.2},
 }
-"""With 8 bits of mantissa, sums of numbers that were rounded at 2^-9 differ in the second digit."""
+"""In bfloat16 about twice what rounding alone gives with eager attention on a CPU. An attention that sees too much, too
+little or the wrong positions changes gradients by more than 0.5.
+"""
 
 
 def check_golden(device: torch.device) -> Iterator[Check]:
