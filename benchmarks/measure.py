@@ -23,6 +23,7 @@ TRAINED = {"official": Official, "peft": PeftPrefix, "lora": CheckpointedLora, "
 """The side that each quantity compares the kit with, on advertisements."""
 USES_GPU_MEMORY = {"memory": Official, "peft_memory": PeftPrefix}
 _MIB = 2**20
+_MOST_ROUNDS_OF_CHATS = 3  # they take long
 Advance = Callable[[str], None]
 
 
@@ -101,7 +102,7 @@ def _long_chats(model: Any, shape: Shape, rounds: int, device: torch.device, adv
         Kit.name: Kit(model, steps, shape.chats_at_once, folder=folder),
         Padded.name: Padded(model, steps, shape.chats_at_once),
     }
-    timed = _alternate(sides, shape, min(rounds, shape.rounds), len(steps), device, advance)
+    timed = _alternate(sides, shape, min(rounds, _MOST_ROUNDS_OF_CHATS), len(steps), device, advance)
     pair = [timed[name].seconds.per(len(rows)) for name in (Kit.name, Padded.name)]
     return QUANTITIES["chats"].row(device.type, shape.name, *pair)
 

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -133,16 +134,18 @@ def _fill(parameters: Any, device: torch.device, dtype: torch.dtype) -> None:
 def advertisements(shape: Shape, count: int) -> list[Row]:
     """Rows with lengths as in AdvertiseGen: source about N(30, 10), target about N(75, 25); the target is learned."""
     draw = random.Random(0)
+    sources = _spread_evenly(draw, NormalDist(30, 10), count, 8, 64)
+    targets = _spread_evenly(draw, NormalDist(75, 25), count, 16, 128)
     return [
-        _row(draw, shape, [(_drawn(draw, 30, 10, 8, 64), False), (_drawn(draw, 75, 25, 16, 128), True)])
-        for _ in range(count)
+        _row(draw, shape, [(source, False), (target, True)]) for source, target in zip(sources, targets, strict=True)
     ]
 
 
 def chats(shape: Shape, count: int) -> list[Row]:
     """Long conversations: a log-normal length, median 200, at most 2,048; answers are two thirds of every turn."""
     draw = random.Random(0)
-    return [_chat(draw, shape) for _ in range(count)]
+    lengths = _spread_evenly(draw, NormalDist(math.log(200), 0.9), count, math.log(16), math.log(2048), math.exp)
+    return [_chat(draw, shape, length) for length in lengths]
 
 
 def rows_of_length(shape: Shape, length: int, count: int) -> list[Row]:
@@ -151,11 +154,10 @@ def rows_of_length(shape: Shape, length: int, count: int) -> list[Row]:
     return [_row(draw, shape, [(length // 2, False), (length - length // 2, True)]) for _ in range(count)]
 
 
-def _chat(draw: random.Random, shape: Shape) -> Row:
-    left = min(max(int(draw.lognormvariate(math.log(200), 0.9)), 16), 2048)
+def _chat(draw: random.Random, shape: Shape, left: int) -> Row:
     parts: list[tuple[int, bool]] = []
     while left:
-        turn = min(left, _drawn(draw, 150, 60, 12, 400))
+        turn = min(left, round(draw.uniform(12, 300)))
         if left - turn < 12:
             turn = left
         parts += [(turn - turn * 2 // 3, False), (turn * 2 // 3, True)]
@@ -163,8 +165,18 @@ def _chat(draw: random.Random, shape: Shape) -> Row:
     return _row(draw, shape, parts)
 
 
-def _drawn(draw: random.Random, mean: float, deviation: float, least: int, most: int) -> int:
-    return min(max(round(draw.gauss(mean, deviation)), least), most)
+def _spread_evenly(
+    draw: random.Random,
+    lengths: NormalDist,
+    count: int,
+    least: float,
+    most: float,
+    scale: Callable[[float], float] = lambda value: value,
+) -> list[int]:
+    """Lengths at evenly spaced quantiles, in random order: a few random ones would be too short or too long."""
+    values = [lengths.inv_cdf((number + 0.5) / count) for number in range(count)]
+    draw.shuffle(values)
+    return [round(scale(min(max(value, least), most))) for value in values]
 
 
 def _row(draw: random.Random, shape: Shape, parts: Sequence[tuple[int, bool]]) -> Row:
