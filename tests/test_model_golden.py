@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,49 +11,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import DynamicCache
 
+from benchmarks.golden import FOLDER, Case, bundled_case
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
 
-BUNDLED = Path(__file__).parent / "golden"
 MORE = Path(__file__).parents[2] / "shared" / "golden"
 ATTENTIONS = ("eager", "sdpa")
-
-
-@dataclass
-class Case:
-    """One base with one prefix, on disk in the official layout, and the numbers for it."""
-
-    base: Path
-    prefix: Path
-    settings: dict
-    arrays: dict[str, torch.Tensor]
-
-    def load(self, attention: str = "eager", trainable: bool = False) -> ChatGLMForConditionalGeneration:
-        settings = self.settings | {"prefix_dropout": 0.0} if trainable else {}
-        model = ChatGLMForConditionalGeneration.from_pretrained(
-            self.base, dtype=torch.float32, attn_implementation=attention, **settings
-        )
-        if trainable:
-            model.load_prefix(self.prefix)
-        return model
-
-    @property
-    def rows(self) -> dict[str, torch.Tensor]:
-        names = ("input_ids", "attention_mask", "position_ids", "labels")
-        return {name: self.arrays[f"train_right.{name}"] for name in names}
-
-
-def _bundled_case(name: str, folder: Path) -> Case:
-    arrays = {key: torch.from_numpy(value) for key, value in np.load(BUNDLED / f"{name}.npz").items()}
-    parts = {}
-    for part in ("base", "prefix"):
-        parts[part] = {k.removeprefix(f"{part}."): arrays.pop(k) for k in list(arrays) if k.startswith(f"{part}.")}
-        (folder / part).mkdir(parents=True)
-        torch.save(parts[part], folder / part / "pytorch_model.bin")
-    shutil.copy(BUNDLED / "official_config.json", folder / "base" / "config.json")
-    length = parts["prefix"]["transformer.prefix_encoder.embedding.weight"].shape[0]
-    settings = {"pre_seq_len": length, "prefix_projection": any(".trans." in key for key in parts["prefix"])}
-    return Case(folder / "base", folder / "prefix", settings, arrays)
 
 
 def _outside_case(folder: Path, tag: str, prefix: dict) -> Case:
@@ -76,7 +37,7 @@ OUTSIDE = {
 def case(request, tmp_path_factory) -> Case:
     if request.param in OUTSIDE:
         return _outside_case(*OUTSIDE[request.param])
-    return _bundled_case(request.param, tmp_path_factory.mktemp(request.param))
+    return bundled_case(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -146,10 +107,10 @@ def test_eight_steps_of_adamw(case):
             assert (model.get_parameter(name.removeprefix(start)) - expected).abs().max() < 3e-3
 
 
-_FILES = [*sorted(BUNDLED.glob("chatglm_cpp_*.npz")), *sorted(MORE.glob("*.npz"))]
+_FILES = [*sorted(FOLDER.glob("chatglm_cpp_*.npz")), *sorted(MORE.glob("*.npz"))]
 CHATGLM_CPP = {f"{path.parent.parent.name}-{path.stem}": (path, "", "_f32") for path in _FILES}
 CHATGLM_CPP |= {f"{name}-rounded": (case[0], "", "") for name, case in CHATGLM_CPP.items() if "ptuning" in name}
-CHATGLM_CPP["tests-chatglm_cpp_glm4"] = (BUNDLED / "chatglm_cpp_glm3.npz", "glm4.", "_f32")
+CHATGLM_CPP["tests-chatglm_cpp_glm4"] = (FOLDER / "chatglm_cpp_glm3.npz", "glm4.", "_f32")
 
 
 @pytest.mark.parametrize(("path", "variant", "precision"), CHATGLM_CPP.values(), ids=CHATGLM_CPP.keys())
@@ -189,4 +150,4 @@ def test_hidden_states_of_chatglm_cpp(path, variant, precision, tmp_path):
 
 
 def test_bundled_files_stay_small():
-    assert sum(path.stat().st_size for path in BUNDLED.iterdir()) < 1_000_000
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 1_000_000

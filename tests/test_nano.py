@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from native_glm import as_native_glm
 
 import chatglm_ptuning
+from benchmarks.native_glm import as_native_glm
 from chatglm_ptuning.model.arguments import DEFAULT_MODEL
 
 HEADLINES = Path(DEFAULT_MODEL).parent / "news_topic" / "train.json"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from native_glm import as_native_glm
 from safetensors.torch import load_file, save_file
 
+from benchmarks.native_glm import as_native_glm
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMModel
 from chatglm_ptuning.prefix.checkpoint import PREFIX_KEY
 from chatglm_ptuning.prefix.formats import detect_format, read_prefix
