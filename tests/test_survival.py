@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -239,15 +240,22 @@ def test_a_batch_that_does_not_fit_is_described_with_the_ways_out(base, long_row
     argv = large_batch(base, long_rows, tmp_path / "run")
     ended = processes.start(argv, 1, tmp_path, LIMIT_MEMORY_MB="100").wait()[0]
     assert ended.code == 1
-    assert "Out of memory on cpu (process 0): a batch of 96 rows of 19" in ended.output
+    assert "Out of memory on cpu (process 0): a pass of 96 rows of 19" in ended.output
     assert "with 5 of the prefix" in ended.output
-    for way in (
-        "--per_device_train_batch_size 48 --gradient_accumulation_steps 2",
-        "--gradient_checkpointing",
-        "--quantization_bit",
-    ):
+    assert re.search(r"1\. --max_tokens_per_pass 9\d{3}", ended.output)  # half of 96 rows of about 200
+    for way in ("--gradient_checkpointing", "--quantization_bit"):
         assert way in ended.output
     assert "Traceback" not in ended.output
+    fewer = [*argv, "--max_tokens_per_pass", "800"]
+    assert processes.start(fewer, 1, tmp_path, LIMIT_MEMORY_MB="100").wait()[0].code == 0
+
+
+def test_a_padded_batch_that_does_not_fit_is_described_with_a_smaller_one(base, long_rows, tmp_path):
+    argv = large_batch(base, long_rows, tmp_path / "run", "--packing", "false")
+    ended = processes.start(argv, 1, tmp_path, LIMIT_MEMORY_MB="100").wait()[0]
+    assert ended.code == 1
+    assert "a pass of 96 rows of 19" in ended.output and "padded to" in ended.output
+    assert "--per_device_train_batch_size 48 --gradient_accumulation_steps 2" in ended.output
 
 
 def test_a_fitting_batch_is_found(base, long_rows, tmp_path):
@@ -266,7 +274,7 @@ def test_a_fitting_batch_is_found(base, long_rows, tmp_path):
 def make_trainer(base, tmp_path, rows, replay=None, **changes):
     args = PrefixTrainingArguments(
         output_dir=str(tmp_path / "run"), per_device_train_batch_size=2, max_steps=3, report_to="none",
-        disable_tqdm=True, **changes,
+        disable_tqdm=True, packing=False, **changes,
     )  # fmt: skip
     model = load_model(str(base), pre_seq_len=4)
     return PrefixTrainer(model=model, args=args, train_dataset=rows, data_collator=PaddingCollator(0), replay=replay)

@@ -87,11 +87,11 @@ class NothingTrained(TrainingStopped):
 
 
 class OutOfMemory(TrainingStopped):
-    """A batch did not fit into memory.
+    """A forward and backward pass did not fit into memory.
 
     Args:
-        lengths: number of tokens of every row, without padding.
-        padded: number of tokens of a row with padding.
+        lengths: number of tokens of every row of the pass, without padding.
+        padded: number of tokens of a row with padding; without meaning for packed rows.
         general_rows: general rows (`--preserve_base`) in the same step.
     """
 
@@ -108,14 +108,16 @@ class OutOfMemory(TrainingStopped):
         ways = []
         if general_rows > 1:
             ways.append(f"--preserve_batch_size {general_rows // 2} (fewer general rows a step)")
-        if batch > 1:
-            same = "" if general_rows else "the same training, "
+        same = "" if general_rows else "the same training, "
+        if arguments.packing and len(lengths) > 1:
+            ways.append(f"--max_tokens_per_pass {max(max(lengths), sum(lengths) // 2)} (the same training)")
+        elif batch > 1 and not arguments.packing:
             ways.append(
                 f"--per_device_train_batch_size {smaller} --gradient_accumulation_steps "
                 f"{-(-batch * accumulation // smaller)} ({same}a little slower; or --auto_find_batch_size)"
             )
         else:
-            ways.append("a smaller --max_source_length or --max_target_length (the batch is one row already)")
+            ways.append("a smaller --max_source_length or --max_target_length (it is one row already)")
         if not arguments.activation_checkpointing and not getattr(arguments, "gradient_checkpointing", False):
             ways.append("--gradient_checkpointing (about a third slower)")
         ways.append("--quantization_bit 8 or 4 (a smaller base)")
@@ -123,8 +125,9 @@ class OutOfMemory(TrainingStopped):
             ways.append("DS_CONFIG=ds_config/zero3.json (the base is shared among the GPUs)")
         numbered = "".join(f"\n  {place}. {way}" for place, way in enumerate(ways, 1))
         super().__init__(
-            f"Out of memory on {arguments.device} (process {arguments.process_index}): a batch of {len(lengths)} rows "
-            f"of {', '.join(map(str, lengths))} tokens, padded to {padded}, with {pre_seq_len} of the prefix"
+            f"Out of memory on {arguments.device} (process {arguments.process_index}): a pass of {len(lengths)} rows "
+            f"of {', '.join(map(str, lengths))} tokens{'' if arguments.packing else f', padded to {padded}'}, with "
+            f"{pre_seq_len} of the prefix"
             f"{f', and {general_rows} general rows of --preserve_base' if general_rows else ''}, did not fit. "
             f"{what_is_kept(arguments)} Cheapest first:{numbered}"
         )

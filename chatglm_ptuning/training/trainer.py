@@ -267,7 +267,7 @@ class PrefixTrainer(Trainer):
         if num_items_in_batch is not None and int(num_items_in_batch) == 0:
             raise AllLabelsMasked(self.state.global_step + 1)
         passes = inputs.get(PASSES, [inputs])
-        batch, loss = inputs, torch.zeros((), device=self.args.device)
+        batch, loss = (passes or [inputs])[0], torch.zeros((), device=self.args.device)
         try:
             if self.replay is not None and passes:
                 loss += self._replay_step(model, self.current_gradient_accumulation_steps if PASSES in inputs else 1)
