@@ -19,6 +19,7 @@ from sentencepiece import SentencePieceProcessor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from chatglm_ptuning.chat.roles import ROLE_TOKENS
+from chatglm_ptuning.files import check_content
 
 SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", *ROLE_TOKENS)
 """In the order of their ids, which follow the last piece (official file: tokenization_chatglm.py of ChatGLM3-6B)."""
@@ -438,10 +439,10 @@ def _unreadable(path: Path, expected: str, reason: Exception) -> ValueError:
             f"{path} is missing. Put the tokenizer.model of the base there, or give the folder that has it: every "
             "base of the family comes with one (those for transformers' own GlmForCausalLM with a tokenizer.json)."
         )
-    with path.open("rb") as file:
-        start = file.read(64)
-    if start.startswith(b"version https://git-lfs"):
-        return ValueError(f"{path} is a git-lfs pointer, not the file itself. Run `git lfs pull` in its folder.")
+    try:
+        check_content(path)
+    except ValueError as error:
+        return error
     return ValueError(
         f"{path} ({path.stat().st_size} bytes) is damaged or not {expected}: {reason}. Copy or download the base's "
         f"{path.name} again."
