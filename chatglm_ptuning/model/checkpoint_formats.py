@@ -114,6 +114,24 @@ def checked_dtype(value: Any, name: str) -> Any:
     return dtype
 
 
+def check_not_quantised(fields: dict[str, Any], source: str) -> None:
+    """Refuses a base whose weights were saved quantised by bitsandbytes or another library.
+
+    Args:
+        fields, source: as for `check_architecture`.
+
+    Raises:
+        ValueError: naming the library and what to do.
+    """
+    settings = fields.get("quantization_config")
+    if settings is not None:
+        method = settings.get("quant_method", "another library") if isinstance(settings, dict) else settings
+        raise ValueError(
+            f"{source} has a quantization_config: the weights were saved quantised by {method}, which this kit does "
+            "not read. Load the base as it was published, and quantise it while it loads, by quantization_bit 4 or 8."
+        )
+
+
 def without_recorded_prefix(fields: dict[str, Any], pre_seq_len: Any) -> dict[str, Any]:
     """The fields of a folder's config.json without the prefix that it records.
 
