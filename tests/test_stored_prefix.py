@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from chatglm_ptuning import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMForSequenceClassification
 from chatglm_ptuning.evaluation.run import main as evaluate
+from chatglm_ptuning.model.arguments import TokenizerArguments
 from chatglm_ptuning.model.loading import load_model
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMModel
 from chatglm_ptuning.serving import terminal
@@ -149,6 +150,14 @@ def test_other_classes_recognise_it_too(stored, trained, ids):
     torch.testing.assert_close(model.transformer(ids, prefix=NAME).last_hidden_state, expected)
     with pytest.raises(ValueError, match=r"classifier_head .*untrained"):
         model.check_prefix_is_trained(NAME)
+
+
+def test_a_link_to_the_folder_gives_the_name(stored, tmp_path):
+    (tmp_path / "linked").symlink_to(stored())
+    assert ChatGLMForConditionalGeneration.from_pretrained(tmp_path / "linked").prefix_names == ["linked"]
+    assert TokenizerArguments(model_name_or_path=str(tmp_path / "linked")).find_prefix("linked") == str(
+        tmp_path / "linked"
+    )
 
 
 def test_in_a_hubs_cache_the_name_is_that_of_the_repository(trained, tmp_path):
