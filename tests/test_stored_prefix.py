@@ -273,12 +273,16 @@ def test_an_evaluation_uses_it_when_asked(base, tuned, train_file, tmp_path, mon
 
 
 def test_an_evaluation_in_a_run_uses_the_plain_base(base, tuned, train_file, tmp_path):
-    for name, folder in (("plain", base), ("stored", tuned[0])):
+    for name, folder, *more in (
+        ("plain", base),
+        ("stored", tuned[0]),
+        ("none", tuned[0], "--ptuning_checkpoint", "none"),
+    ):
         main(
-            ["--do_eval", "--model_name_or_path", str(folder), "--validation_file", str(train_file),
+            ["--do_eval", "--model_name_or_path", str(folder), "--validation_file", str(train_file), *more,
              "--prompt_column", "content", "--response_column", "summary", "--output_dir", str(tmp_path / name)]
         )  # fmt: skip
-    assert results(tmp_path / "plain")["eval_loss"] == results(tmp_path / "stored")["eval_loss"]
+    assert len({results(tmp_path / name)["eval_loss"] for name in ("plain", "stored", "none")}) == 1
 
 
 def test_a_chat_starts_with_the_plain_base_and_offers_it(tuned, tmp_path, monkeypatch, capsys):
@@ -290,3 +294,7 @@ def test_a_chat_starts_with_the_plain_base_and_offers_it(tuned, tmp_path, monkey
     lines = iter(["/prefix", "/exit"])
     terminal.main(["--model_name_or_path", str(tuned[0]), "--ptuning_checkpoint", NAME])
     assert f"* {NAME}\n  none" in capsys.readouterr().out
+    for named in (["none"], ["none", NAME]):
+        lines = iter(["/prefix", "/exit"])
+        terminal.main(["--model_name_or_path", str(tuned[0]), "--ptuning_checkpoint", *named])
+        assert f"  {NAME}\n* none" in capsys.readouterr().out

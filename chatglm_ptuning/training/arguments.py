@@ -15,7 +15,7 @@ from chatglm_ptuning.data.tasks.arguments import TaskArguments
 from chatglm_ptuning.data.tasks.registry import load_task
 from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.files import check_output_folder
-from chatglm_ptuning.model.arguments import BaseArguments
+from chatglm_ptuning.model.arguments import BaseArguments, is_plain_base
 from chatglm_ptuning.prefix.latest import runs_folder
 from chatglm_ptuning.training.distributed import prepare_processes
 from chatglm_ptuning.training.head_start import HeadInit
@@ -96,6 +96,8 @@ class ModelArguments(BaseArguments):
     )
 
     def __post_init__(self) -> None:
+        if is_plain_base(self.ptuning_checkpoint):
+            self.ptuning_checkpoint = None
         if self.init_prefix_text is not None:
             self.prefix_init = "text"
         if self.prefix_init == "text" and not self.init_prefix_text:
