@@ -207,6 +207,15 @@ def test_left_padding_with_positions(tokenizer):
     assert batch["position_ids"][1].tolist() == list(range(batch["input_ids"].shape[1]))
 
 
+def test_padding_is_decoded_to_no_text(tokenizer):
+    """Official file: convert_id_to_token in tokenization_chatglm.py of ChatGLM3-6B."""
+    ids = tokenizer(["你好", "今天的天气真不错"], padding=True)["input_ids"][0]
+    answer = [*tokenizer("你好", add_special_tokens=False)["input_ids"], 2, 0, 0]
+    assert (tokenizer.decode(ids), tokenizer.decode(answer)) == ("[gMASK]sop你好", "你好")
+    assert tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens(ids)) == "[gMASK]sop你好"
+    assert tokenizer.decode([0]) == tokenizer.decode(0) == ""
+
+
 def test_right_padding_if_asked(tokenizer):
     short = tokenizer("你好")["input_ids"]
     by_argument = tokenizer(["你好"], padding="max_length", max_length=10, padding_side="right")

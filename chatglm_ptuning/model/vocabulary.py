@@ -128,7 +128,7 @@ class Vocabulary(ABC):
         """Text of the ids.
 
         Special tokens are spelled out, and ids outside the vocabulary are left out. Bytes that are no UTF-8 (yet) are
-        U+FFFD. In a sentencepiece vocabulary `</s>` and `<s>` give no text.
+        U+FFFD. In a sentencepiece vocabulary `</s>`, `<s>` and padding give no text.
 
         Args:
             skip_special_tokens: leave out special and named tokens.
@@ -225,7 +225,11 @@ class SentencePieceVocabulary(Vocabulary):
         return SPTokenizer(self)
 
     def _decode_pieces(self, pieces: list[int] | list[str]) -> str:
-        return self.processor.decode([piece for piece in pieces if isinstance(piece, str) or 0 <= piece < self.pieces])
+        # Padding has no text, as in the official tokenizer; sentencepiece writes its id, that of <unk>, as " ⁇ ".
+        padding = (self.processor.unk_id(), self.token(self.processor.unk_id()))
+        return self.processor.decode(
+            [piece for piece in pieces if piece not in padding and (isinstance(piece, str) or 0 <= piece < self.pieces)]
+        )
 
 
 class SPTokenizer:
