@@ -148,6 +148,11 @@ def test_piece_spelled_like_a_special_token_stays_a_piece(tmp_path):
 def test_tokens_cannot_be_added_but_known_ones_can_be_named(tokenizer):
     with pytest.raises(ValueError, match=r"Cannot add '<mine>': .*tokenizer\.model"):
         tokenizer.add_tokens(["<mine>"])
+    named = (tokenizer.pad_token, tokenizer.all_special_ids)
+    for given in ({"pad_token": "<mine>"}, {"additional_special_tokens": ["<|user|>", "<mine>"]}):
+        with pytest.raises(ValueError, match="Cannot add '<mine>'"):
+            tokenizer.add_special_tokens(given)
+        assert (tokenizer.pad_token, tokenizer.all_special_ids) == named
     assert tokenizer.add_special_tokens({"pad_token": "</s>"}) == 0
     assert tokenizer.pad_token_id == 2
 
