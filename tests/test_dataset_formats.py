@@ -52,7 +52,7 @@ def refusal(values: Row, columns: Columns = DETECT) -> str:
 
 @pytest.mark.parametrize(
     "fields", [("content", "summary"), ("prompt", "response"), ("question", "answer"), ("input", "output"),
-               ("text", "label")],
+               ("input", "target"), ("problem", "solution"), ("ask", "answer"), ("text", "label")],
 )  # fmt: skip
 def test_known_pairs_of_columns_need_no_names(fields):
     values = dict(zip(fields, ("问", "答"), strict=True))
@@ -325,7 +325,8 @@ def test_input_and_context_are_joined_to_the_question(question, reply, added):
 def test_other_text_is_named_and_what_has_no_meaning_is_not(values, dataset_format):
     notes = {"id": "a", "prompt_id": "b", "source": "网", "category": "问答", "language": "zh", "score": 4.5,
              "metadata": {"url": "http://" + "长" * 500}, "createdAt": "昨天", "Unnamed: 0": "x", "empty": None,
-             "count": "12.5"}  # fmt: skip
+             "count": "12.5", "urls": ["http://a"], "cate1": "内科", "subCategory": "神经", "topics": ["婚恋"],
+             "answer_from": "人", "来源": "网", "序号": "甲"}  # fmt: skip
     assert read_row(row(**values, **notes), DETECT).unread == ()
     assert read_row(row(**values, **notes, 备注="注", images=["a"]), DETECT).unread == ("备注", "images")
     assert read_row(row(**values, 备注="注"), Columns(ignored=("备注",))).unread == ()

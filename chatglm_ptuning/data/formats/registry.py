@@ -16,7 +16,7 @@ from chatglm_ptuning.data.sources.tables import TEXT_COLUMN
 PAIRS = (
     ("content", "summary"), ("prompt", "response"), ("prompt", "completion"), ("question", "answer"),
     ("query", "response"), ("instruction", "response"), ("input", "output"), ("source", "target"),
-    ("text", "label"),
+    ("input", "target"), ("problem", "solution"), ("ask", "answer"), ("text", "label"),
 )  # fmt: skip
 """Pairs of columns that need not be named."""
 
