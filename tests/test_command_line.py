@@ -70,6 +70,8 @@ def test_an_unknown_flag_names_the_nearest(capsys):
         ("--prefix_init warm", "--prefix_init .*data, text, small, official.*'warm'"),
         ("--prefix_init text", "--prefix_init .*--init_prefix_text"),
         ("--max_source_length 1", "--max_source_length .*at least 2.* 1"),
+        ("--warmup_ratio 0.1", "--warmup_ratio .*--warmup_steps, .*share of all steps"),
+        ("--no_cuda", "--no_cuda .*--use_cpu"),
         ("--seed 3 stray", "unexpected .*stray"),
     ],
 )
