@@ -213,6 +213,25 @@ def test_sharegpt_conversations_that_begin_with_an_answer():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("keys", [("human", "assistant"), ("input", "output")])
+def test_conversations_of_whole_rounds(keys):
+    first, second = (dict(zip(keys, pair, strict=True)) for pair in (("问", "答"), ("再问", "再答")))
+    wanted = [user("问"), answer("答"), user("再问"), answer("再答")]
+    values = row(conversation_id=1, category="问答", conversation=[first, second], dataset="moss")
+    assert read(values, "sharegpt").messages == wanted and read_row(values, DETECT).unread == ()
+    said = read(row(conversation=[{"system": "甲", **first}, second]), "sharegpt").messages
+    assert said == [Message("system", "甲"), *wanted]
+    assert "'human' of message 1" in refusal(row(conversation=[{"human": ["问"], "assistant": "答"}]))
+
+
+def test_a_conversation_of_chatglm3_may_be_named_in_the_singular():
+    turns = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
+    values = row(_id="a", source="网", conversation=turns)
+    assert read(values, "chatglm3").messages == [user("问"), answer("答")]
+    assert read_row(values, DETECT).unread == ()
+    assert read_row(row(prompt="问", response="答", conversation="闲聊"), DETECT).unread == ("conversation",)
+
+
 def test_chatglm3_tool_alpaca():
     turns = [
         {"role": "user", "content": "查天气"},
