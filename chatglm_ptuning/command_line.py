@@ -124,10 +124,10 @@ def _flags_from_file(parser: _Parser, path: str, known: set[str]) -> list[str]:
 
 
 def flag_words(flags: Mapping[str, Any]) -> list[str]:
-    """Flags and values as words of a command line; a flag whose value is None is left out."""
+    """Flags and values as words of a command line; a flag whose value is None or an empty list is left out."""
     words = []
     for name, value in flags.items():
-        if value is None:
+        if value is None or value == []:
             continue
         values = value if isinstance(value, list) else [value]
         words += [f"--{name}", *map(_word, values)]

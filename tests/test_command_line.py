@@ -95,7 +95,7 @@ def test_flags_come_from_a_file_and_the_command_line_overrides_them(tmp_path):
     (parsed,) = parse_arguments("x", "", [Two], ["--config", str(yaml)])
     assert parsed == Two(5, True, "名字")
     as_json = tmp_path / "run.json"
-    as_json.write_text(json.dumps({"number": 6, "names": None}), "utf-8")
+    as_json.write_text(json.dumps({"number": 6, "names": None, "switch": []}), "utf-8")
     (parsed,) = parse_arguments("x", "", [Two], [f"--config={as_json}", "--number", "7"])
     assert parsed == Two(7, False, None)
 
