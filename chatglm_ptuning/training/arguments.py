@@ -51,6 +51,10 @@ RETIRED_FLAGS = {
     "eval_accumulation_steps": "an evaluation keeps no logits that could fill the memory.",
     "logging_nan_inf_filter": "a loss that is not finite always ends the training.",
     "remove_unused_columns": "the rows have only the columns that the model takes.",
+    "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR instead.",
+    "save_safetensors": "weights are always saved as safetensors.",
+    "half_precision_backend": "there is one left, PyTorch's.",
+    "fp16_backend": "there is one left, PyTorch's.",
     "cache_dir": "set the environment variable HF_HOME (MODELSCOPE_CACHE for --hub modelscope) instead.",
     "config_name": "the configuration is read from --model_name_or_path.",
     "tokenizer_name": "the tokenizer is read from --model_name_or_path.",
@@ -199,7 +203,8 @@ class DataArguments(TaskArguments):
         name = "train_file" if kind == "train" else "validation_file"
         files = getattr(self, name) if kind != "test" else self.test_file or self.validation_file
         if not files:
-            raise ValueError(f"--{name} is required by the other flags.")
+            asks = {"train": "--do_train", "dev": "--do_eval and --eval_strategy", "test": "--do_predict"}
+            raise ValueError(f"--{name} is missing: {asks[kind]} reads its rows.")
         return Split(files, limit=limits[kind], weights=self.train_weights if kind == "train" else None)
 
 
