@@ -18,6 +18,16 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+_RENAMED = {
+    "warmup_ratio": "--warmup_steps, where a value below 1 is a share of all steps",
+    "evaluation_strategy": "--eval_strategy",
+    "no_cuda": "--use_cpu",
+    "per_gpu_train_batch_size": "--per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "--per_device_eval_batch_size",
+    "adafactor": "--optim adafactor",
+}
+"""Flag of earlier versions of transformers -> what does the same now."""
+
 
 class _RaisingParser(HfArgumentParser):
     """As transformers', but it raises ValueError instead of ending the process."""
@@ -114,10 +124,10 @@ def _flags_from_file(parser: _Parser, path: str, known: set[str]) -> list[str]:
 
 
 def flag_words(flags: Mapping[str, Any]) -> list[str]:
-    """Flags and values as words of a command line; a flag whose value is None is left out."""
+    """Flags and values as words of a command line; a flag whose value is None or an empty list is left out."""
     words = []
     for name, value in flags.items():
-        if value is None:
+        if value is None or value == []:
             continue
         values = value if isinstance(value, list) else [value]
         words += [f"--{name}", *map(_word, values)]
@@ -193,6 +203,9 @@ def _unknown(rest: list[str], known: set[str]) -> str:
         if not word.startswith("--"):
             continue
         name = word.lstrip("-").partition("=")[0]
+        if name in _RENAMED:
+            parts.append(f"--{name} is no more: use {_RENAMED[name]}")
+            continue
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         parts.append(f"unknown flag --{name}" + (f" (did you mean --{near[0]}?)" if near else ""))
     return "; ".join(parts) or f"unexpected values: {' '.join(rest)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+_LFS_POINTER = b"version https://git-lfs"
 _DEEPEST = 4
 """Most dictionaries around a dictionary of tensors."""
 
@@ -113,6 +115,21 @@ def check_json_files(folder: Path, *patterns: str) -> None:
             read_json_object(path)
 
 
+def check_content(path: Path) -> None:
+    """Checks that a file of weights or of a vocabulary was downloaded.
+
+    Raises:
+        OSError: if it cannot be opened.
+        ValueError: naming the file, if it is empty, or a pointer of Git LFS.
+    """
+    with path.open("rb") as file:
+        start = file.read(len(_LFS_POINTER))
+    if not start:
+        raise ValueError(f"{path} is empty (0 bytes): copy or download it again.")
+    if start == _LFS_POINTER:
+        raise ValueError(f"{path} is a git-lfs pointer, not the file itself. Run `git lfs pull` in its folder.")
+
+
 def read_tensors(
     path: Path, wanted: Callable[[str], bool] = lambda name: True, *, nested: bool = False
 ) -> dict[str, torch.Tensor]:
@@ -131,27 +148,35 @@ def read_tensors(
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
+    check_content(path)
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or not a safetensors file: {error}.") from error
-    with path.open("rb"):
-        pass  # whatever keeps the file from being opened is no damage
     try:
         # Trainers save their arguments in one. Unpickling it sets attributes, and runs no code.
         with torch.serialization.safe_globals([Namespace] if nested else []):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
     except Exception as error:  # the unpickler, given damaged bytes, raises whatever they lead it to
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{path} is damaged, or holds more than tensors and is not opened for safety: {reason}"
+            f"{path} is damaged, or holds more than tensors and is not opened for safety: {_reason(error)} Copy it "
+            "again, or save the tensors alone, by their names."
         ) from error
     tensors = dict(_tensors_within(content)) if nested and isinstance(content, Mapping) else content
     if not isinstance(tensors, Mapping) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise ValueError(f"{path} does not hold a dictionary of tensors.")
     return {name: tensor.clone() for name, tensor in tensors.items() if wanted(name)}
+
+
+def _reason(error: Exception) -> str:
+    """What torch.load says of a file, without its advice to unpickle it."""
+    text = str(error)
+    if match := re.search(r"Unsupported global: GLOBAL (\S+)", text):
+        return f"it holds an object of {match[1]}."
+    first = (text.splitlines() or [type(error).__name__])[0]
+    return "it is not a file of torch.save." if "eights only load failed" in first else f"{first.rstrip('.')}."
 
 
 def _tensors_within(content: Mapping[Any, Any], depth: int = 0) -> Iterator[tuple[str, torch.Tensor]]:

@@ -125,6 +125,11 @@ def test_other_formats_of_history_and_unknown_roles_are_refused(base, tokenizers
         base.chat(tokenizers[chat_format], "你好", history, role=role)
 
 
+def test_a_query_that_is_no_text_is_refused(base, tokenizers):
+    with pytest.raises(ValueError, match=r"query must be a text, got \[{'type'"):
+        base.chat(tokenizers["chatglm3"], [{"type": "text", "text": "你好"}])
+
+
 @pytest.mark.parametrize("stop", ["</s>", "<|user|>", "<|observation|>"])
 def test_stops(base, glm3, stop):
     stop_id = glm3.convert_tokens_to_ids(stop)

@@ -70,6 +70,8 @@ def test_an_unknown_flag_names_the_nearest(capsys):
         ("--prefix_init warm", "--prefix_init .*data, text, small, official.*'warm'"),
         ("--prefix_init text", "--prefix_init .*--init_prefix_text"),
         ("--max_source_length 1", "--max_source_length .*at least 2.* 1"),
+        ("--warmup_ratio 0.1", "--warmup_ratio .*--warmup_steps, .*share of all steps"),
+        ("--no_cuda", "--no_cuda .*--use_cpu"),
         ("--seed 3 stray", "unexpected .*stray"),
     ],
 )
@@ -93,7 +95,7 @@ def test_flags_come_from_a_file_and_the_command_line_overrides_them(tmp_path):
     (parsed,) = parse_arguments("x", "", [Two], ["--config", str(yaml)])
     assert parsed == Two(5, True, "名字")
     as_json = tmp_path / "run.json"
-    as_json.write_text(json.dumps({"number": 6, "names": None}), "utf-8")
+    as_json.write_text(json.dumps({"number": 6, "names": None, "switch": []}), "utf-8")
     (parsed,) = parse_arguments("x", "", [Two], [f"--config={as_json}", "--number", "7"])
     assert parsed == Two(7, False, None)
 

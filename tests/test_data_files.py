@@ -59,6 +59,8 @@ def test_a_row_survives_pickling():
         ('{"a": 1}\n["b"]', 2, "expected a JSON object", '["b"]'),
         ('{"a": 1}\nnull', 2, "expected a JSON object", "null"),
         ('{"a": NaN}', 1, "JSON: NaN .* null or a number", '{"a": NaN}'),
+        ('{"a": 1, "b": 2, "a": 3}', 1, "names 'a' twice", '{"a": 1, "b"'),
+        ('[{"a": 1},\n{"b": {"c": 1, "c": 2}}]', 2, "names 'c' twice", '{"b": {"c"'),
         ('{"a": ' + "[" * 100_000, 1, "nested too deeply", '{"a": [[['),
         ('[{"a": 1},\n{"a": 2}\n{"a": 3}]', 3, "',' or ']' .*'{'", '{"a": 3}]'),
         ('[{"a": 1},\n{"a": 2}\n', 3, "',' or ']' .*file ends", ""),

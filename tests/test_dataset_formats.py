@@ -52,7 +52,7 @@ def refusal(values: Row, columns: Columns = DETECT) -> str:
 
 @pytest.mark.parametrize(
     "fields", [("content", "summary"), ("prompt", "response"), ("question", "answer"), ("input", "output"),
-               ("text", "label")],
+               ("input", "target"), ("problem", "solution"), ("ask", "answer"), ("text", "label")],
 )  # fmt: skip
 def test_known_pairs_of_columns_need_no_names(fields):
     values = dict(zip(fields, ("问", "答"), strict=True))
@@ -213,6 +213,25 @@ def test_sharegpt_conversations_that_begin_with_an_answer():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("keys", [("human", "assistant"), ("input", "output")])
+def test_conversations_of_whole_rounds(keys):
+    first, second = (dict(zip(keys, pair, strict=True)) for pair in (("问", "答"), ("再问", "再答")))
+    wanted = [user("问"), answer("答"), user("再问"), answer("再答")]
+    values = row(conversation_id=1, category="问答", conversation=[first, second], dataset="moss")
+    assert read(values, "sharegpt").messages == wanted and read_row(values, DETECT).unread == ()
+    said = read(row(conversation=[{"system": "甲", **first}, second]), "sharegpt").messages
+    assert said == [Message("system", "甲"), *wanted]
+    assert "'human' of message 1" in refusal(row(conversation=[{"human": ["问"], "assistant": "答"}]))
+
+
+def test_a_conversation_of_chatglm3_may_be_named_in_the_singular():
+    turns = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
+    values = row(_id="a", source="网", conversation=turns)
+    assert read(values, "chatglm3").messages == [user("问"), answer("答")]
+    assert read_row(values, DETECT).unread == ()
+    assert read_row(row(prompt="问", response="答", conversation="闲聊"), DETECT).unread == ("conversation",)
+
+
 def test_chatglm3_tool_alpaca():
     turns = [
         {"role": "user", "content": "查天气"},
@@ -325,7 +344,8 @@ def test_input_and_context_are_joined_to_the_question(question, reply, added):
 def test_other_text_is_named_and_what_has_no_meaning_is_not(values, dataset_format):
     notes = {"id": "a", "prompt_id": "b", "source": "网", "category": "问答", "language": "zh", "score": 4.5,
              "metadata": {"url": "http://" + "长" * 500}, "createdAt": "昨天", "Unnamed: 0": "x", "empty": None,
-             "count": "12.5"}  # fmt: skip
+             "count": "12.5", "urls": ["http://a"], "cate1": "内科", "subCategory": "神经", "topics": ["婚恋"],
+             "answer_from": "人", "来源": "网", "序号": "甲"}  # fmt: skip
     assert read_row(row(**values, **notes), DETECT).unread == ()
     assert read_row(row(**values, **notes, 备注="注", images=["a"]), DETECT).unread == ("备注", "images")
     assert read_row(row(**values, 备注="注"), Columns(ignored=("备注",))).unread == ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -202,3 +203,11 @@ def test_text_that_is_not_read_is_named(base, tmp_path, caplog):
     path = write(tmp_path / "noted.json", [{**row, "备注": "注"} for row in ROWS])
     main(flags(base, path, "--output_dir", str(tmp_path / "scores")))
     assert any(f"{len(ROWS)} rows of noted" in message and "'备注'" in message for message in caplog.messages)
+
+
+def test_prompts_longer_than_the_base_give_one_warning(base, prefix, tmp_path, caplog):
+    path = write(tmp_path / "long.json", [*ROWS, {"content": "问" * 300, "summary": "答"}])
+    argv = flags(base, path, "--ptuning_checkpoint", str(prefix), "--compare_base", "--max_source_length", "400")
+    main(argv)
+    (found,) = [message for message in caplog.messages if "seq_length" in message]
+    assert re.search(rf"1 of {len(ROWS) + 1} .*seq_length of 256 .*longest has \d+.*max_source_length", found)

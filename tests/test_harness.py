@@ -364,6 +364,7 @@ def test_mistakes_are_named(base, data, tmp_path, capsys, flags, message):
 
 def test_flags_that_do_not_fit(base, tmp_path, capsys):
     for flags, message in ((["--compare_base"], "give --ptuning_checkpoint"),
+                           (["--compare_base", "--ptuning_checkpoint", "none"], "give --ptuning_checkpoint"),
                            (["--num_fewshot", "-1"], "--num_fewshot must be at least 0")):  # fmt: skip
         with pytest.raises(SystemExit):
             run(base, tmp_path, *flags)

@@ -99,6 +99,13 @@ def test_stream_generate_ends_at_stop_ids_and_returns_its_cache(model, tokenizer
     assert torch.equal(again[-1], model.generate(ids, max_new_tokens=2, do_sample=False))
 
 
+def test_a_tokenizers_result_in_place_of_ids_is_refused_with_the_way_out(model, tokenizer):
+    inputs = tokenizer.apply_chat_template([{"role": "user", "content": "你好"}], return_tensors="pt")
+    for call in (lambda: model.generate(inputs), lambda: model.generate(input_ids=inputs, max_new_tokens=2)):
+        with pytest.raises(TypeError, match=r"generate\(\*\*result\).*return_dict=False"):
+            call()
+
+
 def test_stream_generate_takes_one_row(model):
     with pytest.raises(ValueError, match=r"one row, got 2: use generate"):
         next(model.stream_generate(torch.ones(2, 3, dtype=torch.long)))

@@ -46,6 +46,7 @@ WRAPPED = [
     "transformer._fsdp_wrapped_module.prefix_encoder._fsdp_wrapped_module.",
     "transformer.prefix_encoder._orig_mod.",
     "prefix_encoder.",
+    "",  # the encoder's own state_dict
 ]
 
 
@@ -75,6 +76,39 @@ def test_dictionaries_around_the_parameters(parameters, shape, tmp_path, outside
         torch.save(content, file)
         assert same(file, shape, parameters)
     assert same(tmp_path, shape, parameters)
+
+
+def test_files_of_other_names_and_folders_below_are_named(parameters, shape, tmp_path):
+    torch.save(parameters, tmp_path / "best.pt")
+    with pytest.raises(FileNotFoundError, match=r"No prefix in .* file with another name must be named itself"):
+        read_prefix(tmp_path, shape)
+    assert same(tmp_path / "best.pt", shape, parameters)
+    for run in ("ads", "news"):
+        folder = tmp_path / run / "checkpoint-9"
+        folder.mkdir(parents=True)
+        torch.save({PREFIX_KEY + name: value for name, value in parameters.items()}, folder / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=rf"No prefix in {tmp_path}: .*such as ads/checkpoint-9"):
+        read_prefix(tmp_path, shape)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"", r"is empty \(0 bytes\).*download it again"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+        (b"<html>404</html>", r"not a file of torch\.save.*Copy it again"),
+        ({"model": {}, "args": Path("a")}, r"an object of pathlib\..*save the tensors alone"),
+    ],
+)
+def test_what_is_no_file_of_tensors_is_named_without_advice_to_unpickle_it(shape, tmp_path, content, named):
+    file = tmp_path / "pytorch_model.bin"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file)
+    with pytest.raises(ValueError, match=named) as error:
+        read_prefix(tmp_path, shape)
+    assert str(file) in str(error.value) and "weights_only" not in str(error.value)
 
 
 def test_the_parameters_of_peft_before_training_are_not_taken(parameters, shape, tmp_path):

@@ -1,6 +1,7 @@
 """Training and loading prefixes on bases that bitsandbytes has quantised, on the CPU."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import tiny_base
 import torch
 from conftest import TINY
 from json_lines import write_rows
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
 from chatglm_ptuning import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMForSequenceClassification
 from chatglm_ptuning.data.collate import PaddingCollator
@@ -206,6 +207,20 @@ def test_a_head_keeps_its_precision(base):
     )
     assert model.classifier_head.weight.dtype == torch.float32
     assert model.transformer.encoder.layers[0].mlp.dense_4h_to_h.weight.dtype == torch.uint8
+
+
+def test_saved_quantised_weights_are_refused_and_not_written(base, tmp_path):
+    model = load_model(str(base), quantization_bit=4)
+    with pytest.raises(ValueError, match=r"quantised base is not saved.*save_prefix"):
+        model.save_pretrained(tmp_path / "saved")
+    folder = Path(shutil.copytree(base, tmp_path / "quantised"))
+    fields = json.loads((folder / "config.json").read_text("utf-8"))
+    fields["quantization_config"] = model.config.quantization_config.to_dict()
+    (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    for load in (ChatGLMForConditionalGeneration.from_pretrained, AutoModel.from_pretrained):
+        with pytest.raises(ValueError, match=r"quantised by bitsandbytes.*quantization_bit 4 or 8") as error:
+            load(folder)
+        assert str(folder) in str(error.value)
 
 
 def test_unknown_settings_are_refused():

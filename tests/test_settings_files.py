@@ -60,6 +60,13 @@ def test_damaged_generation_settings_are_not_ignored(folder, content):
             read(folder)
 
 
+def test_a_configuration_that_is_no_object_is_named(folder):
+    (folder / "config.json").write_text("[]", encoding="utf-8")
+    for read in (*TOKENIZERS, ChatGLMConfig.from_pretrained, ChatGLMForConditionalGeneration.from_pretrained):
+        with pytest.raises(ValueError, match=r"config\.json must hold a JSON object"):
+            read(folder)
+
+
 def test_a_byte_order_mark_is_no_part_of_a_chat_template(whole, folder):
     path = folder / "chat_template.jinja"
     path.write_bytes(MARK + path.read_bytes())
@@ -104,7 +111,7 @@ def test_dtypes_are_read_as_users_write_them(whole, folder, key, value):
 
 
 @pytest.mark.parametrize("key", ["torch_dtype", "dtype"])
-@pytest.mark.parametrize("value", ["fp16", "bf16", "torch.fp16", "int8", 16, {"": "float16"}])
+@pytest.mark.parametrize("value", ["fp16", "bf16", "torch.fp16", "int8", "float8_e4m3fn", 16, {"": "float16"}])
 def test_other_dtypes_are_named(whole, folder, key, value):
     set_field(folder, key, value)
     named = r"must be float32, bfloat16 or float16, got "

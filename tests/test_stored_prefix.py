@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from chatglm_ptuning import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMForSequenceClassification
 from chatglm_ptuning.evaluation.run import main as evaluate
+from chatglm_ptuning.model.arguments import TokenizerArguments
 from chatglm_ptuning.model.loading import load_model
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMModel
 from chatglm_ptuning.serving import terminal
@@ -151,6 +152,14 @@ def test_other_classes_recognise_it_too(stored, trained, ids):
         model.check_prefix_is_trained(NAME)
 
 
+def test_a_link_to_the_folder_gives_the_name(stored, tmp_path):
+    (tmp_path / "linked").symlink_to(stored())
+    assert ChatGLMForConditionalGeneration.from_pretrained(tmp_path / "linked").prefix_names == ["linked"]
+    assert TokenizerArguments(model_name_or_path=str(tmp_path / "linked")).find_prefix("linked") == str(
+        tmp_path / "linked"
+    )
+
+
 def test_in_a_hubs_cache_the_name_is_that_of_the_repository(trained, tmp_path):
     repository, commit = tmp_path / f"models--me--{NAME}", "a" * 40
     (repository / "refs").mkdir(parents=True)
@@ -264,12 +273,16 @@ def test_an_evaluation_uses_it_when_asked(base, tuned, train_file, tmp_path, mon
 
 
 def test_an_evaluation_in_a_run_uses_the_plain_base(base, tuned, train_file, tmp_path):
-    for name, folder in (("plain", base), ("stored", tuned[0])):
+    for name, folder, *more in (
+        ("plain", base),
+        ("stored", tuned[0]),
+        ("none", tuned[0], "--ptuning_checkpoint", "none"),
+    ):
         main(
-            ["--do_eval", "--model_name_or_path", str(folder), "--validation_file", str(train_file),
+            ["--do_eval", "--model_name_or_path", str(folder), "--validation_file", str(train_file), *more,
              "--prompt_column", "content", "--response_column", "summary", "--output_dir", str(tmp_path / name)]
         )  # fmt: skip
-    assert results(tmp_path / "plain")["eval_loss"] == results(tmp_path / "stored")["eval_loss"]
+    assert len({results(tmp_path / name)["eval_loss"] for name in ("plain", "stored", "none")}) == 1
 
 
 def test_a_chat_starts_with_the_plain_base_and_offers_it(tuned, tmp_path, monkeypatch, capsys):
@@ -281,3 +294,7 @@ def test_a_chat_starts_with_the_plain_base_and_offers_it(tuned, tmp_path, monkey
     lines = iter(["/prefix", "/exit"])
     terminal.main(["--model_name_or_path", str(tuned[0]), "--ptuning_checkpoint", NAME])
     assert f"* {NAME}\n  none" in capsys.readouterr().out
+    for named in (["none"], ["none", NAME]):
+        lines = iter(["/prefix", "/exit"])
+        terminal.main(["--model_name_or_path", str(tuned[0]), "--ptuning_checkpoint", *named])
+        assert f"  {NAME}\n* none" in capsys.readouterr().out

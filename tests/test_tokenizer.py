@@ -148,6 +148,11 @@ def test_piece_spelled_like_a_special_token_stays_a_piece(tmp_path):
 def test_tokens_cannot_be_added_but_known_ones_can_be_named(tokenizer):
     with pytest.raises(ValueError, match=r"Cannot add '<mine>': .*tokenizer\.model"):
         tokenizer.add_tokens(["<mine>"])
+    named = (tokenizer.pad_token, tokenizer.all_special_ids)
+    for given in ({"pad_token": "<mine>"}, {"additional_special_tokens": ["<|user|>", "<mine>"]}):
+        with pytest.raises(ValueError, match="Cannot add '<mine>'"):
+            tokenizer.add_special_tokens(given)
+        assert (tokenizer.pad_token, tokenizer.all_special_ids) == named
     assert tokenizer.add_special_tokens({"pad_token": "</s>"}) == 0
     assert tokenizer.pad_token_id == 2
 
@@ -205,6 +210,15 @@ def test_left_padding_with_positions(tokenizer):
     assert batch["attention_mask"][0].tolist() == [0] * pads + [1] * len(short)
     assert batch["position_ids"][0].tolist() == [0] * pads + list(range(len(short)))
     assert batch["position_ids"][1].tolist() == list(range(batch["input_ids"].shape[1]))
+
+
+def test_padding_is_decoded_to_no_text(tokenizer):
+    """Official file: convert_id_to_token in tokenization_chatglm.py of ChatGLM3-6B."""
+    ids = tokenizer(["你好", "今天的天气真不错"], padding=True)["input_ids"][0]
+    answer = [*tokenizer("你好", add_special_tokens=False)["input_ids"], 2, 0, 0]
+    assert (tokenizer.decode(ids), tokenizer.decode(answer)) == ("[gMASK]sop你好", "你好")
+    assert tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens(ids)) == "[gMASK]sop你好"
+    assert tokenizer.decode([0]) == tokenizer.decode(0) == ""
 
 
 def test_right_padding_if_asked(tokenizer):

@@ -96,7 +96,8 @@ def test_a_missing_data_file_is_named_by_its_flag(base, tmp_path, capsys, asked,
     with pytest.raises(SystemExit) as stopped:
         main([asked, "--model_name_or_path", str(base), "--output_dir", str(tmp_path / "run")])
     assert stopped.value.code == 1
-    assert f"error: {missing} is required" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert f"error: {missing} is missing" in message and asked in message
 
 
 def test_a_restarted_job_does_not_resume_from_what_it_was_to_overwrite(base, train_file, tmp_path, monkeypatch):
@@ -141,6 +142,11 @@ def test_a_run_resumes_by_default_or_starts_over_on_request(base, train_file, tm
     with pytest.raises(SystemExit):
         main(flags(base, train_file, tmp_path / "new", "--resume_from_checkpoint", "true"))
     assert "holds no complete checkpoint" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(flags(base, train_file, run, "--resume_from_checkpoint", "false"))
+    assert re.search("false.* checkpoint-2 .*overwrite_output_dir", capsys.readouterr().err.replace(str(run) + "/", ""))
+    main(flags(base, train_file, tmp_path / "new", "--resume_from_checkpoint", "False", steps=2))
+    assert len(losses(tmp_path / "new")) == 2
 
 
 @pytest.mark.parametrize(("best", "evaluations"), [("false", [2, 4]), ("true", [2, 4, 4])])

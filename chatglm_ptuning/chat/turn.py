@@ -37,7 +37,8 @@ class ChatTurn:
         role: role of the query; "observation" for a tool's result (formats with roles only).
 
     Raises:
-        ValueError: if the history has another format, or the role is unknown; the message names the entry.
+        ValueError: if the query is not a text, the history has another format, or the role is unknown; the message
+            names the entry.
     """
 
     def __init__(
@@ -49,6 +50,8 @@ class ChatTurn:
         roles = ROLES if chat_format.has_roles else ("user",)
         if role not in roles:
             raise ValueError(f"role must be one of {', '.join(roles)} in {chat_format.name}, got {role!r}.")
+        if not isinstance(query, str):
+            raise ValueError(f"The query must be a text, got {query!r}.")
         history = history or []
         self.history = message_history(history) if chat_format.has_roles else pair_history(history, chat_format.name)
 

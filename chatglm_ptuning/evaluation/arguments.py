@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from chatglm_ptuning.data.tasks.arguments import TaskArguments
-from chatglm_ptuning.evaluation.chosen_prefix import PLAIN_BASE
 from chatglm_ptuning.files import check_output_folder
-from chatglm_ptuning.model.arguments import DEFAULT_MODEL, InferenceBaseArguments
+from chatglm_ptuning.model.arguments import DEFAULT_MODEL, PLAIN_BASE, InferenceBaseArguments
 
 DEFAULT_TEST_FILE = str(Path(DEFAULT_MODEL).parent / "news_topic" / "dev.json")
 """Files to score when none are named: bundled with the sources, columns `text` and `label`."""

@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from chatglm_ptuning.evaluation.parallel import print_once
+from chatglm_ptuning.model.arguments import PLAIN_BASE, is_plain_base
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMPreTrainedModel
 from chatglm_ptuning.prefix.latest import find_latest_prefix, runs_folder
 from chatglm_ptuning.tuning.load import load_tuned
 from chatglm_ptuning.tuning.tuning import Tuning
-
-PLAIN_BASE = "none"
-"""Names the plain base in place of a checkpoint."""
 
 
 def choose_prefix(named: str | None) -> Path | None:
@@ -23,7 +21,7 @@ def choose_prefix(named: str | None) -> Path | None:
             shown = f"plain base: there is no trained prefix in {runs_folder()}"
         print_once(f"Scoring the {shown} (set by ptuning_checkpoint).")
         return newest
-    if named.lower() == PLAIN_BASE:
+    if is_plain_base(named):
         print_once("Scoring the plain base, without a prefix.")
         return None
     print_once(f"Scoring the prefix in {named}.")

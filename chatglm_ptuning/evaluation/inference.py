@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.utils import logging
 
 from chatglm_ptuning.data.collate import PaddingCollator
+from chatglm_ptuning.data.report import too_long_for_base
 from chatglm_ptuning.data.tasks.examples import Example
 from chatglm_ptuning.data.tasks.heads.head import Head, Prediction
 from chatglm_ptuning.evaluation.batches import evaluating, in_batches
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from chatglm_ptuning.model.modeling_chatglm import ChatGLMPreTrainedModel
     from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
     from chatglm_ptuning.tuning.tuning import Tuning
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ class ModelInference:
 
     def outputs(self, rows: Sequence[Sequence[int]], what: str) -> Iterator[tuple[list[int], Any]]:
         """As `Inference.outputs`."""
+        self._warn_of_long(rows)
         collate = PaddingCollator(self.tokenizer.pad_token_id, "right")
         with torch.no_grad(), evaluating(self.model):
             for places in in_batches(self.model, rows, self.settings.batch_size, what, is_first_process()):
@@ -104,6 +110,7 @@ class ModelInference:
         self, prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence[Sequence[int]]]
     ) -> list[torch.Tensor]:
         """As `Inference.log_likelihoods`."""
+        self._warn_of_long(prompts)
         return score_candidates(
             self.model,
             prompts,
@@ -115,6 +122,7 @@ class ModelInference:
 
     def answers(self, prompts: Sequence[Sequence[int]]) -> list[str]:
         """As `Inference.answers`."""
+        self._warn_of_long(prompts)
         return generate_answers(
             self.model,
             self.tokenizer,
@@ -125,3 +133,8 @@ class ModelInference:
             prefix=self.prefix,
             progress=is_first_process(),
         )
+
+    def _warn_of_long(self, rows: Sequence[Sequence[int]]) -> None:
+        too_long = too_long_for_base([len(row) for row in rows], self.model.config.seq_length)
+        if too_long and is_first_process():
+            logger.warning_once(too_long)  # a run predicts the same rows after every epoch, and with the plain base

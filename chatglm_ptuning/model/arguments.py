@@ -16,6 +16,13 @@ from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
 DEFAULT_MODEL = str(Path(__file__).resolve().parents[2] / "data" / "chatglm-nano")
 """The base model that is bundled with the sources."""
+PLAIN_BASE = "none"
+"""Names the plain base in place of a prefix, in every command."""
+
+
+def is_plain_base(named: str | None) -> bool:
+    """Whether a value of a flag names the plain base."""
+    return named is not None and named.lower() == PLAIN_BASE
 
 
 @dataclass

@@ -64,10 +64,10 @@ def _is_of_the_family(path: str | PathLike[str], kwargs: dict[str, Any]) -> bool
     if kwargs.get("config") is not None:
         return isinstance(kwargs["config"], ChatGLMConfig)
     where = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+    check_json_files(Path(path), "config.json")
     try:
         fields, _ = PreTrainedConfig.get_config_dict(path, **where)
     except OSError:
-        check_json_files(Path(path), "config.json")
         return False  # transformers has the message
     if fields.get("model_type") != ChatGLMConfig.model_type:
         return False

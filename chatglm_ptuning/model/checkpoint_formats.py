@@ -30,6 +30,7 @@ _OTHER_ARCHITECTURES = {
     "glm4v_moe": "GLM-4.5V, which has image input",
     "glm_edge": "GLM-Edge",
 }
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DTYPE_KEYS = {"torch_dtype", "dtype"}
 """The dtype of the weights in a config.json, old and new."""
 # Fields that only the first ChatGLM-6B has, whose `model_type` is chatglm, too.
@@ -104,14 +105,32 @@ def checked_dtype(value: Any, name: str) -> Any:
         name: what it is called in messages.
 
     Raises:
-        ValueError: naming a value that is no floating-point dtype.
+        ValueError: naming a value that is no dtype of weights, such as one of 8 bits.
     """
     if value is None or value == "auto":
         return value
     dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    if dtype not in _DTYPES:
         raise ValueError(f"{name} must be float32, bfloat16 or float16, got {value!r}.")
     return dtype
+
+
+def check_not_quantised(fields: dict[str, Any], source: str) -> None:
+    """Refuses a base whose weights were saved quantised by bitsandbytes or another library.
+
+    Args:
+        fields, source: as for `check_architecture`.
+
+    Raises:
+        ValueError: naming the library and what to do.
+    """
+    settings = fields.get("quantization_config")
+    if settings is not None:
+        method = settings.get("quant_method", "another library") if isinstance(settings, dict) else settings
+        raise ValueError(
+            f"{source} has a quantization_config: the weights were saved quantised by {method}, which this kit does "
+            "not read. Load the base as it was published, and quantise it while it loads, by quantization_bit 4 or 8."
+        )
 
 
 def without_recorded_prefix(fields: dict[str, Any], pre_seq_len: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from chatglm_ptuning.files import check_json_files
 from chatglm_ptuning.model.checkpoint_formats import (
     check_architecture,
+    check_not_quantised,
     checked_dtype,
     official_fields,
     without_recorded_prefix,
@@ -119,13 +120,15 @@ class ChatGLMConfig(PreTrainedConfig):
         """As in transformers, with the official names.
 
         Raises:
-            ValueError: if the configuration is of another architecture, or the file is damaged.
+            ValueError: if the configuration is of another architecture or of weights that were saved quantised, or the
+                file is damaged.
         """
         path = Path(pretrained_model_name_or_path)
         check_json_files(path, "config.json")
         fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         source = str(path / "config.json" if path.is_dir() else path)
         fields = official_fields(fields, source, str(path))
+        check_not_quantised(fields, source)
         return without_recorded_prefix(fields, kwargs.get("pre_seq_len")), kwargs
 
     @classmethod
@@ -138,6 +141,7 @@ class ChatGLMConfig(PreTrainedConfig):
         name = str(kwargs.get("name_or_path", ""))
         fields = official_fields(config_dict, name or "This", name)
         if "name_or_path" in kwargs:  # by AutoConfig, which reads the file of a folder itself
+            check_not_quantised(fields, name)
             fields = without_recorded_prefix(fields, kwargs.get("pre_seq_len"))
         return super().from_dict(fields, **kwargs)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -26,8 +26,15 @@ class PrefixGenerationMixin(GenerationMixin):
 
         Raises:
             KeyError: if a prefix of that name is not loaded.
+            TypeError: if a tokenizer's result is given as the ids.
             ValueError: if the prefix is untrained, for another number of rows, or the cache is paged.
         """
+        for given in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs")):
+            if isinstance(given, Mapping):
+                raise TypeError(
+                    "generate got a tokenizer's result in place of its ids. Use generate(**result), or "
+                    "return_dict=False in apply_chat_template, which returns the ids alone."
+                )
         with torch.no_grad():
             prefix = self.resolve_prefix(prefix)
         self.check_prefix_is_trained(prefix)

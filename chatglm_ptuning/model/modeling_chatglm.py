@@ -334,7 +334,15 @@ class ChatGLMPreTrainedModel(OfficialModelSurface, PrefixMixin, PreTrainedModel)
         """As in transformers: the base, and a trainable prefix under its official names; loaded prefixes are not saved.
 
         The layout is always the official one. An untrained prefix is left out.
+
+        Raises:
+            ValueError: for a quantised base, which could not be loaded again.
         """
+        if getattr(self, "hf_quantizer", None) is not None:
+            raise ValueError(
+                "A quantised base is not saved: load it again from its own folder with the same quantization_bit. "
+                "save_prefix saves a prefix."
+            )
         if self._trainable is not None and self._trainable.is_untrained:
             tensors = self.state_dict() if state_dict is None else state_dict
             state_dict = {name: tensor for name, tensor in tensors.items() if "prefix_encoder." not in name}

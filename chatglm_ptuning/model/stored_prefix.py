@@ -45,7 +45,7 @@ def folder_of_base(
 
 def name_of_base(folder: Path) -> str:
     """The name of a base by its folder: that of the folder, or of the repository in a hub's cache."""
-    folder = folder.resolve()
+    folder = folder.absolute() if folder.name not in ("", "..") else folder.resolve()
     return folder.parents[1].name.split("--")[-1] if folder.parent.name == "snapshots" else folder.name
 
 

@@ -183,6 +183,16 @@ class ChatGLMTokenizer(OfficialTokenizerSurface, PreTrainedTokenizer):
             )
         return 0
 
+    def add_special_tokens(self, special_tokens_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> int:
+        """As in transformers, for tokens of the vocabulary.
+
+        Raises:
+            ValueError: naming others; the tokenizer is then unchanged.
+        """
+        for given in special_tokens_dict.values():
+            self._add_tokens([given] if isinstance(given, (str, AddedToken)) else given)
+        return super().add_special_tokens(special_tokens_dict, *args, **kwargs)
+
     def _convert_token_to_id(self, token: str) -> int | None:
         return self.vocabulary.id(token)
 

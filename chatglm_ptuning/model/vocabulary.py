@@ -19,6 +19,7 @@ from sentencepiece import SentencePieceProcessor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from chatglm_ptuning.chat.roles import ROLE_TOKENS
+from chatglm_ptuning.files import check_content
 
 SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", *ROLE_TOKENS)
 """In the order of their ids, which follow the last piece (official file: tokenization_chatglm.py of ChatGLM3-6B)."""
@@ -127,7 +128,7 @@ class Vocabulary(ABC):
         """Text of the ids.
 
         Special tokens are spelled out, and ids outside the vocabulary are left out. Bytes that are no UTF-8 (yet) are
-        U+FFFD. In a sentencepiece vocabulary `</s>` and `<s>` give no text.
+        U+FFFD. In a sentencepiece vocabulary `</s>`, `<s>` and padding give no text.
 
         Args:
             skip_special_tokens: leave out special and named tokens.
@@ -224,7 +225,11 @@ class SentencePieceVocabulary(Vocabulary):
         return SPTokenizer(self)
 
     def _decode_pieces(self, pieces: list[int] | list[str]) -> str:
-        return self.processor.decode([piece for piece in pieces if isinstance(piece, str) or 0 <= piece < self.pieces])
+        # Padding has no text, as in the official tokenizer; sentencepiece writes its id, that of <unk>, as " ⁇ ".
+        padding = (self.processor.unk_id(), self.token(self.processor.unk_id()))
+        return self.processor.decode(
+            [piece for piece in pieces if piece not in padding and (isinstance(piece, str) or 0 <= piece < self.pieces)]
+        )
 
 
 class SPTokenizer:
@@ -438,10 +443,10 @@ def _unreadable(path: Path, expected: str, reason: Exception) -> ValueError:
             f"{path} is missing. Put the tokenizer.model of the base there, or give the folder that has it: every "
             "base of the family comes with one (those for transformers' own GlmForCausalLM with a tokenizer.json)."
         )
-    with path.open("rb") as file:
-        start = file.read(64)
-    if start.startswith(b"version https://git-lfs"):
-        return ValueError(f"{path} is a git-lfs pointer, not the file itself. Run `git lfs pull` in its folder.")
+    try:
+        check_content(path)
+    except ValueError as error:
+        return error
     return ValueError(
         f"{path} ({path.stat().st_size} bytes) is damaged or not {expected}: {reason}. Copy or download the base's "
         f"{path.name} again."

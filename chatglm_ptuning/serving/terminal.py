@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from chatglm_ptuning.command_line import fail, parse_arguments
-from chatglm_ptuning.model.arguments import InferenceBaseArguments
+from chatglm_ptuning.model.arguments import PLAIN_BASE, InferenceBaseArguments, is_plain_base
 from chatglm_ptuning.prefix.latest import find_latest_prefix, runs_folder
 from chatglm_ptuning.serving.session import ChatSession
 
@@ -24,9 +24,6 @@ with contextlib.suppress(ImportError):
 
 # The output of a model must not control the terminal: all control characters but tab and line feed.
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-PLAIN_BASE = "none"
-"""The name of no prefix."""
 
 _HELP = """\
 /prefix              list the loaded prefixes
@@ -45,7 +42,8 @@ class ChatArguments(InferenceBaseArguments):
     ptuning_checkpoint: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "prefixes to load, each PATH or NAME=PATH; the first is used (default: the one trained last)",
+            "help": "prefixes to load, each PATH or NAME=PATH; the first is used; none for the plain base (default: "
+            "the one trained last)",
             "action": "extend",
         },
     )
@@ -201,14 +199,16 @@ def name_and_path(value: str) -> tuple[str, str]:
 def _load_first_prefixes(chat: TerminalChat, arguments: ChatArguments) -> None:
     """Loads the prefixes named by the flags, or by default the one trained last."""
     if arguments.ptuning_checkpoint:
-        named = [name_and_path(value) for value in arguments.ptuning_checkpoint]
+        named = [name_and_path(value) for value in arguments.ptuning_checkpoint if not is_plain_base(value)]
         twice = {name for name, _ in named if [other for other, _ in named].count(name) > 1}
         if twice:
             raise ValueError(f"Two prefixes are called {twice.pop()!r}; name them with NAME=PATH.")
         for name, path in named:
             chat.load(arguments.find_prefix(path), name)
-        chat.session.switch_prefix(named[0][0])
-        chat.say(f"Prefix: {chat.session.prefix} (loaded: {', '.join(chat.session.model.prefix_names)})")
+        first = arguments.ptuning_checkpoint[0]
+        chat.session.switch_prefix(None if is_plain_base(first) else named[0][0])
+        loaded = ", ".join(chat.session.model.prefix_names) or PLAIN_BASE
+        chat.say(f"Prefix: {chat.session.prefix or PLAIN_BASE} (loaded: {loaded})")
         return
     latest = find_latest_prefix(arguments.runs_folder)
     if latest is None:

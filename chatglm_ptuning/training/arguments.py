@@ -15,7 +15,7 @@ from chatglm_ptuning.data.tasks.arguments import TaskArguments
 from chatglm_ptuning.data.tasks.registry import load_task
 from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.files import check_output_folder
-from chatglm_ptuning.model.arguments import BaseArguments
+from chatglm_ptuning.model.arguments import BaseArguments, is_plain_base
 from chatglm_ptuning.prefix.latest import runs_folder
 from chatglm_ptuning.training.distributed import prepare_processes
 from chatglm_ptuning.training.head_start import HeadInit
@@ -51,6 +51,10 @@ RETIRED_FLAGS = {
     "eval_accumulation_steps": "an evaluation keeps no logits that could fill the memory.",
     "logging_nan_inf_filter": "a loss that is not finite always ends the training.",
     "remove_unused_columns": "the rows have only the columns that the model takes.",
+    "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR instead.",
+    "save_safetensors": "weights are always saved as safetensors.",
+    "half_precision_backend": "there is one left, PyTorch's.",
+    "fp16_backend": "there is one left, PyTorch's.",
     "cache_dir": "set the environment variable HF_HOME (MODELSCOPE_CACHE for --hub modelscope) instead.",
     "config_name": "the configuration is read from --model_name_or_path.",
     "tokenizer_name": "the tokenizer is read from --model_name_or_path.",
@@ -96,6 +100,8 @@ class ModelArguments(BaseArguments):
     )
 
     def __post_init__(self) -> None:
+        if is_plain_base(self.ptuning_checkpoint):
+            self.ptuning_checkpoint = None
         if self.init_prefix_text is not None:
             self.prefix_init = "text"
         if self.prefix_init == "text" and not self.init_prefix_text:
@@ -197,7 +203,8 @@ class DataArguments(TaskArguments):
         name = "train_file" if kind == "train" else "validation_file"
         files = getattr(self, name) if kind != "test" else self.test_file or self.validation_file
         if not files:
-            raise ValueError(f"--{name} is required by the other flags.")
+            asks = {"train": "--do_train", "dev": "--do_eval and --eval_strategy", "test": "--do_predict"}
+            raise ValueError(f"--{name} is missing: {asks[kind]} reads its rows.")
         return Split(files, limit=limits[kind], weights=self.train_weights if kind == "train" else None)
 
 

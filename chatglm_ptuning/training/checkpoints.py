@@ -76,6 +76,13 @@ def _choose(args: TrainingArguments) -> Path | None:
         logger.warning(f"The job was restarted; resuming from {newest or 'the beginning'}.")
         return newest if args.do_train else None
     wanted = args.resume_from_checkpoint
+    if str(wanted).lower() in ("false", "0"):
+        if args.do_train and newest is not None and not args.overwrite_output_dir:
+            raise ValueError(
+                f"resume_from_checkpoint: {wanted}, but {newest} is there. Set overwrite_output_dir to start over, or "
+                "name another output_dir."
+            )
+        return None
     if wanted:
         if str(wanted).lower() in ("true", "1"):
             if newest is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
@@ -80,6 +81,11 @@ _MODULES = {
 """Where package or module of an experiment tracker are not called as transformers calls the tracker."""
 _MANY_STEPS = 1_000_000
 """Stands for the number of steps of a run of epochs, which is known when its rows are read."""
+_BELOW = {
+    "learning_rate": math.inf, "weight_decay": math.inf, "adam_beta1": 1, "adam_beta2": 1, "label_smoothing_factor": 1,
+    "dataloader_num_workers": math.inf,
+}  # fmt: skip
+"""Flags whose values are at least 0 -> what they are below."""
 _OFF = ("", "none", "false", "no", "0")
 
 
@@ -95,19 +101,24 @@ def check_given(args: Seq2SeqTrainingArguments) -> None:
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    for name, end in _BELOW.items():
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < end:
+            limit = "finite" if end == math.inf else f"below {end}"
+            raise ValueError(f"--{name} must be at least 0 and {limit}, got {value:g}")
+    if args.adam_epsilon <= 0:
+        raise ValueError(f"--adam_epsilon must be above 0, got {args.adam_epsilon:g}")
     for name in ("seed", "data_seed"):
         if not 0 <= (getattr(args, name) or 0) < 2**32:
             raise ValueError(f"--{name} must be at least 0 and below 2**32, got {getattr(args, name)}")
     for name in ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
         _check_mapping(name, getattr(args, name))
-    if not 0 <= args.label_smoothing_factor < 1:
-        raise ValueError(f"--label_smoothing_factor must be at least 0 and below 1, got {args.label_smoothing_factor}")
     if args.do_train and (args.max_steps == 0 or args.max_steps < -1):
         raise ValueError(
             f"--max_steps must be at least 1, got {args.max_steps}. Leave it out to train for --num_train_epochs."
         )
-    if args.do_train and args.max_steps == -1 and not args.num_train_epochs > 0:
-        raise ValueError(f"--num_train_epochs must be above 0, got {args.num_train_epochs:g}")
+    if args.do_train and args.max_steps == -1 and not 0 < args.num_train_epochs < math.inf:
+        raise ValueError(f"--num_train_epochs must be above 0 and finite, got {args.num_train_epochs:g}")
     if args.ddp_backend and "LOCAL_RANK" not in os.environ:
         raise ValueError(
             f"--ddp_backend {args.ddp_backend} is for several processes, which scripts/launch.sh starts. Leave it out."

@@ -12,6 +12,8 @@ from chatglm_ptuning.exact_json import dumps, loads
 
 SYSTEM_FIELDS = ("system", "system_prompt")
 """Fields of a row that can hold a system message."""
+CONVERSATION_FIELDS = ("conversations", "conversation")
+"""Fields of a row that can hold the messages of ChatGLM3 and ShareGPT."""
 _SHOWN = 60
 
 
@@ -57,14 +59,18 @@ def shown(value: Any) -> str:
     return whole[:_SHOWN] + ("..." if len(whole) > _SHOWN else "")
 
 
-def turns_of(row: NotedFields, field: str) -> list[tuple[NotedFields, str]]:
+def turns_of(row: NotedFields, *fields: str) -> list[tuple[NotedFields, str]]:
     """The objects in a list of messages, each with its name for error messages.
+
+    Args:
+        fields: names of the field that holds the list; the first one in the row is read.
 
     Raises:
         ValueError: if there is no such field, or it is not a list of objects.
     """
-    if field not in row:
-        raise ValueError(f"there is no {field!r}, which this dataset format needs (the row has {names(row)}).")
+    field = next((field for field in fields if field in row), None)
+    if field is None:
+        raise ValueError(f"there is no {fields[0]!r}, which this dataset format needs (the row has {names(row)}).")
     turns = parsed(row[field])
     if not isinstance(turns, list):
         raise ValueError(f"{field!r} must be a list of messages, or valid JSON text of one, not {shown(turns)}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from chatglm_ptuning.chat.message import ROLES, Conversation, Message
 from chatglm_ptuning.data.formats.fields import (
+    CONVERSATION_FIELDS,
     answer,
     learns,
     names,
@@ -29,6 +30,9 @@ _SHAREGPT_ROLES = {
     "tool_response": "observation",
 }  # fmt: skip
 
+_ROUNDS = (("human", "assistant"), ("input", "output"))
+"""Keys of a question and its answer, where an object of ShareGPT's format holds both: Firefly's and XTuner's."""
+
 
 def chatglm3(row: NotedFields) -> Conversation:
     """ChatGLM3's `conversations`: every answer with text is learned unless it says `"loss": false`.
@@ -41,7 +45,7 @@ def chatglm3(row: NotedFields) -> Conversation:
         ValueError: naming the message, for what is not understood.
     """
     said: list[Message] = []
-    for turn, what in turns_of(row, "conversations"):
+    for turn, what in turns_of(row, *CONVERSATION_FIELDS):
         loss = learns(turn, what)
         if turn.get("role") == "tool":
             if not isinstance(turn.get("name"), str) or not isinstance(parsed(turn.get("parameters")), dict):
@@ -89,17 +93,29 @@ def messages(row: NotedFields) -> Conversation:
     return Conversation(with_system(said, row), tools=tool_list(tools, "'tools'"))
 
 
+def is_sharegpt(turn: Mapping[str, Any]) -> bool:
+    """Whether an object of a conversation is ShareGPT's, not ChatGLM3's."""
+    return "from" in turn or any(all(key in turn for key in keys) for keys in _ROUNDS)
+
+
 def sharegpt(row: NotedFields) -> Conversation:
     """ShareGPT's `conversations`: every answer and tool call is learned unless `loss` or `weight` forbids it.
 
-    `system` and `tools` may stand beside the messages, the latter as a list or as JSON text. Answers before the first
+    `system` and `tools` may stand beside the messages, the latter as a list or as JSON text. An object may also hold
+    a whole round, a question and its answer, and `system` before them. Answers before the first
     question, with which truncated conversations begin, are left out.
 
     Raises:
         ValueError: naming the message, for what is not understood.
     """
     said: list[Message] = []
-    for turn, what in turns_of(row, "conversations"):
+    for turn, what in turns_of(row, *CONVERSATION_FIELDS):
+        if asked_and_said := next((keys for keys in _ROUNDS if all(key in turn for key in keys)), None):
+            if system := text(turn.get("system"), f"'system' of {what}").strip():
+                said.append(Message("system", system))
+            question, reply = (text(turn[key], f"{key!r} of {what}") for key in asked_and_said)
+            said += [Message("user", question), answer(reply, "", learns(turn, what))]
+            continue
         if "from" not in turn or "value" not in turn:
             raise ValueError(f"{what} has {names(turn)}; a message of ShareGPT needs 'from' and 'value'.")
         role = _SHAREGPT_ROLES.get(str(turn["from"]).lower())

@@ -7,8 +7,17 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from chatglm_ptuning.chat.message import Conversation, Document, Message
-from chatglm_ptuning.data.formats.fields import answer, names, parsed, shown, text, tool_list, with_system
-from chatglm_ptuning.data.formats.messages import chatglm3, messages, sharegpt
+from chatglm_ptuning.data.formats.fields import (
+    CONVERSATION_FIELDS,
+    answer,
+    names,
+    parsed,
+    shown,
+    text,
+    tool_list,
+    with_system,
+)
+from chatglm_ptuning.data.formats.messages import chatglm3, is_sharegpt, messages, sharegpt
 from chatglm_ptuning.data.formats.unread import NotedFields
 from chatglm_ptuning.data.sources.rows import Row
 from chatglm_ptuning.data.sources.tables import TEXT_COLUMN
@@ -16,7 +25,7 @@ from chatglm_ptuning.data.sources.tables import TEXT_COLUMN
 PAIRS = (
     ("content", "summary"), ("prompt", "response"), ("prompt", "completion"), ("question", "answer"),
     ("query", "response"), ("instruction", "response"), ("input", "output"), ("source", "target"),
-    ("text", "label"),
+    ("input", "target"), ("problem", "solution"), ("ask", "answer"), ("text", "label"),
 )  # fmt: skip
 """Pairs of columns that need not be named."""
 
@@ -230,10 +239,12 @@ def _fits_alpaca(row: Fields) -> bool:
     return row.get("instruction") is not None and "output" in row
 
 
-def _fits_conversations(row: Fields, is_sharegpt: bool) -> bool:
-    turns = parsed(row.get("conversations"))
-    first = turns[0] if isinstance(turns, list) and turns else None
-    return turns is not None and is_sharegpt == (isinstance(first, dict) and "from" in first)
+def _fits_conversations(row: Fields, of_sharegpt: bool) -> bool:
+    turns = parsed(next((row[field] for field in CONVERSATION_FIELDS if field in row), None))
+    if not isinstance(turns, list):  # text is a mistake in `conversations`, but may be another thing in `conversation`
+        return turns is not None and "conversations" in row and not of_sharegpt
+    first = turns[0] if turns else None
+    return of_sharegpt == (isinstance(first, dict) and is_sharegpt(first))
 
 
 def _fits_text(row: Fields) -> bool:
@@ -254,7 +265,7 @@ FORMATS = {
     "chatglm3": DatasetFormat(
         "conversations of role and content; optionally system, tools",
         lambda row, _: chatglm3(row),
-        lambda row: _fits_conversations(row, is_sharegpt=False),
+        lambda row: _fits_conversations(row, of_sharegpt=False),
         has_messages=True,
     ),
     "messages": DatasetFormat(
@@ -266,7 +277,7 @@ FORMATS = {
     "sharegpt": DatasetFormat(
         "conversations of from and value; optionally system, tools",
         lambda row, _: sharegpt(row),
-        lambda row: _fits_conversations(row, is_sharegpt=True),
+        lambda row: _fits_conversations(row, of_sharegpt=True),
         has_messages=True,
     ),
     "text": DatasetFormat(

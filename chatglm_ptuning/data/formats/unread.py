@@ -7,13 +7,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 WITHOUT_MEANING = {
-    "id", "ids", "idx", "index", "uuid", "guid", "hash", "md5", "url", "uri", "link", "source", "origin", "dataset",
-    "split", "file", "filename", "path", "meta", "metadata", "date", "time", "datetime", "timestamp", "at", "created",
-    "updated", "lang", "language", "locale", "license", "version", "author", "model", "generator", "annotator",
-    "score", "scores", "rating", "reward", "quality", "confidence", "difficulty", "level", "category", "categories",
-    "type", "kind", "tag", "tags", "domain",
+    "id", "idx", "index", "uuid", "guid", "hash", "md5", "url", "uri", "link", "source", "origin", "from", "dataset",
+    "split", "file", "filename", "path", "repo", "meta", "metadata", "date", "time", "datetime", "timestamp", "at",
+    "created", "updated", "lang", "language", "langdetect", "locale", "license", "copyright", "version", "author",
+    "model", "generator", "annotator", "score", "rating", "reward", "quality", "confidence", "difficulty", "level",
+    "category", "categories", "subcategory", "cate", "topic", "type", "kind", "tag", "domain",
+    "编号", "序号", "来源", "链接", "日期", "时间", "作者", "分类", "类别", "类型", "领域", "评分", "语言",
 }  # fmt: skip
-"""Last words of field names that say something about a row, and are no part of its conversation."""
+"""Last words of field names that say something about a row, and are no part of its conversation; in the singular."""
 _LONGEST_NOTE = 200  # characters of such a value; a longer one is a text, whatever its name
 _LONGEST_MARK = 30  # characters, such as `<|im_start|>assistant\n` and `<|im_end|>`
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z0-9]+|[^\W_a-zA-Z0-9]+")
@@ -101,7 +102,8 @@ def _is_note(name: str, text: str) -> bool:
     if _PANDAS_INDEX.fullmatch(name):
         return True
     words = _WORDS.findall(name)
-    known = bool(words) and words[-1].lower() in WITHOUT_MEANING
+    last = words[-1].lower().rstrip("0123456789") if words else ""
+    known = not WITHOUT_MEANING.isdisjoint((last, last.removesuffix("s")))
     return known and (len(text) <= _LONGEST_NOTE or text.startswith(("http://", "https://")))
 
 

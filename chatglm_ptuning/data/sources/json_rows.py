@@ -152,7 +152,15 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON value, write null or a number")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, **NUMBERS)
+def _object(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(fields)
+    if len(values) < len(fields):
+        names = [name for name, _ in fields]
+        raise ValueError(f"an object names {next(name for name in names if names.count(name) > 1)!r} twice")
+    return values
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant, **NUMBERS)
 
 
 def _reason(error: Exception) -> str:

@@ -57,7 +57,8 @@ _BOMS = (
 
 
 def kind_of(file: BinaryIO, start: bytes) -> tuple[str, str] | None:
-    """What a file is that is no text, and the way out, with `{name}` for its name; None if it may be text.
+    """What a file is that is no text, and the way out, with `{name}` for its name and
+    `{suffix}` for its type; None if it may be text.
 
     Args:
         file: at its beginning; it is read only if the beginning is that of a zip archive.
@@ -74,6 +75,9 @@ def kind_of(file: BinaryIO, start: bytes) -> tuple[str, str] | None:
     if start.startswith(_PICKLE):
         return "a Python pickle, which is not opened for safety", "write its rows as JSON lines"
     if b"\0" in start and encoding_of(start) is None:
+        text = start.replace(b"\0", b"")
+        if len(text) > 0.9 * len(start) and _is_text(text, "utf-8"):
+            return "text with NUL characters", "take them out with `tr -d '\\0' < {name} > clean{suffix}`"
         return "a binary file of an unknown kind", "export it as JSON, CSV or Parquet"
     return None
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from transformers.utils import logging
 
 from chatglm_ptuning.data.sources.rows import BadRows, Row, plain_value
-from chatglm_ptuning.data.sources.text import BOM, data_suffix, not_utf8, open_bytes, open_text, text_lines
+from chatglm_ptuning.data.sources.signatures import READ_AT_ONCE
+from chatglm_ptuning.data.sources.text import BOM, data_suffix, kind_shown, not_utf8, open_bytes, open_text, text_lines
 
 if TYPE_CHECKING:
     import pyarrow
@@ -20,6 +21,11 @@ logger = logging.get_logger(__name__)
 
 TEXT_COLUMN = "text"
 """The column of the rows of a .txt file."""
+_WAYS_OUT = {
+    "\t": "give the file the suffix .tsv",
+    ",": "give the file the suffix .csv",
+    ";": "save it as CSV with commas",
+}
 _PARQUET_BATCH = 256
 _CSV: dict[str, Any] = {"delimiter": ",", "strict": True}
 _TSV: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
@@ -69,7 +75,7 @@ def table_rows(path: Path, bad_rows: BadRows) -> Iterator[Row]:
             if fault := not_utf8(path, number, "".join(values)):
                 bad_rows.add(fault)
             elif values and columns is None:
-                columns = _columns(values, f"{path}:{number}")
+                columns = _columns(values, f"{path}:{number}", dialect["delimiter"])
             elif values and [value.strip() for value in values] == columns:
                 warn("joined", "names the columns again, as joined files do. Such lines are skipped.")
             elif values and lines.taken[0] == BOM:
@@ -149,9 +155,15 @@ def _looks_quoted(value: str) -> bool:
     return len(value) > 1 and value[0] == value[-1] == '"'
 
 
-def _columns(values: list[str], where: str) -> list[str]:
+def _columns(values: list[str], where: str, delimiter: str) -> list[str]:
     """The names of columns; the first may be empty, as pandas writes an index."""
     columns = [value.strip() for value in values]
+    other = next((mark for mark in _WAYS_OUT if mark != delimiter and mark in values[0].strip()), None)
+    if len(columns) == 1 and other:
+        raise ValueError(
+            f"{where}: the line with the names of the columns has {other!r} and no {delimiter!r}, which separates the "
+            f"columns of this type of file: {_WAYS_OUT[other]}."
+        )
     repeated = sorted({column for column in columns if columns.count(column) > 1})
     if repeated or not all(columns[1:]) or not any(columns):
         fault = f"names {', '.join(map(repr, repeated))} twice" if repeated else "has a column without a name"
@@ -170,6 +182,9 @@ def parquet_rows(path: Path) -> Iterator[Row]:
 
     number = 0
     with open_bytes(path) as file:
+        start = file.peek(READ_AT_ONCE)[:READ_AT_ONCE]
+        if not start.startswith(b"PAR1") and (kind := kind_shown(path, file, start)):
+            raise ValueError(f"{path} is not a Parquet file: {kind}")
         try:
             # A Parquet file is read from its end, so a gzipped one is decompressed whole.
             source = file if isinstance(file, io.BufferedReader) else io.BytesIO(file.read())

@@ -72,13 +72,25 @@ def open_text(path: Path, newline: str = "\n") -> Iterator[TextIO]:
     """
     with open_bytes(path) as file:
         start = file.peek(READ_AT_ONCE)[:READ_AT_ONCE]
-        if found := kind_of(file, start):
-            kind, way_out = found
-            way_out = way_out.format(name=path.name)
-            raise ValueError(f"{path} is not UTF-8 text: it is {kind}. {way_out[0].upper()}{way_out[1:]}.")
+        if found := kind_shown(path, file, start):
+            raise ValueError(f"{path} is not UTF-8 text: {found}")
         if encoding := encoding_of(start):
             raise ValueError(f"{path} is not UTF-8 text: it is {encoding}. Convert it: {_conversion(path, encoding)}.")
         yield io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline)
+
+
+def kind_shown(path: Path, file: BinaryIO, start: bytes) -> str | None:
+    """A sentence with what a file is that is no text, and one with the way out; None if it may be text.
+
+    Args:
+        file, start: as of `kind_of`.
+    """
+    found = kind_of(file, start)
+    if found is None:
+        return None
+    kind, way_out = found
+    way_out = way_out.format(name=path.name, suffix=data_suffix(path))
+    return f"it is {kind}. {way_out[0].upper()}{way_out[1:]}."
 
 
 def not_utf8(path: Path, line: int, text: str) -> str | None:

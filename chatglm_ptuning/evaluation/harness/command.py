@@ -16,7 +16,7 @@ from chatglm_ptuning.evaluation.report import print_scores, write_report
 from chatglm_ptuning.figures import draw_bars
 from chatglm_ptuning.files import check_output_folder, write_text
 from chatglm_ptuning.metrics.task_scores import TaskScores
-from chatglm_ptuning.model.arguments import InferenceBaseArguments
+from chatglm_ptuning.model.arguments import InferenceBaseArguments, is_plain_base
 from chatglm_ptuning.prefix.latest import runs_folder
 from chatglm_ptuning.version import kit_version
 
@@ -72,6 +72,8 @@ class HarnessArguments(InferenceBaseArguments):
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
         if self.output_dir is not None:
             check_output_folder(self.output_dir)
+        if is_plain_base(self.ptuning_checkpoint):
+            self.ptuning_checkpoint = None
         if self.compare_base and self.ptuning_checkpoint is None:
             raise ValueError("--compare_base needs the prefix to compare with its base: give --ptuning_checkpoint")
         self.tasks = self.tasks or ["ceval"]

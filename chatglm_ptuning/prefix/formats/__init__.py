@@ -37,10 +37,8 @@ def detect_format(path: str | PathLike[str]) -> tuple[str, Path]:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"No prefix at {path}: there is no such file or folder.")
-    children = path.iterdir() if path.is_dir() else ()
-    checkpoints = [(int(match[1]), child) for child in children if (match := _CHECKPOINT_FOLDER.fullmatch(child.name))]
     faulty: list[tuple[str, Path]] = []
-    for place in (path, *(child for _, child in sorted(checkpoints, reverse=True))):
+    for place in (path, *_checkpoints(path)):
         held = [name for name, module in FORMATS.items() if module.holds(place)]
         with_prefix = next((name for name in held if FORMATS[name].has_prefix(place)), None)
         if with_prefix is not None:
@@ -51,7 +49,24 @@ def detect_format(path: str | PathLike[str]) -> tuple[str, Path]:
     if faulty:
         return faulty[0]  # reading it says what is wrong
     expected = " or ".join(f"{module.FILES} ({name})" for name, module in FORMATS.items())
-    raise FileNotFoundError(f"No prefix in {path}: expected {expected}.")
+    raise FileNotFoundError(f"No prefix in {path}: expected {expected}. {_other_places(path)}")
+
+
+def _other_places(folder: Path) -> str:
+    """Where a prefix may be that is not found in a folder."""
+    below = [child for child in sorted(folder.iterdir()) if child.is_dir()]
+    found = [child.name for child in below if any(module.holds(child) for module in FORMATS.values())]
+    found += [f"{run.name}/{child.name}" for run in below for child in _checkpoints(run)]
+    if found:
+        return f"Name one of the folders in it, such as {found[0]}."
+    return "A file with another name must be named itself."
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The `checkpoint-N` folders in a folder, the last first."""
+    children = folder.iterdir() if folder.is_dir() else ()
+    found = [(int(match[1]), child) for child in children if (match := _CHECKPOINT_FOLDER.fullmatch(child.name))]
+    return [child for _, child in sorted(found, reverse=True)]
 
 
 def adapter_type(path: str | PathLike[str]) -> str | None:

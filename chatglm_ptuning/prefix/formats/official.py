@@ -1,6 +1,7 @@
 """The official P-Tuning v2 format: parameters under `transformer.prefix_encoder.`, alone or inside the whole model.
 
-Trainers and wrappers put other names around these, and dictionaries around the parameters; all of them are read.
+Trainers and wrappers put other names around these, and dictionaries around the parameters; all of them are read. So
+is the `state_dict` of a prefix encoder alone, whose names have nothing in front.
 """
 
 from __future__ import annotations
@@ -143,5 +144,5 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _parameter_name(key: str) -> str | None:
     """The name, in the prefix encoder, of a parameter of a checkpoint; None for other parameters."""
     match = _PREFIX_KEY.fullmatch(key)
-    name = _WRAPPER.sub("", match[1]) if match else ""
+    name = _WRAPPER.sub("", match[1]) if match else key
     return name if _PARAMETER.fullmatch(name) else None
