@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch.nn import functional
 
 from chatglm_ptuning.data.collate import PaddingCollator
+from chatglm_ptuning.model import packed_sequences
 from chatglm_ptuning.model.losses import IGNORED_LABEL, cross_entropy, loss_of_states
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_ptuning.model.modeling_heads import (
@@ -66,6 +69,29 @@ def test_loss_and_gradients_are_those_of_padded_rows(trains, implementation, sid
     expected = loss_and_gradient(model, PaddingCollator(0, side)(rows))
     model.set_attn_implementation(implementation)
     torch.testing.assert_close(loss_and_gradient(model, packed(rows)), expected, **ALIKE)
+    torch.testing.assert_close(loss_and_gradient(model, packed(rows) | {"skip_logits": True}), expected, **ALIKE)
+
+
+def varlen_by_its_documentation(query, key, value, starts, key_starts, longest, longest_key, **settings):
+    """torch's kernel for sequences of different lengths, which needs a GPU, as it is documented."""
+    assert settings["window_size"] == (-1, 0) and settings["enable_gqa"]
+    assert starts.dtype == key_starts.dtype == torch.int32
+    outputs = []
+    for (start, end), (first, last) in zip(itertools.pairwise(starts), itertools.pairwise(key_starts), strict=True):
+        tokens, keys = int(end - start), int(last - first)
+        assert tokens <= longest and keys <= longest_key
+        seen = torch.ones(tokens, keys, dtype=torch.bool).tril(keys - tokens)  # aligned to the last key
+        own = (states.transpose(0, 1)[None] for states in (query[start:end], key[first:last], value[first:last]))
+        output = functional.scaled_dot_product_attention(*own, attn_mask=seen, scale=settings["scale"], enable_gqa=True)
+        outputs.append(output[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def test_the_kernel_of_gpus_gets_what_it_needs(trains, monkeypatch):
+    model, rows = trains(), random_rows(5, 6)
+    expected = loss_and_gradient(model, PaddingCollator(0, "right")(rows))
+    monkeypatch.setattr(packed_sequences, "_has_varlen_kernel", lambda states: True)
+    monkeypatch.setattr(packed_sequences, "varlen_attn", varlen_by_its_documentation)
     torch.testing.assert_close(loss_and_gradient(model, packed(rows) | {"skip_logits": True}), expected, **ALIKE)
 
 

@@ -139,8 +139,6 @@ def packed_attention(
         `[1, tokens, heads, kv_channels]`.
     """
     implementation = packed.config._attn_implementation
-    if implementation == "sdpa" and query.device.type == "cpu":
-        return _attention_by_length(query, key, value, prefix_key, prefix_value, packed, **kwargs)
     if implementation == "sdpa" and _has_varlen_kernel(query) and not kwargs["dropout"]:
         key, value = (_behind_prefix(*pair, packed) for pair in ((prefix_key, key), (prefix_value, value)))
         queries_start, keys_start = packed.starts
@@ -156,6 +154,8 @@ def packed_attention(
             window_size=(-1, 0),  # causal, and aligned to the last key
             enable_gqa=True,
         )[None]
+    if implementation == "sdpa" and query.device.type == "cpu":
+        return _attention_by_length(query, key, value, prefix_key, prefix_value, packed, **kwargs)
     return padded_attention(attention, module, query, key, value, prefix_key, prefix_value, packed, **kwargs)
 
 
