@@ -303,7 +303,8 @@ def test_rows_that_are_longer_than_the_base_reads_are_named_once_and_evaluated(b
     more = ["--do_eval", "--do_predict", "--predict_with_generate", "--validation_file", path]
     more += ["--max_source_length", "400"]
     main(flags(base, path, tmp_path / "run", *more, steps=1))
-    (warning,) = [message for message in caplog.messages if "seq_length" in message]
-    assert re.match("2 of 8 .*seq_length of 256 .*longest has 31", warning)
+    rows, prompts = [message for message in caplog.messages if "seq_length" in message]
+    assert re.match("2 of 8 examples .*seq_length of 256 .*longest has 31", rows)
+    assert re.match("1 of 4 prompts .*seq_length of 256 .*longest has 30", prompts)
     answers = (tmp_path / "run" / "generated_predictions.txt").read_text("utf-8").splitlines()
     assert len(answers) == 4

@@ -105,18 +105,19 @@ class PreparationReport:
         return "\n".join(lines)
 
 
-def too_long_for_base(lengths: Sequence[int], seq_length: int) -> str | None:
+def too_long_for_base(lengths: Sequence[int], seq_length: int, what: str = "examples") -> str | None:
     """The warning about rows that are longer than what the base was trained for; None if there are none.
 
     Args:
         lengths: tokens of every row, after truncation.
         seq_length: of the base's configuration.
+        what: is counted.
     """
     longer = sum(length > seq_length for length in lengths)
     if not longer:
         return None
     return (
-        f"{longer} of {len(lengths)} examples are longer than the base's seq_length of {seq_length} tokens (the "
+        f"{longer} of {len(lengths)} {what} are longer than the base's seq_length of {seq_length} tokens (the "
         f"longest has {max(lengths)}). The base was not trained on so long texts, and chat refuses them. Lower "
         "max_source_length or max_target_length, or use a base with a longer seq_length."
     )

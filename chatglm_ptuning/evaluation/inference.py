@@ -135,6 +135,6 @@ class ModelInference:
         )
 
     def _warn_of_long(self, rows: Sequence[Sequence[int]]) -> None:
-        too_long = too_long_for_base([len(row) for row in rows], self.model.config.seq_length)
+        too_long = too_long_for_base([len(row) for row in rows], self.model.config.seq_length, "prompts")
         if too_long and is_first_process():
             logger.warning_once(too_long)  # a run predicts the same rows after every epoch, and with the plain base
