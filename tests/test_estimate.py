@@ -158,11 +158,11 @@ def test_quantised_weights():
 
 
 def test_the_largest_batch_is_the_largest():
-    memories = [0, 32 * 2**20, 512 * 2**20]
-    none, few, many = largest_batches(job(batch=1, length=512), [RESERVE + memory for memory in memories])
-    assert none == 0 < few < 32 < many
+    memories = [0, 150 * 2**20, 700 * 2**20]
+    none, few, many = largest_batches(job(batch=1, length=2048), [RESERVE + memory for memory in memories])
+    assert none == 0 < few < 8 < many
     for batch, memory in ((few, memories[1]), (many, memories[2])):
-        fits = [estimate_memory(job(batch=rows, length=512)).total <= memory for rows in (batch, batch + 1)]
+        fits = [estimate_memory(job(batch=rows, length=2048)).total <= memory for rows in (batch, batch + 1)]
         assert fits == [True, False]
 
 
@@ -202,7 +202,7 @@ def test_the_command_prints_all_parts(capsys):
 
 def test_the_table_names_a_batch_for_every_card(capsys, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "chatglm", **SMALL}), "utf-8")
-    main(["--model", str(tmp_path), "--table", "--length", "64", "--gpu_memory", "1"])
+    main(["--model", str(tmp_path), "--table", "--length", "2048", "--gpu_memory", "4"])
     lines = capsys.readouterr().out.strip().splitlines()
     assert [line.count("|") for line in lines] == [3] * 6
     rows = dict(zip(["plain", "checkpointing"], lines[2:4], strict=True))
