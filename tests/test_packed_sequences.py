@@ -199,6 +199,11 @@ def test_lengths_that_do_not_add_up_are_refused(trains, lengths):
         trains()(torch.arange(1, 8)[None], sequence_lengths=lengths)
 
 
+def test_packed_rows_take_no_mask(trains):
+    with pytest.raises(ValueError, match="attention_mask"):
+        trains()(torch.arange(1, 8)[None], attention_mask=torch.ones(1, 7), sequence_lengths=[3, 4])
+
+
 def test_several_rows_cannot_be_packed_rows(trains):
     with pytest.raises(ValueError, match=r"sequence_lengths .*2 rows"):
         trains()(torch.ones(2, 4, dtype=torch.long), sequence_lengths=[4, 4])

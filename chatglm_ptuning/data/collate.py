@@ -77,7 +77,8 @@ class PackingCollator:
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, np.ndarray]]]:
         """The batch: `rows`, each with the keys of the example, int64 or float32.
 
-        Where there is a label for each token, that of the first is masked, because no position predicts it.
+        Where there is a label for each token, that of the first is masked: no position predicts it, and it has no tag,
+        because the rows of all tasks begin with a special token.
 
         Raises:
             ValueError: if an example has another number of labels than of ids, or only some examples have labels.

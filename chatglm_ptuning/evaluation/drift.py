@@ -14,7 +14,7 @@ from chatglm_ptuning.data.collate import PaddingCollator
 from chatglm_ptuning.data.dataset import lengths_of
 from chatglm_ptuning.evaluation.batches import evaluating
 from chatglm_ptuning.evaluation.parallel import do_together
-from chatglm_ptuning.model.losses import IGNORED_LABEL
+from chatglm_ptuning.model.losses import IGNORED_LABEL, next_labels
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMModel, ChatGLMPreTrainedModel
 from chatglm_ptuning.prefix.batch import PrefixBatch
 
@@ -117,7 +117,7 @@ def _sums(base: ChatGLMModel, batch: Mapping[str, torch.Tensor], chunks: int, pr
     Args:
         chunks: number of parts in which logits are computed.
     """
-    labels = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED_LABEL)[batch["attention_mask"].bool()]
+    labels = next_labels(batch["labels"])[batch["attention_mask"].bool()]
     theirs, ours = (_states(base, batch, used) for used in (base.prefix_batch(None), prefix))
     sums = torch.zeros(5, dtype=torch.float64, device=labels.device)
     for one, other, wanted in zip(*(whole.tensor_split(chunks) for whole in (theirs, ours, labels)), strict=True):

@@ -455,6 +455,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         rows = inputs_embeds.shape[0] if sequence_lengths is None else len(sequence_lengths)
         prefix, packed, mask = self._prefix_for(prefix, inputs_embeds, rows), None, None
         if sequence_lengths is not None:
+            if attention_mask is not None or past_key_values is not None:
+                raise ValueError("Packed sequences take neither attention_mask nor past_key_values: nothing is padded.")
             packed = PackedSequences(tuple(sequence_lengths), prefix, self.config, inputs_embeds)
             position_ids = packed.position_ids if position_ids is None else position_ids
         else:

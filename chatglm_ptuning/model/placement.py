@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import align_module_device
@@ -33,6 +33,11 @@ def layer_devices(layers: Iterable[nn.Module]) -> tuple[torch.device, ...] | Non
 def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Moves a tensor from the CPU without waiting for the work that a GPU still has to do."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def batch_on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Moves the tensors of a batch, see `on_device`; the rest stays as it is."""
+    return {name: on_device(value, device) if torch.is_tensor(value) else value for name, value in batch.items()}
 
 
 def out_of_offload(module: TrainedModule, fresh: TrainedModule, *, is_new: bool = False) -> TrainedModule:

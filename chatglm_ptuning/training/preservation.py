@@ -19,6 +19,7 @@ from chatglm_ptuning.data.tasks.heads.conversations import ConversationAnswers
 from chatglm_ptuning.data.tasks.task import Task
 from chatglm_ptuning.evaluation.drift import kl_from_base, measure_drift
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMPreTrainedModel
+from chatglm_ptuning.model.placement import batch_on_device
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 from chatglm_ptuning.training.arguments import PreservationArguments
 
@@ -163,10 +164,7 @@ class Replay:
         else:
             batches = pack(PackingCollator()(list(chain.from_iterable(rows)))["rows"], self.max_tokens)
         for batch in batches:
-            on_device = {
-                name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()
-            }
-            yield kl_from_base(model, on_device) / tokens
+            yield kl_from_base(model, batch_on_device(batch, model.device)) / tokens
 
     def _order_of_epoch(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from chatglm_ptuning.data.collate import pack
 from chatglm_ptuning.model.losses import IGNORED_LABEL
-from chatglm_ptuning.model.placement import on_device
+from chatglm_ptuning.model.placement import batch_on_device, on_device
 from chatglm_ptuning.model.zero3 import is_partitioned, most_of_processes
 from chatglm_ptuning.training.callbacks import (
     FiniteGuard,
@@ -299,13 +299,10 @@ class PrefixTrainer(SavingTrainer):
         rows = [row for batch in batches for row in batch.pop("rows")]
         packed, common = pack(rows, self._tokens_per_pass()), batches[0]
         filling = most_of_processes(self._prefix_model, len(packed)) - len(packed)
-        packed += pack(self.data_collator([masked_row_like(self.train_dataset[0])])["rows"], 1) * filling
-        passes = [common | self._on_device(own) for own in packed]
+        if filling:
+            packed += pack(self.data_collator([masked_row_like(self.train_dataset[0])])["rows"], 1) * filling
+        passes = [common | batch_on_device(own, self.args.device) for own in packed]
         return [common | {PASSES: []}] * (len(batches) - 1) + [common | {PASSES: passes}], items
-
-    def _on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        device = self.args.device
-        return {name: on_device(value, device) if torch.is_tensor(value) else value for name, value in batch.items()}
 
     def _tokens_per_pass(self) -> int:
         """Fewer than set where `auto_find_batch_size` has made the batch smaller."""
@@ -385,7 +382,8 @@ class PrefixTrainer(SavingTrainer):
         if "rows" in inputs:
             rows = inputs["rows"]
             (packed,) = pack(rows, sum(len(row["input_ids"]) for row in rows))
-            inputs = {name: value for name, value in inputs.items() if name != "rows"} | self._on_device(packed)
+            rest = {name: value for name, value in inputs.items() if name != "rows"}
+            inputs = rest | batch_on_device(packed, self.args.device)
         result = super().prediction_step(model, inputs, *args, **kwargs)
         tokens = self._get_num_items_in_batch([inputs], self.args.device)
         if result[0] is not None and tokens is not None:
