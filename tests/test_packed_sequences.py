@@ -214,8 +214,8 @@ def test_several_rows_cannot_be_packed_rows(trains):
 def test_the_loss_of_a_frozen_output_layer_is_that_of_its_logits(dtype, smoothing):
     torch.manual_seed(0)
     layer = torch.nn.Linear(16, 500, bias=False, dtype=dtype).requires_grad_(False)
-    labels = torch.randint(500, (600,))
-    states = torch.randn(600, 16, dtype=dtype, requires_grad=True)
+    labels = torch.randint(500, (1100,))
+    states = torch.randn(1100, 16, dtype=dtype, requires_grad=True)
     expected = cross_entropy(functional.linear(states, layer.weight), labels, smoothing=smoothing)
     found = loss_of_states(states, layer, labels, smoothing=smoothing)
     assert found.dtype == torch.float32
