@@ -86,7 +86,7 @@ class Check:
         return self.value is not None and self.value <= self.allowed
 
     def as_json(self) -> dict[str, Any]:
-        """For `benchmark.json`."""
+        """For `machine.json`."""
         return asdict(self) | {"holds": self.holds}
 
 

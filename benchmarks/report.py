@@ -21,6 +21,7 @@ from chatglm_ptuning.tables import Table
 from chatglm_ptuning.version import kit_version
 
 JSON_FILE, MARKDOWN_FILE, PICTURE_FILE = "benchmark.json", "benchmark.md", "benchmark.png"
+MACHINE_FILE = "machine.json"
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "flash-attn")
 _HEADINGS = ("quantity", "compared with", "this kit", "the other", "ratio", "goal", "holds", "better")
 
@@ -93,8 +94,8 @@ def _spread(sample: Sample, digits: int) -> str:
 def write(folder: Path, results: Sequence[Result], checks: Sequence[Check], facts: dict[str, Any]) -> None:
     """Writes the files of the report into a folder; called again, it replaces them."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = facts | {"checks": [check.as_json() for check in checks], "rows": [row.as_json() for row in results]}
-    write_json(folder / JSON_FILE, content)
+    write_json(folder / JSON_FILE, [result.as_json() for result in results])
+    write_json(folder / MACHINE_FILE, facts | {"checks": [check.as_json() for check in checks]})
     write_text(folder / MARKDOWN_FILE, f"{table(results).markdown()}\n\n{described(facts)}.\n")
     draw(folder / PICTURE_FILE, [result for result in results if result.ratio is not None], described(facts))
 

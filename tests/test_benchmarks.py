@@ -121,20 +121,20 @@ def test_golden_cases_hold(check):
 def test_a_run_reports_what_it_measured(tmp_path, capsys):
     wanted = [name for name in QUANTITIES if name != "memory"]  # its processes take long to start
     program.main(["--shapes", "tiny", "--rounds", "2", "--output", str(tmp_path), "--quantities", *wanted])
-    content = json.loads((tmp_path / "benchmark.json").read_text("utf-8"))
+    rows, machine = (json.loads((tmp_path / f"{name}.json").read_text("utf-8")) for name in ("benchmark", "machine"))
     measured = [QUANTITIES[name] for name in wanted if ("cpu", "tiny") in QUANTITIES[name].goals]
-    assert {(row["quantity"], row["compared_with"] or "") for row in content["rows"]} == {
+    assert {(row["quantity"], row["compared_with"] or "") for row in rows} == {
         (quantity.what, quantity.theirs) for quantity in measured
     }
-    for row in content["rows"]:
+    for row in rows:
         value = row["ours"]
         assert row["shape"] == "tiny" and row["ours_spread"][0] <= value <= row["ours_spread"][1]
         if row["theirs"] is not None:
             assert row["ratio"] == pytest.approx(value / row["theirs"])
             value = row["ratio"]
         assert row["holds"] == (value <= row["goal"] if row["goal_is"] == "at most" else value >= row["goal"])
-    assert content["versions"]["torch"] == torch.__version__ and content["date"] and content["processor"]
-    assert all(check["holds"] for check in content["checks"])
+    assert machine["versions"]["torch"] == torch.__version__ and machine["date"] and machine["processor"]
+    assert all(check["holds"] for check in machine["checks"])
     shown = capsys.readouterr().out
     assert "goals hold" in shown and torch.__version__ in shown
     assert "| tiny: training, examples/s | official recipe |" in (tmp_path / "benchmark.md").read_text("utf-8")
