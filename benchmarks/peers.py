@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -32,8 +33,9 @@ class _Peft(Side):
         adapted = get_peft_model(as_native_glm(model), self._settings(model))
         super().__init__(adapted.train(), steps, at_once)
 
+    @abstractmethod
     def _settings(self, model: ChatGLMForConditionalGeneration) -> Any:
-        raise NotImplementedError
+        """PEFT's configuration."""
 
     def loss(self, batch: dict[str, Any], supervised: int) -> torch.Tensor:
         """As `Side.loss`."""

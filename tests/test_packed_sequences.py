@@ -17,6 +17,7 @@ from chatglm_ptuning.model.modeling_heads import (
     ChatGLMForSequenceClassification,
     ChatGLMForTokenClassification,
 )
+from chatglm_ptuning.model.swiglu import SwiGLU
 
 ALIKE = {"rtol": 1e-5, "atol": 2e-6}
 
@@ -230,3 +231,10 @@ def test_an_output_layer_that_is_trained_gets_its_gradient():
     states, labels = torch.randn(20, 16), torch.randint(50, (20,))
     expected = torch.autograd.grad(cross_entropy(layer(states), labels), layer.weight)
     torch.testing.assert_close(torch.autograd.grad(loss_of_states(states, layer, labels), layer.weight), expected)
+
+
+def test_swiglu_has_the_value_and_gradient_of_its_formula():
+    fused = torch.randn(3, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    gate, up = fused.chunk(2, dim=-1)
+    torch.testing.assert_close(SwiGLU.apply(fused), functional.silu(gate) * up)
+    assert torch.autograd.gradcheck(SwiGLU.apply, fused)
