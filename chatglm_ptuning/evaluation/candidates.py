@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 
 from chatglm_ptuning.data.collate import PaddingCollator
 from chatglm_ptuning.evaluation.batches import evaluating, in_batches
+from chatglm_ptuning.model.frozen_linear import apply_linear
 from chatglm_ptuning.model.zero3 import most_of_processes
 from chatglm_ptuning.prefix.batch import PrefixArgument, PrefixBatch
 
@@ -187,7 +188,7 @@ def _log_probabilities(
     wanted = sorted({step for steps in tree.steps for step in steps})
     values: dict[tuple[int, int], float] = {}
     for start in range(0, len(hidden), chunk_size):  # with ZeRO-3 all processes need equally many
-        logits = model.transformer.output_layer(hidden[start : start + chunk_size]).float()
+        logits = apply_linear(model.transformer.output_layer, hidden[start : start + chunk_size]).float()
         steps = [step for step in wanted if start <= step[0] + 1 < start + chunk_size]
         if not steps:
             continue

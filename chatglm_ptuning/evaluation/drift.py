@@ -14,6 +14,7 @@ from chatglm_ptuning.data.collate import PaddingCollator
 from chatglm_ptuning.data.dataset import lengths_of
 from chatglm_ptuning.evaluation.batches import evaluating
 from chatglm_ptuning.evaluation.parallel import do_together
+from chatglm_ptuning.model.frozen_linear import apply_linear
 from chatglm_ptuning.model.losses import IGNORED_LABEL, next_labels
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMModel, ChatGLMPreTrainedModel
 from chatglm_ptuning.prefix.batch import PrefixBatch
@@ -107,7 +108,7 @@ def _divergence(
     base: ChatGLMModel, theirs: torch.Tensor, ours: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The sum of KL(base || tuned) and both log-probabilities, from hidden states `[positions, hidden_size]`."""
-    expected, found = (base.output_layer(states).float().log_softmax(-1) for states in (theirs, ours))
+    expected, found = (apply_linear(base.output_layer, states).float().log_softmax(-1) for states in (theirs, ours))
     return functional.kl_div(found, expected, reduction="sum", log_target=True), expected, found
 
 

@@ -36,7 +36,7 @@ class PrefixGenerationMixin(GenerationMixin):
                     "return_dict=False in apply_chat_template, which returns the ids alone."
                 )
         with torch.no_grad():
-            prefix = self.resolve_prefix(prefix)
+            prefix = self.resolve_prefix(prefix).by_row()
         self.check_prefix_is_trained(prefix)
         if prefix.length and kwargs.get("cache_implementation") == "paged":
             raise ValueError("cache_implementation 'paged' does not support a prefix. Use another cache.")

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from chatglm_ptuning.model.frozen_linear import apply_linear, is_frozen_linear, linear
 from chatglm_ptuning.model.packed_sequences import last_tokens
-from chatglm_ptuning.model.zero3 import is_partitioned
 
 IGNORED_LABEL = -100
 """The label of a masked position, which the loss ignores."""
@@ -79,18 +79,10 @@ def loss_of_states(
     """
     labels = labels.to(states.device)
     items = len(labels) if num_items_in_batch is None else num_items_in_batch
-    if not _is_frozen_linear(output_layer):
-        return cross_entropy(output_layer(states), labels, items, smoothing)
+    if not is_frozen_linear(output_layer) or output_layer.bias is not None:
+        return cross_entropy(apply_linear(output_layer, states), labels, items, smoothing)
     total = _FrozenLinearCrossEntropy.apply(states, output_layer.weight, labels, smoothing)
     return mean_loss(total, items)
-
-
-def _is_frozen_linear(layer: nn.Module) -> bool:
-    """Whether the weight can be used without calling the layer, whose hooks may gather or load it, or anything else."""
-    has_hooks = layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook")
-    if type(layer) is not nn.Linear or layer.bias is not None or has_hooks:
-        return False
-    return not layer.weight.requires_grad and not is_partitioned([layer.weight])
 
 
 class _FrozenLinearCrossEntropy(torch.autograd.Function):
@@ -106,15 +98,12 @@ class _FrozenLinearCrossEntropy(torch.autograd.Function):
         ctx: Any, states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, smoothing: float
     ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=states.device)
-        grad = torch.empty_like(states)
         parts = max(1, -(-len(states) // _STATES_AT_ONCE))
-        rows = -(-len(states) // parts)  # parts of equal size
-        logits = states.new_empty(rows, len(weight))  # once, because new memory is slow on a CPU
-        scores = logits if logits.dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
-        for own, wanted, target in zip(*(whole.split(max(1, rows)) for whole in (states, labels, grad)), strict=True):
-            wanted = wanted[:, None]
-            torch.mm(own, weight.T, out=logits[: len(own)])
-            error = torch.log_softmax(logits[: len(own)], -1, dtype=torch.float32, out=scores[: len(own)])
+        grads = []
+        for own, wanted in zip(states.tensor_split(parts), labels[:, None].tensor_split(parts), strict=True):
+            logits = linear(own, weight)
+            scores = logits if logits.dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
+            error = torch.log_softmax(logits, -1, dtype=torch.float32, out=scores)
             total -= (1 - smoothing) * error.gather(-1, wanted).sum()
             if smoothing:
                 total -= smoothing * error.mean(-1).sum()
@@ -122,8 +111,9 @@ class _FrozenLinearCrossEntropy(torch.autograd.Function):
             if smoothing:
                 error -= smoothing / len(weight)
             if scores is not logits:
-                error = logits[: len(own)].copy_(error)
-            torch.mm(error, weight, out=target)
+                error = logits.copy_(error)
+            grads.append(linear(error, weight.T))
+        grad = torch.cat(grads)
         ctx.save_for_backward(grad)
         return total
 

@@ -33,6 +33,7 @@ from chatglm_ptuning.model.base_weights import describe_damage, describe_missing
 from chatglm_ptuning.model.chat_mixin import ChatMixin
 from chatglm_ptuning.model.checkpoint_formats import DTYPE_KEYS, checked_dtype, register_conversions
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
+from chatglm_ptuning.model.frozen_linear import apply_linear
 from chatglm_ptuning.model.generation_mixin import PrefixGenerationMixin
 from chatglm_ptuning.model.losses import IGNORED_LABEL, cross_entropy, loss_of_states, next_labels
 from chatglm_ptuning.model.official_model import OfficialModelSurface, refuse_retired
@@ -42,14 +43,14 @@ from chatglm_ptuning.model.placement import execution_device, out_of_offload
 from chatglm_ptuning.model.prefix_encoder import PrefixEncoder
 from chatglm_ptuning.model.prefix_mixin import PrefixMixin
 from chatglm_ptuning.model.quantization import keep_layout
-from chatglm_ptuning.model.rotary import RotaryEmbedding
+from chatglm_ptuning.model.rms_norm import RMSNorm
+from chatglm_ptuning.model.rotary import RotaryEmbedding, rotate
 from chatglm_ptuning.model.stored_prefix import folder_of_base
 from chatglm_ptuning.model.swiglu import SwiGLU
 from chatglm_ptuning.model.trained_module import FirstValues
 from chatglm_ptuning.model.zero3 import gathered, is_partitioned
 from chatglm_ptuning.prefix.bank import TRAINABLE_PREFIX, PrefixBank
 from chatglm_ptuning.prefix.batch import PrefixArgument, PrefixBatch, PrefixSelection
-from chatglm_ptuning.prefix.rotation import apply_rotary_pos_emb
 
 register_conversions()
 
@@ -125,21 +126,21 @@ class SelfAttention(nn.Module):
             packed: the sequences of a packed row; the prefix then has an entry for each of them.
             kwargs: for the attention function.
         """
-        query, key, value = self._split(self.query_key_value(hidden_states))
-        query = apply_rotary_pos_emb(query, *position_embeddings)
-        key = apply_rotary_pos_emb(key, *position_embeddings)
+        query, key, value = self._split(apply_linear(self.query_key_value, hidden_states))
+        query = rotate(query, *position_embeddings)
+        key = rotate(key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         kwargs |= {"dropout": self.config.attention_dropout if self.training else 0.0, "scaling": self.scaling}
         if packed is not None:
             output = packed_attention(attention, self, query, key, value, prefix_key, prefix_value, packed, **kwargs)
-            return self.dense(output.flatten(2)), None
+            return apply_linear(self.dense, output.flatten(2)), None
         if prefix_key is not None:
             key = torch.cat((prefix_key.to(key), key), dim=2)
             value = torch.cat((prefix_value.to(value), value), dim=2)
         output, weights = attention(self, query, key, value, attention_mask, **kwargs)
-        return self.dense(output.flatten(2)), weights
+        return apply_linear(self.dense, output.flatten(2)), weights
 
 
 class MLP(nn.Module):
@@ -153,11 +154,11 @@ class MLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Hidden states `[..., hidden_size]` -> the same shape."""
-        return self.dense_4h_to_h(SwiGLU.apply(self.dense_h_to_4h(hidden_states)))
+        return apply_linear(self.dense_4h_to_h, SwiGLU.apply(apply_linear(self.dense_h_to_4h, hidden_states)))
 
 
 def _norm(config: ChatGLMConfig) -> nn.Module:
-    return (nn.RMSNorm if config.rmsnorm else nn.LayerNorm)(config.hidden_size, eps=config.layernorm_epsilon)
+    return (RMSNorm if config.rmsnorm else nn.LayerNorm)(config.hidden_size, eps=config.layernorm_epsilon)
 
 
 class GLMBlock(GradientCheckpointingLayer):
@@ -563,7 +564,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, PrefixG
             return CausalLMOutputWithPast(loss=loss)
         # Contiguous: for a slice, torch would copy the weight of the output layer once for every row.
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep).contiguous()
-        logits = self.transformer.output_layer(hidden_states)
+        logits = apply_linear(self.transformer.output_layer, hidden_states)
         return CausalLMOutputWithPast(
             loss=None if labels is None else cross_entropy(logits, labels, num_items_in_batch, smoothing),
             logits=logits,

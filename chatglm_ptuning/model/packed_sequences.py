@@ -7,7 +7,7 @@ for each length on a CPU, and one kernel for sequences of different lengths on a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 
+from chatglm_ptuning.model.attention_by_length import Run, attention_by_length, folded_heads
 from chatglm_ptuning.model.attention_mask import causal_mask_with_prefix
 from chatglm_ptuning.model.placement import on_device
 
@@ -85,18 +86,11 @@ class PackedSequences:
         )
 
     @cached_property
-    def runs(self) -> list[tuple[int, int, int]]:
-        """Neighbours of equal lengths, which are computed together: their number, and the tokens and keys of each."""
+    def runs(self) -> list[Run]:
+        """Neighbours of equal lengths."""
         shapes = itertools.groupby(zip(self.lengths, self.key_lengths, strict=True))
-        return [(len(list(equal)), *shape) for shape, equal in shapes]
-
-    @cached_property
-    def masks(self) -> list[torch.Tensor | None]:
-        """For each of `runs` what is added to the scores, `[tokens, keys]`; None without a prefix."""
-        return [
-            None if tokens == keys else self.inputs_embeds.new_full((tokens, keys), -torch.inf).triu_(keys - tokens + 1)
-            for _, tokens, keys in self.runs
-        ]
+        folded = folded_heads(self.config.num_attention_heads, self.config.num_key_value_heads)
+        return [Run(len(list(equal)), *shape, folded, self.inputs_embeds) for shape, equal in shapes]
 
     @cached_property
     def padded_index(self) -> torch.Tensor:
@@ -138,25 +132,26 @@ def packed_attention(
     Returns:
         `[1, tokens, heads, kv_channels]`.
     """
-    implementation = packed.config._attn_implementation
-    if implementation == "sdpa" and _has_varlen_kernel(query) and not kwargs["dropout"]:
-        key, value = (_behind_prefix(*pair, packed) for pair in ((prefix_key, key), (prefix_value, value)))
-        queries_start, keys_start = packed.starts
-        return varlen_attn(
-            query[0].transpose(0, 1),
-            key,
-            value,
-            queries_start,
-            keys_start,
-            max(packed.lengths),
-            max(packed.key_lengths),
-            scale=kwargs["scaling"],
-            window_size=(-1, 0),  # causal, and aligned to the last key
-            enable_gqa=True,
-        )[None]
-    if implementation == "sdpa" and query.device.type == "cpu":
-        return _attention_by_length(query, key, value, prefix_key, prefix_value, packed, **kwargs)
-    return padded_attention(attention, module, query, key, value, prefix_key, prefix_value, packed, **kwargs)
+    fast = packed.config._attn_implementation == "sdpa" and not kwargs["dropout"]
+    has_varlen_kernel = fast and _has_varlen_kernel(query)
+    if not has_varlen_kernel and not (fast and query.device.type == "cpu"):
+        return padded_attention(attention, module, query, key, value, prefix_key, prefix_value, packed, **kwargs)
+    key, value = (_behind_prefix(*pair, packed) for pair in ((prefix_key, key), (prefix_value, value)))
+    if not has_varlen_kernel:
+        return attention_by_length(query, key, value, packed.runs, kwargs["scaling"])
+    queries_start, keys_start = packed.starts
+    return varlen_attn(
+        query[0].transpose(0, 1),
+        key,
+        value,
+        queries_start,
+        keys_start,
+        max(packed.lengths),
+        max(packed.key_lengths),
+        scale=kwargs["scaling"],
+        window_size=(-1, 0),  # causal, and aligned to the last key
+        enable_gqa=True,
+    )[None]
 
 
 def padded_attention(
@@ -179,46 +174,6 @@ def padded_attention(
         key, value = torch.cat((prefix_key.to(key), key), dim=2), torch.cat((prefix_value.to(value), value), dim=2)
     output, _ = attention(module, query, key, value, packed.padded_mask, **kwargs)
     return output.flatten(0, 1).index_select(0, packed.padded_index)[None]
-
-
-def _attention_by_length(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    prefix_key: torch.Tensor | None,
-    prefix_value: torch.Tensor | None,
-    packed: PackedSequences,
-    *,
-    dropout: float,
-    scaling: float,
-    **_: Any,
-) -> torch.Tensor:
-    keys, values = (
-        _behind_prefix(*pair, packed).transpose(0, 1)[None] for pair in ((prefix_key, key), (prefix_value, value))
-    )
-    of_runs = zip(
-        _split(query, [(count, tokens) for count, tokens, _ in packed.runs]),
-        _split(keys, [(count, length) for count, _, length in packed.runs]),
-        _split(values, [(count, length) for count, _, length in packed.runs]),
-        packed.masks,
-        strict=True,
-    )
-    outputs = [
-        functional.scaled_dot_product_attention(
-            *own, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scaling, enable_gqa=True
-        )
-        .transpose(1, 2)
-        .flatten(0, 1)
-        for *own, mask in of_runs
-    ]
-    return torch.cat(outputs)[None]
-
-
-def _split(states: torch.Tensor, runs: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
-    """States `[1, heads, tokens, kv_channels]` -> for each run `[count, heads, length, kv_channels]`."""
-    parts = states.split([count * length for count, length in runs], dim=2)
-    for part, run in zip(parts, runs, strict=True):
-        yield part[0].unflatten(1, run).transpose(0, 1)
 
 
 def _behind_prefix(prefix: torch.Tensor | None, states: torch.Tensor, packed: PackedSequences) -> torch.Tensor:

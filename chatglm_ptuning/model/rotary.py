@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.trained_module import Float32Module
-from chatglm_ptuning.prefix.rotation import rotary_frequencies
+from chatglm_ptuning.prefix.rotation import apply_rotary_pos_emb, rotary_frequencies
 
 
 class RotaryEmbedding(Float32Module):
@@ -31,3 +33,33 @@ class RotaryEmbedding(Float32Module):
         """`position_ids` `[batch, seq_len]` -> cosines and sines `[batch, 1, seq_len, kv_channels // 4]`."""
         angles = position_ids[:, None, :, None].float() / self.position_scale * self.inv_freq
         return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """As `apply_rotary_pos_emb`; in float32 by a product of complex numbers, with the same results in less time."""
+    if states.dtype == cos.dtype == torch.float32 and not torch.compiler.is_compiling():
+        return _ComplexRotation.apply(states, torch.complex(cos, sin))
+    return apply_rotary_pos_emb(states, cos, sin)
+
+
+class _ComplexRotation(torch.autograd.Function):
+    """Pairs of channels as complex numbers; the gradient is rotated back."""
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(turns)
+        return _turn(states, turns)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (turns,) = ctx.saved_tensors
+        return _turn(grad, turns.conj()), None
+
+
+def _turn(states: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    half = states.shape[-1] // 2
+    turned = torch.empty_like(states)
+    before, after = (torch.view_as_complex(whole[..., :half].unflatten(-1, (-1, 2))) for whole in (states, turned))
+    torch.mul(before, turns, out=after)
+    turned[..., half:] = states[..., half:]
+    return turned

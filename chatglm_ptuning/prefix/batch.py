@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch.nn.functional import dropout, pad
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
 from chatglm_ptuning.prefix.bank import TRAINABLE_PREFIX
+from chatglm_ptuning.prefix.dropout import dropout
 
 PrefixSelection = str | None | tuple[str | None, ...]
 """A prefix's name for all rows, None for the plain base, or one of these per batch row."""
@@ -77,6 +78,13 @@ class PrefixBatch:
         if self.rows not in (None, rows):
             raise ValueError(f"There is a prefix for each of {self.rows} rows, but the batch has {rows}.")
 
+    def by_row(self) -> PrefixBatch:
+        """The batch with an entry of its own for every row, which many forward passes use without a copy."""
+        if self.index is None:
+            return self
+        entries = tuple(entry.index_select(0, self.index.to(entry.device)) for entry in self.key_values)
+        return replace(self, key_values=entries, index=None)
+
     def for_rows(self, rows: int) -> PrefixBatch:
         """The batch for a multiple of its rows; the copies of one row (its beams) follow each other.
 
@@ -94,11 +102,12 @@ class PrefixBatch:
         """The batch of some of its rows, in the given order."""
         if self.rows is None:
             return self
-        chosen = None if self.index is None else torch.tensor(places, device=self.index.device)
+        chosen = torch.tensor(places, device=self.key_values[0].device if self.key_values else None)
+        entries = chosen if self.index is None else self.index[chosen]
         return replace(
             self,
             rows=len(places),
-            index=None if chosen is None else self.index[chosen],
+            index=entries if self.key_values else None,
             lengths=tuple(self.lengths[place] for place in places),
             mask=None if self.mask is None else self.mask[chosen],
             owner=tuple(self.owner[place] for place in places),
