@@ -48,5 +48,8 @@ ensure_environment() {
         export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-4294967296}"
         export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-8589934592}"
         export MALLOC_TOP_PAD_="${MALLOC_TOP_PAD_:-67108864}"
+    else
+        # The passes of a step have any number of tokens: torch then extends its blocks of memory, and moves none.
+        export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
     fi
 }

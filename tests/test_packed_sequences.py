@@ -17,17 +17,16 @@ from chatglm_ptuning.model.modeling_heads import (
     ChatGLMForSequenceClassification,
     ChatGLMForTokenClassification,
 )
-from chatglm_ptuning.model.swiglu import SwiGLU
 
 ALIKE = {"rtol": 1e-5, "atol": 2e-6}
 
 
-def random_rows(seed: int, count: int, vocabulary: int = 60) -> list[dict[str, list[int]]]:
-    """Rows of 2 to 40 tokens, with labels on the last part of each."""
+def random_rows(seed: int, count: int, vocabulary: int = 60, longest: int = 40) -> list[dict[str, list[int]]]:
+    """Rows of 2 to `longest` tokens, with labels on the last part of each."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for _ in range(count):
-        length = int(torch.randint(2, 41, (), generator=generator))
+        length = int(torch.randint(2, longest + 1, (), generator=generator))
         masked = int(torch.randint(1, length, (), generator=generator))
         ids = torch.randint(1, vocabulary, (length,), generator=generator).tolist()
         rows.append({"input_ids": ids, "labels": [IGNORED_LABEL] * masked + ids[masked:]})
@@ -71,6 +70,18 @@ def test_loss_and_gradients_are_those_of_padded_rows(trains, implementation, sid
     model.set_attn_implementation(implementation)
     torch.testing.assert_close(loss_and_gradient(model, packed(rows)), expected, **ALIKE)
     torch.testing.assert_close(loss_and_gradient(model, packed(rows) | {"skip_logits": True}), expected, **ALIKE)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_long_and_equal_sequences_on_a_cpu(trains, monkeypatch, threads):
+    """Queries in several blocks, sequences that are computed together, and heads that are folded or not."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    model, rows = trains(), random_rows(9, 2, longest=300)
+    rows += [{"input_ids": row["input_ids"][::-1], "labels": row["labels"]} for row in rows]
+    rows.sort(key=lambda row: len(row["input_ids"]))
+    assert len(rows[-1]["input_ids"]) > 256
+    expected = loss_and_gradient(model, PaddingCollator(0, "right")(rows))
+    torch.testing.assert_close(loss_and_gradient(model, packed(rows)), expected, **ALIKE)
 
 
 def varlen_by_its_documentation(query, key, value, starts, key_starts, longest, longest_key, **settings):
@@ -231,10 +242,3 @@ def test_an_output_layer_that_is_trained_gets_its_gradient():
     states, labels = torch.randn(20, 16), torch.randint(50, (20,))
     expected = torch.autograd.grad(cross_entropy(layer(states), labels), layer.weight)
     torch.testing.assert_close(torch.autograd.grad(loss_of_states(states, layer, labels), layer.weight), expected)
-
-
-def test_swiglu_has_the_value_and_gradient_of_its_formula():
-    fused = torch.randn(3, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    gate, up = fused.chunk(2, dim=-1)
-    torch.testing.assert_close(SwiGLU.apply(fused), functional.silu(gate) * up)
-    assert torch.autograd.gradcheck(SwiGLU.apply, fused)
