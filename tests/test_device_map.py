@@ -13,6 +13,9 @@ from chatglm_ptuning.model.placement import layer_devices
 from chatglm_ptuning.prefix.bank import LoadedPrefix, PrefixBank
 from chatglm_ptuning.prefix.batch import assemble
 
+ALIKE = {"rtol": 1e-5, "atol": 1e-5}
+"""Layers that accelerate moves are computed by torch, others perhaps by oneDNN."""
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
@@ -57,7 +60,7 @@ def test_prefixes_work_on_a_base_that_is_partly_on_the_disk(base, prefixes, tmp_
         assert torch.equal(*tokens), selection
         assert tokens[0].shape[1] > ids.shape[1]
     with torch.no_grad():
-        assert torch.equal(model(ids).logits, whole(ids).logits)
+        torch.testing.assert_close(model(ids).logits, whole(ids).logits, **ALIKE)
 
 
 @pytest.mark.parametrize("part", [0.6, 0.1])
@@ -81,7 +84,7 @@ def test_a_trainable_prefix_stays_in_memory(base, prefixes, tmp_path, ids, part)
         model.generate(ids)
     model.load_prefix(prefixes["a"])
     whole.load_prefix(prefixes["a"])
-    assert torch.equal(model(ids).logits, whole(ids).logits)
+    torch.testing.assert_close(model(ids).logits, whole(ids).logits, **ALIKE)
     model(ids, labels=ids).loss.backward()
     assert model.transformer.prefix_encoder.embedding.weight.grad.abs().sum() > 0
     # A base that was saved together with its prefix.
@@ -91,7 +94,7 @@ def test_a_trainable_prefix_stays_in_memory(base, prefixes, tmp_path, ids, part)
     for length in (3, 4):
         model = load(tmp_path / "together", length)
         assert model.transformer.prefix_encoder.is_untrained
-        assert torch.equal(model(ids, prefix="together").logits, whole(ids).logits)
+        torch.testing.assert_close(model(ids, prefix="together").logits, whole(ids).logits, **ALIKE)
 
 
 @pytest.mark.parametrize("part", [0.6, 0.1])
@@ -109,11 +112,11 @@ def test_a_head_stays_in_memory(base, tmp_path, ids, part):
         model.check_prefix_is_trained()
     model.load_prefix(tmp_path / "prefix")
     with torch.no_grad():
-        assert torch.equal(model.eval()(ids).logits, whole.eval()(ids).logits)
+        torch.testing.assert_close(model.eval()(ids).logits, whole.eval()(ids).logits, **ALIKE)
     accelerate.cpu_offload(model.classifier_head, torch.device("cpu"))
     model.load_prefix(tmp_path / "prefix")  # whose head does not go into the model's own
     with torch.no_grad():
-        assert torch.equal(model(ids).logits, whole(ids).logits)
+        torch.testing.assert_close(model(ids).logits, whole(ids).logits, **ALIKE)
     accelerate.cpu_offload(whole.classifier_head, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"classifier_head\.weight has been offloaded"):
         whole.load_prefix(tmp_path / "prefix")

@@ -195,10 +195,10 @@ def test_a_search_resumes_with_longer_lists_and_refuses_other_settings(base, tas
 
 
 def test_halving_prunes_the_worse_runs_at_their_first_evaluation(base, task, tmp_path):
-    command(flags(base, task, tmp_path, "--learning_rate", "1e-1", "1e-9", "1e-8", "--pruner", "halving",
+    command(flags(base, task, tmp_path, "--learning_rate", "1e-2", "1e-9", "1e-8", "--pruner", "halving",
                   "--metric", "loss", "--max_steps", 8, "--eval_steps", 4, "--head_init", "random"))  # fmt: skip
     found = report(tmp_path)
-    assert settings(tmp_path) == [(2, 1e-1)] and settings(tmp_path, "pruned") == [(2, 1e-9), (2, 1e-8)]
+    assert settings(tmp_path) == [(2, 1e-2)] and settings(tmp_path, "pruned") == [(2, 1e-9), (2, 1e-8)]
     pruned = found["trials"][1]["seeds"]["42"]
     assert [point[0] for point in pruned["points"]] == [4] and "score" not in pruned
     assert "stopped at step 4" in (tmp_path / "search.md").read_text("utf-8")

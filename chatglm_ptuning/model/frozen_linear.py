@@ -51,7 +51,10 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 def _onednn_linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+    try:
+        return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+    except RuntimeError:  # oneDNN needs memory of its own, and does not say that it lacked some
+        return functional.linear(states, weight, bias)
 
 
 def _takes_onednn(states: torch.Tensor, weight: torch.Tensor) -> bool:
