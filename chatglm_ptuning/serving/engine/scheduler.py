@@ -88,11 +88,15 @@ class Scheduler:
             rows, counts = self._next_prompts()
             logits = self._passes.prefill(rows, counts)
             self.prefilled += sum(counts)
-            complete = [number for number, row in enumerate(rows) if row.computed == row.known]
-            for number in complete:
-                self.table.start_decoding(rows[number])
+            numbers = [number for number, row in enumerate(rows) if row.computed == row.known]
+            complete = [rows[number] for number in numbers]
+            for row in complete:
+                self.table.start_decoding(row)
             if complete:
-                self._continue([rows[number] for number in complete], logits[complete])
+                self._continue(complete, logits[numbers])
+            for row in complete:
+                if self.table.rows[row.place] is row:  # its scores were finite
+                    self.shared += self.table.share_prompt(row)
         if self.table.decoding:
             rows = self.table.rows[: self.table.decoding]
             self._continue(rows, self._passes.decode(rows))
