@@ -364,6 +364,8 @@ def test_closing_ends_all_requests(start, slow):
             ids_of(generation)
     with pytest.raises(EngineError, match="closed"):
         engine.submit(prompt_of(5), greedy(1))
+    with pytest.raises(EngineError, match="started"):
+        engine.start()
 
 
 def test_many_threads_may_submit_and_cancel(start, alone):

@@ -55,7 +55,9 @@ class Scheduler:
         self._earlier_evictions += self.table.evictions
         self.table = SlotTable(self._cache)
         self._cache.entries.zero_()
-        is_static = self._cache.entries.device.type == "cuda"
+        # Layers of a quantised base may wait for the GPU, which cannot be recorded.
+        is_quantised = getattr(self._model, "hf_quantizer", None) is not None
+        is_static = self._cache.entries.device.type == "cuda" and not is_quantised
         sizes = Sizes(self._cache.slots, self._cache.slot_tokens, is_static)
         self._passes = Passes(self._model, self._cache, sizes, GraphRecorder() if is_static else lambda step: step)
 
