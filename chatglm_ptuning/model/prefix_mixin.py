@@ -176,15 +176,8 @@ class PrefixMixin:
             ValueError: if the file is damaged, does not fit the base's sizes, was trained on another base, or lacks
                 this model's head; the message names the file and both sides. The model is then unchanged.
         """
-        base = self.base_model
-        checkpoint = path if isinstance(path, PrefixCheckpoint) else read_prefix(path, base.config.prefix_shape)
-        if task is not None:
-            checkpoint = checkpoint.of_task(task, self.head_name)
-        check_base(checkpoint, base.config.prefix_shape, base.config.name_or_path or None, self.base_fingerprint)
+        checkpoint = self._fitting(path, task)
         own_heads = self._heads()
-        if self is not base:
-            shapes = {key: whole_shape(value) for key, value in own_heads.items()}
-            check_heads(checkpoint, type(self).__name__, shapes, self.head_kind, task)
         encoder = self._encoder_from(checkpoint)
         if self._is_trainable(name):
             with gathered([*self._trainable.parameters(), *own_heads.values()], modify=True), torch.no_grad():
@@ -198,6 +191,31 @@ class PrefixMixin:
             heads = {key: checkpoint.heads[key] for key in own_heads}
             self._bank.add(name, LoadedPrefix(encoder.key_values(), heads, checkpoint.metadata.trained))
         self.set_prefix(name)
+
+    @torch.no_grad()
+    def fold_prefix(self, path: str | PathLike[str]) -> LoadedPrefix:
+        """Reads a prefix for inference, without its head. The model is unchanged, and nothing is selected.
+
+        Args:
+            path: as for `load_prefix`.
+
+        Raises:
+            FileNotFoundError, ValueError: as `load_prefix`.
+        """
+        checkpoint = self._fitting(path)
+        return LoadedPrefix(self._encoder_from(checkpoint).key_values(), {}, checkpoint.metadata.trained)
+
+    def _fitting(self, path: str | PathLike[str] | PrefixCheckpoint, task: str | None = None) -> PrefixCheckpoint:
+        """Reads a prefix and checks that it fits; arguments and errors as for `load_prefix`."""
+        base = self.base_model
+        checkpoint = path if isinstance(path, PrefixCheckpoint) else read_prefix(path, base.config.prefix_shape)
+        if task is not None:
+            checkpoint = checkpoint.of_task(task, self.head_name)
+        check_base(checkpoint, base.config.prefix_shape, base.config.name_or_path or None, self.base_fingerprint)
+        if self is not base:
+            shapes = {key: whole_shape(value) for key, value in self._heads().items()}
+            check_heads(checkpoint, type(self).__name__, shapes, self.head_kind, task)
+        return checkpoint
 
     def _keep_stored_prefix(self, folder: Path | None) -> None:
         """Loads the prefix that the base's own folder holds, under the folder's name, without selecting it."""

@@ -1,0 +1,105 @@
+"""Chooses the next token of every row, each by its own settings."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+
+from chatglm_ptuning.serving.engine.request import SamplingSettings, Token
+
+_USUAL_CANDIDATES = 256
+"""So many most probable tokens usually have the probability `top_p` together; sorting all takes much longer."""
+
+
+def choose(
+    logits: torch.Tensor,
+    settings: Sequence[SamplingSettings],
+    known: Sequence[torch.Tensor | None],
+    randoms: Sequence[random.Random],
+) -> list[Token | None]:
+    """The next token of every row; None for a row whose logits are not finite.
+
+    Args:
+        logits: float32 `[rows, vocabulary]`.
+        known: ids of the prompt and the answer so far, int64; read for a repetition penalty only.
+        randoms: draws one number for each sampled token.
+    """
+    finite = logits.isfinite().all(dim=-1).tolist()
+    scores = logits
+    for row, one in enumerate(settings):
+        if one.repetition_penalty != 1:
+            scores = scores.clone() if scores is logits else scores
+            ids = known[row].to(scores.device)
+            before = scores[row, ids]
+            scores[row, ids] = torch.where(before < 0, before * one.repetition_penalty, before / one.repetition_penalty)
+    sampled = [row for row, one in enumerate(settings) if one.temperature > 0 and finite[row]]
+    chosen = scores.argmax(dim=-1)
+    if sampled:
+        own = [settings[row] for row in sampled]
+        draws = scores.new_tensor([randoms[row].random() for row in sampled], dtype=torch.float64)
+        scores = scores[sampled] / scores.new_tensor([one.temperature for one in own])[:, None]
+        limited = [one.top_k > 0 or one.top_p < 1 for one in own]
+        for rows, draw in (
+            ([place for place, limit in enumerate(limited) if not limit], _draw),
+            ([place for place, limit in enumerate(limited) if limit], _draw_limited),
+        ):
+            if rows:
+                places = torch.tensor([sampled[row] for row in rows], device=chosen.device)
+                chosen[places] = draw(scores[rows], draws[rows], [own[row] for row in rows])
+    logprobs = _logprobs(logits, settings, chosen)
+    return [Token(token, *logprobs.get(row, ())) if finite[row] else None for row, token in enumerate(chosen.tolist())]
+
+
+def _draw(scores: torch.Tensor, draws: torch.Tensor, settings: Sequence[SamplingSettings]) -> torch.Tensor:
+    """Draws from all tokens, by the inverse of the distribution function."""
+    return _place_of(scores.double().softmax(dim=-1), draws)
+
+
+def _draw_limited(scores: torch.Tensor, draws: torch.Tensor, settings: Sequence[SamplingSettings]) -> torch.Tensor:
+    """Draws from the `top_k` most probable tokens, and of these from the fewest that have the probability `top_p`."""
+    vocabulary = scores.shape[1]
+    top_k = scores.new_tensor([one.top_k or vocabulary for one in settings], dtype=torch.int64)[:, None]
+    top_p = scores.new_tensor([one.top_p for one in settings], dtype=torch.float64)[:, None]
+    count = min(vocabulary, max(_USUAL_CANDIDATES, *(one.top_k for one in settings)))
+    whole = scores.double().logsumexp(dim=-1, keepdim=True)
+    while True:
+        candidates, ids = scores.topk(count)
+        inside = torch.arange(count, device=scores.device) < top_k
+        weights = candidates.double().masked_fill(~inside, -torch.inf)
+        # Without top_k, probabilities are shares of all tokens, not only of the candidates.
+        total = torch.where(top_k < vocabulary, weights.logsumexp(dim=-1, keepdim=True), whole)
+        probabilities = (weights - total).exp()
+        summed = probabilities.cumsum(dim=-1)
+        enough = (top_k <= count) | (summed[:, -1:] >= top_p)
+        if count == vocabulary or enough.all():
+            break
+        count = vocabulary
+    kept = probabilities * (summed - probabilities < top_p)
+    return ids.gather(1, _place_of(kept, draws)[:, None])[:, 0]
+
+
+def _place_of(probabilities: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """The place in each row where the sum of the probabilities passes the drawn share of the whole."""
+    summed = probabilities.cumsum(dim=-1)
+    places = torch.searchsorted(summed, (draws * summed[:, -1])[:, None], right=True)[:, 0]
+    return places.clamp(max=probabilities.shape[1] - 1)
+
+
+def _logprobs(
+    logits: torch.Tensor, settings: Sequence[SamplingSettings], chosen: torch.Tensor
+) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
+    """For the rows that ask for it: the log probability of the chosen token, and the most probable tokens."""
+    rows = [row for row, one in enumerate(settings) if one.top_logprobs is not None]
+    if not rows:
+        return {}
+    whole = logits[rows].log_softmax(dim=-1)
+    own = whole.gather(1, chosen[rows][:, None])[:, 0].tolist()
+    count = min(max(settings[row].top_logprobs for row in rows), logits.shape[1])
+    values, ids = (part.tolist() for part in whole.topk(count))
+    found = {}
+    for place, row in enumerate(rows):
+        wanted = settings[row].top_logprobs
+        found[row] = own[place], tuple(zip(ids[place][:wanted], values[place][:wanted], strict=True))
+    return found

@@ -1,0 +1,83 @@
+"""A cache of keys and values with one slot for each request, allocated once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from chatglm_ptuning.prefix.shape import PrefixShape
+
+
+class SlotCache(Cache):
+    """Keys and values of all slots. A slot has the entries of a request's prefix in front, and its tokens behind.
+
+    Before a forward pass `select` says which slots its rows are and where their new entries go. `update` writes them
+    there and returns views, so that nothing is copied or concatenated. The caller gives masks and positions: these
+    differ from the places in a slot by the length of the prefix.
+
+    The last place of a slot is never used. Rows and tokens that only fill up a batch write there.
+
+    Args:
+        shape: sizes of the base.
+        slots: number of slots.
+        slot_tokens: places of each slot.
+
+    Attributes:
+        entries: `[num_layers, 2, slots, groups, slot_tokens, kv_channels]`, keys and values. Places without an entry
+            are hidden by the mask, but must be finite numbers.
+    """
+
+    def __init__(
+        self, shape: PrefixShape, slots: int, slot_tokens: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__(layers=[])
+        size = (shape.num_layers, 2, slots, shape.multi_query_group_num, slot_tokens, shape.kv_channels)
+        self.entries = torch.zeros(size, device=device, dtype=dtype)
+        self.slots, self.slot_tokens = slots, slot_tokens
+        self._layers = [layer.unbind(0) for layer in self.entries.unbind(0)]
+        self._numbers = torch.arange(slots, device=device)[:, None]
+
+    def select(self, first: int, places: torch.Tensor, longest: int) -> None:
+        """Chooses the slots of the next forward pass.
+
+        Args:
+            first: the slot of the first row; the others follow.
+            places: where the new entries go, int64 `[rows, seq_len]`.
+            longest: the pass sees the first places of each slot, this many.
+        """
+        self._rows, self._longest = slice(first, first + len(places)), longest
+        self._index = (self._numbers[self._rows], slice(None), places)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes the entries of new tokens, `[rows, groups, seq_len, kv_channels]`, and returns the rows' entries."""
+        keys, values = self._layers[layer_idx]
+        keys[self._index] = key_states.transpose(1, 2)
+        values[self._index] = value_states.transpose(1, 2)
+        return keys[self._rows, :, : self._longest], values[self._rows, :, : self._longest]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """0: the tokens of the rows differ, and the engine counts them."""
+        return 0
+
+    def put_prefix(self, slot: int, key_values: torch.Tensor) -> None:
+        """Writes a prefix, `[num_layers * 2, groups, length, kv_channels]`, to the front of a slot."""
+        length = key_values.shape[2]
+        self.entries[:, :, slot, :, :length] = key_values.to(self.entries.device).unflatten(0, (-1, 2))
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copies the first places of a slot to another slot."""
+        self.entries[:, :, target, :, :length] = self.entries[:, :, source, :, :length]
+
+    def swap(self, one: int, other: int, one_length: int, other_length: int) -> None:
+        """Exchanges two slots, of which the first places are used."""
+        kept = self.entries[:, :, one, :, :one_length].clone()
+        self.copy(other, one, other_length)
+        self.entries[:, :, other, :, :one_length] = kept
+
+    def clear(self, slot: int) -> None:
+        """Fills a slot with zeros: it may have held numbers that are not finite."""
+        self.entries[:, :, slot] = 0

@@ -1,0 +1,438 @@
+"""The serving engine: its answers are those of single runs, whatever else it does."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from chatglm_ptuning.serving.engine.engine import Engine
+from chatglm_ptuning.serving.engine.passes import Passes, Sizes
+from chatglm_ptuning.serving.engine.prefixes import PrefixFolder
+from chatglm_ptuning.serving.engine.request import (
+    EngineError,
+    PromptTooLong,
+    QueueFull,
+    SamplingSettings,
+    Token,
+    UnknownPrefix,
+)
+
+VOCABULARY = 96
+NAMES = (None, "a", "b", "projected")
+
+
+@pytest.fixture
+def model(tiny_base):
+    from chatglm_ptuning import ChatGLMForConditionalGeneration
+
+    return ChatGLMForConditionalGeneration.from_pretrained(tiny_base, dtype=torch.float32)
+
+
+@pytest.fixture
+def folder(prefix_folders, tmp_path):
+    """A folder with the prefixes a, b and projected."""
+    for name, path in prefix_folders.items():
+        shutil.copytree(path, tmp_path / "served" / name)
+    return tmp_path / "served"
+
+
+@pytest.fixture
+def start(model, folder):
+    """Starts an engine on the tiny base, with small sizes."""
+    engines = []
+
+    def make(**changes) -> Engine:
+        settings = {"slots": 4, "slot_tokens": 80, "prefill_chunk": 16, "prefix_source": PrefixFolder(folder)}
+        engines.append(Engine(model, **settings | changes).start())
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture
+def alone(prefix_folders, tiny_base):
+    """Greedy tokens of one prompt by `generate`, under a prefix."""
+    from chatglm_ptuning import ChatGLMForConditionalGeneration
+
+    model = ChatGLMForConditionalGeneration.from_pretrained(tiny_base, dtype=torch.float32)
+    for name, path in prefix_folders.items():
+        model.load_prefix(path, name)
+
+    def generate(prompt, count, name=None, **settings) -> list[int]:
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), prefix=model.prefix_batch(name), max_new_tokens=count,
+            do_sample=False, eos_token_id=None, pad_token_id=0, **settings,
+        )  # fmt: skip
+        return out[0, len(prompt) :].tolist()
+
+    generate.model = model
+    return generate
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(3, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def greedy(count: int, **settings) -> SamplingSettings:
+    return SamplingSettings(count, **settings)
+
+
+def ids_of(generation) -> list[int]:
+    return [token.id for token in generation]
+
+
+def wait_until(condition, seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def slow(model):
+    """Makes each forward pass of the engine's model wait for a moment."""
+    handle = model.transformer.register_forward_pre_hook(lambda *_: time.sleep(0.01))
+    yield
+    handle.remove()
+
+
+REQUESTS = [(prompt_of(1 + 7 * number % 40, number), 1 + 5 * number % 23, NAMES[number % 4]) for number in range(24)]
+"""Prompts of 1 to 40 tokens, answers of 1 to 23, and all prefixes."""
+
+
+def test_mixed_requests_answer_as_single_runs(start, alone):
+    engine = start()
+    generations = [engine.submit(prompt, greedy(count), name) for prompt, count, name in REQUESTS]
+    for generation, (prompt, count, name) in zip(generations, REQUESTS, strict=True):
+        assert ids_of(generation) == alone(prompt, count, name)
+        assert generation.finish_reason == "length"
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.requests) == (0, 0, {"length": 24})
+    assert stats.generated_tokens == sum(count for _, count, _ in REQUESTS)
+    assert stats.prefill_tokens + stats.cached_tokens == sum(len(prompt) for prompt, _, _ in REQUESTS)
+
+
+def test_requests_that_join_later_answer_as_single_runs(start, alone, slow):
+    engine = start(slots=3)
+    first = engine.submit(prompt_of(9), greedy(30), "b")
+    next(first)
+    others = [engine.submit(prompt_of(20, seed), greedy(2 + seed), name) for seed, name in enumerate(NAMES)]
+    for seed, (generation, name) in enumerate(zip(others, NAMES, strict=True)):
+        assert ids_of(generation) == alone(prompt_of(20, seed), 2 + seed, name)
+    assert ids_of(first) == alone(prompt_of(9), 30, "b")[1:]
+
+
+def test_running_answers_go_on_while_a_long_prompt_is_computed(start, slow):
+    engine = start(prefill_chunk=4)
+    running = engine.submit(prompt_of(3), greedy(40))
+    next(running)
+    late = engine.submit(prompt_of(40, 1), greedy(1))
+    assert next(late).id >= 0
+    assert running.get(0) is not None  # tokens were made during the 10 parts of the prompt
+    assert running._tokens.qsize() >= 6
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+def test_chunks_of_any_size_give_the_same_answer(start, alone, model, implementation, chunk):
+    model.set_attn_implementation(implementation)
+    engine = start(prefill_chunk=chunk)
+    assert ids_of(engine.submit(prompt_of(33), greedy(8), "a")) == alone(prompt_of(33), 8, "a")
+
+
+def test_prompts_that_begin_alike_share_their_beginning(start, alone):
+    engine = start()
+    prompt = prompt_of(20)
+    first = engine.submit(prompt, greedy(6), "a")
+    answer = ids_of(first)
+    longer = [*prompt, *answer, *prompt_of(5, 1)]
+    following = engine.submit(longer, greedy(6), "a")
+    assert ids_of(following) == alone(longer, 6, "a")
+    assert first.cached_tokens == 0
+    assert following.cached_tokens == 25  # the last token of the answer was never an input
+    other = engine.submit(longer, greedy(6), "b")
+    assert ids_of(other) == alone(longer, 6, "b")
+    assert other.cached_tokens == 0
+
+
+def test_a_running_request_shares_its_prompt(start, alone, slow):
+    engine = start()
+    prompt = prompt_of(20)
+    running = engine.submit(prompt, greedy(20), "b")
+    next(running)
+    branches = [engine.submit([*prompt[:15], *prompt_of(4, seed)], greedy(5), "b") for seed in range(1, 4)]
+    for seed, branch in enumerate(branches, 1):
+        assert ids_of(branch) == alone([*prompt[:15], *prompt_of(4, seed)], 5, "b")
+        assert branch.cached_tokens >= 15
+    again = engine.submit(prompt, greedy(20), "b")
+    assert ids_of(again) == alone(prompt, 20, "b") == [alone(prompt, 1, "b")[0], *ids_of(running)]
+    assert again.cached_tokens == 19
+
+
+def test_kept_rows_are_overwritten_least_recently_used_first(start, alone):
+    engine = start(slots=2)
+    first, second, third = (prompt_of(12, seed) for seed in range(3))
+    for prompt in (first, second, first, third):
+        ids_of(engine.submit(prompt, greedy(3)))
+    generation = engine.submit(first, greedy(3))
+    assert ids_of(generation) == alone(first, 3)
+    assert generation.cached_tokens == 11
+    assert engine.submit(second, greedy(3)).get() is not None
+    stats = engine.stats()
+    assert stats.evictions >= 1
+    assert stats.slots_kept + stats.running == 2
+
+
+def test_a_seed_gives_the_same_tokens_in_any_company(start):
+    engine = start()
+    settings = SamplingSettings(12, temperature=1.3, top_p=0.9, seed=7)
+    expected = ids_of(engine.submit(prompt_of(8), settings, "a"))
+    company = [engine.submit(prompt_of(5 + seed, seed), SamplingSettings(9, temperature=2.0)) for seed in range(3)]
+    assert ids_of(engine.submit(prompt_of(8), settings, "a")) == expected
+    others = {tuple(ids_of(engine.submit(prompt_of(8), SamplingSettings(12, 1.3, 0.9, seed=seed), "a")))
+              for seed in range(4)}  # fmt: skip
+    assert len(others) > 1
+    assert all(len(ids_of(generation)) == 9 for generation in company)
+
+
+def test_a_penalty_is_that_of_generate(start, alone):
+    engine = start()
+    plain = engine.submit(prompt_of(10), greedy(20))
+    penalised = engine.submit(prompt_of(10), greedy(20, repetition_penalty=1.6))
+    assert ids_of(penalised) == alone(prompt_of(10), 20, repetition_penalty=1.6)
+    assert ids_of(plain) == alone(prompt_of(10), 20)
+
+
+def test_a_stop_id_ends_the_answer_without_being_part_of_it(start, alone):
+    engine = start()
+    whole = alone(prompt_of(10), 12)
+    stop = whole[5]
+    generation = engine.submit(prompt_of(10), greedy(12, stop_ids=(stop, 95)))
+    assert ids_of(generation) == whole[: whole.index(stop)]
+    assert generation.finish_reason == "stop"
+    assert generation.get() is None
+
+
+def test_log_probabilities_are_those_of_the_model(start, alone):
+    engine = start()
+    prompt = prompt_of(10)
+    tokens = list(engine.submit(prompt, SamplingSettings(6, temperature=0.7, seed=1, top_logprobs=3), "a"))
+    none, bare = engine.submit(prompt, greedy(2)), engine.submit(prompt, greedy(2, top_logprobs=0))
+    ids = torch.tensor([[*prompt, *(token.id for token in tokens)]])
+    logits = alone.model(ids, prefix=alone.model.prefix_batch("a")).logits[0, len(prompt) - 1 : -1]
+    expected = logits.log_softmax(-1)
+    for token, row in zip(tokens, expected, strict=True):
+        assert token.logprob == pytest.approx(row[token.id].item(), abs=1e-4)
+        values, places = row.topk(3)
+        assert [number for number, _ in token.top] == places.tolist()
+        assert [value for _, value in token.top] == pytest.approx(values.tolist(), abs=1e-4)
+    assert all(token.logprob is None and token.top == () for token in none)
+    assert all(token.logprob is not None and token.top == () for token in bare)
+
+
+def test_a_cancelled_request_frees_its_slot(start, alone, slow):
+    engine = start(slots=1)
+    long = engine.submit(prompt_of(5), greedy(60))
+    waiting = engine.submit(prompt_of(6), greedy(60))
+    following = engine.submit(prompt_of(7), greedy(3))
+    next(long)
+    waiting.cancel()
+    long.cancel()
+    assert ids_of(following) == alone(prompt_of(7), 3)
+    assert len(ids_of(long)) < 59
+    assert ids_of(waiting) == []
+    assert (long.finish_reason, waiting.finish_reason) == ("cancelled", "cancelled")
+    assert engine.stats().requests == {"cancelled": 2, "length": 1}
+
+
+def test_a_full_queue_refuses_and_says_when_to_try_again(start, slow):
+    engine = start(slots=1, queue_limit=1)
+    running = engine.submit(prompt_of(5), greedy(60))
+    next(running)
+    waiting = engine.submit(prompt_of(5), greedy(2))
+    with pytest.raises(QueueFull) as refused:
+        engine.submit(prompt_of(5), greedy(2))
+    assert refused.value.retry_after >= 1
+    waiting.cancel()
+    assert engine.submit(prompt_of(5), greedy(2)).finish_reason is None  # its place is free again
+    running.cancel()
+
+
+def test_a_request_that_can_never_fit_is_refused(start, alone):
+    engine = start()
+    assert ids_of(engine.submit(prompt_of(60), greedy(17), "a")) == alone(prompt_of(60), 17, "a")  # 80 with 3 of "a"
+    with pytest.raises(PromptTooLong, match=r"3.*60.*18.*80"):
+        engine.submit(prompt_of(60), greedy(18), "a")
+    wide = start(slot_tokens=None)
+    with pytest.raises(PromptTooLong, match=r"200.*57.*256"):
+        wide.submit(prompt_of(200), greedy(57))
+    assert wide.stats().cache_tokens_total == 4 * (256 + 512)
+
+
+def test_bad_requests_are_refused(start):
+    engine = start()
+    for prompt in ([], [VOCABULARY], [-1]):
+        with pytest.raises(ValueError, match=r"token|Token"):
+            engine.submit(prompt, greedy(3))
+    for name in ("c", "../served/a", "a/", ".", "", "base"):
+        with pytest.raises(UnknownPrefix, match="prefix"):
+            engine.submit(prompt_of(3), greedy(3), name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_new_tokens", 0), ("max_new_tokens", True), ("temperature", -1), ("temperature", float("nan")), ("top_p", 0),
+     ("top_p", 1.1), ("top_k", -1), ("repetition_penalty", 0), ("seed", 1.5), ("stop_ids", ("x",)),
+     ("top_logprobs", -1)],
+)  # fmt: skip
+def test_settings_out_of_range_are_named(name, value):
+    with pytest.raises(ValueError, match=name):
+        SamplingSettings(**{"max_new_tokens": 1} | {name: value})
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), SystemExit(1)])
+def test_a_worker_that_dies_starts_again(start, alone, model, slow, error):
+    engine = start(slots=2)
+    running = [engine.submit(prompt_of(5, seed), greedy(60)) for seed in range(2)]
+    waiting = engine.submit(prompt_of(5), greedy(4), "a")
+    for generation in running:
+        next(generation)
+
+    def fail(*_):
+        handle.remove()
+        raise error
+
+    handle = model.transformer.register_forward_pre_hook(fail)
+    for generation in running:
+        with pytest.raises(EngineError, match=type(error).__name__):
+            ids_of(generation)
+        assert generation.finish_reason == "error"
+    assert ids_of(waiting) == alone(prompt_of(5), 4, "a")
+    assert engine.stats().restarts == 1
+
+
+def test_scores_that_are_not_finite_end_one_request_only(start, alone, model):
+    engine = start(slots=2)
+
+    def poison(module, inputs, states):
+        return states.masked_fill((inputs[0] == 50)[..., None], torch.nan)
+
+    handle = model.transformer.embedding.register_forward_hook(poison)
+    prompt = [51 if number == 50 else number for number in prompt_of(12)]
+    good, bad = engine.submit(prompt, greedy(5), "a"), engine.submit([*prompt[:8], 50, 7], greedy(5), "a")
+    with pytest.raises(EngineError, match="NaN"):
+        ids_of(bad)
+    expected = alone(prompt, 5, "a")
+    assert ids_of(good) == expected
+    handle.remove()
+    again = [engine.submit(prompt, greedy(5), name) for name in ("a", "a", None)]
+    assert [ids_of(generation) for generation in again] == [expected, expected, alone(prompt, 5)]
+    assert engine.stats().restarts == 0
+
+
+def test_closing_ends_all_requests(start, slow):
+    engine = start(slots=1)
+    running, waiting = engine.submit(prompt_of(5), greedy(60)), engine.submit(prompt_of(5), greedy(60))
+    next(running)
+    engine.close()
+    for generation in (running, waiting):
+        with pytest.raises(EngineError, match="closed"):
+            ids_of(generation)
+    with pytest.raises(EngineError, match="closed"):
+        engine.submit(prompt_of(5), greedy(1))
+
+
+def test_many_threads_may_submit_and_cancel(start, alone):
+    engine = start(prefill_chunk=8)
+    failures = []
+
+    def client(number: int) -> None:
+        for turn in range(6):
+            prompt, count, name = REQUESTS[(5 * number + turn) % len(REQUESTS)]
+            generation = engine.submit(prompt, greedy(count), name)
+            if (number + turn) % 3 == 0:
+                generation.cancel()
+                ids_of(generation)
+            elif ids_of(generation) != expected[prompt[0], len(prompt), count, name]:
+                failures.append((number, turn))
+            engine.stats()
+
+    expected = {(prompt[0], len(prompt), count, name): alone(prompt, count, name) for prompt, count, name in REQUESTS}
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert failures == []
+    assert engine.stats().running == engine.stats().waiting == 0
+
+
+def test_steps_of_static_sizes_give_the_same_answers(start, alone, monkeypatch):
+    """As on a GPU, with a recorder that only calls the step, always on the same buffers."""
+    recorded = []
+
+    class StaticPasses(Passes):
+        def __init__(self, model, cache, sizes, record):
+            super().__init__(model, cache, Sizes(cache.slots, cache.slot_tokens, True), record_step)
+
+    def record_step(step):
+        recorded.append(step)
+        step()  # a recording computes, too
+        return step
+
+    monkeypatch.setattr("chatglm_ptuning.serving.engine.scheduler.Passes", StaticPasses)
+    engine = start(slots=6)
+    generations = [engine.submit(prompt, greedy(count), name) for prompt, count, name in REQUESTS]
+    for generation, (prompt, count, name) in zip(generations, REQUESTS, strict=True):
+        assert ids_of(generation) == alone(prompt, count, name)
+    assert len(recorded) <= 4  # 1, 2, 4 or 6 rows
+
+
+@pytest.mark.parametrize("is_static", [False, True])
+def test_sizes_are_rounded_up_to_few(is_static):
+    sizes = Sizes(100, 5000, is_static)
+    found = {sizes.of(rows, places) for rows, places in itertools.product(range(1, 101), (1, 64, 65, 257, 4999, 5000))}
+    assert all(rows <= 100 and places <= 5000 for rows, places in found)
+    assert sizes.of(100, 5000) == (100, 5000)
+    assert len({rows for rows, _ in found}) == (13 if is_static else 100)
+
+
+def test_sampling_follows_the_distribution(start, alone):
+    """Frequencies of 600 draws against the model's probabilities, cut by top_k and top_p as transformers does."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    from chatglm_ptuning.serving.engine.sampling import choose
+
+    logits = torch.randn(1, 2000, generator=torch.Generator().manual_seed(3)) * 2
+    for temperature, top_k, top_p in ((1.0, 0, 1.0), (0.8, 5, 1.0), (1.2, 0, 0.3), (1.5, 0, 0.97), (0.9, 8, 0.6)):
+        scores = TemperatureLogitsWarper(temperature)(None, logits)
+        scores = TopKLogitsWarper(top_k)(None, scores) if top_k else scores
+        expected = TopPLogitsWarper(top_p)(None, scores).softmax(-1)[0]
+        settings = SamplingSettings(1, temperature, top_p, top_k)
+        # A generator of evenly spaced numbers gives the distribution itself.
+        draws = [SimpleNamespace(random=lambda share=(number + 0.5) / 600: share) for number in range(600)]
+        tokens = choose(logits.expand(600, -1), [settings] * 600, [None] * 600, draws)
+        frequencies = torch.bincount(torch.tensor([token.id for token in tokens]), minlength=2000) / 600
+        assert (frequencies[expected == 0] == 0).all()
+        torch.testing.assert_close(frequencies, expected, atol=2.5 / 600, rtol=0)
+
+
+def test_a_token_is_read_with_a_timeout(start, slow):
+    engine = start(slots=1)
+    running, waiting = engine.submit(prompt_of(5), greedy(60)), engine.submit(prompt_of(5), greedy(1))
+    assert isinstance(running.get(5), Token)
+    with pytest.raises(TimeoutError):
+        waiting.get(0.01)
+    assert running.first_token_at > running.arrived
+    assert running.prompt_tokens == 5
+    running.cancel()
