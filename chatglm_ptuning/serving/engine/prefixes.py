@@ -139,6 +139,11 @@ class ServedPrefixes:
             key_values = self._bank.key_values(name, self._device, self._dtype)
         return RowPrefix((name, key), key_values.shape[2], key_values)
 
+    def remove(self, name: str) -> None:
+        """Frees the memory of a prefix, if it is loaded."""
+        with self._lock:
+            self._bank.remove(name)
+
     def usage(self) -> tuple[int, int, int]:
         """The number of loaded prefixes, their bytes, and how many were removed for others."""
         with self._lock:
