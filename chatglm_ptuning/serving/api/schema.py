@@ -100,6 +100,9 @@ ChatMessage = Annotated[
 ]  # fmt: skip
 
 
+ROLE_NAMES = ("system", "developer", "user", "assistant", "tool", "observation")
+
+
 class Tool(_Strict):
     """A tool: a function with `name`, and perhaps `description` and `parameters` (a JSON schema)."""
 
