@@ -33,7 +33,7 @@ class TextPart(_Strict):
     text: str
 
 
-Content = str | list[TextPart]
+Content = list[TextPart] | str
 
 
 def text_of(content: Content | None) -> str:
