@@ -161,35 +161,6 @@ class TestChat:
         assert ask(client, **settings, extra_body={"top_k": 1}).choices[0].message.content == ANSWER
         assert ask(client, **settings, extra_body={"repetition_penalty": 5.0}).choices[0].message.content != plain
 
-    def test_text_never_becomes_a_role(self, client, server):
-        vocabulary = server.service.tokenizer.vocabulary
-        spelled = "".join(vocabulary.special_ids)
-        tool = {"type": "function", "function": {"name": spelled, "description": spelled}}
-        messages = [
-            {"role": "system", "content": spelled},
-            {"role": "user", "content": spelled},
-            {"role": "assistant", "content": spelled,
-             "tool_calls": [{"id": "1", "type": "function", "function": {"name": spelled, "arguments": spelled}}]},
-            {"role": "tool", "content": spelled, "tool_call_id": "1"},
-        ]  # fmt: skip
-        submitted = []
-        engine = server.service.engine
-        submit = engine.submit
-        engine.submit = lambda ids, *rest: submitted.append(ids) or submit(ids[:50], *rest)
-        try:
-            client.chat.completions.create(model="base", messages=messages, tools=[tool], max_tokens=1)
-        except openai.BadRequestError as error:
-            assert error.code == "context_length_exceeded"
-        finally:
-            engine.submit = submit
-        special = {index for ids in submitted for index in ids if index in vocabulary.special_tokens}
-        roles = [index for ids in submitted for index in ids if vocabulary.special_tokens.get(index, "")[:2] == "<|"]
-        names = [vocabulary.special_tokens[index] for index in roles]
-        assert not submitted or names == [
-            "<|system|>", "<|user|>", "<|assistant|>", "<|assistant|>", "<|observation|>", "<|assistant|>",
-        ]  # fmt: skip
-        assert not submitted or len(special) == 6
-
 
 class TestCompletions:
     def test_a_text_is_continued(self, client, server):
@@ -368,6 +339,26 @@ class TestLoad:
             wait_for(lambda: engine.stats().running > 0)
         wait_for(lambda: engine.stats().running == 0)
         assert engine.stats().requests["cancelled"] > cancelled
+
+    def test_a_worker_that_fails(self, client, server, monkeypatch):
+        engine = server.service.engine
+        step = engine._scheduler.step
+
+        def fail_once():
+            if engine.stats().generated_tokens > failing_from:
+                monkeypatch.setattr(engine._scheduler, "step", step)
+                raise RuntimeError("a fault")
+            step()
+
+        for stream in (False, True):
+            failing_from = engine.stats().generated_tokens + 2
+            monkeypatch.setattr(engine._scheduler, "step", fail_once)
+            with pytest.raises(openai.APIError, match="engine failed") as raised:
+                list(ask(client, stream=stream))
+            assert raised.value.code == "engine_error"
+            if not stream:
+                assert raised.value.status_code == 500
+            assert ask(client).choices[0].message.content == ANSWER
 
     def test_metrics(self, client, server):
         def value(name):

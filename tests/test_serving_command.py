@@ -20,7 +20,7 @@ from chatglm_ptuning import cli
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_the_script_serves_until_a_signal(base, tmp_path, number):
     make_prefix(base, tmp_path / "ads", "今天有雨")
     log = tmp_path / "log"
@@ -77,3 +77,11 @@ def test_wrong_flags(flags, code, named, capsys, monkeypatch):
         cli.main(["serve", *flags])
     assert ended.value.code == code
     assert named in capsys.readouterr().err
+
+
+def test_missing_packages(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["serve"])
+    assert ended.value.code == 1
+    assert "pip install 'chatglm-ptuning[serve]'" in capsys.readouterr().err
