@@ -305,6 +305,10 @@ class TestErrors:
         with pytest.raises(openai.BadRequestError, match="999999"):
             complete(client, [5, 999999])
 
+    def test_too_many_prompts(self, client):
+        with pytest.raises(openai.BadRequestError, match="4 answers"):
+            complete(client, ["a"] * 5)
+
     def test_log_probabilities_of_a_prompt(self, client):
         with pytest.raises(openai.BadRequestError, match="echo"):
             complete(client, "a", echo=True, logprobs=1)
