@@ -104,6 +104,8 @@ class ChatFormat(ABC):
         self.start_ids = [vocabulary.special_ids[token] for token in vocabulary.start_tokens]
         self.stop_ids = [vocabulary.end_id]
         """The ids that end an answer."""
+        self.next_message_id: int | None = None
+        """The id between two messages of one answer, in formats whose answers may have several."""
 
     @classmethod
     def fits(cls, vocabulary: Vocabulary) -> bool:
@@ -165,13 +167,17 @@ class ChatFormat(ABC):
     def training_parts(self, conversation: Conversation) -> list[Conversation]:
         """Conversations that together supervise every supervised answer once, each ending with such an answer."""
 
-    @abstractmethod
     def parse(self, ids: Sequence[int], tool_names: Sequence[str] = ()) -> Parsed:
         """The messages in generated ids, which may be incomplete; they end before the first stop id.
 
         Args:
             tool_names: names of the tools that the model may call.
         """
+        return self.parse_texts(self._texts(ids), tool_names)
+
+    @abstractmethod
+    def parse_texts(self, texts: Sequence[str], tool_names: Sequence[str] = ()) -> Parsed:
+        """As `parse`, of the decoded texts between `next_message_id`; at least one."""
 
     def text_of(self, answer: Message) -> str:
         """The text that a model writes for this answer; for a tool call its name and, on the next line, the call."""
@@ -183,6 +189,16 @@ class ChatFormat(ABC):
 
     def _until_stop(self, ids: Sequence[int]) -> list[int]:
         return list(takewhile(lambda index: index not in self.stop_ids, ids))
+
+    def _texts(self, ids: Sequence[int]) -> list[str]:
+        """The texts between `next_message_id`, up to the first stop id."""
+        runs: list[list[int]] = [[]]
+        for index in self._until_stop(ids):
+            if index == self.next_message_id:
+                runs.append([])
+            else:
+                runs[-1].append(index)
+        return [self._decode(run) for run in runs]
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self.vocabulary.decode(ids, skip_special_tokens=True)
@@ -225,9 +241,9 @@ class TextFormat(ChatFormat):
             if message.loss
         ]
 
-    def parse(self, ids: Sequence[int], tool_names: Sequence[str] = ()) -> Parsed:
+    def parse_texts(self, texts: Sequence[str], tool_names: Sequence[str] = ()) -> Parsed:
         """One message with the whole text."""
-        text = self._decode(self._until_stop(ids))
+        text = "".join(texts)
         return Parsed([Message("assistant", self._shown(text))], ends_amid_something(text))
 
     def _shown(self, text: str) -> str:

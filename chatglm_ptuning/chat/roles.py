@@ -33,6 +33,7 @@ class RoleFormat(ChatFormat):
         super().__init__(vocabulary)
         self.role_ids = {role: vocabulary.special_ids[f"<|{role}|>"] for role in ROLES}
         self.stop_ids += [self.role_ids["user"], self.role_ids["observation"]]
+        self.next_message_id = self.role_ids["assistant"]
 
     @abstractmethod
     def show_tools(self, conversation: Conversation) -> Sequence[Message]:
@@ -93,10 +94,10 @@ class RoleFormat(ChatFormat):
         whole = conversation.until_last_learned()
         return [whole] if whole.messages else []
 
-    def parse(self, ids: Sequence[int], tool_names: Sequence[str] = ()) -> Parsed:
-        """The messages between `<|assistant|>` tokens."""
+    def parse_texts(self, texts: Sequence[str], tool_names: Sequence[str] = ()) -> Parsed:
+        """One message for each text between `<|assistant|>` tokens."""
         messages, text = [], ""
-        for text in self._texts(ids):
+        for text in texts:
             metadata, content = _split_metadata(fill_placeholders(text), tool_names)
             content = content.removeprefix(self.space) if metadata else content.strip()
             messages.append(Message("assistant", content, metadata))
@@ -112,16 +113,6 @@ class RoleFormat(ChatFormat):
         parts = (text.partition("\n") for text in self._texts(ids))
         texts = (line + newline + content.removeprefix(self.space) for line, newline, content in parts)
         return "\n".join(text.strip() for text in texts).strip()
-
-    def _texts(self, ids: Sequence[int]) -> list[str]:
-        """The texts between `<|assistant|>` tokens, up to the first stop id."""
-        runs: list[list[int]] = [[]]
-        for index in self._until_stop(ids):
-            if index == self.role_ids["assistant"]:
-                runs.append([])
-            else:
-                runs[-1].append(index)
-        return [self._decode(run) for run in runs]
 
     def _content(self, message: Message) -> str:
         if message.role == "system" and message.tools is not None:

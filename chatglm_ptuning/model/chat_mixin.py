@@ -21,6 +21,20 @@ logger = logging.get_logger(__name__)
 _OFFICIAL_SETTINGS = {"do_sample": True, "top_p": 0.8, "temperature": 0.8}
 
 
+def sampling_settings(generation_config: GenerationConfig, **given: Any) -> dict[str, Any]:
+    """`do_sample`, `top_p` and `temperature` of a chat.
+
+    Args:
+        generation_config: of the base; it counts where nothing is given, and the official code's values without it.
+        given: any of the three; None is not given.
+    """
+    found = {}
+    for name, official in _OFFICIAL_SETTINGS.items():
+        values = (given.get(name), getattr(generation_config, name, None), official)
+        found[name] = next(value for value in values if value is not None)
+    return found
+
+
 class InvalidScoreLogitsProcessor(LogitsProcessor):
     """Ends an answer whose scores are invalid (NaN, +inf or only -inf), instead of failing or sampling from them.
 
@@ -169,9 +183,7 @@ class ChatMixin:
                     f"The conversation has {len(ids)} tokens, which leaves no room for an answer: max_length is "
                     f"{max_length}, the base's seq_length {self.config.seq_length}. Drop the oldest turns."
                 )
-        for name, official in _OFFICIAL_SETTINGS.items():
-            values = (given.pop(name), getattr(self.generation_config, name, None), official)
-            settings[name] = next(value for value in values if value is not None)
+        settings |= sampling_settings(self.generation_config, **{name: given.pop(name) for name in _OFFICIAL_SETTINGS})
         if not settings["do_sample"]:
             del settings["top_p"], settings["temperature"]
         return settings | given

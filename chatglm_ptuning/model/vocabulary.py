@@ -111,6 +111,14 @@ class Vocabulary(ABC):
     def id(self, token: str) -> int | None:
         """The id of a piece or special token; for an unknown one that of the unknown piece, or None without one."""
 
+    def bytes_of_token(self, index: int) -> bytes:
+        """The bytes that an id adds to a text, in UTF-8; of a special token its name."""
+        return self.special_tokens[index].encode() if index in self.special_tokens else self._bytes_of_piece(index)
+
+    @abstractmethod
+    def _bytes_of_piece(self, index: int) -> bytes:
+        """As `bytes_of_token`, of an id that is no special token; none for an id outside the vocabulary."""
+
     @abstractmethod
     def content(self) -> bytes:
         """The vocabulary as the content of a `tokenizer.model`."""
@@ -219,6 +227,14 @@ class SentencePieceVocabulary(Vocabulary):
         """As in `Vocabulary`."""
         return self.processor.serialized_model_proto()
 
+    def _bytes_of_piece(self, index: int) -> bytes:
+        if not 0 <= index < self.pieces:
+            return b""
+        piece = self.processor.id_to_piece(index)
+        if self.processor.is_byte(index):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("\u2581", " ").encode()
+
     @property
     def official_tokenizer(self) -> SPTokenizer:
         """As in `Vocabulary`."""
@@ -303,8 +319,18 @@ class BytePairVocabulary(Vocabulary):
         return self._size
 
     def encode(self, text: str) -> list[int]:
-        """As in `Vocabulary`."""
-        return self._encoding.encode_ordinary(text)
+        """As in `Vocabulary`.
+
+        Raises:
+            ValueError: for hundreds of thousands of spaces in a row, which tiktoken cannot split.
+        """
+        try:
+            return self._encoding.encode_ordinary(text)
+        except BaseException as error:
+            # A panic of tiktoken's Rust code is no Exception, and would end the thread that called.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise ValueError("The text has too many spaces in a row for this vocabulary.") from None
 
     def split(self, text: str) -> list[str]:
         """As in `Vocabulary`."""
@@ -333,6 +359,9 @@ class BytePairVocabulary(Vocabulary):
         """As in `Vocabulary`, in tiktoken's format."""
         lines = (b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in sorted(self.bytes_of.items()))
         return b"".join(lines)
+
+    def _bytes_of_piece(self, index: int) -> bytes:
+        return self.bytes_of.get(index, b"")
 
     @property
     def official_tokenizer(self) -> tiktoken.Encoding:

@@ -212,6 +212,27 @@ class Engine:
         """The names of the prefixes, as they are in the folder now."""
         return self._prefixes.names()
 
+    def context_length(self, prefix: str | None = None) -> int:
+        """Most tokens of prompt and answer together. A prefix that is not loaded is loaded first.
+
+        Raises:
+            UnknownPrefix: if there is no such prefix, or it cannot be loaded.
+        """
+        return min(self.model.config.seq_length, self._cache.slot_tokens - self._prefixes.get(prefix).length)
+
+    def load_prefix(self, name: str) -> None:
+        """Loads a prefix before a request needs it, again if it is loaded.
+
+        Raises:
+            UnknownPrefix: if there is no such prefix, or it cannot be loaded.
+        """
+        self._prefixes.remove(name)
+        self._prefixes.get(name)
+
+    def unload_prefix(self, name: str) -> None:
+        """Frees the memory of a prefix, if it is loaded, until a request needs it again; running requests keep it."""
+        self._prefixes.remove(name)
+
     def stats(self) -> EngineStats:
         """Numbers for monitoring, from any thread."""
         scheduler = self._scheduler

@@ -49,11 +49,20 @@ class PrefixFolder:
         Raises:
             UnknownPrefix: if there is no prefix of this name.
         """
-        child = self._children().get(name)
+        child = self._child(name)
         place = None if child is None else _place(child)
         if place is None:
             raise UnknownPrefix(f"There is no prefix named {name!r}.")
         return place, (str(place), _state(place))
+
+    def _child(self, name: str) -> Path | None:
+        # Every request looks for one; the others are not examined.
+        try:
+            with os.scandir(self.path) as entries:
+                found = (one for one in entries if one.name == name and name[0] != "." and one.is_dir())
+                return next((Path(one.path) for one in found), None)
+        except FileNotFoundError:
+            return None
 
     def _children(self) -> dict[str, Path]:
         try:
@@ -138,6 +147,11 @@ class ServedPrefixes:
                 self._keys[name] = key
             key_values = self._bank.key_values(name, self._device, self._dtype)
         return RowPrefix((name, key), key_values.shape[2], key_values)
+
+    def remove(self, name: str) -> None:
+        """Frees the memory of a prefix, if it is loaded."""
+        with self._lock:
+            self._bank.remove(name)
 
     def usage(self) -> tuple[int, int, int]:
         """The number of loaded prefixes, their bytes, and how many were removed for others."""

@@ -1,0 +1,1 @@
+"""The HTTP API in the form of OpenAI's."""

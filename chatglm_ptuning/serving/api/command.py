@@ -1,0 +1,210 @@
+"""`chatglm-ptuning serve`: a folder of prefixes over one base, served as OpenAI's API."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chatglm_ptuning.command_line import fail, parse_arguments
+from chatglm_ptuning.model.arguments import BaseArguments
+from chatglm_ptuning.model.chat_mixin import sampling_settings
+from chatglm_ptuning.prefix.latest import runs_folder
+from chatglm_ptuning.serving.engine.engine import Engine
+from chatglm_ptuning.serving.engine.prefixes import PrefixFolder
+
+if TYPE_CHECKING:
+    from chatglm_ptuning.serving.api.app import Service
+
+_API_KEY_VARIABLE = "CHATGLM_PTUNING_API_KEY"
+_ADMIN_KEY_VARIABLE = "CHATGLM_PTUNING_ADMIN_KEY"
+_SECONDS_TO_END = 5
+"""For running answers, when the server is stopped."""
+
+
+@dataclass
+class ServeArguments(BaseArguments):
+    """Flags of `chatglm-ptuning serve`."""
+
+    prefix_dir: str = field(
+        default_factory=lambda: str(runs_folder()),
+        metadata={"help": "folder whose subfolders are prefixes or training runs; a prefix's model name is its "
+                          "folder's (default: $CHATGLM_PTUNING_OUTPUT or output)"},
+    )  # fmt: skip
+    host: str = field(default="127.0.0.1", metadata={"help": "address to listen on; others need an API key"})
+    port: int = field(default=8000, metadata={"help": "port to listen on; 0 for a free one"})
+    api_key: list[str] = field(
+        default_factory=list,
+        metadata={"help": "keys of which a client must send one; better in a file or in "
+                          f"${_API_KEY_VARIABLE}, which other users of the machine cannot see"},
+    )  # fmt: skip
+    api_key_file: str | None = field(default=None, metadata={"help": "file with such keys, one a line"})
+    admin_key_file: str | None = field(
+        default=None,
+        metadata={"help": "file with keys that may also load and unload prefixes, one a line; or "
+                          f"${_ADMIN_KEY_VARIABLE} (default: nobody may)"},
+    )  # fmt: skip
+    no_api_key: bool = field(
+        default=False, metadata={"help": "answer everyone who reaches an address other than this machine's own"}
+    )
+    slots: int = field(default=16, metadata={"help": "requests that are answered at the same time"})
+    queue_limit: int = field(default=256, metadata={"help": "requests that may wait; more get the status 429"})
+    prefill_chunk: int = field(
+        default=256, metadata={"help": "most tokens of prompts that are computed between two steps of running answers"}
+    )
+    slot_tokens: int | None = field(
+        default=None,
+        metadata={"help": "most tokens of prefix, prompt and answer together; fewer take less memory (default: the "
+                          "base's seq_length and 512)"},
+    )  # fmt: skip
+    prefix_memory_mb: int = field(
+        default=1024, metadata={"help": "memory for loaded prefixes; the least recently used leave it first"}
+    )
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "most tokens of an answer (default: what the base's seq_length leaves)"}
+    )
+    max_choices: int = field(default=16, metadata={"help": "most answers that one request may ask for"})
+    max_request_kb: int = field(default=2048, metadata={"help": "largest body of a request"})
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_choices", 1), ("max_request_kb", 1), ("prefix_memory_mb", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"--max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"--port must be from 0 to {2**16 - 1}, got {self.port}")
+
+    def keys(self) -> tuple[list[str], list[str]]:
+        """API keys and admin keys, from flags, files and environment.
+
+        Raises:
+            OSError: if a file cannot be read.
+            ValueError: if a file has no key, or the address needs keys and there are none.
+        """
+        api = [*self.api_key, *_keys_in(self.api_key_file), *os.environ.get(_API_KEY_VARIABLE, "").split()]
+        admin = [*_keys_in(self.admin_key_file), *os.environ.get(_ADMIN_KEY_VARIABLE, "").split()]
+        if any(not key.strip() or not key.isascii() or not key.isprintable() for key in (*api, *admin)):
+            raise ValueError("A key must be ASCII text that is not empty.")
+        if not api and not self.no_api_key and not _is_own_address(self.host):
+            raise ValueError(
+                f"--host {self.host} lets other machines in: set keys by --api_key_file or ${_API_KEY_VARIABLE}, or "
+                "say --no_api_key to answer everyone."
+            )
+        return api, admin
+
+
+def _keys_in(path: str | None) -> list[str]:
+    if path is None:
+        return []
+    keys = Path(path).read_text(encoding="utf-8").split()
+    if not keys:
+        raise ValueError(f"{path} has no key; write one a line.")
+    return keys
+
+
+def _is_own_address(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket that listens as soon as the server runs; bound first, so that a taken port is reported at once."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    bound = socket.socket(family, kind, protocol)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.bind(address)
+    return bound
+
+
+def make_service(arguments: ServeArguments) -> Service:
+    """Loads the base, and makes an engine that is not started and what the routes need.
+
+    Raises:
+        OSError, ValueError, ImportError: if the base cannot be loaded, or a setting is out of range.
+    """
+    from chatglm_ptuning.serving.api.app import Limits, Service
+    from chatglm_ptuning.serving.api.guard import Keys
+    from chatglm_ptuning.serving.api.models import Models
+
+    api, admin = arguments.keys()
+    tokenizer, model = arguments.load_tokenizer(), arguments.load_model()
+    folder = PrefixFolder(arguments.prefix_dir)
+    engine = Engine(
+        model,
+        slots=arguments.slots,
+        slot_tokens=arguments.slot_tokens,
+        prefill_chunk=arguments.prefill_chunk,
+        queue_limit=arguments.queue_limit,
+        prefix_source=folder,
+        prefix_memory=arguments.prefix_memory_mb * 2**20,
+    )
+    sampling = sampling_settings(model.generation_config)
+    return Service(
+        engine,
+        tokenizer,
+        Models(engine, folder, arguments.model_name_or_path, time.time()),
+        {"temperature": sampling["temperature"] if sampling["do_sample"] else 0.0, "top_p": sampling["top_p"]},
+        Limits(arguments.max_request_kb * 2**10, arguments.max_choices, arguments.max_new_tokens),
+        Keys(api, admin),
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs `chatglm-ptuning serve` until SIGTERM or Ctrl-C; running answers then get a few seconds.
+
+    Raises:
+        SystemExit: with code 2 on wrong flags, 1 if the base cannot be loaded or the address cannot be used.
+    """
+    (arguments,) = parse_arguments(
+        "chatglm-ptuning serve",
+        "Serve a folder of prefixes over one base as OpenAI's HTTP API.",
+        [ServeArguments],
+        argv,
+    )
+    try:
+        import uvicorn
+
+        from chatglm_ptuning.serving.api.app import make_app
+    except ImportError as error:
+        fail(f"serve needs fastapi, uvicorn and prometheus-client ({error}): pip install 'chatglm-ptuning[serve]'.")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("chatglm_ptuning").setLevel(logging.INFO)
+    try:
+        arguments.keys()
+        with bound_socket(arguments.host, arguments.port) as bound:
+            service = make_service(arguments)
+            _tell(service, arguments, bound.getsockname())
+            config = uvicorn.Config(
+                make_app(service), log_config=None, access_log=False, timeout_graceful_shutdown=_SECONDS_TO_END
+            )
+            # After its end the server raises the signal again, which would kill the process.
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: None)
+            with service.engine:
+                uvicorn.Server(config).run([bound])
+    except (OSError, ValueError, ImportError) as error:
+        fail(str(error))
+
+
+def _tell(service: Service, arguments: ServeArguments, address: tuple) -> None:
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    base, *prefixes = service.models.names
+    print(f"Base: {arguments.model_name_or_path} on {service.engine.model.device}, as model {base}")
+    if prefixes:
+        print(f"Prefixes in {arguments.prefix_dir}: {', '.join(prefixes)}")
+    else:
+        print(
+            f"No prefix in {arguments.prefix_dir}: serving the base alone. `bash scripts/train.sh` trains one; a "
+            "prefix that appears there later is served, too."
+        )
+    print(f"API: http://{host}:{address[1]}/v1 (Ctrl-C ends the server)", flush=True)
