@@ -36,6 +36,11 @@ TINY = {
 }
 
 
+def pytest_make_parametrize_id(val, argname):
+    """Names of tests without bytes: gzip puts the time into them, and all processes must collect the same tests."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_the_tests(tmp_path_factory) -> None:
     """Keeps tokenised rows out of the home of whoever runs the tests."""
