@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,35 @@ from chatglm_ptuning.serving.page.texts import LANGUAGES, language_of, note, pro
 _NO_OTHER = ""
 """Chosen for the second side when there is none; no prefix has this name."""
 _CSS = """
-.gradio-container { max-width: 1200px !important; margin: 0 auto; }
-#language { max-width: 170px; }
+.gradio-container > .main { max-width: 1200px; margin: 0 auto; }
+#head { flex-wrap: nowrap; align-items: center; }
+#language { flex: none; width: auto; min-width: 0 !important; }
+#language .wrap { flex-wrap: nowrap; }
+.chat .md { white-space: pre-wrap; overflow-wrap: anywhere; }
+.chat .message:has(.thought-group) { border: none; background: none; box-shadow: none; padding: 0; }
+.chat .message-row:has(.thought-group) { margin-bottom: 0; }
+.chat .message-row:has(.thought-group) + .message-buttons { display: none; }
+.chat .thought-group { border: none; padding: 0; margin: 0; background: none; }
+.chat .thought-group .title { padding: 0; opacity: 0.7; pointer-events: none; }
+.chat .thought-group .arrow { display: none; }
 @media (max-width: 600px) {
-    .gradio-container { padding: 8px !important; }
-    #head { flex-wrap: wrap; }
-    .chat { height: 52vh !important; }
+    .gradio-container > .main { padding: 8px !important; }
+    .gradio-container button { font-size: 14px; }
+    #head { flex-wrap: wrap; gap: 4px; }
+    #head > :first-child { flex: 1 0 100%; }
+    .chat { height: 44vh !important; }
 }
 """
+# A Chatbot shows HTML, so texts are escaped; its buttons must copy them as they were.
+_UNESCAPED_COPIES = """() => {
+    const clipboard = navigator.clipboard;
+    if (clipboard) {
+        const write = clipboard.writeText.bind(clipboard);
+        clipboard.writeText = (text) => write(
+            text.replaceAll("&lt;", "<").replaceAll("&gt;", ">").replaceAll("&amp;", "&")
+        );
+    }
+}"""
 _DOWNLOAD = """(content) => {
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([content], {type: "application/json"}));
@@ -81,8 +104,9 @@ def launch_page(page: gr.Blocks, host: str, port: int, visitors: int) -> None:
         footer_links=[],
         ssr_mode=False,
         # Without fonts from other servers.
-        theme=gr.themes.Soft(font=_SYSTEM_FONTS, font_mono=["ui-monospace", "monospace"]),
+        theme=gr.themes.Default(font=_SYSTEM_FONTS, font_mono=["ui-monospace", "monospace"]),
         css=_CSS,
+        js=_UNESCAPED_COPIES,
     )
 
 
@@ -91,47 +115,52 @@ class _Page:
 
     def __init__(self, answerer: Answerer, settings: PageSettings) -> None:
         self._answerer, self._settings = answerer, settings
-        with gr.Blocks(title="ChatGLM P-Tuning v2", analytics_enabled=False) as self.blocks:
+        with gr.Blocks(title="ChatGLM P-Tuning v2", fill_width=True, analytics_enabled=False) as self.blocks:
             self._place()
             self._connect()
 
     def _place(self) -> None:
-        first = self._settings.answer
+        """Makes the components. Their texts are overwritten when the page is opened."""
+
+        def labelled(name: str) -> dict[str, str]:
+            return {"label": text("zh", name), "elem_id": name}
+
+        def button(name: str, **look: str) -> gr.Button:
+            return gr.Button(text("zh", name), min_width=80, elem_id=name, **look)
+
+        answer, first = self._settings.answer, self._settings.first() or PLAIN_BASE
         with gr.Row(elem_id="head"):
             self.title = gr.Markdown()
             languages = [(name, language) for language, name in LANGUAGES.items()]
             self.language = gr.Radio(languages, value="zh", show_label=False, container=False, elem_id="language")
-        self.hint = gr.Markdown(elem_id="hint")
+        self.hint = gr.Markdown(elem_id="hint", visible=False)
         with gr.Row():
-            self.model = gr.Dropdown(filterable=False, elem_id="model")
-            self.other = gr.Dropdown(filterable=False, elem_id="other")
-        self.chats = []
+            self.model = gr.Dropdown([first], value=first, filterable=False, min_width=280, **labelled("model"))
+            self.other = gr.Dropdown([_NO_OTHER], value=_NO_OTHER, filterable=False, min_width=280, **labelled("other"))
+        self.chats, columns = [], []
         with gr.Row():
             for side in range(2):
                 with gr.Column(min_width=300, visible=side == 0) as column:
                     chat = gr.Chatbot(
-                        show_label=False, height="58vh", render_markdown=False, buttons=["copy", "copy_all"],
-                        elem_id=f"chat-{side}", elem_classes="chat",
+                        show_label=False, height="56vh", buttons=["copy", "copy_all"], group_consecutive_messages=False,
+                        render_markdown=False, latex_delimiters=[], elem_id=f"chat-{side}", elem_classes="chat",
                     )  # fmt: skip
                 self.chats.append(chat)
-        self.other_column = column
-        self.message = gr.Textbox(lines=1, max_lines=8, autofocus=True, elem_id="message")
+                columns.append(column)
+        self.other_column = columns[1]
+        self.message = gr.Textbox(lines=1, max_lines=8, show_label=False, autofocus=True, elem_id="message")
         with gr.Row():
-            self.send = gr.Button(variant="primary", min_width=80, elem_id="send")
-            self.stop = gr.Button(variant="stop", min_width=80, elem_id="stop")
-            self.again = gr.Button(min_width=80, elem_id="again")
-            self.clear = gr.Button(min_width=80, elem_id="clear")
-            self.export = gr.Button(min_width=80, elem_id="export")
-        with gr.Accordion(open=False, elem_id="settings") as self.accordion:
-            self.system = gr.Textbox(
-                value=first.system, lines=2, visible=self._settings.has_system, elem_id="system"
-            )
+            self.send = button("send", variant="primary")
+            self.stop = button("stop", variant="stop")
+            self.again, self.clear, self.export = button("again"), button("clear"), button("export")
+        with gr.Accordion(open=False, **labelled("settings")) as self.accordion:
+            self.system = gr.Textbox(answer.system, lines=2, visible=self._settings.has_system, **labelled("system"))
             with gr.Row():
-                self.temperature = gr.Slider(0, 2, first.temperature, step=0.05, min_width=200, elem_id="temperature")
-                self.top_p = gr.Slider(0.01, 1, first.top_p, step=0.01, min_width=200, elem_id="top_p")
-                self.length = gr.Slider(
-                    1, self._settings.context_length - 1, first.max_new_tokens, step=1, min_width=200, elem_id="length"
-                )
+                slider = partial(gr.Slider, min_width=200)
+                self.temperature = slider(0, 2, answer.temperature, step=0.05, **labelled("temperature"))
+                self.top_p = slider(0.01, 1, answer.top_p, step=0.01, **labelled("top_p"))
+                longest = self._settings.context_length - 1
+                self.length = slider(1, longest, answer.max_new_tokens, step=1, **labelled("length"))
         self.talk = gr.State(Talk())
         self.exported = gr.Textbox(visible="hidden")
 
@@ -154,7 +183,10 @@ class _Page:
         )  # fmt: skip
         self.again.click(self._again, answer, self.chats, **quiet)
         self.stop.click(lambda talk: talk.stop(), self.talk, None, **quiet)
-        self.clear.click(self._clear, [self.talk, self.language], self.chats, **quiet)
+        gr.on(
+            [self.clear.click, *(chat.clear for chat in self.chats)], self._clear, [self.talk, self.language],
+            self.chats, **quiet,
+        )  # fmt: skip
         self.export.click(self._export, self.talk, self.exported, **quiet).then(None, self.exported, None, js=_DOWNLOAD)
 
     def _open(self, request: gr.Request) -> _Updates:
@@ -175,13 +207,13 @@ class _Page:
         labels: _Updates = {
             component: gr.update(label=text(language, component.elem_id))
             for component in (
-                self.model, self.other, self.accordion, self.system, self.temperature, self.top_p, self.length,
+                self.accordion, self.system, self.temperature, self.top_p, self.length,
             )
         }  # fmt: skip
         for button in (self.send, self.stop, self.again, self.clear, self.export):
             labels[button] = gr.update(value=text(language, button.elem_id))
-        labels[self.title] = "## " + text(language, "title", base=self._settings.base)
-        labels[self.message] = gr.update(label=text(language, "message"))
+        labels[self.title] = "### " + text(language, "title", base=self._settings.base)
+        labels[self.message] = gr.update(placeholder=text(language, "message"))
         return labels
 
     def _offer(self, model: str, other: str, language: str) -> _Updates:
@@ -192,8 +224,8 @@ class _Page:
         hint = "" if names else text(language, "no_prefix", folder=self._settings.folder)
         return {
             self.hint: gr.update(value=hint, visible=not names),
-            self.model: gr.update(choices=models, value=_still(model, models)),
-            self.other: gr.update(choices=others, value=_still(other, others)),
+            self.model: gr.update(label=text(language, "model"), choices=models, value=_still(model, models)),
+            self.other: gr.update(label=text(language, "other"), choices=others, value=_still(other, others)),
         }
 
     def _compare(self, talk: Talk, other: str, language: str) -> _Updates:
@@ -252,12 +284,18 @@ def _still(chosen: str, choices: list[tuple[str, str]]) -> str:
 def _messages(talk: Talk, side: int, language: str) -> list[dict[str, Any]]:
     """The conversation on a side, as a Chatbot shows it."""
     shown: list[dict[str, Any]] = []
+
+    def add(role: str, content: str, **more: Any) -> None:
+        # In a dictionary, spaces at the beginning of lines are kept.
+        shown.append({"role": role, "content": {"type": "text", "text": escape(content, quote=False)}, **more})
+
     for turn in talk.turns:
         answer = turn.answer_of(side)
-        shown.append({"role": "user", "content": turn.question})
+        add("user", turn.question)
+        # A title is a line in small print.
+        add("assistant", "", metadata={"title": escape(note(language, answer), quote=False), "status": "done"})
         if answer.text or answer.finish_reason is None:
-            shown.append({"role": "assistant", "content": answer.text or "…"})
+            add("assistant", answer.text or "…")
         if (sentence := problem(language, answer)) is not None:
-            shown.append({"role": "assistant", "content": f"⚠ {sentence}"})
-        shown.append({"role": "assistant", "content": "", "metadata": {"title": note(language, answer), "status": "done"}})
+            add("assistant", f"⚠ {sentence}")
     return shown

@@ -9,8 +9,9 @@ LANGUAGES = {"zh": "中文", "en": "English"}
 
 _TEXTS = {
     "zh": {
-        "title": "ChatGLM P-Tuning v2：{base}",
-        "no_prefix": "{folder} 中还没有前缀，现在由原模型回答：运行 `bash scripts/train.sh` 训练一个，它会自动出现在这里。",
+        "title": "{base} · P-Tuning v2",
+        "no_prefix": "{folder} 中还没有前缀，现在由原模型回答：运行 `bash scripts/train.sh` "
+        "训练一个，它会自动出现在这里。",
         "model": "回答者",
         "other": "对比",
         "plain_base": "原模型（无前缀）",
@@ -37,7 +38,7 @@ _TEXTS = {
         "other_error": "没有得到完整的回答：{error}",
     },
     "en": {
-        "title": "ChatGLM P-Tuning v2: {base}",
+        "title": "{base} · P-Tuning v2",
         "no_prefix": "There is no prefix in {folder} yet, so the plain base answers: run `bash scripts/train.sh` to "
         "train one, and it appears here by itself.",
         "model": "Answers",
@@ -45,7 +46,7 @@ _TEXTS = {
         "plain_base": "plain base (no prefix)",
         "no_other": "nothing",
         "empty": "Write a message below.",
-        "message": "Message (Enter sends, Shift+Enter begins a new line)",
+        "message": "Message (Enter sends, Shift+Enter: new line)",
         "send": "Send",
         "stop": "Stop",
         "again": "Regenerate",
