@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from chatglm_ptuning.command_line import fail, parse_arguments
 from chatglm_ptuning.model.arguments import BaseArguments
@@ -19,6 +20,9 @@ from chatglm_ptuning.serving.engine.engine import Engine
 from chatglm_ptuning.serving.engine.prefixes import PrefixFolder
 from chatglm_ptuning.serving.page.talk import Answerer, AnswerSettings
 from chatglm_ptuning.serving.page.texts import text
+
+if TYPE_CHECKING:
+    from gradio import Blocks
 
 _MOST_NEW_TOKENS = 1024
 
@@ -63,6 +67,35 @@ def _interrupt(*_: int | FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def prepare(arguments: WebDemoArguments) -> tuple[Engine, Blocks]:
+    """Loads the base; makes an engine that is not started, and its page.
+
+    Raises:
+        OSError, ValueError, ImportError: if the base cannot be loaded, or a setting is out of range.
+    """
+    from chatglm_ptuning.serving.page.layout import PageSettings, make_page
+
+    tokenizer, model = arguments.load_tokenizer(), arguments.load_model()
+    engine = Engine(
+        model,
+        slots=arguments.slots,
+        queue_limit=arguments.queue_limit,
+        prefix_source=PrefixFolder(arguments.prefix_dir),
+    )
+    sampling = sampling_settings(model.generation_config)
+    temperature = sampling["temperature"] if sampling["do_sample"] else 0.0
+    context = engine.context_length()
+    settings = PageSettings(
+        base=name_of_base(Path(arguments.model_name_or_path)),
+        folder=Path(arguments.prefix_dir),
+        first=arguments.newest,
+        has_system=tokenizer.chat.has_roles,
+        context_length=context,
+        answer=AnswerSettings("", temperature, sampling["top_p"], min(_MOST_NEW_TOKENS, context // 2)),
+    )
+    return engine, make_page(Answerer(engine, tokenizer.chat), settings)
+
+
 def main(argv: Sequence[str]) -> None:
     """Runs `chatglm-ptuning web_demo` until SIGTERM or Ctrl-C.
 
@@ -74,30 +107,12 @@ def main(argv: Sequence[str]) -> None:
         argv,
     )  # fmt: skip
     try:
-        from chatglm_ptuning.serving.page.layout import PageSettings, launch_page, make_page
+        from chatglm_ptuning.serving.page.layout import launch_page
     except ImportError as error:
         fail(f"web_demo needs gradio ({error}): pip install 'chatglm-ptuning[web_demo]'.")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     try:
-        tokenizer, model = arguments.load_tokenizer(), arguments.load_model()
-        engine = Engine(
-            model,
-            slots=arguments.slots,
-            queue_limit=arguments.queue_limit,
-            prefix_source=PrefixFolder(arguments.prefix_dir),
-        )
-        sampling = sampling_settings(model.generation_config)
-        temperature = sampling["temperature"] if sampling["do_sample"] else 0.0
-        context = engine.context_length()
-        settings = PageSettings(
-            base=name_of_base(Path(arguments.model_name_or_path)),
-            folder=Path(arguments.prefix_dir),
-            first=arguments.newest,
-            has_system=tokenizer.chat.has_roles,
-            context_length=context,
-            answer=AnswerSettings("", temperature, sampling["top_p"], min(_MOST_NEW_TOKENS, context // 2)),
-        )
-        page = make_page(Answerer(engine, tokenizer.chat), settings)
+        engine, page = prepare(arguments)
         with engine:
             launch_page(page, arguments.host, arguments.port, arguments.slots + arguments.queue_limit)
             _tell(arguments, engine)

@@ -19,7 +19,7 @@ from chatglm_ptuning.serving.page.texts import LANGUAGES, language_of, note, pro
 _NO_OTHER = ""
 """Chosen for the second side when there is none; no prefix has this name."""
 _CSS = """
-.gradio-container > .main { max-width: 1200px; margin: 0 auto; }
+.gradio-container > .main { max-width: 1200px; margin: 0 auto; padding: 12px clamp(8px, 2.5vw, 32px) !important; }
 #head { flex-wrap: nowrap; align-items: center; }
 #language { flex: none; width: auto; min-width: 0 !important; }
 #language .wrap { flex-wrap: nowrap; }
@@ -31,8 +31,7 @@ _CSS = """
 .chat .thought-group .title { padding: 0; opacity: 0.7; pointer-events: none; }
 .chat .thought-group .arrow { display: none; }
 @media (max-width: 600px) {
-    .gradio-container > .main { padding: 8px !important; }
-    .gradio-container button { font-size: 14px; }
+    button { font-size: 14px !important; }
     #head { flex-wrap: wrap; gap: 4px; }
     #head > :first-child { flex: 1 0 100%; }
     .chat { height: 44vh !important; }
