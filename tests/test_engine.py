@@ -178,6 +178,19 @@ def test_a_running_request_shares_its_prompt(start, alone, slow):
     assert again.cached_tokens == 19
 
 
+def test_equal_prompts_that_arrive_together_are_computed_once(start, alone, slow):
+    engine = start(slots=5)
+    running = engine.submit(prompt_of(3), greedy(1))
+    prompt, other = prompt_of(40, 1), [*prompt_of(40, 1)[:30], *prompt_of(8, 2)]
+    together = [engine.submit(prompt, greedy(6), "a") for _ in range(3)]
+    together.append(engine.submit(other, greedy(6), "a"))
+    assert [ids_of(one) for one in together] == [alone(prompt, 6, "a")] * 3 + [alone(other, 6, "a")]
+    assert ids_of(running) == alone(prompt_of(3), 1)
+    stats = engine.stats()
+    assert stats.prefill_tokens <= 3 + 40 + 16 + 2 + 8  # 16: a part of the second may be computed beside the first
+    assert stats.prefill_tokens + stats.cached_tokens == 3 + 3 * 40 + 38
+
+
 def test_kept_rows_are_overwritten_least_recently_used_first(start, alone):
     engine = start(slots=2)
     first, second, third = (prompt_of(12, seed) for seed in range(3))
@@ -280,7 +293,7 @@ def test_a_request_that_can_never_fit_is_refused(start, alone):
 
 def test_bad_requests_are_refused(start):
     engine = start()
-    for prompt in ([], [VOCABULARY], [-1]):
+    for prompt in ([], [VOCABULARY], [-1], [2**70], [1.5], [[3]], ["3"]):
         with pytest.raises(ValueError, match=r"token|Token"):
             engine.submit(prompt, greedy(3))
     for name in ("c", "../served/a", "a/", ".", "", "base"):
@@ -290,9 +303,11 @@ def test_bad_requests_are_refused(start):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("max_new_tokens", 0), ("max_new_tokens", True), ("temperature", -1), ("temperature", float("nan")), ("top_p", 0),
-     ("top_p", 1.1), ("top_k", -1), ("repetition_penalty", 0), ("seed", 1.5), ("stop_ids", ("x",)),
-     ("top_logprobs", -1)],
+    [
+        ("max_new_tokens", 0), ("max_new_tokens", True), ("temperature", -1), ("temperature", float("nan")),
+        ("temperature", 1e300), ("top_p", 0), ("top_p", 1.1), ("top_k", -1), ("repetition_penalty", 0),
+        ("repetition_penalty", 1e300), ("seed", 1.5), ("stop_ids", ("x",)), ("top_logprobs", -1),
+    ],
 )  # fmt: skip
 def test_settings_out_of_range_are_named(name, value):
     with pytest.raises(ValueError, match=name):
@@ -349,6 +364,8 @@ def test_closing_ends_all_requests(start, slow):
             ids_of(generation)
     with pytest.raises(EngineError, match="closed"):
         engine.submit(prompt_of(5), greedy(1))
+    with pytest.raises(EngineError, match="started"):
+        engine.start()
 
 
 def test_many_threads_may_submit_and_cancel(start, alone):
@@ -425,6 +442,15 @@ def test_sampling_follows_the_distribution(start, alone):
         frequencies = torch.bincount(torch.tensor([token.id for token in tokens]), minlength=2000) / 600
         assert (frequencies[expected == 0] == 0).all()
         torch.testing.assert_close(frequencies, expected, atol=2.5 / 600, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-5, 100])
+def test_extreme_temperatures_are_the_limits(start, alone, temperature):
+    engine = start()
+    tokens = ids_of(engine.submit(prompt_of(9), SamplingSettings(6, temperature)))
+    limited = ids_of(engine.submit(prompt_of(9), SamplingSettings(6, temperature, top_k=1)))
+    assert limited == alone(prompt_of(9), 6)
+    assert (tokens == limited) == (temperature < 1)
 
 
 def test_a_token_is_read_with_a_timeout(start, slow):

@@ -129,7 +129,13 @@ class Engine:
         self._thread: threading.Thread | None = None
 
     def start(self) -> Engine:
-        """Starts the worker."""
+        """Starts the worker.
+
+        Raises:
+            EngineError: if it was started before: it has one worker, and is not opened again after `close`.
+        """
+        if self._thread is not None:
+            raise EngineError("The engine was started already.")
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
         return self
@@ -164,12 +170,11 @@ class Engine:
             QueueFull: if too many requests are waiting.
             EngineError: if the engine was closed.
         """
-        prompt = np.array(prompt_ids, np.int64)
-        vocabulary = self.model.config.padded_vocab_size
-        if prompt.ndim != 1 or not len(prompt):
+        if not len(prompt_ids):
             raise ValueError("A prompt needs at least one token.")
-        if prompt.min() < 0 or prompt.max() >= vocabulary:
-            raise ValueError(f"Token ids of a prompt must be from 0 to {vocabulary - 1}.")
+        prompt, vocabulary = np.array(prompt_ids), self.model.config.padded_vocab_size
+        if prompt.ndim != 1 or prompt.dtype.kind not in "iu" or prompt.min() < 0 or prompt.max() >= vocabulary:
+            raise ValueError(f"Token ids of a prompt must be integers from 0 to {vocabulary - 1}.")
         self._check_length(len(prompt), settings.max_new_tokens, 0)
         with self._wake:
             self._check_room()
@@ -178,7 +183,7 @@ class Engine:
         generation = Generation(len(prompt))
         with self._wake:
             self._check_room()
-            self._waiting.append(Request(prompt, settings, row_prefix, generation))
+            self._waiting.append(Request(prompt.astype(np.int64), settings, row_prefix, generation))
             self._wake.notify_all()
         return generation
 
