@@ -121,6 +121,14 @@ def test_each_side_remembers_its_own_answers(start, chat):
     assert other.text == chat(QUESTION, None, [*before, *history(("问", plain.text))])
 
 
+def test_without_history_each_question_stands_alone(start, chat):
+    answerer, talk = start(), Talk()
+    ask(answerer, talk, "你是谁")
+    with_history = ask(answerer, talk, "问", ["long"])[0]
+    alone = ask(answerer, talk, "问", ["long"], AnswerSettings("", 0.0, 1.0, 12, with_history=False))[0]
+    assert alone.text == chat("问", "long") != with_history.text
+
+
 def test_the_last_question_is_answered_again_by_the_chosen_prefix(start, chat):
     answerer, talk = start(), Talk()
     ask(answerer, talk)

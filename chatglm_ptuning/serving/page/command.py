@@ -87,7 +87,7 @@ def prepare(arguments: WebDemoArguments) -> tuple[Engine, Blocks]:
     context = engine.context_length()
     settings = PageSettings(
         base=name_of_base(Path(arguments.model_name_or_path)),
-        folder=Path(arguments.prefix_dir),
+        folder=Path(arguments.prefix_dir).name,
         first=arguments.newest,
         has_system=tokenizer.chat.has_roles,
         context_length=context,

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -25,7 +24,7 @@ _CSS = """
 #language .wrap { flex-wrap: nowrap; }
 .chat .md { white-space: pre-wrap; overflow-wrap: anywhere; }
 .chat .message:has(.thought-group) { border: none; background: none; box-shadow: none; padding: 0; }
-.chat .message-row:has(.thought-group) { margin-bottom: 0; }
+.chat .message-row:has(.thought-group) { margin-bottom: -12px; }
 .chat .message-row:has(.thought-group) + .message-buttons { display: none; }
 .chat .thought-group { border: none; padding: 0; margin: 0; background: none; }
 .chat .thought-group .title { padding: 0; opacity: 0.7; pointer-events: none; }
@@ -63,7 +62,7 @@ class PageSettings:
 
     Attributes:
         base: name of the base.
-        folder: where the prefixes are, as visitors are told.
+        folder: the name of the folder of prefixes, as visitors are told.
         first: the prefix that answers at first; None for the plain base.
         has_system: whether the chat format has a system prompt.
         context_length: of the base, in tokens.
@@ -71,7 +70,7 @@ class PageSettings:
     """
 
     base: str
-    folder: Path
+    folder: str
     first: Callable[[], str | None]
     has_system: bool
     context_length: int
@@ -125,7 +124,7 @@ class _Page:
             return {"label": text("zh", name), "elem_id": name}
 
         def button(name: str, **look: str) -> gr.Button:
-            return gr.Button(text("zh", name), min_width=80, elem_id=name, **look)
+            return gr.Button(text("zh", name), min_width=100, elem_id=name, **look)
 
         answer, first = self._settings.answer, self._settings.first() or PLAIN_BASE
         with gr.Row(elem_id="head"):
@@ -154,6 +153,7 @@ class _Page:
             self.again, self.clear, self.export = button("again"), button("clear"), button("export")
         with gr.Accordion(open=False, **labelled("settings")) as self.accordion:
             self.system = gr.Textbox(answer.system, lines=2, visible=self._settings.has_system, **labelled("system"))
+            self.history = gr.Checkbox(answer.with_history, **labelled("history"))
             with gr.Row():
                 slider = partial(gr.Slider, min_width=200)
                 self.temperature = slider(0, 2, answer.temperature, step=0.05, **labelled("temperature"))
@@ -167,7 +167,8 @@ class _Page:
         # Nothing of the page is an API for programs; `serve` has one.
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
         models = [self.model, self.other]
-        answer = [self.talk, *models, self.language, self.system, self.temperature, self.top_p, self.length]
+        answer = [self.talk, *models, self.language, self.system, self.history]
+        answer += [self.temperature, self.top_p, self.length]
         outputs = [*self._labels("zh"), self.hint, *models, *self.chats]
         self.blocks.load(self._open, None, [self.language, *outputs], **quiet)
         self.language.input(self._translate, [self.talk, *models, self.language], outputs, **quiet)
@@ -206,7 +207,7 @@ class _Page:
         labels: _Updates = {
             component: gr.update(label=text(language, component.elem_id))
             for component in (
-                self.accordion, self.system, self.temperature, self.top_p, self.length,
+                self.accordion, self.system, self.history, self.temperature, self.top_p, self.length,
             )
         }  # fmt: skip
         for button in (self.send, self.stop, self.again, self.clear, self.export):
@@ -266,12 +267,12 @@ _Updates = dict[Any, Any]
 
 
 def _read(
-    model: str, other: str, language: str, system: str, temperature: float, top_p: float, length: float
+    model: str, other: str, language: str, system: str, history: bool, temperature: float, top_p: float, length: float
 ) -> tuple[list[str | None], str, AnswerSettings]:
     """The chosen prefixes, the language and the settings."""
     chosen = [model] if other == _NO_OTHER else [model, other]
     prefixes = [None if name == PLAIN_BASE else name for name in chosen]
-    return prefixes, language, AnswerSettings(system.strip(), temperature, top_p, int(length))
+    return prefixes, language, AnswerSettings(system.strip(), temperature, top_p, int(length), history)
 
 
 def _still(chosen: str, choices: list[tuple[str, str]]) -> str:

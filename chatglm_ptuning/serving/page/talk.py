@@ -44,12 +44,14 @@ class AnswerSettings:
     Attributes:
         system: the system prompt; empty for none.
         temperature: 0 takes the most probable token.
+        with_history: whether the turns before are repeated to the model. Many prefixes have learned single turns only.
     """
 
     system: str
     temperature: float
     top_p: float
     max_new_tokens: int
+    with_history: bool = True
 
 
 @dataclass
@@ -250,7 +252,7 @@ class Answerer:
 
     def _start(self, talk: Talk, side: int, question: str, answer: Answer) -> _Running | None:
         try:
-            prompt = self._prompt(talk.said(side), question, answer)
+            prompt = self._prompt(talk.said(side) if answer.settings.with_history else [], question, answer)
             own = answer.settings
             sampling = SamplingSettings(
                 own.max_new_tokens,
