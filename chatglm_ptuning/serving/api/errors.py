@@ -14,11 +14,13 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from chatglm_ptuning.serving.api.schema import ROLE_NAMES
 from chatglm_ptuning.serving.engine.request import EngineError, PromptTooLong, QueueFull, UnknownPrefix
 
 logger = logging.getLogger(__name__)
 
 _SHOWN_FAULTS = 3
+_TYPES = ("str", "int", "constrained-str", "constrained-int")
 
 
 def to_json(value: Any) -> str:
@@ -108,10 +110,10 @@ ENGINE_ERRORS = (EngineError, PromptTooLong, QueueFull, UnknownPrefix)
 def of_validation(error: RequestValidationError) -> ApiError:
     """Names the fields that do not fit; never repeats their values."""
     faults = error.errors()
-    if faults and faults[0]["type"] == "json_invalid":
+    if faults[0]["type"] == "json_invalid":
         reason = faults[0].get("ctx", {}).get("error", "malformed")
         return ApiError(400, f"The body is not JSON: {reason}, at character {faults[0]['loc'][-1]}.", "invalid_json")
-    if faults and len(faults[0]["loc"]) < 2:
+    if len(faults[0]["loc"]) < 2:
         message = "The body must be a JSON object, sent with Content-Type: application/json."
         return ApiError(400, message if faults[0]["type"] != "value_error" else _reason(faults[0]), "invalid_value")
     shown = [f"{_place(fault['loc'])}: {_reason(fault)}" for fault in faults[:_SHOWN_FAULTS]]
@@ -121,8 +123,13 @@ def of_validation(error: RequestValidationError) -> ApiError:
 
 
 def _place(location: tuple[Any, ...]) -> str | None:
-    text = ""
+    """A field as JSON names it, such as `messages[0].content`; pydantic also names the members of unions."""
+    text, before = "", None
     for part in location[1:]:
+        is_member = part in ROLE_NAMES if isinstance(before, int) else part in _TYPES or "[" in str(part)
+        before = part
+        if is_member:
+            continue
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
     return text[:200] or None
 

@@ -33,7 +33,7 @@ class TextPart(_Strict):
     text: str
 
 
-Content = str | list[TextPart]
+Content = list[TextPart] | str
 
 
 def text_of(content: Content | None) -> str:
@@ -98,6 +98,9 @@ class ToolMessage(_Strict):
 ChatMessage = Annotated[
     SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")
 ]  # fmt: skip
+
+
+ROLE_NAMES = ("system", "developer", "user", "assistant", "tool", "observation")
 
 
 class Tool(_Strict):
@@ -169,6 +172,11 @@ class Request(_Strict):
     def stops(self) -> list[str]:
         """The stop strings."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def choices(self) -> int:
+        """How many answers are asked for."""
+        return self.n or 1
 
     @property
     def most_tokens(self) -> int | None:
@@ -251,6 +259,11 @@ class CompletionRequest(Request):
         """The prompts."""
         several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
         return self.prompt if several else [self.prompt]
+
+    @property
+    def choices(self) -> int:
+        """See `Request`."""
+        return len(self.prompts) * (self.n or 1)
 
     @property
     def shown_logprobs(self) -> int | None:
