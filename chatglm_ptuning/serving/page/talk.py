@@ -83,6 +83,16 @@ class Answer:
         """Speed; None without tokens."""
         return self.tokens / self.seconds if self.tokens and self.seconds else None
 
+    def summary(self) -> dict[str, Any]:
+        """How the answer came about, ready for JSON."""
+        return {
+            "prefix": self.prefix,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 3),
+            "finish_reason": self.finish_reason,
+            **asdict(self.settings),
+        }
+
     def fail(self, error: Exception) -> None:
         """Ends the answer with an error."""
         self.finish_reason, self.error = "error", error
@@ -136,39 +146,26 @@ class Talk:
         """Takes the generations that `stop` ends, until their list is emptied."""
         self._running = generations
 
-    def export(self, base: str) -> dict[str, Any]:
-        """The conversations of all sides, ready for JSON, as a dataset of messages has them.
+    def export(self, base: str) -> list[dict[str, Any]]:
+        """The conversation of each side, ready for JSON: rows of the dataset format `messages`.
+
+        What is known besides is under `meta`. A question without any answer is left out.
 
         Args:
             base: name of the base model.
         """
         sides = max((len(turn.answers) for turn in self.turns), default=0)
-        return {
-            "base": base,
-            "exported": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "conversations": [{"messages": self._exported(side)} for side in range(sides)],
-        }
+        meta = {"base": base, "exported": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        return [{"meta": meta, "messages": self._exported(side)} for side in range(sides)]
 
     def _exported(self, side: int) -> list[dict[str, Any]]:
         system = self.turns[-1].answer_of(side).settings.system
         messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
         for turn in self.turns:
             answer = turn.answer_of(side)
-            settings = asdict(answer.settings)
-            del settings["system"]
-            messages.append({"role": "user", "content": turn.question})
-            messages.append(
-                {
-                    "role": "assistant",
-                    "content": answer.text,
-                    "prefix": answer.prefix,
-                    "tokens": answer.tokens,
-                    "seconds": round(answer.seconds, 3),
-                    "finish_reason": answer.finish_reason,
-                    "error": None if answer.error is None else str(answer.error),
-                    **settings,
-                }
-            )
+            if answer.messages:
+                messages.append({"role": "user", "content": turn.question})
+                messages.append({"role": "assistant", "content": answer.text, "meta": answer.summary()})
         return messages
 
 

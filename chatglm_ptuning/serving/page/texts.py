@@ -32,6 +32,7 @@ _TEXTS = {
         "speed": "{tokens} 个 token，{speed} token/s",
         "limit": "已到长度上限",
         "cancelled": "已停止",
+        "no_text": "空回答",
         "left_out": "最早的 {count} 轮对话放不下，未发给模型",
         "MessageTooLong": "消息太长：有 {tokens} 个 token，而除回答外只放得下 {room} 个；请缩短消息，或减小回答长度。",
         "QueueFull": "排队的请求太多，请在 {seconds} 秒后点“重新生成”。",
@@ -62,6 +63,7 @@ _TEXTS = {
         "speed": "{tokens} tokens, {speed} tokens/s",
         "limit": "length limit reached",
         "cancelled": "stopped",
+        "no_text": "empty answer",
         "left_out": "the first {count} turns did not fit and were not sent",
         "MessageTooLong": "The message is too long: it has {tokens} tokens, and there is room for {room} beside the "
         "answer. Shorten it, or allow fewer tokens for the answer.",
@@ -96,6 +98,8 @@ def note(language: str, answer: Answer) -> str:
         parts.append(text(language, "speed", tokens=answer.tokens, speed=f"{speed:.1f}"))
     if answer.finish_reason in _SHOWN_ENDS:
         parts.append(text(language, _SHOWN_ENDS[answer.finish_reason]))
+    if answer.finish_reason == "stop" and not answer.text:
+        parts.append(text(language, "no_text"))
     if answer.left_out and answer.error is None:
         parts.append(text(language, "left_out", count=answer.left_out))
     return " · ".join(parts)
