@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import socket
@@ -553,7 +554,11 @@ def test_the_command_serves_the_base_alone_and_ends_at_sigterm(served, tmp_path)
     port = free_port()
     flags = ["--model_name_or_path", str(served / "base"), "--prefix_dir", str(tmp_path / "none"), "--port", str(port)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "chatglm_ptuning", "web_demo", *flags], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "chatglm_ptuning", "web_demo", *flags],
+        # A proxy that does not work must not matter.
+        env=os.environ | {"http_proxy": "http://127.0.0.1:9", "all_proxy": "http://127.0.0.1:9"},
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         said = []

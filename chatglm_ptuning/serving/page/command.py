@@ -114,7 +114,12 @@ def main(argv: Sequence[str]) -> None:
     try:
         engine, page = prepare(arguments)
         with engine:
-            launch_page(page, arguments.host, arguments.port, arguments.slots + arguments.queue_limit)
+            try:
+                launch_page(page, arguments.host, arguments.port, arguments.slots + arguments.queue_limit)
+            except OSError:
+                fail(
+                    f"cannot listen on {arguments.host} at port {arguments.port}: is it taken? Name another by --port."
+                )
             _tell(arguments, engine)
             signal.signal(signal.SIGTERM, _interrupt)
             page.block_thread()

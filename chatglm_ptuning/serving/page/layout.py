@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -91,6 +92,9 @@ def launch_page(page: gr.Blocks, host: str, port: int, visitors: int) -> None:
     Raises:
         OSError: if the address cannot be used.
     """
+    # Gradio asks its own server whether it runs; a proxy would not reach it.
+    direct = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "", "localhost", "127.0.0.1", host]
+    os.environ["no_proxy"] = ",".join(filter(None, direct))
     # An answer takes a thread; so does each click meanwhile.
     page.queue(default_concurrency_limit=None).launch(
         server_name=host,
