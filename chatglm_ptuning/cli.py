@@ -16,6 +16,7 @@ COMMANDS = {
     "data": ("chatglm_ptuning.data.command", "show a row as the model sees it, check data files"),
     "chat": ("chatglm_ptuning.serving.terminal", "chat with the base and its prefixes in a terminal"),
     "serve": ("chatglm_ptuning.serving.api.command", "serve a folder of prefixes over HTTP, as OpenAI's API"),
+    "web_demo": ("chatglm_ptuning.serving.page.command", "chat with a folder of prefixes in a web page"),
     "estimate": ("chatglm_ptuning.estimation.run", "compute memory and time of a run, without weights"),
     "tradeoff": ("chatglm_ptuning.experiments.tradeoff", "draw score against forgetting, over runs of --preserve_base"),
     "tasks": ("chatglm_ptuning.data.tasks.command", "list the Chinese tasks, or show how one's files are read"),

@@ -20,7 +20,14 @@ PAGES = sorted(
     for pattern in ("*.md", "docs/*.md", "data/*.md", "data/*/*.md", "ds_config/*.md", "scripts/*/*.md")
     for path in ROOT.glob(pattern)
 )
-SCRIPTS = {"train": "train", "ds_train": "train", "chat": "chat", "evaluate": "evaluate", "serve": "serve"}
+SCRIPTS = {
+    "train": "train",
+    "ds_train": "train",
+    "chat": "chat",
+    "evaluate": "evaluate",
+    "serve": "serve",
+    "web_demo": "web_demo",
+}
 OTHER_PROGRAMS = {"--local-dir", "--repo-type", "--model_args"}
 """Flags in the text that belong to `hf download` and lm-eval."""
 

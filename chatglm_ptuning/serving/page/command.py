@@ -1,0 +1,138 @@
+"""`chatglm-ptuning web_demo`: a chat page in the browser, over one base and its prefixes."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from chatglm_ptuning.command_line import fail, parse_arguments
+from chatglm_ptuning.model.arguments import BaseArguments
+from chatglm_ptuning.model.chat_mixin import sampling_settings
+from chatglm_ptuning.model.stored_prefix import name_of_base
+from chatglm_ptuning.prefix.latest import find_latest_prefix, runs_folder
+from chatglm_ptuning.serving.engine.engine import Engine
+from chatglm_ptuning.serving.engine.prefixes import PrefixFolder
+from chatglm_ptuning.serving.page.talk import Answerer, AnswerSettings
+from chatglm_ptuning.serving.page.texts import text
+
+if TYPE_CHECKING:
+    from gradio import Blocks
+
+_MOST_NEW_TOKENS = 1024
+
+
+@dataclass
+class WebDemoArguments(BaseArguments):
+    """Flags of `chatglm-ptuning web_demo`."""
+
+    prefix_dir: str = field(
+        default_factory=lambda: str(runs_folder()),
+        metadata={"help": "folder whose subfolders are prefixes or training runs (default: $CHATGLM_PTUNING_OUTPUT or "
+                          "output)"},
+    )  # fmt: skip
+    host: str = field(
+        default="127.0.0.1", metadata={"help": "address to listen on; 0.0.0.0 lets all other machines use the page"}
+    )
+    port: int = field(default=7860, metadata={"help": "port to listen on"})
+    slots: int = field(default=4, metadata={"help": "answers that are generated at the same time"})
+    queue_limit: int = field(default=64, metadata={"help": "questions that may wait; more are refused"})
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.port < 2**16:
+            raise ValueError(f"--port must be from 1 to {2**16 - 1}, got {self.port}")
+        for name, least in (("slots", 1), ("queue_limit", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+
+    def newest(self) -> str | None:
+        """The name of the prefix that was trained last; None if there is none."""
+        latest = find_latest_prefix(self.prefix_dir)
+        return None if latest is None else latest.relative_to(self.prefix_dir).parts[0]
+
+
+def _is_own_address(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _interrupt(*_: int | FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def prepare(arguments: WebDemoArguments) -> tuple[Engine, Blocks]:
+    """Loads the base; makes an engine that is not started, and its page.
+
+    Raises:
+        OSError, ValueError, ImportError: if the base cannot be loaded, or a setting is out of range.
+    """
+    from chatglm_ptuning.serving.page.layout import PageSettings, make_page
+
+    tokenizer, model = arguments.load_tokenizer(), arguments.load_model()
+    engine = Engine(
+        model,
+        slots=arguments.slots,
+        queue_limit=arguments.queue_limit,
+        prefix_source=PrefixFolder(arguments.prefix_dir),
+    )
+    sampling = sampling_settings(model.generation_config)
+    temperature = sampling["temperature"] if sampling["do_sample"] else 0.0
+    context = engine.context_length()
+    settings = PageSettings(
+        base=name_of_base(Path(arguments.model_name_or_path)),
+        folder=Path(arguments.prefix_dir).name,
+        first=arguments.newest,
+        has_system=tokenizer.chat.has_roles,
+        context_length=context,
+        answer=AnswerSettings("", temperature, sampling["top_p"], min(_MOST_NEW_TOKENS, context // 2)),
+    )
+    return engine, make_page(Answerer(engine, tokenizer.chat), settings)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs `chatglm-ptuning web_demo` until SIGTERM or Ctrl-C.
+
+    Raises:
+        SystemExit: with code 2 on wrong flags, 1 if the base cannot be loaded or the address cannot be used.
+    """
+    (arguments,) = parse_arguments(
+        "chatglm-ptuning web_demo", "A chat page in the browser, over one base and its prefixes.", [WebDemoArguments],
+        argv,
+    )  # fmt: skip
+    try:
+        from chatglm_ptuning.serving.page.layout import launch_page
+    except ImportError as error:
+        fail(f"web_demo needs gradio ({error}): pip install 'chatglm-ptuning[web_demo]'.")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        engine, page = prepare(arguments)
+        with engine:
+            try:
+                launch_page(page, arguments.host, arguments.port, arguments.slots + arguments.queue_limit)
+            except OSError:
+                fail(
+                    f"cannot listen on {arguments.host} at port {arguments.port}: is it taken? Name another by --port."
+                )
+            _tell(arguments, engine)
+            signal.signal(signal.SIGTERM, _interrupt)
+            page.block_thread()
+    except (OSError, ValueError, ImportError) as error:
+        fail(str(error))
+
+
+def _tell(arguments: WebDemoArguments, engine: Engine) -> None:
+    print(f"Base: {arguments.model_name_or_path} on {engine.model.device}")
+    if names := engine.prefix_names():
+        print(f"Prefixes in {arguments.prefix_dir}: {', '.join(names)}")
+    else:
+        print(text("en", "no_prefix", folder=arguments.prefix_dir))
+    if not _is_own_address(arguments.host):
+        print(f"Everyone who reaches {arguments.host} can use the page.")
+    print(f"Page: http://{arguments.host}:{arguments.port} (Ctrl-C ends it)", flush=True)
