@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from chatglm_ptuning.model.placement import layer_devices
-from chatglm_ptuning.serving.engine.prefixes import PrefixFolder, ServedPrefixes
+from chatglm_ptuning.serving.engine.prefixes import PrefixFolder, RowPrefix, ServedPrefixes
 from chatglm_ptuning.serving.engine.request import EngineError, Generation, PromptTooLong, QueueFull, SamplingSettings
 from chatglm_ptuning.serving.engine.rows import Request
 from chatglm_ptuning.serving.engine.scheduler import Scheduler
@@ -150,12 +150,14 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def submit(self, prompt_ids: Sequence[int], settings: SamplingSettings, prefix: str | None = None) -> Generation:
+    def submit(
+        self, prompt_ids: Sequence[int], settings: SamplingSettings, prefix: str | RowPrefix | None = None
+    ) -> Generation:
         """Accepts a request, from any thread. A prefix that is not loaded is loaded first.
 
         Args:
             prompt_ids: the whole prompt.
-            prefix: its name; None for the plain base.
+            prefix: its name, or the prefix itself; None for the plain base.
 
         Raises:
             ValueError: if the prompt is empty, or an id is not in the vocabulary.
@@ -207,7 +209,7 @@ class Engine:
         """The names of the prefixes, as they are in the folder now."""
         return self._prefixes.names()
 
-    def context_length(self, prefix: str | None = None) -> int:
+    def context_length(self, prefix: str | RowPrefix | None = None) -> int:
         """Most tokens of prompt and answer together. A prefix that is not loaded is loaded first.
 
         Raises:
