@@ -280,7 +280,7 @@ def test_a_request_that_can_never_fit_is_refused(start, alone):
 
 def test_bad_requests_are_refused(start):
     engine = start()
-    for prompt in ([], [VOCABULARY], [-1]):
+    for prompt in ([], [VOCABULARY], [-1], [2**70], [1.5], [[3]], ["3"]):
         with pytest.raises(ValueError, match=r"token|Token"):
             engine.submit(prompt, greedy(3))
     for name in ("c", "../served/a", "a/", ".", "", "base"):
@@ -290,9 +290,11 @@ def test_bad_requests_are_refused(start):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("max_new_tokens", 0), ("max_new_tokens", True), ("temperature", -1), ("temperature", float("nan")), ("top_p", 0),
-     ("top_p", 1.1), ("top_k", -1), ("repetition_penalty", 0), ("seed", 1.5), ("stop_ids", ("x",)),
-     ("top_logprobs", -1)],
+    [
+        ("max_new_tokens", 0), ("max_new_tokens", True), ("temperature", -1), ("temperature", float("nan")),
+        ("temperature", 1e300), ("top_p", 0), ("top_p", 1.1), ("top_k", -1), ("repetition_penalty", 0),
+        ("repetition_penalty", 1e300), ("seed", 1.5), ("stop_ids", ("x",)), ("top_logprobs", -1),
+    ],
 )  # fmt: skip
 def test_settings_out_of_range_are_named(name, value):
     with pytest.raises(ValueError, match=name):
@@ -425,6 +427,15 @@ def test_sampling_follows_the_distribution(start, alone):
         frequencies = torch.bincount(torch.tensor([token.id for token in tokens]), minlength=2000) / 600
         assert (frequencies[expected == 0] == 0).all()
         torch.testing.assert_close(frequencies, expected, atol=2.5 / 600, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-5, 100])
+def test_extreme_temperatures_are_the_limits(start, alone, temperature):
+    engine = start()
+    tokens = ids_of(engine.submit(prompt_of(9), SamplingSettings(6, temperature)))
+    limited = ids_of(engine.submit(prompt_of(9), SamplingSettings(6, temperature, top_k=1)))
+    assert limited == alone(prompt_of(9), 6)
+    assert (tokens == limited) == (temperature < 1)
 
 
 def test_a_token_is_read_with_a_timeout(start, slow):

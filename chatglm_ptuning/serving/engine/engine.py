@@ -166,12 +166,11 @@ class Engine:
             QueueFull: if too many requests are waiting.
             EngineError: if the engine was closed.
         """
-        prompt = np.array(prompt_ids, np.int64)
-        vocabulary = self.model.config.padded_vocab_size
-        if prompt.ndim != 1 or not len(prompt):
+        if not len(prompt_ids):
             raise ValueError("A prompt needs at least one token.")
-        if prompt.min() < 0 or prompt.max() >= vocabulary:
-            raise ValueError(f"Token ids of a prompt must be from 0 to {vocabulary - 1}.")
+        prompt, vocabulary = np.array(prompt_ids), self.model.config.padded_vocab_size
+        if prompt.ndim != 1 or prompt.dtype.kind not in "iu" or prompt.min() < 0 or prompt.max() >= vocabulary:
+            raise ValueError(f"Token ids of a prompt must be integers from 0 to {vocabulary - 1}.")
         self._check_length(len(prompt), settings.max_new_tokens, 0)
         with self._wake:
             self._check_room()
@@ -180,7 +179,7 @@ class Engine:
         generation = Generation(len(prompt))
         with self._wake:
             self._check_room()
-            self._waiting.append(Request(prompt, settings, row_prefix, generation))
+            self._waiting.append(Request(prompt.astype(np.int64), settings, row_prefix, generation))
             self._wake.notify_all()
         return generation
 

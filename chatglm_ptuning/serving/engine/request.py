@@ -69,9 +69,9 @@ class SamplingSettings:
         if self.seed is not None and not _is_int(self.seed):
             raise ValueError(f"seed must be an integer or None, got {self.seed!r}.")
         for name, in_range, expected in (
-            ("temperature", lambda value: value >= 0, "at least 0"),
+            ("temperature", lambda value: 0 <= value <= 100, "from 0 to 100"),
             ("top_p", lambda value: 0 < value <= 1, "above 0 and at most 1"),
-            ("repetition_penalty", lambda value: value > 0, "above 0"),
+            ("repetition_penalty", lambda value: 0.01 <= value <= 100, "from 0.01 to 100"),
         ):
             value = getattr(self, name)
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -9,8 +9,12 @@ import torch
 
 from chatglm_ptuning.serving.engine.request import SamplingSettings, Token
 
-_USUAL_CANDIDATES = 256
-"""So many most probable tokens usually have the probability `top_p` together; sorting all takes much longer."""
+_LOWEST_TEMPERATURE = 1e-6
+"""Lower ones are rounded to 0 in float32."""
+_FIRST_CANDIDATES = 64
+"""So many most probable tokens often have the probability `top_p` together; sorting all takes much longer."""
+_MORE = 4
+"""Times as many are tried if they have not."""
 
 
 def choose(
@@ -26,7 +30,7 @@ def choose(
         known: ids of the prompt and the answer so far, int64; read for a repetition penalty only.
         randoms: draws one number for each sampled token.
     """
-    finite = logits.isfinite().all(dim=-1).tolist()
+    finite = logits.sum(dim=-1).isfinite().tolist()  # much faster than looking at each
     scores = logits
     for row, one in enumerate(settings):
         if one.repetition_penalty != 1:
@@ -35,11 +39,13 @@ def choose(
             before = scores[row, ids]
             scores[row, ids] = torch.where(before < 0, before * one.repetition_penalty, before / one.repetition_penalty)
     sampled = [row for row, one in enumerate(settings) if one.temperature > 0 and finite[row]]
-    chosen = scores.argmax(dim=-1)
+    chosen = scores.max(dim=-1).indices
     if sampled:
         own = [settings[row] for row in sampled]
         draws = scores.new_tensor([randoms[row].random() for row in sampled], dtype=torch.float64)
-        scores = scores[sampled] / scores.new_tensor([one.temperature for one in own])[:, None]
+        scores = scores[sampled]
+        temperatures = scores.new_tensor([max(one.temperature, _LOWEST_TEMPERATURE) for one in own])[:, None]
+        scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperatures
         limited = [one.top_k > 0 or one.top_p < 1 for one in own]
         for rows, draw in (
             ([place for place, limit in enumerate(limited) if not limit], _draw),
@@ -57,27 +63,35 @@ def _draw(scores: torch.Tensor, draws: torch.Tensor, settings: Sequence[Sampling
     return _place_of(scores.double().softmax(dim=-1), draws)
 
 
-def _draw_limited(scores: torch.Tensor, draws: torch.Tensor, settings: Sequence[SamplingSettings]) -> torch.Tensor:
-    """Draws from the `top_k` most probable tokens, and of these from the fewest that have the probability `top_p`."""
+def _draw_limited(
+    scores: torch.Tensor, draws: torch.Tensor, settings: Sequence[SamplingSettings], count: int = _FIRST_CANDIDATES
+) -> torch.Tensor:
+    """Draws from the `top_k` most probable tokens, and of these from the fewest that have the probability `top_p`.
+
+    Args:
+        count: number of most probable tokens to look at first.
+    """
     vocabulary = scores.shape[1]
-    top_k = scores.new_tensor([one.top_k or vocabulary for one in settings], dtype=torch.int64)[:, None]
-    top_p = scores.new_tensor([one.top_p for one in settings], dtype=torch.float64)[:, None]
-    count = min(vocabulary, max(_USUAL_CANDIDATES, *(one.top_k for one in settings)))
-    whole = scores.double().logsumexp(dim=-1, keepdim=True)
-    while True:
-        candidates, ids = scores.topk(count)
-        inside = torch.arange(count, device=scores.device) < top_k
-        weights = candidates.double().masked_fill(~inside, -torch.inf)
-        # Without top_k, probabilities are shares of all tokens, not only of the candidates.
-        total = torch.where(top_k < vocabulary, weights.logsumexp(dim=-1, keepdim=True), whole)
-        probabilities = (weights - total).exp()
-        summed = probabilities.cumsum(dim=-1)
-        enough = (top_k <= count) | (summed[:, -1:] >= top_p)
-        if count == vocabulary or enough.all():
-            break
-        count = vocabulary
+    limits = [min(one.top_k or vocabulary, vocabulary) for one in settings]
+    top_k = torch.tensor(limits, device=scores.device)[:, None]
+    top_p = draws.new_tensor([one.top_p for one in settings])[:, None]
+    count = min(vocabulary, count)
+    candidates, ids = scores.topk(count)
+    candidates = candidates.double().masked_fill(torch.arange(count, device=scores.device) >= top_k, -torch.inf)
+    # Without top_k, probabilities are shares of all tokens, not only of the candidates.
+    whole = scores.logsumexp(dim=-1, keepdim=True).double()
+    whole = torch.where(top_k <= count, candidates.logsumexp(dim=-1, keepdim=True), whole)
+    probabilities = (candidates - whole).exp()
+    summed = probabilities.cumsum(dim=-1)
     kept = probabilities * (summed - probabilities < top_p)
-    return ids.gather(1, _place_of(kept, draws)[:, None])[:, 0]
+    drawn = ids.gather(1, _place_of(kept, draws)[:, None])[:, 0]
+    # A sum close to top_p counts as too small, as `whole` was rounded.
+    is_enough = ((top_k <= count) | (summed[:, -1:] > top_p + 1e-5) & (top_k == vocabulary))[:, 0].tolist()
+    more = [row for row, enough in enumerate(is_enough) if not enough]
+    if more:
+        own = [settings[row] for row in more]
+        drawn[more] = _draw_limited(scores[more], draws[more], own, _MORE * count)
+    return drawn
 
 
 def _place_of(probabilities: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
