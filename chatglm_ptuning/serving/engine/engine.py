@@ -78,7 +78,7 @@ class Engine:
     and float16, sums are rounded differently in batches of different sizes, so that near ties may be decided otherwise.
 
     Args:
-        model: the base, on one device. The engine sets it to evaluation mode and freezes it; it must not be trained
+        model: the base. The engine sets it to evaluation mode and freezes it; it must not be trained
             meanwhile. Its selected prefix does not count.
         slots: how many requests run at a time.
         slot_tokens: places of a slot, for prefix, prompt and answer of a request. By default `seq_length` and 512.
@@ -88,8 +88,7 @@ class Engine:
         prefix_memory: bound on the bytes of loaded prefixes, see PrefixBank.
 
     Raises:
-        ValueError: if a size is out of range, the base is spread over several devices or offloaded, or its attention
-            implementation takes no mask.
+        ValueError: if a size is out of range, or the base's attention implementation takes no mask.
     """
 
     def __init__(
@@ -115,12 +114,11 @@ class Engine:
             raise ValueError(
                 f"The engine needs attn_implementation 'sdpa' or 'eager', the base has {config._attn_implementation!r}."
             )
-        if layer_devices(model.transformer.encoder.layers) is not None:
-            raise ValueError("The engine needs the base on one device; load it without device_map.")
         self.model = model.eval().requires_grad_(False)
         self._prefixes = ServedPrefixes(model, prefix_source, prefix_memory)
         dtype = model.transformer.embedding.word_embeddings.weight.dtype
-        self._cache = SlotCache(config.prefix_shape, slots, slot_tokens, model.device, dtype)
+        devices = layer_devices(model.transformer.encoder.layers)
+        self._cache = SlotCache(config.prefix_shape, slots, slot_tokens, model.device, dtype, devices)
         self._scheduler = Scheduler(model, self._cache, prefill_chunk)
         self._queue_limit, self._restarts = queue_limit, 0
         self._waiting: deque[Request] = deque()
@@ -255,7 +253,7 @@ class Engine:
 
     def _work(self) -> None:
         """The worker: serves until the engine is closed, and starts again after an error."""
-        device = self._cache.entries.device
+        device = self._cache.device
         if device.type == "cuda":
             torch.cuda.set_device(device)
         with torch.inference_mode():

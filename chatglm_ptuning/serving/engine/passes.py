@@ -58,7 +58,7 @@ class Passes:
         self, model: ChatGLMForConditionalGeneration, cache: SlotCache, sizes: Sizes, record: Callable[[Step], Step]
     ) -> None:
         self._model, self._cache, self._sizes, self._record = model, cache, sizes, record
-        self._device, self._dtype = cache.entries.device, cache.entries.dtype
+        self._device, self._dtype = cache.device, cache.dtype
         self._slots = torch.arange(cache.slot_tokens, device=self._device)
         # Token ids, positions and places of one token per row.
         self._inputs = torch.zeros(3, cache.slots, 1, dtype=torch.int64, device=self._device)

@@ -54,8 +54,10 @@ class Scheduler:
         """Empties all slots, and forgets recorded steps."""
         self._earlier_evictions += self.table.evictions
         self.table = SlotTable(self._cache)
-        self._cache.entries.zero_()
-        is_static = self._cache.entries.device.type == "cuda"
+        self._cache.clear_all()
+        # Layers that accelerate loads, and bitsandbytes' products in 8 bits, wait for the CPU within a step.
+        is_eager = self._cache.is_spread or getattr(self._model, "is_quantized", False)
+        is_static = self._cache.device.type == "cuda" and not is_eager
         sizes = Sizes(self._cache.slots, self._cache.slot_tokens, is_static)
         self._passes = Passes(self._model, self._cache, sizes, GraphRecorder() if is_static else lambda step: step)
 
