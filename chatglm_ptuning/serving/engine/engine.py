@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from chatglm_ptuning.model.placement import layer_devices
+from chatglm_ptuning.serving.engine.passes import make_cache, obstacle
 from chatglm_ptuning.serving.engine.prefixes import PrefixFolder, RowPrefix, ServedPrefixes
 from chatglm_ptuning.serving.engine.request import EngineError, Generation, PromptTooLong, QueueFull, SamplingSettings
 from chatglm_ptuning.serving.engine.rows import Request
 from chatglm_ptuning.serving.engine.scheduler import Scheduler
-from chatglm_ptuning.serving.engine.slots import SlotCache
 
 if TYPE_CHECKING:
     from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
@@ -88,7 +87,8 @@ class Engine:
         prefix_memory: bound on the bytes of loaded prefixes, see PrefixBank.
 
     Raises:
-        ValueError: if a size is out of range, or the base's attention implementation takes no mask.
+        ValueError: if a size is out of range, the base is partitioned by ZeRO-3, or its attention implementation takes
+            no mask.
     """
 
     def __init__(
@@ -110,15 +110,11 @@ class Engine:
         ):  # fmt: skip
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}.")
-        if config._attn_implementation not in ("sdpa", "eager"):
-            raise ValueError(
-                f"The engine needs attn_implementation 'sdpa' or 'eager', the base has {config._attn_implementation!r}."
-            )
+        if (reason := obstacle(model)) is not None:
+            raise ValueError(reason)
         self.model = model.eval().requires_grad_(False)
         self._prefixes = ServedPrefixes(model, prefix_source, prefix_memory)
-        dtype = model.transformer.embedding.word_embeddings.weight.dtype
-        devices = layer_devices(model.transformer.encoder.layers)
-        self._cache = SlotCache(config.prefix_shape, slots, slot_tokens, model.device, dtype, devices)
+        self._cache = make_cache(model, slots, slot_tokens)
         self._scheduler = Scheduler(model, self._cache, prefill_chunk)
         self._queue_limit, self._restarts = queue_limit, 0
         self._waiting: deque[Request] = deque()
