@@ -47,7 +47,8 @@ def generate_answers(
 
     The serving engine generates the answers: a prompt takes the place of another whose answer has ended. `generate`
     of transformers, batch by batch, does what the engine does not: beams, bases that ZeRO-3 has partitioned, and
-    attention implementations without a mask.
+    attention implementations without a mask. Where the base's scores are NaN or infinite, an answer of the engine
+    ends, with a warning.
 
     Args:
         prompts: ids of the prompts alone.
@@ -63,7 +64,6 @@ def generate_answers(
     Raises:
         ValueError: if a number is out of range, a prompt is empty, sampling settings come without `do_sample`, the
             prefix is untrained, or the prefixes are for another number of prompts.
-        EngineError: if the base's scores are NaN or infinite.
     """
     for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens), ("num_beams", num_beams)):
         if value < 1:

@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from chatglm_ptuning.serving.engine.passes import make_cache
 from chatglm_ptuning.serving.engine.prefixes import RowPrefix
-from chatglm_ptuning.serving.engine.request import Generation, SamplingSettings
+from chatglm_ptuning.serving.engine.request import EngineError, Generation, SamplingSettings
 from chatglm_ptuning.serving.engine.rows import Request
 from chatglm_ptuning.serving.engine.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
+
+logger = logging.get_logger(__name__)
 
 _PREFILL_CHUNK = 2048
 
@@ -41,8 +44,7 @@ def answer_all(
     Yields:
         The place of the prompt, and the ids of its answer without a stop id.
 
-    Raises:
-        EngineError: if the base's scores are not finite.
+    An answer ends, with a warning, where the base's scores are not finite.
     """
     if not prompts:
         return
@@ -63,4 +65,14 @@ def answer_all(
             scheduler.admit(Request(prompt, settings[place], prefixes[place], running[place]))
         scheduler.step()
         for place in [place for place, generation in running.items() if generation.finish_reason is not None]:
-            yield place, [token.id for token in running.pop(place)]
+            yield place, _ids_of(running.pop(place))
+
+
+def _ids_of(generation: Generation) -> list[int]:
+    ids = []
+    try:
+        for token in generation:
+            ids.append(token.id)
+    except EngineError as error:
+        logger.warning_once(f"{error} The answer ends here.")
+    return ids

@@ -99,7 +99,12 @@ class RowPrefix:
 
     @classmethod
     def of(cls, batch: PrefixBatch) -> RowPrefix:
-        """The prefix of a batch that has one row, or fits any number of rows."""
+        """The prefix of a batch that has one row, or fits any number of rows.
+
+        Raises:
+            ValueError: if it has more.
+        """
+        batch.check_rows(1)
         length = batch.lengths[0]
         if not length:
             return cls()
