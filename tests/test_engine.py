@@ -178,6 +178,19 @@ def test_a_running_request_shares_its_prompt(start, alone, slow):
     assert again.cached_tokens == 19
 
 
+def test_equal_prompts_that_arrive_together_are_computed_once(start, alone, slow):
+    engine = start(slots=5)
+    running = engine.submit(prompt_of(3), greedy(1))
+    prompt, other = prompt_of(40, 1), [*prompt_of(40, 1)[:30], *prompt_of(8, 2)]
+    together = [engine.submit(prompt, greedy(6), "a") for _ in range(3)]
+    together.append(engine.submit(other, greedy(6), "a"))
+    assert [ids_of(one) for one in together] == [alone(prompt, 6, "a")] * 3 + [alone(other, 6, "a")]
+    assert ids_of(running) == alone(prompt_of(3), 1)
+    stats = engine.stats()
+    assert stats.prefill_tokens <= 3 + 40 + 16 + 2 + 8  # 16: a part of the second may be computed beside the first
+    assert stats.prefill_tokens + stats.cached_tokens == 3 + 3 * 40 + 38
+
+
 def test_kept_rows_are_overwritten_least_recently_used_first(start, alone):
     engine = start(slots=2)
     first, second, third = (prompt_of(12, seed) for seed in range(3))
@@ -351,6 +364,8 @@ def test_closing_ends_all_requests(start, slow):
             ids_of(generation)
     with pytest.raises(EngineError, match="closed"):
         engine.submit(prompt_of(5), greedy(1))
+    with pytest.raises(EngineError, match="started"):
+        engine.start()
 
 
 def test_many_threads_may_submit_and_cancel(start, alone):

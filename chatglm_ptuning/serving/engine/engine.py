@@ -123,7 +123,13 @@ class Engine:
         self._thread: threading.Thread | None = None
 
     def start(self) -> Engine:
-        """Starts the worker."""
+        """Starts the worker.
+
+        Raises:
+            EngineError: if it was started before: it has one worker, and is not opened again after `close`.
+        """
+        if self._thread is not None:
+            raise EngineError("The engine was started already.")
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
         return self

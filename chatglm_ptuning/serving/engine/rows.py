@@ -144,18 +144,29 @@ class SlotTable:
             self.cache.clear(row.place)
             self.rows[row.place] = None
 
+    def share_prompt(self, source: Row) -> int:
+        """Copies the entries of a prompt that has been computed to rows that still compute the same beginning.
+
+        Returns:
+            Number of tokens that need not be computed.
+        """
+        saved = 0
+        for row in self.prefilling:
+            shared = _shared_beginning(source, row.prefix, row.ids[: row.known])
+            if shared > row.computed:
+                self.cache.copy(source.place, row.place, row.prefix.length + shared)
+                row.request.generation.cached_tokens += shared - row.computed
+                saved += shared - row.computed
+                row.computed = shared
+        return saved
+
     def _longest_beginning(self, request: Request) -> tuple[Row | None, int]:
-        """The row that has most of the prompt's beginning under the same prefix; all but the last token at most."""
+        """The row that has most of a prompt's beginning, and how many tokens; None and 0 if no row has any."""
         best, shared = None, 0
         for row in self.rows:
-            if row is None or row.prefix.key != request.prefix.key:
-                continue
-            count = min(row.computed, len(request.prompt) - 1)
-            if count > shared:
-                differ = row.ids[:count] != request.prompt[:count]
-                count = int(differ.argmax()) if differ.any() else count
-            if count > shared:
-                best, shared = row, count
+            if row is not None and min(row.computed, len(request.prompt)) > shared:
+                count = _shared_beginning(row, request.prefix, request.prompt)
+                best, shared = (row, count) if count > shared else (best, shared)
         return best, shared
 
     def _free(self) -> int:
@@ -176,3 +187,13 @@ class SlotTable:
         for place in (one, other):
             if rows[place] is not None:
                 rows[place].place = place
+
+
+def _shared_beginning(row: Row, prefix: RowPrefix, prompt: np.ndarray) -> int:
+    """So many tokens of a prompt have entries in a row, under the same prefix. The last token is always computed."""
+    count = min(row.computed, len(prompt) - 1)
+    if row.prefix.key != prefix.key or not count:
+        return 0
+    differ = row.ids[:count] != prompt[:count]
+    place = int(differ.argmax())
+    return place if differ[place] else count

@@ -55,8 +55,8 @@ class Scheduler:
         self._earlier_evictions += self.table.evictions
         self.table = SlotTable(self._cache)
         self._cache.clear_all()
-        # Layers that accelerate loads, and bitsandbytes' products in 8 bits, wait for the CPU within a step.
-        is_eager = self._cache.is_spread or getattr(self._model, "is_quantized", False)
+        # Layers of a quantised base, and layers that accelerate loads, may wait for the GPU: not recordable.
+        is_eager = self._cache.is_spread or getattr(self._model, "hf_quantizer", None) is not None
         is_static = self._cache.device.type == "cuda" and not is_eager
         sizes = Sizes(self._cache.slots, self._cache.slot_tokens, is_static)
         self._passes = Passes(self._model, self._cache, sizes, GraphRecorder() if is_static else lambda step: step)
@@ -90,11 +90,15 @@ class Scheduler:
             rows, counts = self._next_prompts()
             logits = self._passes.prefill(rows, counts)
             self.prefilled += sum(counts)
-            complete = [number for number, row in enumerate(rows) if row.computed == row.known]
-            for number in complete:
-                self.table.start_decoding(rows[number])
+            numbers = [number for number, row in enumerate(rows) if row.computed == row.known]
+            complete = [rows[number] for number in numbers]
+            for row in complete:
+                self.table.start_decoding(row)
             if complete:
-                self._continue([rows[number] for number in complete], logits[complete])
+                self._continue(complete, logits[numbers])
+            for row in complete:
+                if self.table.rows[row.place] is row:  # its scores were finite
+                    self.shared += self.table.share_prompt(row)
         if self.table.decoding:
             rows = self.table.rows[: self.table.decoding]
             self._continue(rows, self._passes.decode(rows))
