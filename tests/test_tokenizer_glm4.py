@@ -141,6 +141,11 @@ def test_half_surrogates_are_replaced_as_tiktoken_does(tokenizer, reference):
         assert tokenizer.decode(ids) == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def test_spaces_that_tiktoken_cannot_split(tokenizer):
+    with pytest.raises(ValueError, match="too many spaces"):
+        tokenizer.vocabulary.encode(" " * 2_000_000)
+
+
 def test_sequences_pairs_and_padding(tokenizer, reference):
     start, end = tokenizer.start_ids, tokenizer.eos_token_id
     a, b = reference.encode_ordinary("你好，春天"), reference.encode_ordinary("river")

@@ -319,8 +319,18 @@ class BytePairVocabulary(Vocabulary):
         return self._size
 
     def encode(self, text: str) -> list[int]:
-        """As in `Vocabulary`."""
-        return self._encoding.encode_ordinary(text)
+        """As in `Vocabulary`.
+
+        Raises:
+            ValueError: for hundreds of thousands of spaces in a row, which tiktoken cannot split.
+        """
+        try:
+            return self._encoding.encode_ordinary(text)
+        except BaseException as error:
+            # A panic of tiktoken's Rust code is no Exception, and would end the thread that called.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise ValueError("The text has too many spaces in a row for this vocabulary.") from None
 
     def split(self, text: str) -> list[str]:
         """As in `Vocabulary`."""

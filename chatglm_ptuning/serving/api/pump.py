@@ -24,14 +24,12 @@ class _Reader:
 
     def look(self) -> None:
         try:
-            while not self.ended:
-                token = self.generation.get(timeout=0)
+            while not self.ended and self.generation.is_ready:
+                token = self.generation.get()
                 if token is None:
                     self.ended = True
                 else:
                     self.tokens.append(token)
-        except TimeoutError:
-            pass
         except EngineError as error:
             self.ended, self.error = True, error
         if self.tokens or self.ended:

@@ -153,6 +153,11 @@ class Generation(Iterator[Token]):
             raise EngineError(str(self._error)) from self._error
         return None
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether `get` returns, or raises an EngineError, without waiting."""
+        return self._is_read or not self._tokens.empty()
+
     def cancel(self) -> None:
         """Ends the answer. The engine frees its slot within a step; tokens generated until then can still be read."""
         self.is_cancelled = True

@@ -1,0 +1,168 @@
+"""Who may do what: API keys, the admin's routes, sizes of requests, addresses; and what the log says."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import socket
+
+import httpx2
+import openai
+import pytest
+from api_server import serving
+from tiny_base import make_prefix
+
+from chatglm_ptuning.serving.api import guard
+from chatglm_ptuning.serving.api.command import ServeArguments
+
+REQUEST = {"model": "base", "messages": [{"role": "user", "content": "问"}], "max_tokens": 2}
+
+
+@pytest.fixture(scope="module")
+def server(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("guarded")
+    make_prefix(base, folder / "prefixes" / "ads", "今天有雨")
+    (folder / "keys").write_text("file-key\n")
+    (folder / "admin").write_text("admin-key\n")
+    with serving(
+        base, folder / "prefixes", api_key=["flag-key"], api_key_file=str(folder / "keys"),
+        admin_key_file=str(folder / "admin"), max_request_kb=4, slots=2,
+    ) as running:  # fmt: skip
+        yield running
+
+
+def bearer(key):
+    return {"Authorization": f"Bearer {key}"}
+
+
+def test_the_right_keys(server):
+    for key in ("flag-key", "file-key", "admin-key"):
+        assert server.client(key).chat.completions.create(**REQUEST).choices
+
+
+@pytest.mark.parametrize("key", ["wrong", "flag-ke", "flag-key-", "FLAG-KEY"])
+def test_a_wrong_key(server, key):
+    with pytest.raises(openai.AuthenticationError) as raised:
+        server.client(key).chat.completions.create(**REQUEST)
+    assert raised.value.code == "invalid_api_key"
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/ads", "/metrics", "/openapi.json", "/nothing"])
+def test_every_path_but_the_health_needs_a_key(server, path):
+    assert httpx2.get(server.url + path).status_code == 401
+    assert httpx2.get(server.url + path, headers={"Authorization": "Basic flag-key"}).status_code == 401
+    assert httpx2.get(server.url + path, headers=bearer("flag-key")).status_code in (200, 404)
+
+
+def test_the_health_needs_none(server):
+    assert httpx2.get(f"{server.url}/health").status_code == 200
+
+
+def test_a_key_is_checked_before_the_body(server):
+    response = httpx2.post(f"{server.url}/v1/completions", content=b"{", headers={"Content-Type": "application/json"})
+    assert response.status_code == 401
+
+
+class TestPrefixes:
+    def change(self, server, method="POST", name="ads", key="admin-key"):
+        address, body = f"{server.url}/v1/prefixes", {"name": name}
+        if method == "DELETE":
+            return httpx2.delete(f"{address}/{name}", headers=bearer(key))
+        return httpx2.post(address, json=body, headers=bearer(key))
+
+    def test_only_the_admin_changes_prefixes(self, server):
+        for method in ("POST", "DELETE"):
+            assert self.change(server, method, key="flag-key").status_code == 403
+            assert self.change(server, method, key="wrong").status_code == 401
+
+    def test_unload_and_load_again(self, server):
+        client = server.client("flag-key")
+        assert client.chat.completions.create(**REQUEST | {"model": "ads"}).choices
+        assert server.service.engine.stats().prefixes_loaded == 1
+        assert self.change(server, "DELETE").json()["deleted"] is True
+        assert server.service.engine.stats().prefixes_loaded == 0
+        assert [model.id for model in client.models.list()] == ["base"]
+        with pytest.raises(openai.NotFoundError):
+            client.chat.completions.create(**REQUEST | {"model": "ads"})
+        assert self.change(server).json()["id"] == "ads"
+        assert server.service.engine.stats().prefixes_loaded == 1
+        assert client.chat.completions.create(**REQUEST | {"model": "ads"}).choices
+
+    def test_a_new_folder_is_served(self, server):
+        folder = server.service.models._folder.path
+        shutil.copytree(folder / "ads", folder / "new")
+        try:
+            client = server.client("flag-key")
+            assert client.chat.completions.create(**REQUEST | {"model": "new"}).choices
+            assert [model.id for model in client.models.list()] == ["base", "ads", "new"]
+        finally:
+            shutil.rmtree(folder / "new")
+
+    @pytest.mark.parametrize("name", ["none", "../prefixes/ads", "/etc", "..", "", "\x00"])
+    def test_other_names(self, server, name):
+        response = self.change(server, name=name)
+        assert response.status_code == 404
+        assert response.json()["error"]["code"] == "model_not_found"
+
+    def test_the_base_stays(self, server):
+        assert self.change(server, "DELETE", "base").status_code == 400
+        assert self.change(server, "POST", "base").status_code == 400
+
+
+class TestSizes:
+    def test_a_large_body(self, server):
+        response = httpx2.post(f"{server.url}/v1/completions", json={"prompt": "a" * 5000}, headers=bearer("flag-key"))
+        assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
+
+    def test_a_large_body_of_unknown_size(self, server):
+        parts = (b"a" * 1000 for _ in range(10))
+        response = httpx2.post(f"{server.url}/v1/completions", content=parts, headers=bearer("flag-key"))
+        assert response.status_code == 413
+
+    def test_a_body_that_does_not_arrive(self, server, monkeypatch):
+        monkeypatch.setattr(guard, "_SECONDS_FOR_A_BODY", 0.1)
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer flag-key\r\n"
+                b"Content-Length: 100\r\n\r\n{"
+            )
+            assert connection.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+def test_the_log_has_no_texts(server, caplog):
+    with caplog.at_level(logging.DEBUG):
+        server.client("flag-key").chat.completions.create(
+            model="base", messages=[{"role": "user", "content": "secret words"}], max_tokens=2
+        )
+        httpx2.get(f"{server.url}/v1/models?secret=words", headers=bearer("wrong-secret"))
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith(("chatglm", "uvicorn.error"))]
+    assert any("POST /v1/chat/completions 200" in line for line in ours)
+    assert not any("secret" in line or "flag-key" in line for line in ours)
+
+
+class TestAddresses:
+    @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.com"])
+    def test_another_address_needs_a_key(self, host, monkeypatch, tmp_path):
+        monkeypatch.delenv("CHATGLM_PTUNING_API_KEY", raising=False)
+        with pytest.raises(ValueError, match=r"--api_key_file.*--no_api_key"):
+            ServeArguments(host=host).keys()
+        assert ServeArguments(host=host, no_api_key=True).keys() == ([], [])
+        assert ServeArguments(host=host, api_key=["a"]).keys() == (["a"], [])
+        monkeypatch.setenv("CHATGLM_PTUNING_API_KEY", "b c")
+        assert ServeArguments(host=host).keys() == (["b", "c"], [])
+
+    @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.0.0.5"])
+    def test_the_own_address_needs_none(self, host, monkeypatch):
+        monkeypatch.delenv("CHATGLM_PTUNING_API_KEY", raising=False)
+        assert ServeArguments(host=host).keys() == ([], [])
+
+    def test_a_file_without_keys(self, tmp_path):
+        (tmp_path / "keys").write_text("\n")
+        with pytest.raises(ValueError, match="keys has no key"):
+            ServeArguments(api_key_file=str(tmp_path / "keys")).keys()
+
+
+def test_without_an_admin_key_nobody_changes_prefixes(base, tmp_path):
+    with serving(base, tmp_path, slots=1) as running:
+        response = httpx2.post(f"{running.url}/v1/prefixes", json={"name": "ads"}, headers=bearer("any"))
+        assert (response.status_code, response.json()["error"]["code"]) == (403, "no_admin_key")
