@@ -1,6 +1,7 @@
 """`ChatSession` and `find_latest_prefix`."""
 
 import os
+import time
 
 import pytest
 import torch
@@ -194,6 +195,10 @@ def test_an_answer_stopped_early_stays_in_the_history(engine, model, tokenizer):
     stream = session.stream("你好")
     piece = next(stream)
     stream.close()
+    ends_at = time.monotonic() + 20
+    while engine.stats().running and time.monotonic() < ends_at:
+        time.sleep(0.01)
+    assert engine.stats().running == 0
     partial = session.history
     assert partial[0]["content"] == "你好" and partial[1]["content"] == piece
     expected, history = _chat(model, tokenizer, "你是谁？", partial)
