@@ -12,6 +12,11 @@ from chatglm_ptuning.model.loading import load_model
 from chatglm_ptuning.model.placement import layer_devices
 from chatglm_ptuning.prefix.bank import LoadedPrefix, PrefixBank
 from chatglm_ptuning.prefix.batch import assemble
+from chatglm_ptuning.prefix.shape import PrefixShape
+from chatglm_ptuning.serving.engine.engine import Engine
+from chatglm_ptuning.serving.engine.prefixes import RowPrefix
+from chatglm_ptuning.serving.engine.request import SamplingSettings
+from chatglm_ptuning.serving.engine.slots import SlotCache
 
 ALIKE = {"rtol": 1e-5, "atol": 1e-5}
 """Layers that accelerate moves are computed by torch, others perhaps by oneDNN."""
@@ -149,6 +154,36 @@ def test_each_layer_gets_its_part_of_the_prefix_where_it_is():
     # Made once: the same memory serves every batch and all of its rows.
     first, second = (batch_of("a", cpu, cpu, cpu, cpu).layer(2, 5)[0] for _ in range(2))
     assert first.data_ptr() == second.data_ptr() and first.stride(0) == 0
+
+
+@pytest.mark.parametrize("part", [0.6, 0.1])
+def test_the_engine_answers_on_a_base_that_is_partly_on_the_disk(base, prefixes, tmp_path, part):
+    prompt, found = [5, 17, 60, 33, 8, 21], []
+    for model in (spread(base, tmp_path, part), load_model(str(base))):
+        for name, folder in prefixes.items():
+            model.load_prefix(folder, name)
+        with Engine(model, slots=2, slot_tokens=40) as engine:
+            batches = [model.prefix_batch(name) for name in ("a", None, "b", "a")]
+            running = [engine.submit(prompt, SamplingSettings(8), RowPrefix.of(batch)) for batch in batches]
+            found.append([[token.id for token in generation] for generation in running])
+    assert found[0] == found[1]
+    assert found[0][0] == found[0][3] and found[0][0] != found[0][1] != found[0][2]
+
+
+def test_slots_are_where_their_layers_are():
+    cpu, other = torch.device("cpu"), torch.device("meta")  # simulates a second device
+    cache = SlotCache(PrefixShape(3, 2, 4), 2, 10, cpu, torch.float32, [cpu, other, cpu])
+    prefix = torch.randn(6, 2, 3, 4)
+    cache.put_prefix(1, prefix)
+    cache.swap(0, 1, 0, 3)
+    cache.select(0, torch.tensor([[3, 4]]), 5)
+    for layer, device in enumerate((cpu, other, cpu)):
+        new = torch.randn(2, 1, 2, 2, 4, device=device)
+        keys, values = cache.update(*new, layer)
+        assert keys.device == values.device == device and keys.shape == (1, 2, 5, 4)
+        if device == cpu:
+            for found, place, own in ((keys, 0, new[0]), (values, 1, new[1])):
+                assert torch.equal(found[0], torch.cat((prefix[2 * layer + place], own[0]), dim=1))
 
 
 def test_the_flag_takes_auto_alone(capsys):

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import instruction_rows
 import pytest
 import torch
 from tiny_base import ANSWERS, make_base, make_prefix
 
 from chatglm_ptuning.data.formats.registry import Columns
+from chatglm_ptuning.evaluation import generate
 from chatglm_ptuning.evaluation.generate import generate_answers
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
+from chatglm_ptuning.serving.engine import offline
+from chatglm_ptuning.serving.engine.passes import make_cache
 
 ROWS = [{"content": prompt, "summary": answer} for prompt, answer in ANSWERS.items()]
 
@@ -75,9 +81,9 @@ def test_an_unknown_token_of_a_prompt_is_no_padding(model, tokenizer, examples, 
     """Both have the id 0, and `generate` guesses a mask from the ids unless it is given one."""
     start, rest = examples[0]["input_ids"][:3], examples[0]["input_ids"][3:]
     unknown = {"input_ids": [*start, tokenizer.unk_token_id, *rest]}
-    given, generate = [], model.generate
-    monkeypatch.setattr(model, "generate", lambda **inputs: given.append(inputs) or generate(**inputs))
-    answers_of(model, tokenizer, [unknown, examples[2]])
+    given, original = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda **inputs: given.append(inputs) or original(**inputs))
+    answers_of(model, tokenizer, [unknown, examples[2]], num_beams=2)
     missing = len(unknown["input_ids"]) - len(examples[2]["input_ids"])
     assert missing > 0
     assert given[0]["attention_mask"].tolist() == [
@@ -142,12 +148,99 @@ def test_the_state_is_restored_after_a_failure(model, tokenizer, examples, monke
     settings = model.generation_config
 
     def fail(*args, **kwargs):
-        raise RuntimeError("out of memory")
+        raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(model, "generate", fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    monkeypatch.setattr(model.transformer.encoder.layers[-1].mlp, "forward", fail)
+    for num_beams in (1, 2):
+        with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+            answers_of(model, tokenizer, examples, num_beams=num_beams)
+        assert model.training and model.generation_config is settings
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_the_engine_answers_as_generate(model, tokenizer, examples, folder, monkeypatch, penalty):
+    load(model, folder, "a", "你好吗？我想去公园散步。")
+    load(model, folder, "b", "甲乙丙丁")
+    many = [{"input_ids": one["input_ids"][: len(one["input_ids"]) - cut]} for cut in range(3) for one in examples]
+    prefix = [("a", "b", None)[index % 3] for index in range(len(many))]
+    found = []
+    for reason in (None, "so that generate answers"):
+        monkeypatch.setattr(generate, "obstacle", lambda model, reason=reason: reason)
+        found.append(answers_of(model, tokenizer, many, prefix=prefix, repetition_penalty=penalty))
+    assert found[0] == found[1] and len(set(found[0])) > len(many) // 3
+
+
+def test_prompts_may_be_longer_than_seq_length(model, tokenizer, examples, monkeypatch):
+    whole = answers_of(model, tokenizer, examples)
+    monkeypatch.setattr(model.config, "seq_length", 8)
+    assert answers_of(model, tokenizer, examples) == whole
+
+
+def test_the_memory_of_the_answers_is_freed_at_once(model, tokenizer, examples, monkeypatch):
+    made = []
+
+    def make(*given):
+        cache = make_cache(*given)
+        made.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr(offline, "make_cache", make)
+    gc.disable()
+    try:
         answers_of(model, tokenizer, examples)
-    assert model.training and model.generation_config is settings
+        assert [cache() for cache in made] == [None]
+    finally:
+        gc.enable()
+
+
+def test_answers_end_where_scores_are_not_finite(model, tokenizer, examples, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(offline.logger, "warning_once", warnings.append)
+    forward, steps = model.transformer.forward, []
+
+    def broken(**given):
+        steps.append(1)
+        out = forward(**given)
+        if len(steps) > 4:
+            out.last_hidden_state[:1] = torch.nan  # of the first row
+        return out
+
+    whole = answers_of(model, tokenizer, examples)
+    monkeypatch.setattr(model.transformer, "forward", broken)
+    found = answers_of(model, tokenizer, examples, batch_size=len(examples))
+    assert found != whole and any(text in whole for text in found)
+    assert all(own.startswith(text) for own, text in zip(whole, found, strict=True))
+    assert len(warnings) >= sum(own != text for own, text in zip(whole, found, strict=True))  # some lack the end alone
+    assert all("NaN" in warning for warning in warnings)
+
+
+def test_training_continues_as_without_answers_between_its_steps(folder, tokenizer, examples):
+    """The answers are those of the prefix as it is now; modes, gradients and random numbers are left alone."""
+    ids = torch.tensor([examples[0]["input_ids"]])
+    found, answers = [], []
+    for with_answers in (False, True):
+        torch.manual_seed(0)
+        model = ChatGLMForConditionalGeneration.from_pretrained(folder, pre_seq_len=4, dtype=torch.float32).train()
+        model.gradient_checkpointing_enable()
+        model.load_prefix(make_prefix(folder, folder / "start", "甲乙丙丁"))
+        trainable = {name for name, value in model.named_parameters() if value.requires_grad}
+        assert trainable and all("prefix_encoder" in name for name in trainable)
+        optimizer = torch.optim.AdamW(model.transformer.prefix_encoder.parameters(), lr=0.5)
+        for _ in range(3):
+            loss = model(ids, labels=ids).loss
+            if with_answers:  # between forward and backward pass, too
+                answers.append(answers_of(model, tokenizer, examples))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if with_answers:
+                answers.append(answers_of(model, tokenizer, examples))
+        assert trainable == {name for name, value in model.named_parameters() if value.requires_grad}
+        assert all(module.training for module in model.modules())
+        found.append({name: value.detach().clone() for name, value in model.named_parameters()})
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    assert answers[1] == answers[2] != answers[-1]
 
 
 def test_an_untrained_prefix_is_refused(folder, tokenizer, examples):

@@ -1,14 +1,18 @@
 """`ChatSession` and `find_latest_prefix`."""
 
 import os
+import time
 
 import pytest
 import torch
 from tiny_chat_base import write_base, write_prefix
+from transformers import GenerationConfig
 
 from chatglm_ptuning.chat.turn import ChatTurn
 from chatglm_ptuning.model.loading import load_model, load_tokenizer
 from chatglm_ptuning.prefix.latest import find_latest_prefix
+from chatglm_ptuning.serving.engine.engine import Engine
+from chatglm_ptuning.serving.engine.request import EngineError, Generation, Token
 from chatglm_ptuning.serving.session import ChatSession
 
 QUERIES = ("今天天气很好", "你是谁？", "The answer is short.")
@@ -42,8 +46,19 @@ def model(loaded):
     return loaded
 
 
-def _session(model, tokenizer, **settings):
-    return ChatSession(model, tokenizer, **{"max_new_tokens": 12, "do_sample": False, **settings})
+@pytest.fixture(scope="module")
+def running(loaded):
+    with Engine(loaded, slots=4) as engine:
+        yield engine
+
+
+@pytest.fixture
+def engine(model, running):
+    return running
+
+
+def _session(engine, tokenizer, **settings):
+    return ChatSession(engine, tokenizer, **{"max_new_tokens": 12, "do_sample": False, **settings})
 
 
 def _computed(model):
@@ -60,10 +75,10 @@ def _chat(model, tokenizer, query, history, **settings):
 
 
 @pytest.mark.parametrize("chat_format", ["chatglm2", "chatglm3"])
-def test_turns_are_those_of_chat(model, folder, chat_format):
+def test_turns_are_those_of_chat(engine, model, folder, chat_format):
     tokenizer = load_tokenizer(str(folder / "base"))
     tokenizer.chat_format = chat_format
-    session = _session(model, tokenizer)
+    session = _session(engine, tokenizer)
     history = []
     for query in QUERIES:
         new = len(ChatTurn(tokenizer.chat, query, history).input_ids())
@@ -79,8 +94,8 @@ def test_turns_are_those_of_chat(model, folder, chat_format):
         assert lengths[0] <= new
 
 
-def test_prefixes_switch_between_turns(model, tokenizer):
-    session = _session(model, tokenizer)
+def test_prefixes_switch_between_turns(engine, model, tokenizer):
+    session = _session(engine, tokenizer)
     history = []
     answers = []
     for name in (None, "ads", "qa", None):
@@ -95,8 +110,8 @@ def test_prefixes_switch_between_turns(model, tokenizer):
     assert session.prefix is None
 
 
-def test_sessions_share_a_model(model, tokenizer):
-    sessions = {name: _session(model, tokenizer) for name in ("ads", "qa")}
+def test_sessions_share_a_model(engine, model, tokenizer):
+    sessions = {name: _session(engine, tokenizer) for name in ("ads", "qa")}
     histories = {name: [] for name in sessions}
     for name, session in sessions.items():
         session.switch_prefix(name)
@@ -108,11 +123,11 @@ def test_sessions_share_a_model(model, tokenizer):
             assert answer == expected
 
 
-def test_answers_of_several_sessions_may_be_interleaved(model, tokenizer):
+def test_answers_of_several_sessions_may_be_interleaved(engine, model, tokenizer):
     model.set_prefix(None)
     sessions, expected = {}, {}
     for name in ("ads", "qa", None):
-        sessions[name] = _session(model, tokenizer)
+        sessions[name] = _session(engine, tokenizer)
         sessions[name].switch_prefix(name)
         expected[name] = _chat(model, tokenizer, "你好", [], prefix=model.prefix_batch(name))[0]
     assert len(set(expected.values())) > 1
@@ -131,16 +146,17 @@ def test_answers_of_several_sessions_may_be_interleaved(model, tokenizer):
 def test_a_prefix_reloaded_under_the_same_name(folder, tokenizer):
     model = load_model(str(folder / "base"))
     model.load_prefix(folder / "ads", "task")
-    session = _session(model, tokenizer)
-    assert session.prefix == "task"
-    list(session.stream("你好"))
-    model.load_prefix(folder / "qa", "task")
-    expected, _ = _chat(model, tokenizer, "你是谁？", session.history)
-    assert "".join(session.stream("你是谁？")) == expected
+    with Engine(model, slots=1) as engine:
+        session = _session(engine, tokenizer)
+        assert session.prefix == "task"
+        list(session.stream("你好"))
+        model.load_prefix(folder / "qa", "task")
+        expected, _ = _chat(model, tokenizer, "你是谁？", session.history)
+        assert "".join(session.stream("你是谁？")) == expected
 
 
-def test_clear(model, tokenizer):
-    session = _session(model, tokenizer)
+def test_clear(engine, model, tokenizer):
+    session = _session(engine, tokenizer)
     first = "".join(session.stream("你好"))
     list(session.stream("你是谁？"))
     session.clear()
@@ -148,9 +164,9 @@ def test_clear(model, tokenizer):
     assert "".join(session.stream("你好")) == first
 
 
-def test_the_oldest_turns_are_dropped(model, tokenizer):
+def test_the_oldest_turns_are_dropped(engine, model, tokenizer):
     room = model.config.seq_length - 12
-    session = _session(model, tokenizer)
+    session = _session(engine, tokenizer)
     lengths, handle = _computed(model)
     for number in range(8):
         list(session.stream(f"{number} " + "今天天气很好。" * 20))
@@ -164,8 +180,8 @@ def test_the_oldest_turns_are_dropped(model, tokenizer):
     assert session.history[-2]["content"].startswith("7 ")
 
 
-def test_the_system_message_stays(model, tokenizer):
-    session = _session(model, tokenizer)
+def test_the_system_message_stays(engine, model, tokenizer):
+    session = _session(engine, tokenizer)
     system = {"role": "system", "content": "你好"}
     session.history = [system]
     for number in range(8):
@@ -174,11 +190,15 @@ def test_the_system_message_stays(model, tokenizer):
     assert session.history[1]["role"] == "user" and not session.history[1]["content"].startswith("0 ")
 
 
-def test_an_answer_stopped_early_stays_in_the_history(model, tokenizer):
-    session = _session(model, tokenizer)
+def test_an_answer_stopped_early_stays_in_the_history(engine, model, tokenizer):
+    session = _session(engine, tokenizer)
     stream = session.stream("你好")
     piece = next(stream)
     stream.close()
+    ends_at = time.monotonic() + 20
+    while engine.stats().running and time.monotonic() < ends_at:
+        time.sleep(0.01)
+    assert engine.stats().running == 0
     partial = session.history
     assert partial[0]["content"] == "你好" and partial[1]["content"] == piece
     expected, history = _chat(model, tokenizer, "你是谁？", partial)
@@ -186,8 +206,8 @@ def test_an_answer_stopped_early_stays_in_the_history(model, tokenizer):
     assert session.history == history
 
 
-def test_an_error_in_the_middle(model, tokenizer):
-    session = _session(model, tokenizer)
+def test_an_error_in_the_middle(engine, model, tokenizer):
+    session = _session(engine, tokenizer)
     steps = []
 
     def fail(*_):
@@ -196,26 +216,98 @@ def test_an_error_in_the_middle(model, tokenizer):
             raise RuntimeError("out of memory, say")
 
     handle = model.transformer.encoder.layers[1].register_forward_pre_hook(fail)
-    with pytest.raises(RuntimeError, match="out of memory, say"):
-        list(session.stream("你好"))
+    answer = ""
+    with pytest.raises(EngineError, match="RuntimeError"):
+        for piece in session.stream("你好"):
+            answer += piece
     handle.remove()
+    assert answer and [message["content"] for message in session.history] == ["你好", answer]
     expected, _ = _chat(model, tokenizer, "你是谁？", session.history)
     assert "".join(session.stream("你是谁？")) == expected
 
 
-def test_sampling_settings(model, tokenizer):
-    torch.manual_seed(5)
-    expected, _ = model.chat(tokenizer, "你好", top_p=0.5, temperature=2.0, max_new_tokens=12)
-    session = _session(model, tokenizer, do_sample=True, top_p=0.5, temperature=2.0)
-    torch.manual_seed(5)
-    assert "".join(session.stream("你好")) == expected
+def test_sampling_settings(engine, model, tokenizer):
+    drawn = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        session = _session(engine, tokenizer, do_sample=True, top_p=0.9, temperature=2.0)
+        drawn.append("".join(session.stream("你好")))
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def _canned(engine, monkeypatch, ids):
+    """Makes the engine answer these ids; returns the settings of all requests."""
+    asked = []
+
+    def submit(prompt_ids, settings, prefix):
+        asked.append(settings)
+        generation = Generation(len(prompt_ids))
+        for index in ids:
+            generation.put(Token(index))
+        generation.finish("stop")
+        return generation
+
+    monkeypatch.setattr(engine, "submit", submit)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("given", "own", "expected"),
+    [
+        ({}, {}, (0.8, 0.8, 50, 1.0)),
+        ({}, {"temperature": 0.3, "top_p": 0.6, "top_k": 7, "repetition_penalty": 1.1}, (0.3, 0.6, 7, 1.1)),
+        ({"temperature": 2.0, "top_p": 0.5}, {"temperature": 0.3, "top_p": 0.6}, (2.0, 0.5, 50, 1.0)),
+        ({"do_sample": False, "top_p": 0.5}, {"repetition_penalty": 1.1}, (0.0, 1.0, 0, 1.1)),
+        ({"do_sample": None}, {"do_sample": False}, (0.0, 1.0, 0, 1.0)),
+    ],
+)
+def test_the_base_gives_the_settings_that_are_not_given(engine, model, tokenizer, monkeypatch, given, own, expected):
+    monkeypatch.setattr(model, "generation_config", GenerationConfig(**own))
+    asked = _canned(engine, monkeypatch, [])
+    list(ChatSession(engine, tokenizer, **given).stream("你好"))
+    (settings,) = asked
+    assert (settings.temperature, settings.top_p, settings.top_k, settings.repetition_penalty) == expected
+    assert settings.max_new_tokens == 256
+    assert set(settings.stop_ids) == set(tokenizer.chat.stop_ids)
+
+
+def test_a_tool_call_is_shown_and_kept(engine, tokenizer, monkeypatch):
+    tools = [{"name": "weather", "description": "", "parameters": {}}]
+    said, call = "我看看。", "weather\n```python\ntool_call(city='北京')\n```"
+    encode, between = tokenizer.vocabulary.encode, tokenizer.chat.next_message_id
+    _canned(engine, monkeypatch, [*encode(f"\n {said}"), between, *encode(call)])
+    session = _session(engine, tokenizer)
+    session.history = [{"role": "system", "content": "", "tools": tools}]
+    pieces = list(session.stream("天气？"))
+    assert "".join(pieces) == f"{said}\n{call}" and len(pieces) > 3
+    kept = [(one["role"], one.get("metadata", ""), one["content"]) for one in session.history[1:]]
+    assert kept == [
+        ("user", "", "天气？"),
+        ("assistant", "", said),
+        ("assistant", "weather", call.removeprefix("weather\n")),
+    ]
+
+
+def test_an_untrained_prefix_never_answers(folder, tokenizer):
+    model = load_model(str(folder / "base"), pre_seq_len=4)
+    model.set_prefix("default")
+    with Engine(model, slots=1) as engine, pytest.raises(ValueError, match="untrained"):
+        list(_session(engine, tokenizer).stream("你好"))
+
+
+def test_a_long_prefix_takes_room_from_the_conversation(folder, tokenizer, loaded):
+    with Engine(loaded, slots=1, slot_tokens=100) as engine:
+        session = _session(engine, tokenizer)
+        session.switch_prefix("ads")
+        with pytest.raises(ValueError, match=rf"room for {100 - 4 - 12} .*context length of {100 - 4} .*12"):
+            list(session.stream("天气" * 100))
 
 
 @pytest.mark.parametrize("number", [0, 512])
-def test_max_new_tokens_must_fit(model, tokenizer, number):
-    with pytest.raises(ValueError, match=rf"1 to 511 \(seq_length - 1\).* {number}"):
-        ChatSession(model, tokenizer, max_new_tokens=number)
-    assert ChatSession(model, tokenizer).max_new_tokens == 256
+def test_max_new_tokens_must_fit(engine, tokenizer, number):
+    with pytest.raises(ValueError, match=rf"1 to 511 \(.*context length - 1\).* {number}"):
+        ChatSession(engine, tokenizer, max_new_tokens=number)
+    assert ChatSession(engine, tokenizer).max_new_tokens == 256
 
 
 def _write(folder, time, weights=b"x"):

@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -177,7 +178,8 @@ def test_ctrl_c_stops_the_current_answer(folder, answers, run, monkeypatch):
     def interrupt(*_):
         steps.append(1)
         if len(steps) == 6:
-            raise KeyboardInterrupt
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.5)
 
     def load_interrupted(arguments):
         model = load(arguments)
@@ -207,6 +209,8 @@ def test_a_prefix_of_another_base_is_reported_and_not_used(folder, answers, run,
         (["--model_name_or_path", "./nowhere"], 1, "No base at nowhere"),
         (["--max_new_tokens", "512"], 1, "max_new_tokens .*1 to 511.* 512"),
         (["--temperature", "0"], 2, "--temperature .*above 0 .*--greedy .* 0.0"),
+        (["--slot_tokens", "1"], 2, "--slot_tokens .*at least 2.* 1"),
+        (["--slot_tokens", "40", "--max_new_tokens", "40"], 1, "max_new_tokens .*1 to 39.* 40"),
         (["--top_p", "1.5"], 2, "--top_p .*above 0 .*at most 1.* 1.5"),
         (["--topp", "0.5"], 2, "--topp .did you mean --top_p"),
     ],

@@ -62,20 +62,31 @@ class ChatTurn:
 
     def read(self, generated_ids: Sequence[int]) -> Answer:
         """The answer in these ids, which may be incomplete; it ends before the first stop id."""
-        if not self.chat_format.has_roles:
-            (message,), unfinished = self.chat_format.parse(generated_ids)
-            return Answer(message.content, [*self.history, (self.query, message.content)], unfinished)
-        first = self.history[0] if self.history else {}
-        tools = first.get("tools") if first.get("role") == "system" else None
-        messages, unfinished = self.chat_format.parse(generated_ids, tool_names(tools or ()))
+        messages, unfinished = self.chat_format.parse(generated_ids, self.tool_names)
         last = messages[-1]
         response: str | dict[str, Any] = last.content
         if last.metadata:
-            arguments = None if tools is None else call_arguments(last.content)
+            arguments = None if self._tools is None else call_arguments(last.content)
             meant = {"content": last.content} if arguments is None else {"parameters": arguments}
             response = {"name": last.metadata, **meant}
+        return Answer(response, self.history_with(messages), unfinished)
+
+    @property
+    def tool_names(self) -> list[str]:
+        """Names of the tools that the model may call."""
+        return tool_names(self._tools or ())
+
+    @property
+    def _tools(self) -> Sequence[Any] | None:
+        first = self.history[0] if self.history and self.chat_format.has_roles else {}
+        return first.get("tools") if first.get("role") == "system" else None
+
+    def history_with(self, messages: Sequence[Message]) -> History:
+        """The history with the query and the messages of an answer, at least one; a new list."""
+        if not self.chat_format.has_roles:
+            return [*self.history, (self.query, messages[-1].content)]
         said = [{"role": m.role, "metadata": m.metadata, "content": m.content} for m in messages]
-        return Answer(response, [*self.history, {"role": self.role, "content": self.query}, *said], unfinished)
+        return [*self.history, {"role": self.role, "content": self.query}, *said]
 
 
 def pair_history(history: GivenHistory, chat_format: str) -> list[tuple[str, str]]:

@@ -36,7 +36,7 @@ class EvaluationArguments(TaskArguments, InferenceBaseArguments):
     test_file: list[str] | None = field(
         default=None, metadata={"help": "data files to score (default: the bundled headlines)"}
     )
-    per_device_eval_batch_size: int = field(default=8, metadata={"help": "number of rows in a batch"})
+    per_device_eval_batch_size: int = field(default=8, metadata={"help": "number of rows that are computed at a time"})
     num_beams: int = field(default=1, metadata={"help": "beams of generation (1: greedy)"})
     max_predict_samples: int | None = field(default=None, metadata={"help": "maximum number of rows to score"})
     output_dir: str | None = field(

@@ -70,9 +70,10 @@ class AnswerReader:
         stop: the answer ends before the first of these texts; they are looked for in its text, not in tool calls.
         tool_names: names of the tools that the model may call. A message with another name is text.
         context: ids of the prompt, if the answer continues its text without a separation.
+        show_calls: whether tool calls belong to the text, each as the name of its tool and, on the next line, the call.
 
     Attributes:
-        text: the text returned so far: the messages that are no tool calls, one under the other.
+        text: the text returned so far: the messages that belong to it, one under the other.
         messages: the messages so far, as `ChatFormat.parse` gives them.
         stopped: whether a stop string was found; more ids then change nothing.
         settled: length of the text with what is held back, without an incomplete character.
@@ -85,6 +86,7 @@ class AnswerReader:
         stop: Sequence[str] = (),
         tool_names: Sequence[str] = (),
         context: Sequence[int] = (),
+        show_calls: bool = False,
     ) -> None:
         self.text = ""
         self.messages = [Message("assistant", "")]
@@ -93,7 +95,7 @@ class AnswerReader:
         self.has_text = False
         self._format = chat_format
         self._stop = [text for text in stop if text]
-        self._tool_names = tool_names
+        self._tool_names, self._show_calls = tool_names, show_calls
         self._streams = [TextStream(chat_format.vocabulary, context)]
 
     @property
@@ -119,8 +121,8 @@ class AnswerReader:
         texts = [stream.text for stream in self._streams]
         self.messages, unfinished = self._format.parse_texts(texts, self._tool_names)
         last = self.messages[-1]
-        earlier = [self._format.text_of(message) for message in self.messages[:-1] if not self._is_call(message)]
-        if self._is_call(last):
+        earlier = [self._format.text_of(message) for message in self.messages[:-1] if not self._is_hidden(message)]
+        if self._is_hidden(last):
             visible = "\n".join(earlier)
             self.settled = len(visible)
         else:
@@ -155,6 +157,9 @@ class AnswerReader:
             if text.endswith(stop[:length])
         )
         return len(text) - max(held, default=0)
+
+    def _is_hidden(self, message: Message) -> bool:
+        return not self._show_calls and self._is_call(message)
 
     def _is_call(self, message: Message) -> bool:
         return message.metadata in self._tool_names

@@ -1,33 +1,40 @@
-"""One conversation with a model: history, cache, and switching of prefixes between turns."""
+"""One conversation with an engine: history, sampling settings, and switching of prefixes between turns."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
 from typing import TYPE_CHECKING
 
-from transformers.cache_utils import Cache
+import torch
+from transformers import GenerationConfig
 
-from chatglm_ptuning.chat.message import Message, turn_starts
-from chatglm_ptuning.chat.turn import ChatTurn, History, message_history
+from chatglm_ptuning.chat.message import turn_starts
+from chatglm_ptuning.chat.turn import ChatTurn, History
+from chatglm_ptuning.model.chat_mixin import sampling_settings
+from chatglm_ptuning.serving.answers import AnswerReader
+from chatglm_ptuning.serving.engine.engine import Engine
+from chatglm_ptuning.serving.engine.prefixes import RowPrefix
+from chatglm_ptuning.serving.engine.request import SamplingSettings
 
 if TYPE_CHECKING:
-    from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
     from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
-    from chatglm_ptuning.prefix.batch import PrefixBatch
 
 _MOST_NEW_TOKENS = 1024
+_TOP_K = 50
+"""The default of `generate`, and so of `chat`."""
 
 
 class ChatSession:
-    """Keeps the history of one conversation, its prefix and its cache of keys and values.
+    """Keeps the history of one conversation and its prefix; an engine answers.
 
-    The cache never changes an answer. Long conversations are truncated by dropping whole turns, oldest first, so that
-    the answer fits into the base's `seq_length`. Several sessions may share a model.
+    Long conversations are truncated by dropping whole turns, oldest first, so that the answer fits. Several sessions
+    may share an engine.
 
     Args:
-        max_new_tokens: most tokens of one answer; by default half of the base's `seq_length`, 1024 at most.
-        do_sample: False for greedy decoding, which ignores `top_p` and `temperature`.
+        engine: a running engine. Its model's loaded prefixes are those of the session.
+        max_new_tokens: most tokens of one answer; by default half of the engine's context length, 1024 at most.
+        do_sample: False for greedy decoding, which ignores `top_p` and `temperature`. The random numbers of an answer
+            follow from torch's.
         top_p, temperature: by default the base's own, see `chat`.
 
     Attributes:
@@ -35,12 +42,12 @@ class ChatSession:
         prefix: name of the prefix of the next answers, None for the plain base; initially the model's selected one.
 
     Raises:
-        ValueError: if max_new_tokens does not fit into `seq_length`.
+        ValueError: if max_new_tokens does not fit into the context length.
     """
 
     def __init__(
         self,
-        model: ChatGLMForConditionalGeneration,
+        engine: Engine,
         tokenizer: ChatGLMTokenizer,
         *,
         max_new_tokens: int | None = None,
@@ -48,90 +55,95 @@ class ChatSession:
         top_p: float | None = None,
         temperature: float | None = None,
     ) -> None:
-        seq_length = model.config.seq_length
+        context = engine.context_length()
         if max_new_tokens is None:
-            max_new_tokens = min(_MOST_NEW_TOKENS, seq_length // 2)
-        if not 0 < max_new_tokens < seq_length:
+            max_new_tokens = min(_MOST_NEW_TOKENS, context // 2)
+        if not 0 < max_new_tokens < context:
             raise ValueError(
-                f"max_new_tokens must be from 1 to {seq_length - 1} (seq_length - 1), got {max_new_tokens}."
+                f"max_new_tokens must be from 1 to {context - 1} (the context length - 1), got {max_new_tokens}."
             )
-        self.model = model
+        self.engine = engine
+        self.model = engine.model
         self.tokenizer = tokenizer
         self.max_new_tokens = max_new_tokens
         self.history: History = []
-        self.prefix = model.selected_prefix
-        self._sampling = {"do_sample": do_sample, "top_p": top_p, "temperature": temperature}
-        self._cache: Cache | None = None
+        self.prefix = self.model.selected_prefix
+        self._sampling = _sampling_of(
+            self.model.generation_config, do_sample=do_sample, top_p=top_p, temperature=temperature
+        )
 
     def stream(self, query: str) -> Iterator[str]:
-        """Answers a query and yields the text in pieces as they are generated.
+        """Answers a query and yields the text in pieces as they are generated; a tool call as its name and the call.
 
         Closing the iterator ends the answer. The text yielded so far is kept in the history, also after an error.
 
         Raises:
-            ValueError: if the query alone is too long, naming the sizes; the history is unchanged.
+            ValueError: if the query alone is too long, naming the sizes, or the prefix is untrained; the history is
+                unchanged.
+            EngineError, QueueFull: if the engine fails, or has too many other requests.
         """
-        prefix = self.model.prefix_batch(self.prefix)
-        before = self._recent_history(query)
-        answers = self.model.stream_chat(
-            self.tokenizer,
-            query,
-            history=before,
-            past_key_values=self._usable_cache(prefix),
-            return_past_key_values=True,
-            prefix=prefix,
-            max_new_tokens=self.max_new_tokens,
-            **self._sampling,
-        )
-        shown = ""
-        with closing(answers):
-            for _, self.history, self._cache in answers:
-                text = self._text_of(self.history[len(before) :])
-                piece, shown = text[len(shown) :], text
-                if piece:
+        with torch.no_grad():
+            batch = self.model.prefix_batch(self.prefix)
+            self.model.check_prefix_is_trained(batch)
+            prefix = RowPrefix.of(batch)
+        turn, prompt_ids = self._turn(query, self.engine.context_length(prefix) - self.max_new_tokens)
+        reader = AnswerReader(self.tokenizer.chat, tool_names=turn.tool_names, show_calls=True)
+        generation = self.engine.submit(prompt_ids, self._settings(), prefix)
+        try:
+            for token in generation:
+                if piece := reader.add(token.id):
+                    self.history = turn.history_with(reader.messages)
                     yield piece
+        finally:
+            generation.cancel()
+        piece = reader.finish()
+        self.history = turn.history_with(reader.messages)
+        if piece:
+            yield piece
 
     def switch_prefix(self, name: str | None) -> None:
-        """Selects the prefix of the next answers, None for the plain base; keeps the history and drops the cache.
+        """Selects the prefix of the next answers, None for the plain base; keeps the history.
 
         Raises:
             KeyError: if no prefix of that name is loaded.
         """
         self.model.prefix_batch(name)  # raises if the name is not loaded
         self.prefix = name
-        self._cache = None
 
     def clear(self) -> None:
         """Starts a new conversation."""
         self.history = []
-        self._cache = None
 
-    def _usable_cache(self, prefix: PrefixBatch) -> Cache | None:
-        if self._cache is not None:
-            try:
-                prefix.claim(self._cache)
-            except ValueError:  # another prefix was loaded, perhaps under the same name
-                self._cache = None
-        return self._cache
+    def _settings(self) -> SamplingSettings:
+        seed = int(torch.randint(2**63 - 1, ())) if self._sampling["temperature"] else None
+        stop_ids = tuple(self.tokenizer.chat.stop_ids)
+        return SamplingSettings(self.max_new_tokens, **self._sampling, seed=seed, stop_ids=stop_ids)
 
-    def _recent_history(self, query: str) -> History:
-        """The latest turns that leave room for the answer."""
+    def _turn(self, query: str, room: int) -> tuple[ChatTurn, list[int]]:
+        """The query with the latest turns that leave room for the answer, and its ids."""
         history = self.history
-        room = self.model.config.seq_length - self.max_new_tokens
-        while (length := len(ChatTurn(self.tokenizer.chat, query, history).input_ids())) > room:
+        while True:
+            turn = ChatTurn(self.tokenizer.chat, query, history)
+            prompt_ids = turn.input_ids()
+            if len(prompt_ids) <= room:
+                return turn, prompt_ids
             shorter = _without_oldest_turn(history)
             if len(shorter) == len(history):
                 raise ValueError(
-                    f"The message takes {length} tokens; there is room for {room} (seq_length "
-                    f"{self.model.config.seq_length} less max_new_tokens {self.max_new_tokens})."
+                    f"The message takes {len(prompt_ids)} tokens; there is room for {room} (the context length of "
+                    f"{room + self.max_new_tokens} less max_new_tokens {self.max_new_tokens})."
                 )
             history = shorter
-        return history
 
-    def _text_of(self, turn: History) -> str:
-        """The model's text in a turn; of a tool call the tool's name and the call."""
-        messages = map(Message.from_dict, message_history(turn))
-        return "\n".join(self.tokenizer.chat.text_of(message) for message in messages if message.role == "assistant")
+
+def _sampling_of(generation_config: GenerationConfig, **given: bool | float | None) -> dict[str, float]:
+    """Settings of sampling, from the base's generation_config where nothing is given; as in `chat`."""
+    found = sampling_settings(generation_config, **given)
+    penalty = {"repetition_penalty": generation_config.repetition_penalty or 1.0}
+    if not found["do_sample"]:
+        return {"temperature": 0.0, **penalty}
+    top_k = _TOP_K if generation_config.top_k is None else generation_config.top_k
+    return {"temperature": found["temperature"], "top_p": found["top_p"], "top_k": top_k, **penalty}
 
 
 def _without_oldest_turn(history: History) -> History:

@@ -16,6 +16,7 @@ from rich.console import Console
 from chatglm_ptuning.command_line import fail, parse_arguments
 from chatglm_ptuning.model.arguments import PLAIN_BASE, InferenceBaseArguments, is_plain_base
 from chatglm_ptuning.prefix.latest import find_latest_prefix, runs_folder
+from chatglm_ptuning.serving.engine.engine import LONGEST_PREFIX, Engine
 from chatglm_ptuning.serving.session import ChatSession
 
 with contextlib.suppress(ImportError):
@@ -24,6 +25,9 @@ with contextlib.suppress(ImportError):
 
 # The output of a model must not control the terminal: all control characters but tab and line feed.
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+_LONGEST_CONTEXT = 16384
+"""Tokens of conversation and answer, unless a flag says more: the memory for them is allocated at the start."""
 
 _HELP = """\
 /prefix              list the loaded prefixes
@@ -60,8 +64,13 @@ class ChatArguments(InferenceBaseArguments):
     )
     max_new_tokens: int | None = field(
         default=None,
-        metadata={"help": "most tokens of an answer (default: half of the base's seq_length, at most 1024)"},
+        metadata={"help": "most tokens of an answer (default: half of the context length, at most 1024)"},
     )
+    slot_tokens: int | None = field(
+        default=None,
+        metadata={"help": "most tokens of prefix, conversation and answer together; memory for so many is allocated "
+                          f"(default: the base's seq_length, at most {_LONGEST_CONTEXT}, and {LONGEST_PREFIX})"},
+    )  # fmt: skip
     greedy: bool = field(default=False, metadata={"help": "always take the likeliest token instead of sampling"})
 
     def __post_init__(self) -> None:
@@ -69,6 +78,8 @@ class ChatArguments(InferenceBaseArguments):
             raise ValueError(f"--temperature must be above 0 (use --greedy for no sampling), got {self.temperature}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.slot_tokens is not None and self.slot_tokens < 2:
+            raise ValueError(f"--slot_tokens must be at least 2, got {self.slot_tokens}")
 
 
 class TerminalChat:
@@ -243,8 +254,10 @@ def main(argv: Sequence[str]) -> None:
     console = Console()
     try:
         tokenizer, model = arguments.load_tokenizer(), arguments.load_model()
+        longest = min(model.config.seq_length, _LONGEST_CONTEXT) + LONGEST_PREFIX
+        engine = Engine(model, slots=1, slot_tokens=longest if arguments.slot_tokens is None else arguments.slot_tokens)
         session = ChatSession(
-            model,
+            engine,
             tokenizer,
             max_new_tokens=arguments.max_new_tokens,
             do_sample=not arguments.greedy,
@@ -257,4 +270,5 @@ def main(argv: Sequence[str]) -> None:
     except (OSError, ValueError, ImportError) as error:
         fail(str(error))
     chat.say("/help lists the commands, /exit leaves.")
-    chat.run()
+    with engine:
+        chat.run()

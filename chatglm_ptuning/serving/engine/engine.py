@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from chatglm_ptuning.model.placement import layer_devices
-from chatglm_ptuning.serving.engine.prefixes import PrefixFolder, ServedPrefixes
+from chatglm_ptuning.serving.engine.passes import make_cache, obstacle
+from chatglm_ptuning.serving.engine.prefixes import PrefixFolder, RowPrefix, ServedPrefixes
 from chatglm_ptuning.serving.engine.request import EngineError, Generation, PromptTooLong, QueueFull, SamplingSettings
 from chatglm_ptuning.serving.engine.rows import Request
 from chatglm_ptuning.serving.engine.scheduler import Scheduler
-from chatglm_ptuning.serving.engine.slots import SlotCache
 
 if TYPE_CHECKING:
     from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
@@ -78,7 +77,7 @@ class Engine:
     and float16, sums are rounded differently in batches of different sizes, so that near ties may be decided otherwise.
 
     Args:
-        model: the base, on one device. The engine sets it to evaluation mode and freezes it; it must not be trained
+        model: the base. The engine sets it to evaluation mode and freezes it; it must not be trained
             meanwhile. Its selected prefix does not count.
         slots: how many requests run at a time.
         slot_tokens: places of a slot, for prefix, prompt and answer of a request. By default `seq_length` and 512.
@@ -88,8 +87,8 @@ class Engine:
         prefix_memory: bound on the bytes of loaded prefixes, see PrefixBank.
 
     Raises:
-        ValueError: if a size is out of range, the base is spread over several devices or offloaded, or its attention
-            implementation takes no mask.
+        ValueError: if a size is out of range, the base is partitioned by ZeRO-3, or its attention implementation takes
+            no mask.
     """
 
     def __init__(
@@ -111,16 +110,11 @@ class Engine:
         ):  # fmt: skip
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}.")
-        if config._attn_implementation not in ("sdpa", "eager"):
-            raise ValueError(
-                f"The engine needs attn_implementation 'sdpa' or 'eager', the base has {config._attn_implementation!r}."
-            )
-        if layer_devices(model.transformer.encoder.layers) is not None:
-            raise ValueError("The engine needs the base on one device; load it without device_map.")
+        if (reason := obstacle(model)) is not None:
+            raise ValueError(reason)
         self.model = model.eval().requires_grad_(False)
         self._prefixes = ServedPrefixes(model, prefix_source, prefix_memory)
-        dtype = model.transformer.embedding.word_embeddings.weight.dtype
-        self._cache = SlotCache(config.prefix_shape, slots, slot_tokens, model.device, dtype)
+        self._cache = make_cache(model, slots, slot_tokens)
         self._scheduler = Scheduler(model, self._cache, prefill_chunk)
         self._queue_limit, self._restarts = queue_limit, 0
         self._waiting: deque[Request] = deque()
@@ -156,12 +150,14 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def submit(self, prompt_ids: Sequence[int], settings: SamplingSettings, prefix: str | None = None) -> Generation:
+    def submit(
+        self, prompt_ids: Sequence[int], settings: SamplingSettings, prefix: str | RowPrefix | None = None
+    ) -> Generation:
         """Accepts a request, from any thread. A prefix that is not loaded is loaded first.
 
         Args:
             prompt_ids: the whole prompt.
-            prefix: its name; None for the plain base.
+            prefix: its name, or the prefix itself; None for the plain base.
 
         Raises:
             ValueError: if the prompt is empty, or an id is not in the vocabulary.
@@ -212,7 +208,7 @@ class Engine:
         """The names of the prefixes, as they are in the folder now."""
         return self._prefixes.names()
 
-    def context_length(self, prefix: str | None = None) -> int:
+    def context_length(self, prefix: str | RowPrefix | None = None) -> int:
         """Most tokens of prompt and answer together. A prefix that is not loaded is loaded first.
 
         Raises:
@@ -259,7 +255,7 @@ class Engine:
 
     def _work(self) -> None:
         """The worker: serves until the engine is closed, and starts again after an error."""
-        device = self._cache.entries.device
+        device = self._cache.device
         if device.type == "cuda":
             torch.cuda.set_device(device)
         with torch.inference_mode():

@@ -6,6 +6,7 @@ graph once, and then replayed (`graphs.py`); its inputs are buffers at fixed add
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 
 from chatglm_ptuning.model.frozen_linear import apply_linear
+from chatglm_ptuning.model.placement import layer_devices
+from chatglm_ptuning.model.zero3 import is_partitioned
 from chatglm_ptuning.prefix.batch import PrefixBatch
 from chatglm_ptuning.serving.engine.graphs import Step
 from chatglm_ptuning.serving.engine.rows import Row
@@ -20,6 +23,23 @@ from chatglm_ptuning.serving.engine.slots import SlotCache
 
 if TYPE_CHECKING:
     from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
+
+
+def obstacle(model: ChatGLMForConditionalGeneration) -> str | None:
+    """Why the engine cannot run a base; None if it can."""
+    attention = model.config._attn_implementation
+    if attention not in ("sdpa", "eager"):
+        return f"The engine needs attn_implementation 'sdpa' or 'eager', the base has {attention!r}."
+    if is_partitioned(model.parameters()):
+        return "The engine needs the whole base; ZeRO-3 has partitioned it among processes."
+    return None
+
+
+def make_cache(model: ChatGLMForConditionalGeneration, slots: int, slot_tokens: int) -> SlotCache:
+    """The cache for a base, on its devices."""
+    dtype = model.transformer.embedding.word_embeddings.weight.dtype
+    devices = layer_devices(model.transformer.encoder.layers)
+    return SlotCache(model.config.prefix_shape, slots, slot_tokens, model.device, dtype, devices)
 
 
 class Sizes:
@@ -58,7 +78,7 @@ class Passes:
         self, model: ChatGLMForConditionalGeneration, cache: SlotCache, sizes: Sizes, record: Callable[[Step], Step]
     ) -> None:
         self._model, self._cache, self._sizes, self._record = model, cache, sizes, record
-        self._device, self._dtype = cache.entries.device, cache.entries.dtype
+        self._device, self._dtype = cache.device, cache.dtype
         self._slots = torch.arange(cache.slot_tokens, device=self._device)
         # Token ids, positions and places of one token per row.
         self._inputs = torch.zeros(3, cache.slots, 1, dtype=torch.int64, device=self._device)
@@ -102,7 +122,8 @@ class Passes:
             inputs[:, number, 0] = row.ids[row.computed], row.computed, row.used
         self._inputs[:, : size[0]].copy_(torch.from_numpy(inputs))
         if size not in self._steps:
-            self._steps[size] = self._record(lambda: self._forward(self._inputs[:, : size[0]], 0, size[1]))
+            this = weakref.proxy(self)  # a circle of references would keep the cache's memory
+            self._steps[size] = self._record(lambda: this._forward(this._inputs[:, : size[0]], 0, size[1]))
         logits = self._steps[size]()
         for row in rows:
             row.computed += 1

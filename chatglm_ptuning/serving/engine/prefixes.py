@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from chatglm_ptuning.prefix.bank import PrefixBank
+from chatglm_ptuning.prefix.batch import PrefixBatch
 from chatglm_ptuning.prefix.formats import detect_format
 from chatglm_ptuning.serving.engine.request import UnknownPrefix
 
@@ -105,6 +106,20 @@ class RowPrefix:
     length: int = 0
     key_values: torch.Tensor | None = None
 
+    @classmethod
+    def of(cls, batch: PrefixBatch) -> RowPrefix:
+        """The prefix of a batch that has one row, or fits any number of rows.
+
+        Raises:
+            ValueError: if it has more.
+        """
+        batch.check_rows(1)
+        length = batch.lengths[0]
+        if not length:
+            return cls()
+        entries = [entry[0, :, -length:] for entry in batch.by_row().key_values]  # shorter ones are padded in front
+        return cls(batch.owner, length, torch.stack([entry.to(entries[0].device) for entry in entries]))
+
     def copied(self) -> RowPrefix:
         """The prefix without its keys and values, which then can be freed."""
         return replace(self, key_values=None)
@@ -130,14 +145,18 @@ class ServedPrefixes:
         """The names of all prefixes, loaded or not."""
         return [] if self._folder is None else self._folder.names()
 
-    def get(self, name: str | None) -> RowPrefix:
+    def get(self, name: str | RowPrefix | None) -> RowPrefix:
         """The prefix of this name with the present content of its files; None is the plain base.
+
+        A prefix itself, which the caller keeps, is returned as it is.
 
         Raises:
             UnknownPrefix: if there is none, or it cannot be loaded; a log message says why.
         """
         if name is None:
             return RowPrefix()
+        if isinstance(name, RowPrefix):
+            return name
         if self._folder is None:
             raise UnknownPrefix(f"There is no prefix named {name!r}.")
         place, key = self._folder.find(name)

@@ -54,10 +54,10 @@ class Scheduler:
         """Empties all slots, and forgets recorded steps."""
         self._earlier_evictions += self.table.evictions
         self.table = SlotTable(self._cache)
-        self._cache.entries.zero_()
-        # Layers of a quantised base may wait for the GPU, which cannot be recorded.
-        is_quantised = getattr(self._model, "hf_quantizer", None) is not None
-        is_static = self._cache.entries.device.type == "cuda" and not is_quantised
+        self._cache.clear_all()
+        # Layers of a quantised base, and layers that accelerate loads, may wait for the GPU: not recordable.
+        is_eager = self._cache.is_spread or getattr(self._model, "hf_quantizer", None) is not None
+        is_static = self._cache.device.type == "cuda" and not is_eager
         sizes = Sizes(self._cache.slots, self._cache.slot_tokens, is_static)
         self._passes = Passes(self._model, self._cache, sizes, GraphRecorder() if is_static else lambda step: step)
 

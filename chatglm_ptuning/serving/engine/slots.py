@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,21 +24,40 @@ class SlotCache(Cache):
         shape: sizes of the base.
         slots: number of slots.
         slot_tokens: places of each slot.
+        device: of the inputs.
+        devices: of each layer; None if all are on `device`.
 
     Attributes:
-        entries: `[num_layers, 2, slots, groups, slot_tokens, kv_channels]`, keys and values. Places without an entry
-            are hidden by the mask, but must be finite numbers.
+        is_spread: whether accelerate places the layers.
     """
 
     def __init__(
-        self, shape: PrefixShape, slots: int, slot_tokens: int, device: torch.device, dtype: torch.dtype
+        self,
+        shape: PrefixShape,
+        slots: int,
+        slot_tokens: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        devices: Sequence[torch.device] | None = None,
     ) -> None:
         super().__init__(layers=[])
-        size = (shape.num_layers, 2, slots, shape.multi_query_group_num, slot_tokens, shape.kv_channels)
-        self.entries = torch.zeros(size, device=device, dtype=dtype)
         self.slots, self.slot_tokens = slots, slot_tokens
-        self._layers = [layer.unbind(0) for layer in self.entries.unbind(0)]
-        self._numbers = torch.arange(slots, device=device)[:, None]
+        self.device, self.dtype, self.is_spread = device, dtype, devices is not None
+        places: dict[torch.device, list[int]] = {}
+        for layer, one in enumerate(devices or [device] * shape.num_layers):
+            places.setdefault(one, []).append(layer)
+        size = (2, slots, shape.multi_query_group_num, slot_tokens, shape.kv_channels)
+        # Keys and values of the layers on each device, [layers, 2, slots, groups, slot_tokens, kv_channels]. Places
+        # without an entry are hidden by the mask, but must be finite numbers.
+        self._entries = [torch.zeros((len(part), *size), device=one, dtype=dtype) for one, part in places.items()]
+        self._places = list(places.values())
+        entries = {
+            layer: own.unbind(0)
+            for part, whole in zip(self._places, self._entries, strict=True)
+            for layer, own in zip(part, whole.unbind(0), strict=True)
+        }
+        self._layers = [entries[layer] for layer in range(shape.num_layers)]
+        self._numbers = {whole.device: torch.arange(slots, device=whole.device)[:, None] for whole in self._entries}
 
     def select(self, first: int, places: torch.Tensor, longest: int) -> None:
         """Chooses the slots of the next forward pass.
@@ -48,15 +68,18 @@ class SlotCache(Cache):
             longest: the pass sees the first places of each slot, this many.
         """
         self._rows, self._longest = slice(first, first + len(places)), longest
-        self._index = (self._numbers[self._rows], slice(None), places)
+        self._index = {
+            one: (numbers[self._rows], slice(None), places.to(one)) for one, numbers in self._numbers.items()
+        }
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes the entries of new tokens, `[rows, groups, seq_len, kv_channels]`, and returns the rows' entries."""
         keys, values = self._layers[layer_idx]
-        keys[self._index] = key_states.transpose(1, 2)
-        values[self._index] = value_states.transpose(1, 2)
+        index = self._index[keys.device]
+        keys[index] = key_states.transpose(1, 2)
+        values[index] = value_states.transpose(1, 2)
         return keys[self._rows, :, : self._longest], values[self._rows, :, : self._longest]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -66,18 +89,29 @@ class SlotCache(Cache):
     def put_prefix(self, slot: int, key_values: torch.Tensor) -> None:
         """Writes a prefix, `[num_layers * 2, groups, length, kv_channels]`, to the front of a slot."""
         length = key_values.shape[2]
-        self.entries[:, :, slot, :, :length] = key_values.to(self.entries.device).unflatten(0, (-1, 2))
+        layers = key_values.unflatten(0, (-1, 2))
+        for part, entries in zip(self._places, self._entries, strict=True):
+            own = layers[part] if self.is_spread else layers
+            entries[:, :, slot, :, :length] = own.to(entries.device)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copies the first places of a slot to another slot."""
-        self.entries[:, :, target, :, :length] = self.entries[:, :, source, :, :length]
+        for entries in self._entries:
+            entries[:, :, target, :, :length] = entries[:, :, source, :, :length]
 
     def swap(self, one: int, other: int, one_length: int, other_length: int) -> None:
         """Exchanges two slots, of which the first places are used."""
-        kept = self.entries[:, :, one, :, :one_length].clone()
+        kept = [entries[:, :, one, :, :one_length].clone() for entries in self._entries]
         self.copy(other, one, other_length)
-        self.entries[:, :, other, :, :one_length] = kept
+        for entries, own in zip(self._entries, kept, strict=True):
+            entries[:, :, other, :, :one_length] = own
 
     def clear(self, slot: int) -> None:
         """Fills a slot with zeros: it may have held numbers that are not finite."""
-        self.entries[:, :, slot] = 0
+        for entries in self._entries:
+            entries[:, :, slot] = 0
+
+    def clear_all(self) -> None:
+        """Fills all slots with zeros."""
+        for entries in self._entries:
+            entries.zero_()
