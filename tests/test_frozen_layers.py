@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from chatglm_ptuning.model import frozen_linear
-from chatglm_ptuning.model.frozen_linear import apply_linear, linear
+from chatglm_ptuning.model.frozen_linear import apply_linear, linear, rounded_up
 from chatglm_ptuning.model.rms_norm import RMSNorm
 from chatglm_ptuning.model.rotary import rotate
 from chatglm_ptuning.model.swiglu import SwiGLU
@@ -81,6 +81,21 @@ def test_linear_layers(prefers_onednn, bias):
     torch.testing.assert_close(got, value_and_gradient(layer, states))
     flat = states.flatten(0, 1)
     torch.testing.assert_close(linear(flat, layer.weight), flat @ layer.weight.T)
+
+
+@needs_onednn
+@pytest.mark.parametrize("rows", [1, 17, 300, 2100])
+def test_any_number_of_rows(prefers_onednn, rows):
+    layer, states = nn.Linear(12, 20).requires_grad_(False), torch.randn(rows, 12)
+    torch.testing.assert_close(value_and_gradient(lambda x: apply_linear(layer, x), states),
+                               value_and_gradient(layer, states))  # fmt: skip
+
+
+def test_numbers_of_rows_are_rounded_to_few():
+    """oneDNN keeps kernels of about 0.6 MB for every number that it has seen."""
+    numbers = [rounded_up(rows) for rows in range(1, 8193)]
+    assert len(set(numbers)) < 80
+    assert all(rows <= number <= max(rows + 15, rows * 1.25) for rows, number in enumerate(numbers, start=1))
 
 
 @needs_onednn

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from chatglm_ptuning.data.collate import PaddingCollator
-from chatglm_ptuning.model import packed_sequences
+from chatglm_ptuning.model import modeling_chatglm, packed_sequences
 from chatglm_ptuning.model.losses import IGNORED_LABEL, cross_entropy, loss_of_states
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_ptuning.model.modeling_heads import (
@@ -82,6 +82,19 @@ def test_long_and_equal_sequences_on_a_cpu(trains, monkeypatch, threads):
     assert len(rows[-1]["input_ids"]) > 256
     expected = loss_and_gradient(model, PaddingCollator(0, "right")(rows))
     torch.testing.assert_close(loss_and_gradient(model, packed(rows)), expected, **ALIKE)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("kernel", [False, True])
+def test_tokens_that_fill_up_a_pass_change_nothing(trains, monkeypatch, implementation, kernel):
+    model, rows = trains(attn_implementation=implementation), random_rows(4, 5)
+    batch = packed(rows) | {"skip_logits": True}
+    assert sum(batch["sequence_lengths"]) % 16
+    expected = loss_and_gradient(model, batch)
+    monkeypatch.setattr(modeling_chatglm, "rounded_up", lambda rows: rows + 37)
+    monkeypatch.setattr(packed_sequences, "_has_varlen_kernel", lambda states: kernel)
+    monkeypatch.setattr(packed_sequences, "varlen_attn", varlen_by_its_documentation)
+    torch.testing.assert_close(loss_and_gradient(model, batch), expected, **ALIKE)
 
 
 def varlen_by_its_documentation(query, key, value, starts, key_starts, longest, longest_key, **settings):

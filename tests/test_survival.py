@@ -238,7 +238,7 @@ def large_batch(base, long_rows, output, *more):
 
 def test_a_batch_that_does_not_fit_is_described_with_the_ways_out(base, long_rows, tmp_path):
     argv = large_batch(base, long_rows, tmp_path / "run")
-    ended = processes.start(argv, 1, tmp_path, LIMIT_MEMORY_MB="100").wait()[0]
+    ended = processes.start(argv, 1, tmp_path, LIMIT_MEMORY_MB="150").wait()[0]
     assert ended.code == 1
     assert "Out of memory on cpu (process 0): a pass of 96 rows of 19" in ended.output
     assert "with 5 of the prefix" in ended.output
@@ -247,12 +247,12 @@ def test_a_batch_that_does_not_fit_is_described_with_the_ways_out(base, long_row
         assert way in ended.output
     assert "Traceback" not in ended.output
     fewer = [*argv, "--max_tokens_per_pass", "800"]
-    assert processes.start(fewer, 1, tmp_path, LIMIT_MEMORY_MB="100").wait()[0].code == 0
+    assert processes.start(fewer, 1, tmp_path, LIMIT_MEMORY_MB="150").wait()[0].code == 0
 
 
 def test_a_padded_batch_that_does_not_fit_is_described_with_a_smaller_one(base, long_rows, tmp_path):
     argv = large_batch(base, long_rows, tmp_path / "run", "--packing", "false")
-    ended = processes.start(argv, 1, tmp_path, LIMIT_MEMORY_MB="100").wait()[0]
+    ended = processes.start(argv, 1, tmp_path, LIMIT_MEMORY_MB="150").wait()[0]
     assert ended.code == 1
     assert "a pass of 96 rows of 19" in ended.output and "padded to" in ended.output
     assert "--per_device_train_batch_size 48 --gradient_accumulation_steps 2" in ended.output
@@ -261,7 +261,7 @@ def test_a_padded_batch_that_does_not_fit_is_described_with_a_smaller_one(base, 
 def test_a_fitting_batch_is_found(base, long_rows, tmp_path):
     argv = large_batch(base, long_rows, tmp_path / "run", "--auto_find_batch_size", "true")
     for _ in range(3):
-        (ended,) = processes.start(argv, 1, tmp_path, LIMIT_MEMORY_MB="100").wait()
+        (ended,) = processes.start(argv, 1, tmp_path, LIMIT_MEMORY_MB="150").wait()
         if "memory for thread-local data: ABORT" not in ended.output:
             break  # else the C library was the one that ran out of memory, for a new thread, and it ends the process
     assert ended.code == 0, ended.output

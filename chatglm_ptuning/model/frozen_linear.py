@@ -50,11 +50,21 @@ class _FrozenLinear(torch.autograd.Function):
         return _onednn_linear(grad, weight.t()), None, None
 
 
+def rounded_up(rows: int) -> int:
+    """The next number of rows for which there may be kernels already: oneDNN makes and keeps some for each number."""
+    step = next(step for most, step in ((8, 1), (256, 16), (2048, 64), (rows, 256)) if rows <= most)
+    return -(-rows // step) * step
+
+
 def _onednn_linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    rows = states.shape[:-1].numel()
+    filling = rounded_up(rows) - rows
+    flat = functional.pad(states.reshape(rows, -1), (0, 0, 0, filling)) if filling else states
     try:
-        return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+        product = torch.ops.mkldnn._linear_pointwise(flat, weight, bias, "none", [], "")
     except RuntimeError:  # oneDNN needs memory of its own, and does not say that it lacked some
         return functional.linear(states, weight, bias)
+    return product[:rows].view(*states.shape[:-1], -1) if filling else product
 
 
 def _takes_onednn(states: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -33,7 +33,7 @@ from chatglm_ptuning.model.base_weights import describe_damage, describe_missing
 from chatglm_ptuning.model.chat_mixin import ChatMixin
 from chatglm_ptuning.model.checkpoint_formats import DTYPE_KEYS, checked_dtype, register_conversions
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
-from chatglm_ptuning.model.frozen_linear import apply_linear
+from chatglm_ptuning.model.frozen_linear import apply_linear, rounded_up
 from chatglm_ptuning.model.generation_mixin import PrefixGenerationMixin
 from chatglm_ptuning.model.losses import IGNORED_LABEL, cross_entropy, loss_of_states, next_labels
 from chatglm_ptuning.model.official_model import OfficialModelSurface, refuse_retired
@@ -458,8 +458,14 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if sequence_lengths is not None:
             if attention_mask is not None or past_key_values is not None:
                 raise ValueError("Packed sequences take neither attention_mask nor past_key_values: nothing is padded.")
-            packed = PackedSequences(tuple(sequence_lengths), prefix, self.config, inputs_embeds)
-            position_ids = packed.position_ids if position_ids is None else position_ids
+            # Without kept positions all states are returned, and there are as many as tokens.
+            filling = 0 if kept_positions is None else rounded_up(inputs_embeds.shape[1]) - inputs_embeds.shape[1]
+            inputs_embeds = nn.functional.pad(inputs_embeds, (0, 0, 0, filling))
+            packed = PackedSequences(tuple(sequence_lengths), prefix, self.config, inputs_embeds, filling)
+            if position_ids is None:
+                position_ids = packed.position_ids
+            else:
+                position_ids = nn.functional.pad(position_ids, (0, filling))
         else:
             if use_cache and past_key_values is None:
                 past_key_values = DynamicCache(config=self.config)

@@ -38,42 +38,51 @@ class PackedSequences:
         prefix: of the sequences, one row for each.
         config: with the attention implementation.
         inputs_embeds: `[1, tokens, ...]`; only its device and dtype are read.
+        filling: tokens behind the sequences, whose results are not used. They make the number of all tokens one of few,
+            for which there are kernels and blocks of memory already.
     """
 
     lengths: tuple[int, ...]
     prefix: PrefixBatch
     config: ChatGLMConfig
     inputs_embeds: torch.Tensor
+    filling: int = 0
 
     def __post_init__(self) -> None:
         rows, tokens = self.inputs_embeds.shape[:2]
-        if rows != 1 or sum(self.lengths) != tokens or min(self.lengths, default=0) < 1:
+        if rows != 1 or sum(self.segments) != tokens or min(self.lengths, default=0) < 1:
             raise ValueError(
                 f"sequence_lengths {list(self.lengths)} must be positive and add up to the tokens of a single row; the "
                 f"batch has {rows} rows of {tokens} tokens."
             )
 
+    @property
+    def segments(self) -> tuple[int, ...]:
+        """Tokens of each sequence, and of the filling, which is one more sequence without a prefix."""
+        return (*self.lengths, self.filling) if self.filling else self.lengths
+
     @cached_property
     def position_ids(self) -> torch.Tensor:
         """0, 1, 2, ... in each sequence, `[1, tokens]`."""
-        return self._put(torch.cat([torch.arange(length) for length in self.lengths])[None])
+        return self._put(torch.cat([torch.arange(length) for length in self.segments])[None])
 
     @cached_property
     def prefix_lengths(self) -> tuple[int, ...]:
-        """Virtual tokens in front of each sequence."""
-        return self.prefix.lengths if self.prefix.rows is not None else (self.prefix.length,) * len(self.lengths)
+        """Virtual tokens in front of each of `segments`."""
+        own = self.prefix.lengths if self.prefix.rows is not None else (self.prefix.length,) * len(self.lengths)
+        return (*own, 0) if self.filling else own
 
     @cached_property
     def key_lengths(self) -> tuple[int, ...]:
-        """Keys that belong to each sequence: its prefix and its tokens."""
-        return tuple(map(sum, zip(self.prefix_lengths, self.lengths, strict=True)))
+        """Keys that belong to each of `segments`: its prefix and its tokens."""
+        return tuple(map(sum, zip(self.prefix_lengths, self.segments, strict=True)))
 
     @cached_property
     def key_index(self) -> torch.Tensor:
         """Places of the keys of all sequences in [prefixes of all rows, one after the other; tokens], `[keys]`."""
-        slots, tokens = self.prefix.length, torch.arange(sum(self.lengths)) + self.prefix.length * len(self.lengths)
+        slots, tokens = self.prefix.length, torch.arange(sum(self.segments)) + self.prefix.length * len(self.lengths)
         places = []
-        for row, (own, length) in enumerate(zip(tokens.split(self.lengths), self.prefix_lengths, strict=True)):
+        for row, (own, length) in enumerate(zip(tokens.split(self.segments), self.prefix_lengths, strict=True)):
             places += [torch.arange((row + 1) * slots - length, (row + 1) * slots), own]
         return self._put(torch.cat(places))
 
@@ -82,13 +91,13 @@ class PackedSequences:
         """Cumulative lengths of queries and of keys, int32 `[sequences + 1]`."""
         return tuple(
             self._put(functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(torch.int32))
-            for lengths in (self.lengths, self.key_lengths)
+            for lengths in (self.segments, self.key_lengths)
         )
 
     @cached_property
     def runs(self) -> list[Run]:
         """Neighbours of equal lengths."""
-        shapes = itertools.groupby(zip(self.lengths, self.key_lengths, strict=True))
+        shapes = itertools.groupby(zip(self.segments, self.key_lengths, strict=True))
         folded = folded_heads(self.config.num_attention_heads, self.config.num_key_value_heads)
         return [Run(len(list(equal)), *shape, folded, self.inputs_embeds) for shape, equal in shapes]
 
@@ -146,7 +155,7 @@ def packed_attention(
         value,
         queries_start,
         keys_start,
-        max(packed.lengths),
+        max(packed.segments),
         max(packed.key_lengths),
         scale=kwargs["scaling"],
         window_size=(-1, 0),  # causal, and aligned to the last key
@@ -167,13 +176,14 @@ def padded_attention(
 ) -> torch.Tensor:
     """As `packed_attention`, through the attention implementation on rows that are padded for it."""
     query, key, value = (
-        _pad(states[0].transpose(0, 1), packed.lengths, packed.padded_index).transpose(1, 2)
+        _pad(states[0].transpose(0, 1)[: sum(packed.lengths)], packed.lengths, packed.padded_index).transpose(1, 2)
         for states in (query, key, value)
     )
     if prefix_key is not None:
         key, value = torch.cat((prefix_key.to(key), key), dim=2), torch.cat((prefix_value.to(value), value), dim=2)
     output, _ = attention(module, query, key, value, packed.padded_mask, **kwargs)
-    return output.flatten(0, 1).index_select(0, packed.padded_index)[None]
+    output = output.flatten(0, 1).index_select(0, packed.padded_index)
+    return functional.pad(output, (0, 0, 0, 0, 0, packed.filling))[None]
 
 
 def _behind_prefix(prefix: torch.Tensor | None, states: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
