@@ -14,7 +14,7 @@ from typing import Any
 
 from openai import AsyncOpenAI, OpenAIError
 
-from benchmarks.serving.requests import ChatQuestion
+from benchmarks.serving.requests import Question
 
 SECONDS_UNTIL_STUCK = 60
 """A request that has not ended after this time is stuck."""
@@ -57,8 +57,8 @@ def run_program(module: str, plan: dict[str, Any]) -> Any:
     return json.loads(done.stdout)
 
 
-def load(url: str, questions: Sequence[ChatQuestion], clients: int, seconds: float) -> list[Seen]:
-    """Streams answers to a number of clients, each of which asks its next question when it has its answer.
+def load(url: str, questions: Sequence[Question], clients: int, seconds: float) -> list[Seen]:
+    """Streams text completions to a number of clients, each of which asks its next question when it has its answer.
 
     Args:
         questions: after the last one the first comes again.
@@ -74,7 +74,7 @@ def make_client(url: str) -> AsyncOpenAI:
 
 
 async def _load(plan: dict[str, Any]) -> list[Seen]:
-    questions, seen = [ChatQuestion(**one) for one in plan["questions"]], []
+    questions, seen = [Question(**one) for one in plan["questions"]], []
     async with make_client(plan["url"]) as client:
         numbers = iter(range(10**9))
         end = time.monotonic() + plan["seconds"]
@@ -96,11 +96,12 @@ async def _load(plan: dict[str, Any]) -> list[Seen]:
     return seen
 
 
-async def _ask(client: AsyncOpenAI, question: ChatQuestion, seen: Seen) -> None:
+async def _ask(client: AsyncOpenAI, question: Question, seen: Seen) -> None:
+    # Of a text completion, no text is held back until its first line cannot be the name of a tool.
     finished = False
-    chunks = await client.chat.completions.create(
+    chunks = await client.completions.create(
         model=question.model,
-        messages=[{"role": "user", "content": question.content}],
+        prompt=question.content,
         max_tokens=question.max_tokens,
         temperature=0,
         stream=True,
@@ -110,7 +111,7 @@ async def _ask(client: AsyncOpenAI, question: ChatQuestion, seen: Seen) -> None:
         if chunk.choices:
             (choice,) = chunk.choices
             finished |= choice.finish_reason is not None
-            if not seen.first and (choice.delta.content or finished):
+            if not seen.first and (choice.text or finished):
                 seen.first = time.monotonic()
         elif chunk.usage is not None:
             seen.tokens = chunk.usage.completion_tokens

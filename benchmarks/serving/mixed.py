@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from openai import APIStatusError, AsyncOpenAI, OpenAIError
 
 from benchmarks.serving.clients import SECONDS_UNTIL_STUCK, make_client, run_program
-from benchmarks.serving.requests import ChatQuestion, Reference
+from benchmarks.serving.requests import Question, Reference
 from benchmarks.serving.server import Server
 
 _CLIENTS = 64
@@ -53,7 +53,7 @@ class Outcome:
 
 
 def send_mixed(
-    server: Server, questions: Sequence[ChatQuestion], references: Sequence[Reference], count: int, body_limit: int
+    server: Server, questions: Sequence[Question], references: Sequence[Reference], count: int, body_limit: int
 ) -> Outcome:
     """Sends so many requests of all kinds.
 

@@ -21,7 +21,7 @@ _NOISE = 1.0
 
 
 @dataclass(frozen=True)
-class ChatQuestion:
+class Question:
     """A greedy request.
 
     Attributes:
@@ -69,7 +69,7 @@ def make_prefixes(arguments: Any, folder: Path, count: int) -> list[str]:
 
 def make_questions(
     chat_format: ChatFormat, prefixes: Sequence[str], count: int, lengths: Lengths, seed: int
-) -> list[ChatQuestion]:
+) -> list[Question]:
     """Questions of random text to the prefixes in turn; no two begin alike, so that none is answered from the cache."""
     draw, vocabulary = random.Random(seed), chat_format.vocabulary
     questions = []
@@ -77,7 +77,7 @@ def make_questions(
         length = _normal(draw, lengths.question)
         text = vocabulary.decode([draw.randrange(3, len(vocabulary)) for _ in range(length)], skip_special_tokens=True)
         content = "".join(filter(_is_plain, text)) or "?"
-        questions.append(ChatQuestion(prefixes[number % len(prefixes)], content, _normal(draw, lengths.answer)))
+        questions.append(Question(prefixes[number % len(prefixes)], content, _normal(draw, lengths.answer)))
     return questions
 
 
@@ -117,22 +117,26 @@ class Generator:
         for name in prefixes:
             self.model.load_prefix(folder / name, name)
 
-    def single_run(self, question: ChatQuestion) -> Reference:
-        """The answer to a question alone."""
-        ((ids, finish_reason),) = self._read([question], self.generate([question]))
+    def single_run(self, question: Question) -> Reference:
+        """The answer to a question alone, in a chat."""
+        prompt = ChatTurn(self.chat_format, question.content).input_ids()
+        ((ids, finish_reason),) = self._read([question], self._generate([question], [prompt]))
         reader = AnswerReader(self.chat_format)
         text = "".join([*map(reader.add, ids), reader.finish()])
         return Reference(ids, text, finish_reason)
 
-    def tokens_of(self, questions: Sequence[ChatQuestion]) -> tuple[int, int]:
+    def tokens_of(self, questions: Sequence[Question]) -> tuple[int, int]:
         """Tokens of one batch: those that were asked for, and all that were computed."""
         new = self.generate(questions)
         return sum(len(ids) for ids, _ in self._read(questions, new)), new.numel()
 
+    def generate(self, questions: Sequence[Question]) -> torch.Tensor:
+        """Greedy continuations of the texts as one batch, padded on the left, to the longest answer."""
+        start, vocabulary = self.chat_format.start_ids, self.chat_format.vocabulary
+        return self._generate(questions, [[*start, *vocabulary.encode(one.content)] for one in questions])
+
     @torch.no_grad()
-    def generate(self, questions: Sequence[ChatQuestion]) -> torch.Tensor:
-        """Greedy tokens of the questions as one batch, padded on the left, to the longest answer."""
-        prompts = [ChatTurn(self.chat_format, question.content).input_ids() for question in questions]
+    def _generate(self, questions: Sequence[Question], prompts: Sequence[list[int]]) -> torch.Tensor:
         longest = max(map(len, prompts))
         ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
         mask = torch.zeros_like(ids)
@@ -153,7 +157,7 @@ class Generator:
         )
         return out[:, longest:].cpu()
 
-    def _read(self, questions: Sequence[ChatQuestion], new: torch.Tensor) -> list[tuple[list[int], str]]:
+    def _read(self, questions: Sequence[Question], new: torch.Tensor) -> list[tuple[list[int], str]]:
         found = []
         for question, row in zip(questions, new.tolist(), strict=True):
             ids = list(takewhile(lambda token: token not in self.chat_format.stop_ids, row[: question.max_tokens]))

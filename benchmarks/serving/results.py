@@ -32,8 +32,8 @@ def _quantity(what: str, theirs: str = "", unit: str = "", less: bool = True, di
 THROUGHPUT = _quantity("throughput", "one client", "tokens/s", less=False)
 BATCH = _quantity("throughput", "one padded batch by generate", "tokens/s", less=False)
 COMPUTED = _quantity("throughput", "this batch with the tokens after each answer's end", "tokens/s", less=False)
-FIRST = _quantity("time to first text, median", "one client", "ms")
-FIRST_P95 = _quantity("time to first text, 95th percentile", "one client", "ms")
+FIRST = _quantity("time to first token, median", "one client", "ms")
+FIRST_P95 = _quantity("time to first token, 95th percentile", "one client", "ms")
 MEMORY = _quantity("memory of the server, last quarter", "second quarter", "MiB")
 FAILED = _quantity("requests that fail", unit="requests")
 STUCK = _quantity("stuck requests", unit="requests")
@@ -177,7 +177,7 @@ def draw(path: Path, timeline: Timeline) -> None:
         throughput.set(ylabel="tokens/s")
         answered = [one for one in timeline.seen if not one.problem]
         first.plot([one.start - start for one in answered], [1000 * one.waited for one in answered], ".", markersize=2)
-        first.set(ylabel="time to first text, ms")
+        first.set(ylabel="time to first token, ms")
         memory.plot(times, [moment.memory for moment in moments])
         memory.set(ylabel="memory of the server, MiB")
         for axes in (throughput, first, memory):
