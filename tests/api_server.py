@@ -13,7 +13,7 @@ import uvicorn
 from openai import OpenAI
 
 from chatglm_ptuning.serving.api.app import Service, make_app
-from chatglm_ptuning.serving.api.command import ServeArguments, _bound_socket, make_service
+from chatglm_ptuning.serving.api.command import ServeArguments, bound_socket, make_service
 
 
 class Running:
@@ -21,11 +21,13 @@ class Running:
 
     Attributes:
         url: of the root.
+        prefix_dir: the folder of its prefixes.
     """
 
-    def __init__(self, service: Service, port: int) -> None:
+    def __init__(self, service: Service, port: int, prefix_dir: Path) -> None:
         self.service = service
         self.port = port
+        self.prefix_dir = prefix_dir
         self.url = f"http://127.0.0.1:{port}"
 
     def client(self, key: str = "none", **settings: Any) -> OpenAI:
@@ -37,13 +39,13 @@ class Running:
 def serving(base: Path, prefix_dir: Path, **flags: Any) -> Iterator[Running]:
     """Starts a server as the command does."""
     service = make_service(ServeArguments(model_name_or_path=str(base), prefix_dir=str(prefix_dir), **flags))
-    with _bound_socket("127.0.0.1", 0) as bound, service.engine:
+    with bound_socket("127.0.0.1", 0) as bound, service.engine:
         server = uvicorn.Server(uvicorn.Config(make_app(service), log_config=None, access_log=False))
         thread = threading.Thread(target=server.run, args=([bound],))
         thread.start()
         try:
             wait_for(lambda: server.started)
-            yield Running(service, bound.getsockname()[1])
+            yield Running(service, bound.getsockname()[1], prefix_dir)
         finally:
             server.should_exit = server.force_exit = True
             thread.join()

@@ -89,7 +89,7 @@ class TestChat:
     def test_prefixes_answer_by_their_names(self, client, server):
         model, tokenizer = server.service.engine.model, server.service.tokenizer
         for name in ("ads", "qa"):
-            model.load_prefix(server.service.models._folder.find(name)[0], name)
+            model.load_prefix(server.prefix_dir / name, name)
             expected, _ = model.chat(tokenizer, "问", do_sample=False, prefix=name, max_new_tokens=20)
             assert expected != ANSWER
             assert ask(client, model=name, max_tokens=20).choices[0].message.content == expected
@@ -304,6 +304,10 @@ class TestErrors:
     def test_an_id_outside_the_vocabulary(self, client):
         with pytest.raises(openai.BadRequestError, match="999999"):
             complete(client, [5, 999999])
+
+    def test_too_many_prompts(self, client):
+        with pytest.raises(openai.BadRequestError, match="4 answers"):
+            complete(client, ["a"] * 5)
 
     def test_log_probabilities_of_a_prompt(self, client):
         with pytest.raises(openai.BadRequestError, match="echo"):

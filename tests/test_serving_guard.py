@@ -89,7 +89,7 @@ class TestPrefixes:
         assert client.chat.completions.create(**REQUEST | {"model": "ads"}).choices
 
     def test_a_new_folder_is_served(self, server):
-        folder = server.service.models._folder.path
+        folder = server.prefix_dir
         shutil.copytree(folder / "ads", folder / "new")
         try:
             client = server.client("flag-key")

@@ -91,18 +91,15 @@ class Service:
             ApiError: if the request cannot be answered.
         """
         prefix = self.models.prefix_of(request.model)
+        if request.choices > self.limits.choices:
+            message = f"At most {self.limits.choices} answers in one request, got {request.choices}."
+            raise ApiError(400, message, "too_many_choices", "n")
         answers: list[Choice] = []
         try:
             prompts = make_prompts()
-            count = request.n or 1
-            if count * len(prompts) > self.limits.choices:
-                raise ApiError(
-                    400, f"At most {self.limits.choices} answers in one request, got {count * len(prompts)}.",
-                    "too_many_choices", "n",
-                )  # fmt: skip
             for place, prompt in enumerate(prompts):
                 most = self._new_tokens(request, len(prompt), prefix)
-                for number in range(count):
+                for number in range(request.n or 1):
                     settings = self._settings(request, most, number)
                     generation = self.engine.submit(prompt, settings, prefix)
                     answers.append(Choice(len(answers), place, generation, make_reader(prompt)))

@@ -117,7 +117,7 @@ def _is_own_address(host: str) -> bool:
         return host == "localhost"
 
 
-def _bound_socket(host: str, port: int) -> socket.socket:
+def bound_socket(host: str, port: int) -> socket.socket:
     """A socket that listens as soon as the server runs; bound first, so that a taken port is reported at once."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     bound = socket.socket(family, kind, protocol)
@@ -181,7 +181,7 @@ def main(argv: Sequence[str]) -> None:
     logging.getLogger("chatglm_ptuning").setLevel(logging.INFO)
     try:
         arguments.keys()
-        with _bound_socket(arguments.host, arguments.port) as bound:
+        with bound_socket(arguments.host, arguments.port) as bound:
             service = make_service(arguments)
             _tell(service, arguments, bound.getsockname())
             config = uvicorn.Config(

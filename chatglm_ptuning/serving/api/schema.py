@@ -174,6 +174,11 @@ class Request(_Strict):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
+    def choices(self) -> int:
+        """How many answers are asked for."""
+        return self.n or 1
+
+    @property
     def most_tokens(self) -> int | None:
         """Most tokens of an answer, as far as the request limits them."""
         return self.max_tokens
@@ -254,6 +259,11 @@ class CompletionRequest(Request):
         """The prompts."""
         several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
         return self.prompt if several else [self.prompt]
+
+    @property
+    def choices(self) -> int:
+        """See `Request`."""
+        return len(self.prompts) * (self.n or 1)
 
     @property
     def shown_logprobs(self) -> int | None:

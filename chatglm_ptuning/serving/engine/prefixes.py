@@ -49,11 +49,20 @@ class PrefixFolder:
         Raises:
             UnknownPrefix: if there is no prefix of this name.
         """
-        child = self._children().get(name)
+        child = self._child(name)
         place = None if child is None else _place(child)
         if place is None:
             raise UnknownPrefix(f"There is no prefix named {name!r}.")
         return place, (str(place), _state(place))
+
+    def _child(self, name: str) -> Path | None:
+        # Every request looks for one; the others are not examined.
+        try:
+            with os.scandir(self.path) as entries:
+                found = (one for one in entries if one.name == name and name[0] != "." and one.is_dir())
+                return next((Path(one.path) for one in found), None)
+        except FileNotFoundError:
+            return None
 
     def _children(self) -> dict[str, Path]:
         try:
