@@ -1,0 +1,1 @@
+"""Loads the server with many clients: `python -m benchmarks.serving` (docs/serving.md)."""
