@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from chatglm_ptuning.model.frozen_linear import apply_linear, is_frozen_linear, linear
+from chatglm_ptuning.model.frozen_linear import apply_linear, is_frozen_linear, linear, rounded_up
 from chatglm_ptuning.model.packed_sequences import last_tokens
 
 IGNORED_LABEL = -100
@@ -101,18 +101,19 @@ class _FrozenLinearCrossEntropy(torch.autograd.Function):
         parts = max(1, -(-len(states) // _STATES_AT_ONCE))
         grads = []
         for own, wanted in zip(states.tensor_split(parts), labels[:, None].tensor_split(parts), strict=True):
-            logits = linear(own, weight)
+            rows, filling = len(own), rounded_up(len(own)) - len(own)
+            logits = linear(functional.pad(own, (0, 0, 0, filling)), weight)
             scores = logits if logits.dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
             error = torch.log_softmax(logits, -1, dtype=torch.float32, out=scores)
-            total -= (1 - smoothing) * error.gather(-1, wanted).sum()
+            total -= (1 - smoothing) * error[:rows].gather(-1, wanted).sum()
             if smoothing:
-                total -= smoothing * error.mean(-1).sum()
-            error.exp_().scatter_add_(-1, wanted, error.new_full(wanted.shape, smoothing - 1))
+                total -= smoothing * error[:rows].mean(-1).sum()
+            error.exp_()[:rows].scatter_add_(-1, wanted, error.new_full(wanted.shape, smoothing - 1))
             if smoothing:
                 error -= smoothing / len(weight)
             if scores is not logits:
                 error = logits.copy_(error)
-            grads.append(linear(error, weight.T))
+            grads.append(linear(error, weight.T)[:rows])
         grad = torch.cat(grads)
         ctx.save_for_backward(grad)
         return total
