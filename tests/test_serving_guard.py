@@ -129,7 +129,12 @@ class TestSizes:
             assert connection.recv(1000).startswith(b"HTTP/1.1 408")
 
 
-def test_the_log_has_no_texts(server, caplog):
+def test_the_log_has_no_texts(server, caplog, monkeypatch):
+    # Other tests may have set levels of these loggers, or turned them off.
+    for name in ("chatglm_ptuning", "chatglm_ptuning.serving", "chatglm_ptuning.serving.api.guard"):
+        monkeypatch.setattr(logging.getLogger(name), "disabled", False)
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+        caplog.set_level(logging.DEBUG, logger=name)
     with caplog.at_level(logging.DEBUG):
         server.client("flag-key").chat.completions.create(
             model="base", messages=[{"role": "user", "content": "secret words"}], max_tokens=2
