@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
@@ -329,8 +330,10 @@ class TestLoad:
         assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
 
     @pytest.mark.parametrize("stream", [True, False])
-    def test_a_client_that_leaves_ends_its_answer(self, server, stream):
+    def test_a_client_that_leaves_ends_its_answer(self, server, stream, monkeypatch):
         engine = server.service.engine
+        step = engine._scheduler.step
+        monkeypatch.setattr(engine._scheduler, "step", lambda: time.sleep(0.02) or step())  # else the answer may end
         wait_for(lambda: engine.stats().running == 0)
         cancelled = engine.stats().requests.get("cancelled", 0)
         body = json.dumps({"model": "base", "prompt": "问", "max_tokens": 250, "n": 4, "temperature": 2.0,

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from dataclasses import replace
@@ -244,11 +245,14 @@ def test_errors_are_one_sentence_about_their_cause(start, prefixes, tmp_path, la
     assert "The worker failed." in texts.problem(language, too_long)
 
 
-def test_a_full_queue_names_the_time_to_wait(start):
+def test_a_full_queue_names_the_time_to_wait(start, monkeypatch):
     answerer, talk = start(slots=1, queue_limit=0), Talk()
+    released, step = threading.Event(), answerer.engine._scheduler.step
+    monkeypatch.setattr(answerer.engine._scheduler, "step", lambda: released.wait(30) and step())
     running = answerer.engine.submit([5, 6], SamplingSettings(200, temperature=2.0))
     (refused,) = ask(answerer, talk)
     running.cancel()
+    released.set()
     assert refused.finish_reason == "error" and " s" in texts.problem("en", refused)
     # The question is not repeated to the model, since it has no answer.
     assert talk.said(0) == []
