@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
 import signal
@@ -14,9 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatglm_ptuning.command_line import fail, parse_arguments
-from chatglm_ptuning.model.arguments import BaseArguments
 from chatglm_ptuning.model.chat_mixin import sampling_settings
-from chatglm_ptuning.prefix.latest import runs_folder
+from chatglm_ptuning.serving.arguments import FolderArguments, is_own_address
 from chatglm_ptuning.serving.engine.engine import Engine
 from chatglm_ptuning.serving.engine.prefixes import PrefixFolder
 
@@ -30,14 +28,9 @@ _SECONDS_TO_END = 5
 
 
 @dataclass
-class ServeArguments(BaseArguments):
+class ServeArguments(FolderArguments):
     """Flags of `chatglm-ptuning serve`."""
 
-    prefix_dir: str = field(
-        default_factory=lambda: str(runs_folder()),
-        metadata={"help": "folder whose subfolders are prefixes or training runs; a prefix's model name is its "
-                          "folder's (default: $CHATGLM_PTUNING_OUTPUT or output)"},
-    )  # fmt: skip
     host: str = field(default="127.0.0.1", metadata={"help": "address to listen on; others need an API key"})
     port: int = field(default=8000, metadata={"help": "port to listen on; 0 for a free one"})
     api_key: list[str] = field(
@@ -93,7 +86,7 @@ class ServeArguments(BaseArguments):
         admin = [*_keys_in(self.admin_key_file), *os.environ.get(_ADMIN_KEY_VARIABLE, "").split()]
         if any(not key.strip() or not key.isascii() or not key.isprintable() for key in (*api, *admin)):
             raise ValueError("A key must be ASCII text that is not empty.")
-        if not api and not self.no_api_key and not _is_own_address(self.host):
+        if not api and not self.no_api_key and not is_own_address(self.host):
             raise ValueError(
                 f"--host {self.host} lets other machines in: set keys by --api_key_file or ${_API_KEY_VARIABLE}, or "
                 "say --no_api_key to answer everyone."
@@ -108,13 +101,6 @@ def _keys_in(path: str | None) -> list[str]:
     if not keys:
         raise ValueError(f"{path} has no key; write one a line.")
     return keys
-
-
-def _is_own_address(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def bound_socket(host: str, port: int) -> socket.socket:

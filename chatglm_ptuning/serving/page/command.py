@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import signal
 from collections.abc import Sequence
@@ -12,10 +11,10 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from chatglm_ptuning.command_line import fail, parse_arguments
-from chatglm_ptuning.model.arguments import BaseArguments
 from chatglm_ptuning.model.chat_mixin import sampling_settings
 from chatglm_ptuning.model.stored_prefix import name_of_base
-from chatglm_ptuning.prefix.latest import find_latest_prefix, runs_folder
+from chatglm_ptuning.prefix.latest import find_latest_prefix
+from chatglm_ptuning.serving.arguments import FolderArguments, is_own_address
 from chatglm_ptuning.serving.engine.engine import Engine
 from chatglm_ptuning.serving.engine.prefixes import PrefixFolder
 from chatglm_ptuning.serving.page.talk import Answerer, AnswerSettings
@@ -28,14 +27,9 @@ _MOST_NEW_TOKENS = 1024
 
 
 @dataclass
-class WebDemoArguments(BaseArguments):
+class WebDemoArguments(FolderArguments):
     """Flags of `chatglm-ptuning web_demo`."""
 
-    prefix_dir: str = field(
-        default_factory=lambda: str(runs_folder()),
-        metadata={"help": "folder whose subfolders are prefixes or training runs (default: $CHATGLM_PTUNING_OUTPUT or "
-                          "output)"},
-    )  # fmt: skip
     host: str = field(
         default="127.0.0.1", metadata={"help": "address to listen on; 0.0.0.0 lets all other machines use the page"}
     )
@@ -54,13 +48,6 @@ class WebDemoArguments(BaseArguments):
         """The name of the prefix that was trained last; None if there is none."""
         latest = find_latest_prefix(self.prefix_dir)
         return None if latest is None else latest.relative_to(self.prefix_dir).parts[0]
-
-
-def _is_own_address(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _interrupt(*_: int | FrameType | None) -> None:
@@ -133,6 +120,6 @@ def _tell(arguments: WebDemoArguments, engine: Engine) -> None:
         print(f"Prefixes in {arguments.prefix_dir}: {', '.join(names)}")
     else:
         print(text("en", "no_prefix", folder=arguments.prefix_dir))
-    if not _is_own_address(arguments.host):
+    if not is_own_address(arguments.host):
         print(f"Everyone who reaches {arguments.host} can use the page.")
     print(f"Page: http://{arguments.host}:{arguments.port} (Ctrl-C ends it)", flush=True)
