@@ -73,6 +73,10 @@ def send_mixed(
     return Outcome(**run_program(__name__, plan))
 
 
+class _EngineFailed(Exception):
+    """A request without the client of OpenAI got the error of an engine that failed."""
+
+
 class MixedClients:
     """Sends the requests of a plan."""
 
@@ -115,6 +119,8 @@ class MixedClients:
             what = await asyncio.wait_for(self.kinds[kind][1](), SECONDS_UNTIL_STUCK)
         except asyncio.TimeoutError:
             what = "stuck"
+        except _EngineFailed:
+            what = await self._of_failed_engine(start)
         except OpenAIError as error:
             what = f"{type(error).__name__}: {error}"
             if getattr(error, "code", None) == _FAILED_ENGINE:
@@ -229,8 +235,9 @@ class MixedClients:
         number = self._number()
         status, reply = await self._post(self._body(number), pause=0.5)
         if status != 200:
-            code = json.loads(reply)["error"]["code"]
-            return await self._of_failed_engine(time.monotonic()) if code == _FAILED_ENGINE else f"status {status}"
+            if json.loads(reply)["error"]["code"] == _FAILED_ENGINE:
+                raise _EngineFailed
+            return f"status {status}"
         (choice,) = json.loads(reply)["choices"]
         return self._compared(number, choice["message"]["content"], choice["finish_reason"])
 
