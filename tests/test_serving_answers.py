@@ -61,12 +61,54 @@ def test_the_text_of_a_stream_is_that_of_all_its_ids(tokenizer):
             assert stream.text == tokenizer.vocabulary.decode(ids[: place + 1], skip_special_tokens=True)
 
 
-def test_the_pieces_are_the_parsed_answer(tokenizer):
+@pytest.mark.parametrize("names", [(), ("get", "查天气")])
+def test_the_pieces_are_the_parsed_answer(tokenizer, names):
     for ids in random_ids(tokenizer):
-        reader = AnswerReader(tokenizer.chat)
+        reader = AnswerReader(tokenizer.chat, tool_names=names)
         text = "".join(read(reader, ids))
-        assert reader.messages == tokenizer.chat.parse(ids).messages
-        assert text == reader.text == "\n".join(map(tokenizer.chat.text_of, reader.messages))
+        assert reader.messages == tokenizer.chat.parse(ids, names).messages
+        shown = [message for message in reader.messages if message.metadata not in names]
+        assert text == reader.text == "\n".join(map(tokenizer.chat.text_of, shown))
+
+
+@pytest.mark.parametrize("names", [(), ("get", "查天气")])
+def test_the_pieces_with_stop_strings_are_the_beginning_of_the_answer(tokenizer, names):
+    chance = random.Random(1)
+    for ids in random_ids(tokenizer):
+        ids = [index for index in ids if index != tokenizer.chat.next_message_id]
+        (message,) = tokenizer.chat.parse(ids, names).messages
+        whole = "" if message.metadata in names else tokenizer.chat.text_of(message)
+        places = [chance.randrange(len(message.content) or 1) for _ in range(3)]
+        stops = [stop for place in places if (stop := message.content[place : place + 3].strip())]
+        ends = [place for stop in stops if (place := whole.find(stop, len(whole) - len(message.content))) >= 0]
+        expected = whole[: min(ends, default=len(whole))] if whole else ""
+        text = "".join(read(AnswerReader(tokenizer.chat, stops, names), ids))
+        assert text.rstrip() == expected.rstrip()
+
+
+@pytest.mark.parametrize("said_first", ["search", "查天气", "get", "甲"])
+def test_without_tools_no_text_is_held_back(tokenizer, said_first):
+    reader = AnswerReader(tokenizer.chat)
+    for index in tokenizer.chat.answer_header():
+        assert reader.add(index) == ""
+    shown = ""
+    for index in tokenizer.vocabulary.encode(said_first):
+        shown += reader.add(index)
+        said_now = reader.messages[0].content
+        assert shown == said_now or said_now.endswith("\ufffd")
+    assert shown == said_first
+
+
+@pytest.mark.parametrize("name", ["chatglm3", "glm4"])
+def test_without_tools_a_first_line_like_a_tools_name_is_text(request, name):
+    tokenizer = request.getfixturevalue(name)
+    ids = tokenizer.vocabulary.encode("search\n{}")
+    reader = AnswerReader(tokenizer.chat)
+    pieces = read(reader, ids)
+    assert "".join(pieces) == "search\n{}" and len(pieces) > 1
+    assert [(message.metadata, message.content) for message in reader.messages] == [("", "search\n{}")]
+    assert tokenizer.chat.parse(ids, ()).messages == reader.messages
+    assert tokenizer.chat.parse(ids).messages[0].metadata == "search"  # as the official chat reads it
 
 
 def test_no_piece_ends_within_a_character(tokenizer):

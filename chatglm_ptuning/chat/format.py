@@ -167,16 +167,17 @@ class ChatFormat(ABC):
     def training_parts(self, conversation: Conversation) -> list[Conversation]:
         """Conversations that together supervise every supervised answer once, each ending with such an answer."""
 
-    def parse(self, ids: Sequence[int], tool_names: Sequence[str] = ()) -> Parsed:
+    def parse(self, ids: Sequence[int], tool_names: Sequence[str] | None = None) -> Parsed:
         """The messages in generated ids, which may be incomplete; they end before the first stop id.
 
         Args:
-            tool_names: names of the tools that the model may call.
+            tool_names: names of the tools that the model may call. Any first line that looks like a tool's name is one,
+                too, as in the official code, unless there are no tools (empty). None if it is not known.
         """
         return self.parse_texts(self._texts(ids), tool_names)
 
     @abstractmethod
-    def parse_texts(self, texts: Sequence[str], tool_names: Sequence[str] = ()) -> Parsed:
+    def parse_texts(self, texts: Sequence[str], tool_names: Sequence[str] | None = None) -> Parsed:
         """As `parse`, of the decoded texts between `next_message_id`; at least one."""
 
     def text_of(self, answer: Message) -> str:
@@ -241,7 +242,7 @@ class TextFormat(ChatFormat):
             if message.loss
         ]
 
-    def parse_texts(self, texts: Sequence[str], tool_names: Sequence[str] = ()) -> Parsed:
+    def parse_texts(self, texts: Sequence[str], tool_names: Sequence[str] | None = None) -> Parsed:
         """One message with the whole text."""
         text = "".join(texts)
         return Parsed([Message("assistant", self._shown(text))], ends_amid_something(text))

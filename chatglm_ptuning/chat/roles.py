@@ -94,7 +94,7 @@ class RoleFormat(ChatFormat):
         whole = conversation.until_last_learned()
         return [whole] if whole.messages else []
 
-    def parse_texts(self, texts: Sequence[str], tool_names: Sequence[str] = ()) -> Parsed:
+    def parse_texts(self, texts: Sequence[str], tool_names: Sequence[str] | None = None) -> Parsed:
         """One message for each text between `<|assistant|>` tokens."""
         messages, text = [], ""
         for text in texts:
@@ -122,20 +122,27 @@ class RoleFormat(ChatFormat):
         return message.content if message.arguments is None else message.arguments
 
 
-def _split_metadata(text: str, tool_names: Sequence[str]) -> tuple[str, str]:
+def _split_metadata(text: str, tool_names: Sequence[str] | None) -> tuple[str, str]:
     """The metadata line and what follows it.
 
     A first line that cannot be a tool's name belongs to the answer: a prefix may have learnt to omit the metadata line.
     """
     first, newline, rest = text.partition("\n")
     name = first.strip()
-    if newline and (not name or name in tool_names or _TOOL_NAME.fullmatch(name)):
+    if newline and (not name or _is_tool_name(name, tool_names)):
         return name, rest
     return "", text
 
 
-def _may_be_metadata(text: str, tool_names: Sequence[str]) -> bool:
+def _may_be_metadata(text: str, tool_names: Sequence[str] | None) -> bool:
     name = text.strip()
     return "\n" not in text and (
-        not name or _TOOL_NAME.fullmatch(name) is not None or any(tool.startswith(name) for tool in tool_names)
+        not name or _is_tool_name(name, tool_names) or any(tool.startswith(name) for tool in tool_names or ())
     )
+
+
+def _is_tool_name(name: str, tool_names: Sequence[str] | None) -> bool:
+    if tool_names is None:
+        return _TOOL_NAME.fullmatch(name) is not None
+    # A model may call a tool that it was not offered, but none if it was offered none.
+    return bool(tool_names) and (name in tool_names or _TOOL_NAME.fullmatch(name) is not None)

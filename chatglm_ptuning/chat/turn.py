@@ -62,7 +62,8 @@ class ChatTurn:
 
     def read(self, generated_ids: Sequence[int]) -> Answer:
         """The answer in these ids, which may be incomplete; it ends before the first stop id."""
-        messages, unfinished = self.chat_format.parse(generated_ids, self.tool_names)
+        # The official code takes a tool's name for one even if the history has no tools.
+        messages, unfinished = self.chat_format.parse(generated_ids, self.tool_names or None)
         last = messages[-1]
         response: str | dict[str, Any] = last.content
         if last.metadata:

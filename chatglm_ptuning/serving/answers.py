@@ -68,7 +68,8 @@ class AnswerReader:
 
     Args:
         stop: the answer ends before the first of these texts; they are looked for in its text, not in tool calls.
-        tool_names: names of the tools that the model may call. A message with another name is text.
+        tool_names: names of the tools that the model may call. A message with another name is text. Without tools,
+            no text is held back for a name.
         context: ids of the prompt, if the answer continues its text without a separation.
         show_calls: whether tool calls belong to the text, each as the name of its tool and, on the next line, the call.
 
