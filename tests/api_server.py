@@ -12,8 +12,9 @@ from typing import Any
 import uvicorn
 from openai import OpenAI
 
-from chatglm_ptuning.serving.api.app import Service, make_app
+from chatglm_ptuning.serving.api.app import make_app
 from chatglm_ptuning.serving.api.command import ServeArguments, bound_socket, make_service
+from chatglm_ptuning.serving.api.service import Service
 
 
 class Running:
@@ -40,7 +41,7 @@ def serving(base: Path, prefix_dir: Path, **flags: Any) -> Iterator[Running]:
     """Starts a server as the command does."""
     service = make_service(ServeArguments(model_name_or_path=str(base), prefix_dir=str(prefix_dir), **flags))
     with bound_socket("127.0.0.1", 0) as bound, service.engine:
-        server = uvicorn.Server(uvicorn.Config(make_app(service), log_config=None, access_log=False))
+        server = uvicorn.Server(uvicorn.Config(make_app(service), ws="none", log_config=None, access_log=False))
         thread = threading.Thread(target=server.run, args=([bound],))
         thread.start()
         try:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import socket
+import time
 
 import httpx2
 import openai
@@ -109,6 +111,68 @@ class TestPrefixes:
         assert self.change(server, "POST", "base").status_code == 400
 
 
+def send_then_read(server, head, body, piece=2**16, pause=0.0):
+    """Sends the whole body in pieces, whatever the server does, and only then reads the response."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(head.encode() + b"\r\n\r\n")
+        for start in range(0, len(body), piece):
+            connection.sendall(body[start : start + piece])
+            time.sleep(pause)
+        reply = b"".join(iter(lambda: connection.recv(2**16), b""))
+    head, _, content = reply.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(content)["error"]
+
+
+class TestRefusedWhileTheClientSends:
+    BODY = b"a" * 3 * 2**20
+    CHUNKED = b"".join(b"10000\r\n" + b"a" * 2**16 + b"\r\n" for _ in range(48)) + b"0\r\n\r\n"
+    POST = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json"
+    KEY = "\r\nAuthorization: Bearer flag-key"
+    LENGTH = f"\r\nContent-Length: {len(BODY)}"
+
+    @pytest.mark.parametrize("connection", ["", "\r\nConnection: close"])
+    @pytest.mark.parametrize("is_chunked", [False, True])
+    @pytest.mark.parametrize(("key", "status", "code"), [("", 401, "invalid_api_key"), (KEY, 413, "request_too_large")])
+    def test_the_client_gets_the_status(self, server, connection, is_chunked, key, status, code):
+        length = "\r\nTransfer-Encoding: chunked" if is_chunked else self.LENGTH
+        body = self.CHUNKED if is_chunked else self.BODY
+        got, error = send_then_read(server, self.POST + key + length + connection, body, pause=0.002)
+        assert (got, error["code"]) == (status, code)
+        assert error.keys() == {"message", "type", "param", "code"}
+
+    def test_the_admin_routes(self, server):
+        head = self.POST.replace("completions", "prefixes") + self.KEY + self.LENGTH
+        got, error = send_then_read(server, head, self.BODY)
+        assert (got, error["code"]) == (403, "admin_key_needed")
+
+    def test_a_slow_client(self, server, monkeypatch):
+        monkeypatch.setattr(guard, "_SECONDS_FOR_A_BODY", 0.1)
+        body = b"a" * 1000
+        head = f"{self.POST}{self.KEY}\r\nContent-Length: {len(body)}"
+        got, error = send_then_read(server, head, body, piece=200, pause=0.1)
+        assert (got, error["code"]) == (408, "timeout")
+
+    @pytest.mark.parametrize(("name", "limit"), [("_SECONDS_TO_DISCARD", 0.2), ("_BYTES_TO_DISCARD", 1000)])
+    def test_the_server_does_not_wait_forever(self, server, monkeypatch, name, limit):
+        monkeypatch.setattr(guard, name, limit)
+        with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
+            connection.sendall((self.POST + self.KEY + self.LENGTH).encode() + b"\r\n\r\n" + b"a" * 2000)
+            reply = b"".join(iter(lambda: connection.recv(2**16), b""))
+        assert reply.startswith(b"HTTP/1.1 413") and b"connection: close" in reply
+
+    def test_a_client_that_waits_for_leave_to_send(self, server):
+        head = self.POST + self.KEY + self.LENGTH + "\r\nExpect: 100-continue\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
+            connection.sendall(head.encode())
+            assert connection.recv(2**16).startswith(b"HTTP/1.1 413")
+
+    def test_a_request_without_body_is_refused_at_once(self, server):
+        start = time.monotonic()
+        for _ in range(3):
+            assert httpx2.get(f"{server.url}/v1/models").status_code == 401
+        assert time.monotonic() - start < 5
+
+
 class TestSizes:
     def test_a_large_body(self, server):
         response = httpx2.post(f"{server.url}/v1/completions", json={"prompt": "a" * 5000}, headers=bearer("flag-key"))
@@ -165,6 +229,45 @@ class TestAddresses:
         (tmp_path / "keys").write_text("\n")
         with pytest.raises(ValueError, match="keys has no key"):
             ServeArguments(api_key_file=str(tmp_path / "keys")).keys()
+
+
+class TestPagesOfOtherSites:
+    """A web page in a visitor's browser must not use a server without keys on this machine."""
+
+    @pytest.fixture(scope="class")
+    def open_server(self, base, tmp_path_factory):
+        with serving(base, tmp_path_factory.mktemp("open"), slots=1) as running:
+            yield running
+
+    @pytest.mark.parametrize(
+        "host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "[", "10.0.0.1", ""]
+    )
+    @pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/openapi.json", "/health"])
+    def test_another_name_for_this_machine(self, open_server, host, path):
+        response = httpx2.get(open_server.url + path, headers={"Host": host})
+        assert (response.status_code, response.json()["error"]["code"]) == (403, "host_not_allowed")
+
+    @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1:8000", "[::1]:8000", "127.0.0.5"])
+    def test_its_own_names(self, open_server, host):
+        assert httpx2.get(f"{open_server.url}/v1/models", headers={"Host": host}).status_code == 200
+
+    def test_programs_without_a_host(self, open_server):
+        with socket.create_connection(("127.0.0.1", open_server.port)) as connection:
+            connection.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+
+    @pytest.mark.parametrize("kind", ["text/plain", None, "application/x-www-form-urlencoded"])
+    def test_a_post_that_needs_no_leave_of_the_server(self, open_server, kind):
+        headers = {"Origin": "http://evil.example"} | ({"Content-Type": kind} if kind else {})
+        response = httpx2.post(
+            f"{open_server.url}/v1/chat/completions", content=json.dumps(REQUEST).encode(), headers=headers
+        )
+        assert response.status_code == 400
+        assert "access-control-allow-origin" not in response.headers
+
+    def test_with_keys_any_name_is_right(self, server):
+        headers = bearer("flag-key") | {"Host": "llm.example"}
+        assert httpx2.get(f"{server.url}/v1/models", headers=headers).status_code == 200
 
 
 def test_without_an_admin_key_nobody_changes_prefixes(base, tmp_path):

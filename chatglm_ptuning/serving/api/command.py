@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatglm_ptuning.command_line import fail, parse_arguments
@@ -17,9 +15,10 @@ from chatglm_ptuning.model.chat_mixin import sampling_settings
 from chatglm_ptuning.serving.arguments import FolderArguments, is_own_address
 from chatglm_ptuning.serving.engine.engine import Engine
 from chatglm_ptuning.serving.engine.prefixes import PrefixFolder
+from chatglm_ptuning.serving.keys import KeySet, read_keys
 
 if TYPE_CHECKING:
-    from chatglm_ptuning.serving.api.app import Service
+    from chatglm_ptuning.serving.api.service import Service
 
 _API_KEY_VARIABLE = "CHATGLM_PTUNING_API_KEY"
 _ADMIN_KEY_VARIABLE = "CHATGLM_PTUNING_ADMIN_KEY"
@@ -80,27 +79,16 @@ class ServeArguments(FolderArguments):
 
         Raises:
             OSError: if a file cannot be read.
-            ValueError: if a file has no key, or the address needs keys and there are none.
+            ValueError: if there is a fault in the keys, or the address needs some and there are none.
         """
-        api = [*self.api_key, *_keys_in(self.api_key_file), *os.environ.get(_API_KEY_VARIABLE, "").split()]
-        admin = [*_keys_in(self.admin_key_file), *os.environ.get(_ADMIN_KEY_VARIABLE, "").split()]
-        if any(not key.strip() or not key.isascii() or not key.isprintable() for key in (*api, *admin)):
-            raise ValueError("A key must be ASCII text that is not empty.")
+        api = read_keys(self.api_key_file, _API_KEY_VARIABLE, self.api_key)
+        admin = read_keys(self.admin_key_file, _ADMIN_KEY_VARIABLE)
         if not api and not self.no_api_key and not is_own_address(self.host):
             raise ValueError(
                 f"--host {self.host} lets other machines in: set keys by --api_key_file or ${_API_KEY_VARIABLE}, or "
                 "say --no_api_key to answer everyone."
             )
         return api, admin
-
-
-def _keys_in(path: str | None) -> list[str]:
-    if path is None:
-        return []
-    keys = Path(path).read_text(encoding="utf-8").split()
-    if not keys:
-        raise ValueError(f"{path} has no key; write one a line.")
-    return keys
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
@@ -118,9 +106,9 @@ def make_service(arguments: ServeArguments) -> Service:
     Raises:
         OSError, ValueError, ImportError: if the base cannot be loaded, or a setting is out of range.
     """
-    from chatglm_ptuning.serving.api.app import Limits, Service
-    from chatglm_ptuning.serving.api.guard import Keys
+    from chatglm_ptuning.serving.api.guard import Access
     from chatglm_ptuning.serving.api.models import Models
+    from chatglm_ptuning.serving.api.service import Limits, Service
 
     api, admin = arguments.keys()
     tokenizer, model = arguments.load_tokenizer(), arguments.load_model()
@@ -141,7 +129,7 @@ def make_service(arguments: ServeArguments) -> Service:
         Models(engine, folder, arguments.model_name_or_path, time.time()),
         {"temperature": sampling["temperature"] if sampling["do_sample"] else 0.0, "top_p": sampling["top_p"]},
         Limits(arguments.max_request_kb * 2**10, arguments.max_choices, arguments.max_new_tokens),
-        Keys(api, admin),
+        Access(KeySet(api), KeySet(admin), own_hosts_only=not api and is_own_address(arguments.host)),
     )
 
 
@@ -171,7 +159,11 @@ def main(argv: Sequence[str]) -> None:
             service = make_service(arguments)
             _tell(service, arguments, bound.getsockname())
             config = uvicorn.Config(
-                make_app(service), log_config=None, access_log=False, timeout_graceful_shutdown=_SECONDS_TO_END
+                make_app(service),
+                ws="none",
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=_SECONDS_TO_END,
             )
             # After its end the server raises the signal again, which would kill the process.
             for number in (signal.SIGTERM, signal.SIGINT):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -136,7 +136,12 @@ class Request(_Strict):
 
     `top_k` and `repetition_penalty` are not OpenAI's. The fields without effect are those of OpenAI that change nothing
     in an answer.
+
+    Class attributes:
+        prompt_field: the field that becomes the prompt.
     """
+
+    prompt_field: ClassVar[str]
 
     model: str = Field(description="`base`, or the name of a prefix")
     n: int | None = Field(None, ge=1, description="answers to each prompt")
@@ -192,6 +197,8 @@ class Request(_Strict):
 class ChatRequest(Request):
     """`POST /v1/chat/completions`."""
 
+    prompt_field = "messages"
+
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, description="most tokens of an answer")
     logprobs: bool | None = None
@@ -239,6 +246,8 @@ Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 class CompletionRequest(Request):
     """`POST /v1/completions`: a text is continued, without chat format."""
+
+    prompt_field = "prompt"
 
     prompt: str | Ids | Annotated[list[str | Ids], Field(min_length=1)] = Field(
         description="a text or token ids, or several of them"
