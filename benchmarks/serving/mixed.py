@@ -209,8 +209,7 @@ class MixedClients:
         return "answered"
 
     async def _too_large(self) -> str:
-        # Without a body: a connection that is closed while bytes arrive is reset, perhaps before the reply is read.
-        return _refused(await self._post(b"", length=self.plan["body_limit"] + 1), 413)
+        return _refused(await self._post(b"a" * (self.plan["body_limit"] + 1)), 413)
 
     async def _malformed(self) -> str:
         good = json.loads(self._body(self._number()))
@@ -262,18 +261,17 @@ class MixedClients:
         return (await self._post(body))[0]
 
     async def _post(
-        self, body: bytes, pause: float = 0, length: int | None = None, method: str = "POST", path: str | None = None
+        self, body: bytes, pause: float = 0, method: str = "POST", path: str | None = None
     ) -> tuple[int, bytes]:
         """Status and body of the reply to a body that no client of OpenAI's would send.
 
         Args:
             pause: seconds before the second half.
-            length: that the header declares, if it is not the body's.
         """
         reader, writer = await asyncio.open_connection(self.host, self.port)
         head = (
             f"{method} {path or self.path} HTTP/1.1\r\nHost: {self.host}\r\nContent-Type: application/json\r\n"
-            f"Connection: close\r\nContent-Length: {len(body) if length is None else length}\r\n\r\n"
+            f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         try:
             writer.write(head.encode() + body[: len(body) // 2])
