@@ -16,6 +16,7 @@ import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
+import httpx2
 import pytest
 from tiny_base import ANSWERS, make_prefix
 from tiny_chat_base import write_base, write_prefix
@@ -27,6 +28,7 @@ from chatglm_ptuning.serving.engine.engine import Engine
 from chatglm_ptuning.serving.engine.prefixes import PrefixFolder
 from chatglm_ptuning.serving.engine.request import EngineError, SamplingSettings
 from chatglm_ptuning.serving.engine.scheduler import Scheduler
+from chatglm_ptuning.serving.keys import KeySet
 from chatglm_ptuning.serving.page import command, texts
 from chatglm_ptuning.serving.page.talk import Answerer, AnswerSettings, Talk
 
@@ -413,7 +415,7 @@ def opened(served, browser, tmp_path, monkeypatch):
             engine, blocks = command.prepare(arguments)
             stack.enter_context(engine)
             stack.callback(blocks.close)
-            launch_page(blocks, "127.0.0.1", arguments.port, 8)
+            launch_page(blocks, "127.0.0.1", arguments.port, 8, KeySet())
             context = browser.new_context(locale=language, viewport={"width": width, "height": 900})
             stack.callback(context.close)
             page = OpenedPage(context.new_page(), engine, runs)
@@ -442,6 +444,64 @@ def greedy(served):
 def visible(text: str) -> str:
     """A text as comparable with what a browser shows."""
     return "".join(character for character in text if character.isprintable() and not character.isspace())
+
+
+class TestWhoMayUseThePage:
+    @pytest.fixture(autouse=True)
+    def no_password(self, monkeypatch):
+        monkeypatch.delenv("CHATGLM_PTUNING_PASSWORD", raising=False)
+
+    @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.com"])
+    def test_another_address_needs_a_password(self, host, monkeypatch, tmp_path):
+        with pytest.raises(ValueError, match=r"--password_file.*--no_password"):
+            command.WebDemoArguments(host=host).passwords()
+        assert command.WebDemoArguments(host=host, no_password=True).passwords() == []
+        (tmp_path / "passwords").write_text("a\nb\n")
+        arguments = command.WebDemoArguments(host=host, password_file=str(tmp_path / "passwords"))
+        monkeypatch.setenv("CHATGLM_PTUNING_PASSWORD", "c")
+        assert arguments.passwords() == ["a", "b", "c"]
+
+    def test_the_own_address_needs_none(self):
+        assert command.WebDemoArguments(host="127.0.0.1").passwords() == []
+
+    def test_the_command_refuses_an_open_page(self, capsys):
+        pytest.importorskip("gradio", reason="gradio is not installed")
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["web_demo", "--host", "0.0.0.0"])
+        assert ended.value.code == 1
+        assert "--no_password" in capsys.readouterr().err
+
+    @pytest.fixture
+    def launched(self):
+        """Launches an empty page with these passwords, and makes a client of it."""
+        gradio = pytest.importorskip("gradio", reason="gradio is not installed")
+        from chatglm_ptuning.serving.page.layout import launch_page
+
+        with contextlib.ExitStack() as stack:
+
+            def launch(*passwords: str) -> httpx2.Client:
+                port = free_port()
+                with gradio.Blocks() as blocks:
+                    gradio.Markdown("inside")
+                stack.callback(blocks.close)
+                launch_page(blocks, "127.0.0.1", port, 1, KeySet(passwords))
+                return stack.enter_context(httpx2.Client(base_url=f"http://127.0.0.1:{port}"))
+
+            yield launch
+
+    def test_a_visitor_must_know_a_password(self, launched):
+        client = launched("secret", "other")
+        assert client.get("/config").status_code == 401
+        for wrong in ("", "secre", "SECRET", "secret-"):
+            assert client.post("/login", data={"username": "a", "password": wrong or "-"}).status_code == 400
+        assert client.get("/config").status_code == 401
+        assert client.post("/login", data={"username": "anyone", "password": "other"}).status_code == 200
+        assert client.get("/config").status_code == 200
+
+    def test_without_passwords_the_page_has_only_the_names_of_this_machine(self, launched):
+        client = launched()
+        for host, status in (("localhost:7860", 200), ("127.0.0.1", 200), ("[::1]:80", 200), ("evil.example", 400)):
+            assert client.get("/config", headers={"Host": host}).status_code == status
 
 
 @pytest.mark.slow

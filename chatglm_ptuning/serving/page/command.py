@@ -17,12 +17,14 @@ from chatglm_ptuning.prefix.latest import find_latest_prefix
 from chatglm_ptuning.serving.arguments import FolderArguments, is_own_address
 from chatglm_ptuning.serving.engine.engine import Engine
 from chatglm_ptuning.serving.engine.prefixes import PrefixFolder
+from chatglm_ptuning.serving.keys import KeySet, read_keys
 from chatglm_ptuning.serving.page.talk import Answerer, AnswerSettings
 from chatglm_ptuning.serving.page.texts import text
 
 if TYPE_CHECKING:
     from gradio import Blocks
 
+_PASSWORD_VARIABLE = "CHATGLM_PTUNING_PASSWORD"
 _MOST_NEW_TOKENS = 1024
 
 
@@ -31,9 +33,18 @@ class WebDemoArguments(FolderArguments):
     """Flags of `chatglm-ptuning web_demo`."""
 
     host: str = field(
-        default="127.0.0.1", metadata={"help": "address to listen on; 0.0.0.0 lets all other machines use the page"}
+        default="127.0.0.1",
+        metadata={"help": "address to listen on; 0.0.0.0 lets other machines use the page; others need a password"},
     )
     port: int = field(default=7860, metadata={"help": "port to listen on"})
+    password_file: str | None = field(
+        default=None,
+        metadata={"help": "file with passwords of which a visitor must enter one, one a line; or "
+                          f"${_PASSWORD_VARIABLE}"},
+    )  # fmt: skip
+    no_password: bool = field(
+        default=False, metadata={"help": "let everyone in who reaches an address other than this machine's own"}
+    )
     slots: int = field(default=4, metadata={"help": "answers that are generated at the same time"})
     queue_limit: int = field(default=64, metadata={"help": "questions that may wait; more are refused"})
 
@@ -43,6 +54,21 @@ class WebDemoArguments(FolderArguments):
         for name, least in (("slots", 1), ("queue_limit", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+
+    def passwords(self) -> list[str]:
+        """The passwords, from file and environment.
+
+        Raises:
+            OSError: if the file cannot be read.
+            ValueError: if there is a fault in the passwords, or the address needs some and there are none.
+        """
+        passwords = read_keys(self.password_file, _PASSWORD_VARIABLE)
+        if not passwords and not self.no_password and not is_own_address(self.host):
+            raise ValueError(
+                f"--host {self.host} lets other machines in: set passwords by --password_file or "
+                f"${_PASSWORD_VARIABLE}, or say --no_password to let everyone in."
+            )
+        return passwords
 
     def newest(self) -> str | None:
         """The name of the prefix that was trained last; None if there is none."""
@@ -99,27 +125,28 @@ def main(argv: Sequence[str]) -> None:
         fail(f"web_demo needs gradio ({error}): pip install 'chatglm-ptuning[web_demo]'.")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     try:
+        passwords = KeySet(arguments.passwords())
         engine, page = prepare(arguments)
         with engine:
             try:
-                launch_page(page, arguments.host, arguments.port, arguments.slots + arguments.queue_limit)
+                launch_page(page, arguments.host, arguments.port, arguments.slots + arguments.queue_limit, passwords)
             except OSError:
                 fail(
                     f"cannot listen on {arguments.host} at port {arguments.port}: is it taken? Name another by --port."
                 )
-            _tell(arguments, engine)
+            _tell(arguments, engine, bool(passwords))
             signal.signal(signal.SIGTERM, _interrupt)
             page.block_thread()
     except (OSError, ValueError, ImportError) as error:
         fail(str(error))
 
 
-def _tell(arguments: WebDemoArguments, engine: Engine) -> None:
+def _tell(arguments: WebDemoArguments, engine: Engine, needs_password: bool) -> None:
     print(f"Base: {arguments.model_name_or_path} on {engine.model.device}")
     if names := engine.prefix_names():
         print(f"Prefixes in {arguments.prefix_dir}: {', '.join(names)}")
     else:
         print(text("en", "no_prefix", folder=arguments.prefix_dir))
-    if not is_own_address(arguments.host):
+    if not needs_password and not is_own_address(arguments.host):
         print(f"Everyone who reaches {arguments.host} can use the page.")
     print(f"Page: http://{arguments.host}:{arguments.port} (Ctrl-C ends it)", flush=True)

@@ -11,8 +11,12 @@ from html import escape
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from chatglm_ptuning.model.arguments import PLAIN_BASE
+from chatglm_ptuning.serving.arguments import is_own_address
+from chatglm_ptuning.serving.keys import KeySet
 from chatglm_ptuning.serving.page.talk import Answerer, AnswerSettings, Talk
 from chatglm_ptuning.serving.page.texts import LANGUAGES, language_of, note, problem, text
 
@@ -54,6 +58,7 @@ _DOWNLOAD = """(content) => {
     link.click();
     URL.revokeObjectURL(link.href);
 }"""
+_ASKS_FOR_PASSWORD = "用户名任意，请输入密码。 · Any user name; enter the password."
 _SYSTEM_FONTS = ["system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
 
 
@@ -83,11 +88,12 @@ def make_page(answerer: Answerer, settings: PageSettings) -> gr.Blocks:
     return _Page(answerer, settings).blocks
 
 
-def launch_page(page: gr.Blocks, host: str, port: int, visitors: int) -> None:
+def launch_page(page: gr.Blocks, host: str, port: int, visitors: int, passwords: KeySet) -> None:
     """Serves the page from threads of its own, never through Gradio's relay.
 
     Args:
         visitors: how many answers are shown at the same time.
+        passwords: a visitor must enter one of them, with any user name; without any, everyone may use the page.
 
     Raises:
         OSError: if the address cannot be used.
@@ -99,17 +105,26 @@ def launch_page(page: gr.Blocks, host: str, port: int, visitors: int) -> None:
     page.queue(default_concurrency_limit=None).launch(
         server_name=host,
         server_port=port,
+        auth=(lambda _, password: password in passwords) if passwords else None,
+        auth_message=_ASKS_FOR_PASSWORD,
         share=False,
         quiet=True,
         prevent_thread_lock=True,
         max_threads=2 * visitors + 8,
         footer_links=[],
+        app_kwargs={} if passwords or not is_own_address(host) else {"middleware": [_own_hosts_only(host)]},
         ssr_mode=False,
         # Without fonts from other servers.
         theme=gr.themes.Default(font=_SYSTEM_FONTS, font_mono=["ui-monospace", "monospace"]),
         css=_CSS,
         js=_UNESCAPED_COPIES,
     )
+
+
+def _own_hosts_only(host: str) -> Middleware:
+    """Refuses web pages that let a name of their own point to this machine, to use the page through a browser."""
+    allowed = ["localhost", "127.0.0.1", "[::1]", host]
+    return Middleware(TrustedHostMiddleware, allowed_hosts=allowed, www_redirect=False)
 
 
 class _Page:
