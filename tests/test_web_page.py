@@ -408,18 +408,23 @@ def opened(served, browser, tmp_path, monkeypatch):
     runs = shutil.copytree(served / "runs", tmp_path / "runs")
     with contextlib.ExitStack() as stack:
 
-        def open_page(language: str = "en-US", width: int = 1200, **flags) -> OpenedPage:
+        def open_page(language: str = "en-US", width: int = 1200, passwords=(), **flags) -> OpenedPage:
             arguments = command.WebDemoArguments(
                 model_name_or_path=str(served / "base"), prefix_dir=str(runs), port=free_port(), **flags
             )
             engine, blocks = command.prepare(arguments)
             stack.enter_context(engine)
             stack.callback(blocks.close)
-            launch_page(blocks, "127.0.0.1", arguments.port, 8, KeySet())
+            launch_page(blocks, "127.0.0.1", arguments.port, 8, KeySet(passwords))
             context = browser.new_context(locale=language, viewport={"width": width, "height": 900})
             stack.callback(context.close)
             page = OpenedPage(context.new_page(), engine, runs)
             page.page.goto(f"http://127.0.0.1:{arguments.port}")
+            if passwords:
+                page.page.get_by_text("enter the password").wait_for()
+                page.page.locator("input").nth(0).fill("anyone")
+                page.page.locator("input[type=password]").fill(passwords[0])
+                page.page.get_by_role("button").click()
             placeholder = "Message" if language.startswith("en") else "消息"
             page.page.wait_for_selector(f"#message textarea[placeholder*='{placeholder}']")
             return page
@@ -548,6 +553,17 @@ def test_a_visitor_chooses_sends_switches_compares_and_clears(opened, greedy):
     page.wait(lambda: not page.texts_of(0, "user") and not page.texts_of(1, "user"))
     page.choose("other", "nothing")
     page.page.wait_for_selector("#chat-1", state="hidden")
+
+
+@pytest.mark.slow
+def test_a_visitor_with_a_password_gets_answers(opened, greedy):
+    page = opened(passwords=["secret"])
+    page.set_number("temperature", "0")
+    page.set_number("length", "40")
+    page.choose("model", "ads")
+    page.send(QUESTION)
+    page.ended(0, 1)
+    assert visible(page.texts_of(0)[0]) == visible(greedy(QUESTION, "ads"))
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -134,9 +135,10 @@ def main(argv: Sequence[str]) -> None:
                 fail(
                     f"cannot listen on {arguments.host} at port {arguments.port}: is it taken? Name another by --port."
                 )
-            _tell(arguments, engine, bool(passwords))
             signal.signal(signal.SIGTERM, _interrupt)
-            page.block_thread()
+            with suppress(KeyboardInterrupt):
+                _tell(arguments, engine, bool(passwords))
+                page.block_thread()
     except (OSError, ValueError, ImportError) as error:
         fail(str(error))
 
