@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import random
 import shutil
 import threading
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from engine_runs import VOCABULARY, SingleRuns, ids_of, prompt_of
@@ -24,6 +26,7 @@ from chatglm_ptuning.serving.engine.request import (
     UnknownPrefix,
 )
 from chatglm_ptuning.serving.engine.sampling import choose
+from chatglm_ptuning.serving.engine.scheduler import Scheduler
 
 NAMES = (None, "a", "b", "projected")
 
@@ -169,6 +172,28 @@ def test_kept_rows_are_overwritten_least_recently_used_first(start, alone):
     assert stats.slots_kept + stats.running == 2
 
 
+def test_sharing_a_row_counts_as_its_use(start):
+    engine = start(slots=3)
+    prompt = prompt_of(20)
+    for one in (prompt, prompt_of(20, 1), prompt_of(20, 2), [*prompt[:10], *prompt_of(5, 3)]):
+        ids_of(engine.submit(one, SamplingSettings(3)))
+    again = engine.submit(prompt, SamplingSettings(3))
+    ids_of(again)
+    assert again.cached_tokens == 19
+
+
+def test_prompts_are_computed_oldest_first_in_parts_of_the_chunk(start, model, slow):
+    engine = start(prefill_chunk=8)
+    sizes = []
+    model.transformer.embedding.register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[0].numel()))
+    first = engine.submit(prompt_of(30), SamplingSettings(1))
+    others = [engine.submit(prompt_of(length, length), SamplingSettings(1)) for length in (25, 3, 3)]
+    for generation in (first, *others):
+        ids_of(generation)
+    assert all(first.first_token_at < other.first_token_at for other in others)
+    assert max(sizes) == 8
+
+
 def test_a_seed_gives_the_same_tokens_in_any_company(start):
     engine = start()
     settings = SamplingSettings(12, temperature=1.3, top_p=0.9, seed=7)
@@ -301,6 +326,53 @@ def test_a_worker_that_dies_starts_again(start, alone, model, slow, error):
     assert engine.stats().restarts == 1
 
 
+def test_a_worker_that_cannot_start_refuses_what_waits(start, alone, monkeypatch):
+    engine = start(slots=1)
+    for seed in range(2):
+        ids_of(engine.submit(prompt_of(5, seed), SamplingSettings(2)))
+    reset, step, failures = Scheduler.reset, Scheduler.step, [RuntimeError("no memory"), KeyError("a step failed")]
+
+    submitted = threading.Event()
+
+    def fail(method):
+        def failing(scheduler):
+            if failures:
+                submitted.wait(10)
+                raise failures.pop()
+            method(scheduler)
+
+        return failing
+
+    monkeypatch.setattr("chatglm_ptuning.serving.engine.engine._SECONDS_BETWEEN_RESETS", 0.01)
+    monkeypatch.setattr(Scheduler, "reset", fail(reset))
+    monkeypatch.setattr(Scheduler, "step", fail(step))
+    asked = [engine.submit(prompt_of(5), SamplingSettings(60)) for _ in range(2)]
+    submitted.set()
+    for generation in asked:
+        with pytest.raises(EngineError, match=r"KeyError|RuntimeError"):
+            generation.get(10)
+    assert ids_of(engine.submit(prompt_of(5), SamplingSettings(4))) == alone(prompt_of(5), 4)
+    stats = engine.stats()
+    assert (stats.restarts, stats.evictions) == (2, 2)
+
+
+def test_a_new_start_forgets_numbers_that_are_not_finite(start, alone, model):
+    engine = start(slots=1, prefill_chunk=8)
+    steps = []
+
+    def poison(module, inputs, states):
+        steps.append(1)
+        if len(steps) == 2:
+            raise RuntimeError
+        return torch.full_like(states, torch.nan)
+
+    handle = model.transformer.embedding.register_forward_hook(poison)
+    with pytest.raises(EngineError, match="RuntimeError"):
+        ids_of(engine.submit(prompt_of(20), SamplingSettings(3)))
+    handle.remove()
+    assert ids_of(engine.submit(prompt_of(3), SamplingSettings(6))) == alone(prompt_of(3), 6)
+
+
 def test_scores_that_are_not_finite_end_one_request_only(start, alone, model):
     engine = start(slots=2)
 
@@ -323,40 +395,38 @@ def test_scores_that_are_not_finite_end_one_request_only(start, alone, model):
     assert engine.stats().restarts == 0
 
 
-def test_no_number_that_is_not_finite_stays_in_another_slot(start, alone, model, slow):
+@pytest.mark.parametrize("bad_prompt", [[50, *prompt_of(40)], [*prompt_of(40), 50]])
+def test_no_number_that_is_not_finite_stays_in_another_slot(alone, model, folder, bad_prompt):
     """A request whose prompt waits behind a poisoned one moves to its slot, with fewer entries."""
-    engine = start(slots=3)
-    handle = model.transformer.embedding.register_forward_hook(
+    engine = Engine(model, slots=3, slot_tokens=80, prefill_chunk=16, prefix_source=PrefixFolder(folder))
+    model.transformer.embedding.register_forward_hook(
         lambda module, inputs, states: states.masked_fill((inputs[0] == 50)[..., None], torch.nan)
     )
     prompt = [51 if number == 50 else number for number in prompt_of(9)]
-    expected = alone(prompt, 5, "a")
-    for bad_prompt in ([50, *prompt_of(40)], [*prompt_of(40), 50]):
-        bad = engine.submit(bad_prompt, SamplingSettings(5), "b")
-        good = [engine.submit(prompt, SamplingSettings(5), "a"), engine.submit(prompt[:5], SamplingSettings(60))]
+    bad = engine.submit(bad_prompt, SamplingSettings(5), "b")
+    good = engine.submit(prompt, SamplingSettings(5), "a")
+    with engine:
         with pytest.raises(EngineError, match="NaN"):
             ids_of(bad)
-        assert ids_of(good[0]) == expected
-        assert len(ids_of(good[1])) == 60  # sees all places of its slot
-    handle.remove()
+        assert ids_of(good) == alone(prompt, 5, "a")
 
 
-def test_a_cancelled_prompt_leaves_nothing_behind(start, alone, model, slow):
+def test_a_cancelled_prompt_leaves_nothing_behind(alone, model):
     """The entries of a prompt that was not computed to its end may not be finite."""
-    engine = start(slots=2, prefill_chunk=4)
-    handle = model.transformer.embedding.register_forward_hook(
-        lambda module, inputs, states: states.masked_fill((inputs[0] == 50)[..., None], torch.nan)
-    )
-    running = engine.submit(prompt_of(3), SamplingSettings(20))
-    next(running)
-    bad = engine.submit([50, *prompt_of(40)], SamplingSettings(5))
-    next(running), next(running)
-    bad.cancel()
-    ids_of(bad), ids_of(running)
-    handle.remove()
-    assert engine.stats().slots_kept == 1
-    assert engine.submit([50, *prompt_of(5)], SamplingSettings(5), "a").get() is not None
-    assert ids_of(engine.submit([50, *prompt_of(40)], SamplingSettings(5))) == alone([50, *prompt_of(40)], 5)
+    engine = Engine(model, slots=1, slot_tokens=80, prefill_chunk=4)
+    bad = engine.submit(prompt_of(20), SamplingSettings(5))
+
+    def poison(module, inputs, states):
+        bad.cancel()
+        return torch.full_like(states, torch.nan)
+
+    handle = model.transformer.embedding.register_forward_hook(poison)
+    with engine:
+        assert ids_of(bad) == []
+        assert bad.finish_reason == "cancelled"
+        handle.remove()
+        for prompt in (prompt_of(1, 1), prompt_of(20)):
+            assert ids_of(engine.submit(prompt, SamplingSettings(6))) == alone(prompt, 6)
 
 
 def test_a_prompt_without_an_answer_is_shared(start, alone):
@@ -469,6 +539,23 @@ def test_sampling_follows_the_distribution(start, alone):
         torch.testing.assert_close(frequencies, expected, atol=2.5 / 600, rtol=0)
 
 
+def test_log_probabilities_are_those_before_the_penalty():
+    logits = torch.randn(1, 30, generator=torch.Generator().manual_seed(0))
+    before = logits.clone()
+    settings = SamplingSettings(1, repetition_penalty=5.0, top_logprobs=2)
+    (token,) = choose(logits, [settings], [np.arange(30)], [None])
+    assert torch.equal(logits, before)
+    assert token.logprob == pytest.approx(logits.log_softmax(-1)[0, token.id].item())
+
+
+def test_a_limit_above_the_vocabulary_is_none():
+    logits = torch.randn(1, 30, generator=torch.Generator().manual_seed(0))
+    tokens = [
+        choose(logits, [SamplingSettings(1, 1.5, 0.9, top_k)], [None], [random.Random(3)]) for top_k in (0, 30, 10**12)
+    ]
+    assert tokens[0] == tokens[1] == tokens[2]
+
+
 @pytest.mark.parametrize("temperature", [1e-300, 1e-5, 100])
 def test_extreme_temperatures_are_the_limits(start, alone, temperature):
     engine = start()
@@ -487,6 +574,8 @@ def test_a_token_is_read_with_a_timeout(start, slow):
     assert isinstance(running.get(5), Token)
     with pytest.raises(TimeoutError):
         waiting.get(0.01)
-    assert running.first_token_at > running.arrived
+    first = running.first_token_at
+    assert first > running.arrived
+    assert running.get(5) is not None and running.first_token_at == first
     assert running.prompt_tokens == 5
     running.cancel()

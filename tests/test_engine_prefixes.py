@@ -77,6 +77,16 @@ def test_a_changed_prefix_is_loaded_again(start, folder, prefix_folders, alone):
     assert generation.cached_tokens == 0  # nothing is shared with the earlier values
 
 
+def test_loading_again_reads_the_files(start, folder, prefix_folders):
+    """Also where their sizes and times do not show a change."""
+    shutil.copytree(prefix_folders["a"], folder / "it")
+    engine = start()
+    ask(engine, "it")
+    engine.load_prefix("it")
+    generation = engine.submit(PROMPT, ANSWER, "it")
+    assert len(ids_of(generation)) == 8 and generation.cached_tokens == 0
+
+
 def test_training_runs_are_prefixes_and_other_things_are_not(start, folder, prefix_folders, alone):
     engine = start()
     for number, name in ((9, "a"), (10, "b")):
