@@ -6,9 +6,11 @@ import shutil
 
 import pytest
 import torch
+from engine_runs import SingleRuns, ids_of
 
 from chatglm_ptuning import ChatGLMForConditionalGeneration
 from chatglm_ptuning.prefix.bank import LoadedPrefix, PrefixBank
+from chatglm_ptuning.prefix.formats import detect_format
 from chatglm_ptuning.serving.engine.engine import Engine
 from chatglm_ptuning.serving.engine.prefixes import PrefixFolder
 from chatglm_ptuning.serving.engine.request import SamplingSettings, UnknownPrefix
@@ -18,8 +20,8 @@ ANSWER = SamplingSettings(8)
 
 
 @pytest.fixture
-def model(tiny_base):
-    return ChatGLMForConditionalGeneration.from_pretrained(tiny_base, dtype=torch.float32)
+def model(load):
+    return load(dtype=torch.float32)
 
 
 @pytest.fixture
@@ -41,24 +43,15 @@ def start(model, folder):
         engine.close()
 
 
-@pytest.fixture
-def alone(prefix_folders, tiny_base):
-    """The greedy answer to PROMPT by `generate`, with the prefix at a path."""
-
-    def generate(path) -> list[int]:
-        model = ChatGLMForConditionalGeneration.from_pretrained(tiny_base, dtype=torch.float32)
-        if path is not None:
-            model.load_prefix(path, "it")
-        ids = torch.tensor([PROMPT])
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False,
-                             eos_token_id=None, pad_token_id=0)  # fmt: skip
-        return out[0, len(PROMPT) :].tolist()
-
-    return generate
+@pytest.fixture(scope="module")
+def alone(tiny_base, prefix_folders):
+    """The greedy answer to PROMPT by `generate`."""
+    runs = SingleRuns(tiny_base, prefix_folders)
+    return lambda name: runs(PROMPT, ANSWER.max_new_tokens, name)
 
 
 def ask(engine: Engine, name: str | None) -> list[int]:
-    return [token.id for token in engine.submit(PROMPT, ANSWER, name)]
+    return ids_of(engine.submit(PROMPT, ANSWER, name))
 
 
 def test_a_new_prefix_is_served_without_a_restart(start, folder, prefix_folders, alone):
@@ -67,7 +60,7 @@ def test_a_new_prefix_is_served_without_a_restart(start, folder, prefix_folders,
     assert ask(engine, None) == alone(None)
     shutil.copytree(prefix_folders["a"], folder / "new")
     assert engine.prefix_names() == ["new"]
-    assert ask(engine, "new") == alone(prefix_folders["a"])
+    assert ask(engine, "new") == alone("a")
     shutil.rmtree(folder / "new")
     with pytest.raises(UnknownPrefix, match="new"):
         ask(engine, "new")
@@ -77,11 +70,21 @@ def test_a_changed_prefix_is_loaded_again(start, folder, prefix_folders, alone):
     engine = start()
     shutil.copytree(prefix_folders["a"], folder / "it")
     first = ask(engine, "it")
-    assert first == alone(prefix_folders["a"]) == ask(engine, "it")
+    assert first == alone("a") == ask(engine, "it")
     shutil.copytree(prefix_folders["b"], folder / "it", dirs_exist_ok=True)
     generation = engine.submit(PROMPT, ANSWER, "it")
-    assert [token.id for token in generation] == alone(prefix_folders["b"]) != first
+    assert ids_of(generation) == alone("b") != first
     assert generation.cached_tokens == 0  # nothing is shared with the earlier values
+
+
+def test_loading_again_reads_the_files(start, folder, prefix_folders):
+    """Also where their sizes and times do not show a change."""
+    shutil.copytree(prefix_folders["a"], folder / "it")
+    engine = start()
+    ask(engine, "it")
+    engine.load_prefix("it")
+    generation = engine.submit(PROMPT, ANSWER, "it")
+    assert len(ids_of(generation)) == 8 and generation.cached_tokens == 0
 
 
 def test_training_runs_are_prefixes_and_other_things_are_not(start, folder, prefix_folders, alone):
@@ -94,12 +97,59 @@ def test_training_runs_are_prefixes_and_other_things_are_not(start, folder, pref
     (folder / "file.txt").write_text("x")
     (folder / "link").symlink_to(prefix_folders["a"])
     assert engine.prefix_names() == ["link", "run"]
-    assert ask(engine, "run") == alone(prefix_folders["b"])
+    assert ask(engine, "run") == alone("b")
     shutil.copytree(prefix_folders["a"], folder / "run" / "checkpoint-11")
-    assert ask(engine, "run") == alone(prefix_folders["a"])
+    assert ask(engine, "run") == alone("a")
     for name in (".hidden", "deep", "deep/within", "run/checkpoint-9", "empty", "file.txt"):
         with pytest.raises(UnknownPrefix):
             ask(engine, name)
+
+
+def test_links_that_lead_nowhere_are_no_prefixes(start, folder, prefix_folders, alone):
+    shutil.copytree(prefix_folders["a"], folder / "a")
+    for name, target in (("round", "round"), ("gone", "nowhere"), ("a/link.bin", "nowhere")):
+        (folder / name).symlink_to(target)
+    engine = start()
+    assert engine.prefix_names() == ["a"]
+    assert ask(engine, "a") == alone("a")
+    shutil.copytree(prefix_folders["b"], folder / "a", dirs_exist_ok=True)
+    assert ask(engine, "a") == alone("b")
+    for name in ("round", "gone"):
+        with pytest.raises(UnknownPrefix, match=name):
+            ask(engine, name)
+
+
+def test_a_prefix_removed_while_it_is_looked_up_is_unknown(start, folder, prefix_folders, monkeypatch):
+    shutil.copytree(prefix_folders["a"], folder / "a")
+    engine = start()
+
+    def removed(path):
+        found = detect_format(path)
+        shutil.rmtree(path)
+        return found
+
+    monkeypatch.setattr("chatglm_ptuning.serving.engine.prefixes.detect_format", removed)
+    with pytest.raises(UnknownPrefix, match="'a'"):
+        ask(engine, "a")
+
+
+def test_entries_of_one_prefix_are_never_shared_with_other_values(start, folder, prefix_folders, alone, monkeypatch):
+    """The files change after they were looked at, and before they are loaded."""
+    shutil.copytree(prefix_folders["a"], folder / "it")
+    engine = start()
+    assert ask(engine, "it") == alone("a")
+    engine.unload_prefix("it")
+    find = PrefixFolder.find
+
+    def changed(self, name):
+        found = find(self, name)
+        shutil.copytree(prefix_folders["b"], folder / "it", dirs_exist_ok=True)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PrefixFolder, "find", changed)
+        assert ask(engine, "it") == alone("b")
+    assert ask(engine, "it") == alone("b")
 
 
 def test_a_prefix_that_cannot_be_loaded_is_refused_and_logged(start, folder, prefix_folders, alone, tiny_base, caplog):
@@ -115,7 +165,7 @@ def test_a_prefix_that_cannot_be_loaded_is_refused_and_logged(start, folder, pre
             ask(engine, name)
         assert reason in caplog.text
     shutil.copy(prefix_folders["a"] / weights.name, weights)
-    assert ask(engine, "broken") == alone(prefix_folders["a"])
+    assert ask(engine, "broken") == alone("a")
 
 
 def test_prefixes_are_kept_within_the_bound(start, folder, prefix_folders, alone):
@@ -124,13 +174,13 @@ def test_prefixes_are_kept_within_the_bound(start, folder, prefix_folders, alone
         shutil.copytree(prefix_folders["b"], folder / str(number))
     shutil.copytree(prefix_folders["a"], folder / "a")
     engine = start(prefix_memory=11 * size)  # two of length 5
-    expected = alone(prefix_folders["b"])
+    expected = alone("b")
     generations = [engine.submit(PROMPT, ANSWER, str(number % 6)) for number in range(12)]
-    assert all([token.id for token in generation] == expected for generation in generations)
+    assert all(ids_of(generation) == expected for generation in generations)
     stats = engine.stats()
     assert (stats.prefixes_loaded, stats.prefix_bytes, stats.prefix_evictions) == (2, 10 * size, 10)
     assert ask(engine, "5") == expected  # used again: "4" is now the oldest
-    assert ask(engine, "a") == alone(prefix_folders["a"])
+    assert ask(engine, "a") == alone("a")
     assert ask(engine, "5") == expected
     assert engine.stats().prefix_evictions == 11
 

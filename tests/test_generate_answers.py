@@ -17,6 +17,7 @@ from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGenerati
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 from chatglm_ptuning.serving.engine import offline
 from chatglm_ptuning.serving.engine.passes import make_cache
+from chatglm_ptuning.serving.engine.prefixes import RowPrefix
 
 ROWS = [{"content": prompt, "summary": answer} for prompt, answer in ANSWERS.items()]
 
@@ -169,6 +170,22 @@ def test_the_engine_answers_as_generate(model, tokenizer, examples, folder, monk
         monkeypatch.setattr(generate, "obstacle", lambda model, reason=reason: reason)
         found.append(answers_of(model, tokenizer, many, prefix=prefix, repetition_penalty=penalty))
     assert found[0] == found[1] and len(set(found[0])) > len(many) // 3
+
+
+def test_a_prefix_of_many_prompts_is_copied_once(model, tokenizer, examples, folder, monkeypatch):
+    load(model, folder, "a", "你好吗？我想去公园散步。")
+    made = []
+
+    class Counted(RowPrefix):
+        @classmethod
+        def of(cls, batch):
+            made.append(batch.names)
+            return RowPrefix.of(batch)
+
+    monkeypatch.setattr(generate, "RowPrefix", Counted)
+    prefix = [("a", None)[index % 2] for index in range(len(examples))]
+    answers_of(model, tokenizer, examples, prefix=prefix, max_new_tokens=2)
+    assert sorted(made) == [[], ["a"]]
 
 
 def test_prompts_may_be_longer_than_seq_length(model, tokenizer, examples, monkeypatch):

@@ -110,7 +110,8 @@ def _by_engine(
     if prefix.rows is None:
         row_prefixes = [RowPrefix.of(prefix)] * len(prompts)
     else:
-        by_owner = {owner: RowPrefix.of(prefix.select([row])) for row, owner in enumerate(prefix.owner)}
+        places = {owner: row for row, owner in enumerate(prefix.owner)}
+        by_owner = {owner: RowPrefix.of(prefix.select([row])) for owner, row in places.items()}
         row_prefixes = [by_owner[owner] for owner in prefix.owner]
     found = answer_all(model, prompts, row_settings, row_prefixes, batch_size)
     yield from tqdm(found, desc="generating", total=len(prompts), delay=3, disable=not progress)

@@ -126,10 +126,10 @@ class Engine:
         """Starts the worker.
 
         Raises:
-            EngineError: if it was started before: it has one worker, and is not opened again after `close`.
+            EngineError: if it was started or closed before: it has one worker, and is not opened again.
         """
-        if self._thread is not None:
-            raise EngineError("The engine was started already.")
+        if self._thread is not None or self._is_closed:
+            raise EngineError("The engine was started already, or closed.")
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
         return self

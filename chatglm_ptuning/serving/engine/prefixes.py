@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -40,7 +41,7 @@ class PrefixFolder:
 
     def names(self) -> list[str]:
         """The names of the prefixes, sorted."""
-        return [name for name, child in sorted(self._children().items()) if _place(child) is not None]
+        return sorted(child.name for child in self._children() if _place(child) is not None)
 
     def find(self, name: str) -> tuple[Path, Hashable]:
         """The path of a prefix, and a value that changes with its files.
@@ -50,27 +51,23 @@ class PrefixFolder:
         Raises:
             UnknownPrefix: if there is no prefix of this name.
         """
-        child = self._child(name)
+        child = next(self._children(name), None)
         place = None if child is None else _place(child)
         if place is None:
             raise UnknownPrefix(f"There is no prefix named {name!r}.")
         return place, (str(place), _state(place))
 
-    def _child(self, name: str) -> Path | None:
-        # Every request looks for one; the others are not examined.
+    def _children(self, name: str | None = None) -> Iterator[Path]:
+        """The subfolders, or the one of this name. Every request looks for one; the others are not examined."""
         try:
             with os.scandir(self.path) as entries:
-                found = (one for one in entries if one.name == name and name[0] != "." and one.is_dir())
-                return next((Path(one.path) for one in found), None)
-        except FileNotFoundError:
-            return None
-
-    def _children(self) -> dict[str, Path]:
-        try:
-            with os.scandir(self.path) as entries:
-                return {one.name: Path(one.path) for one in entries if one.name[0] != "." and one.is_dir()}
-        except FileNotFoundError:
-            return {}
+                found = [one for one in entries if one.name[0] != "." and name in (None, one.name)]
+        except OSError:  # not there
+            return
+        for one in found:
+            with contextlib.suppress(OSError):  # a link to itself
+                if one.is_dir():
+                    yield Path(one.path)
 
 
 def _place(path: Path) -> Path | None:
@@ -81,14 +78,15 @@ def _place(path: Path) -> Path | None:
 
 
 def _state(place: Path) -> tuple[tuple[str, int, int, int], ...]:
-    files = [place] if place.is_file() else [file for file in place.iterdir() if file.suffix in _SUFFIXES]
     found = []
+    try:
+        files = [place] if place.is_file() else [file for file in place.iterdir() if file.suffix in _SUFFIXES]
+    except OSError:  # removed meanwhile
+        return ()
     for file in files:
-        try:
+        with contextlib.suppress(OSError):
             status = file.stat()
-        except OSError:
-            continue
-        found.append((file.name, status.st_ino, status.st_mtime_ns, status.st_size))
+            found.append((file.name, status.st_ino, status.st_mtime_ns, status.st_size))
     return tuple(sorted(found))
 
 
@@ -97,7 +95,7 @@ class RowPrefix:
     """The prefix of one request.
 
     Attributes:
-        key: equal for the same prefix with the same values; None for the plain base.
+        key: name and version of the values, equal for the same values only; None for the plain base.
         length: number of virtual tokens.
         key_values: `[num_layers * 2, groups, length, kv_channels]`, until it has been copied into a slot.
     """
@@ -138,7 +136,7 @@ class ServedPrefixes:
         self._model, self._folder = model, folder
         self._device, self._dtype = model.device, model.transformer.embedding.word_embeddings.weight.dtype
         self._bank = PrefixBank(self._dtype, memory)
-        self._keys: dict[str, Hashable] = {}
+        self._states: dict[str, Hashable] = {}
         self._lock = threading.Lock()
 
     def names(self) -> list[str]:
@@ -159,13 +157,15 @@ class ServedPrefixes:
             return name
         if self._folder is None:
             raise UnknownPrefix(f"There is no prefix named {name!r}.")
-        place, key = self._folder.find(name)
+        place, state = self._folder.find(name)
         with self._lock:
-            if name not in self._bank or self._keys[name] != key:
+            if name not in self._bank or self._states[name] != state:
                 self._load(name, place)
-                self._keys[name] = key
+                self._states[name] = state
             key_values = self._bank.key_values(name, self._device, self._dtype)
-        return RowPrefix((name, key), key_values.shape[2], key_values)
+            # The files may have changed after `find`: only the version says which values these are.
+            key = name, self._bank.versions[name]
+        return RowPrefix(key, key_values.shape[2], key_values)
 
     def remove(self, name: str) -> None:
         """Frees the memory of a prefix, if it is loaded."""

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from chatglm_ptuning.serving.engine.prefixes import RowPrefix
 from chatglm_ptuning.serving.engine.request import Generation, SamplingSettings
@@ -54,9 +53,9 @@ class Row:
         return self.prefix.length + self.computed
 
     @property
-    def known_ids(self) -> torch.Tensor:
+    def known_ids(self) -> np.ndarray:
         """Ids of prompt and answer so far, int64."""
-        return torch.from_numpy(self.ids[: self.known])
+        return self.ids[: self.known]
 
     @property
     def generated(self) -> int:
@@ -152,7 +151,7 @@ class SlotTable:
         """
         saved = 0
         for row in self.prefilling:
-            shared = _shared_beginning(source, row.prefix, row.ids[: row.known])
+            shared = _shared_beginning(source, row.prefix, row.known_ids)
             if shared > row.computed:
                 self.cache.copy(source.place, row.place, row.prefix.length + shared)
                 row.request.generation.cached_tokens += shared - row.computed
@@ -181,8 +180,7 @@ class SlotTable:
         if one == other:
             return
         rows = self.rows
-        used = [0 if rows[place] is None else rows[place].used for place in (one, other)]
-        self.cache.swap(one, other, *used)
+        self.cache.swap(one, other, max(rows[place].used for place in (one, other) if rows[place] is not None))
         rows[one], rows[other] = rows[other], rows[one]
         for place in (one, other):
             if rows[place] is not None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from chatglm_ptuning.serving.engine.request import SamplingSettings, Token
@@ -20,84 +22,128 @@ _MORE = 4
 def choose(
     logits: torch.Tensor,
     settings: Sequence[SamplingSettings],
-    known: Sequence[torch.Tensor | None],
+    known: Sequence[np.ndarray | None],
     randoms: Sequence[random.Random],
 ) -> list[Token | None]:
     """The next token of every row; None for a row whose logits are not finite.
+
+    On a GPU, the host mostly waits once.
 
     Args:
         logits: float32 `[rows, vocabulary]`.
         known: ids of the prompt and the answer so far, int64; read for a repetition penalty only.
         randoms: draws one number for each sampled token.
     """
-    finite = logits.sum(dim=-1).isfinite().tolist()  # much faster than looking at each
+    finite = logits.sum(dim=-1).isfinite()  # much faster than looking at each
+    is_enough = torch.ones_like(finite)
+    scores = _penalised(logits, settings, known)
+    chosen = scores.max(dim=-1).indices
+    sampled = [row for row, one in enumerate(settings) if one.temperature > 0]
+    limited = [row for row in sampled if settings[row].top_k > 0 or settings[row].top_p < 1]
+    draws = {row: randoms[row].random() for row in sampled}
+    if unlimited := [row for row in sampled if row not in set(limited)]:
+        rows = _Sampled.of(scores, settings, draws, unlimited)
+        chosen[rows.places] = _draw(rows)
+    count = _FIRST_CANDIDATES
+    while True:
+        if limited:
+            rows = _Sampled.of(scores, settings, draws, limited)
+            chosen[rows.places], is_enough[rows.places] = _draw_limited(rows, count)
+        ids, are_finite, are_enough = torch.stack((chosen, finite, is_enough)).tolist()
+        limited = [row for row in limited if are_finite[row] and not are_enough[row]]
+        if not limited:
+            break
+        count *= _MORE
+    logprobs = _logprobs(logits, settings, chosen)
+    return [Token(token, *logprobs.get(row, ())) if are_finite[row] else None for row, token in enumerate(ids)]
+
+
+def _penalised(
+    logits: torch.Tensor, settings: Sequence[SamplingSettings], known: Sequence[np.ndarray | None]
+) -> torch.Tensor:
     scores = logits
     for row, one in enumerate(settings):
         if one.repetition_penalty != 1:
             scores = scores.clone() if scores is logits else scores
-            ids = known[row].to(scores.device)
+            ids = torch.from_numpy(known[row]).to(scores.device, non_blocking=True)
             before = scores[row, ids]
             scores[row, ids] = torch.where(before < 0, before * one.repetition_penalty, before / one.repetition_penalty)
-    sampled = [row for row, one in enumerate(settings) if one.temperature > 0 and finite[row]]
-    chosen = scores.max(dim=-1).indices
-    if sampled:
-        own = [settings[row] for row in sampled]
-        draws = scores.new_tensor([randoms[row].random() for row in sampled], dtype=torch.float64)
-        scores = scores[sampled]
-        temperatures = scores.new_tensor([max(one.temperature, _LOWEST_TEMPERATURE) for one in own])[:, None]
-        scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperatures
-        limited = [one.top_k > 0 or one.top_p < 1 for one in own]
-        for rows, draw in (
-            ([place for place, limit in enumerate(limited) if not limit], _draw),
-            ([place for place, limit in enumerate(limited) if limit], _draw_limited),
-        ):
-            if rows:
-                places = torch.tensor([sampled[row] for row in rows], device=chosen.device)
-                chosen[places] = draw(scores[rows], draws[rows], [own[row] for row in rows])
-    logprobs = _logprobs(logits, settings, chosen)
-    return [Token(token, *logprobs.get(row, ())) if finite[row] else None for row, token in enumerate(chosen.tolist())]
+    return scores
 
 
-def _draw(scores: torch.Tensor, draws: torch.Tensor, settings: Sequence[SamplingSettings]) -> torch.Tensor:
+@dataclass(frozen=True)
+class _Sampled:
+    """Rows that are sampled.
+
+    Attributes:
+        places: of the rows in the batch, int64 `[rows]`.
+        scores: logits by temperature, at most 0, float32 `[rows, vocabulary]`.
+        draws, top_p, top_k: float64 `[rows, 1]`; without a limit, `top_k` is the size of the vocabulary.
+    """
+
+    places: torch.Tensor
+    scores: torch.Tensor
+    draws: torch.Tensor
+    top_p: torch.Tensor
+    top_k: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        scores: torch.Tensor,
+        settings: Sequence[SamplingSettings],
+        draws: Mapping[int, float],
+        rows: Sequence[int],
+    ) -> _Sampled:
+        """The rows at these places of the batch. One transfer brings their settings to the device."""
+        vocabulary, own = scores.shape[1], [settings[row] for row in rows]
+        top_k = [min(one.top_k or vocabulary, vocabulary) for one in own]
+        numbers = [
+            (row, max(one.temperature, _LOWEST_TEMPERATURE), draws[row], one.top_p, most)
+            for row, one, most in zip(rows, own, top_k, strict=True)
+        ]
+        sent = torch.tensor(numbers, dtype=torch.float64).to(scores.device, non_blocking=True)
+        places = sent[:, 0].long()
+        _, temperatures, *others = sent.split(1, dim=1)
+        chosen = scores[places]
+        return cls(places, (chosen - chosen.amax(dim=-1, keepdim=True)) / temperatures.float(), *others)
+
+
+def _draw(rows: _Sampled) -> torch.Tensor:
     """Draws from all tokens, by the inverse of the distribution function."""
-    return _place_of(scores.double().softmax(dim=-1), draws)
+    return _place_of(rows.scores.double().softmax(dim=-1), rows.draws)
 
 
-def _draw_limited(
-    scores: torch.Tensor, draws: torch.Tensor, settings: Sequence[SamplingSettings], count: int = _FIRST_CANDIDATES
-) -> torch.Tensor:
+def _draw_limited(rows: _Sampled, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws from the `top_k` most probable tokens, and of these from the fewest that have the probability `top_p`.
 
     Args:
-        count: number of most probable tokens to look at first.
+        count: number of most probable tokens to look at.
+
+    Returns:
+        Tokens, and whether so many were enough.
     """
-    vocabulary = scores.shape[1]
-    limits = [min(one.top_k or vocabulary, vocabulary) for one in settings]
-    top_k = torch.tensor(limits, device=scores.device)[:, None]
-    top_p = draws.new_tensor([one.top_p for one in settings])[:, None]
-    count = min(vocabulary, count)
-    candidates, ids = scores.topk(count)
-    candidates = candidates.double().masked_fill(torch.arange(count, device=scores.device) >= top_k, -torch.inf)
+    count = min(rows.scores.shape[1], count)
+    candidates, ids = rows.scores.topk(count)
+    hidden = torch.arange(count, device=candidates.device) >= rows.top_k
+    candidates = candidates.double().masked_fill(hidden, -torch.inf)
     # Without top_k, probabilities are shares of all tokens, not only of the candidates.
-    whole = scores.logsumexp(dim=-1, keepdim=True).double()
-    whole = torch.where(top_k <= count, candidates.logsumexp(dim=-1, keepdim=True), whole)
+    whole = rows.scores.logsumexp(dim=-1, keepdim=True).double()
+    has_all = rows.top_k <= count
+    whole = torch.where(has_all, candidates.logsumexp(dim=-1, keepdim=True), whole)
     probabilities = (candidates - whole).exp()
     summed = probabilities.cumsum(dim=-1)
-    kept = probabilities * (summed - probabilities < top_p)
-    drawn = ids.gather(1, _place_of(kept, draws)[:, None])[:, 0]
+    kept = probabilities * (summed - probabilities < rows.top_p)
+    drawn = ids.gather(1, _place_of(kept, rows.draws)[:, None])[:, 0]
     # A sum close to top_p counts as too small, as `whole` was rounded.
-    is_enough = ((top_k <= count) | (summed[:, -1:] > top_p + 1e-5) & (top_k == vocabulary))[:, 0].tolist()
-    more = [row for row, enough in enumerate(is_enough) if not enough]
-    if more:
-        own = [settings[row] for row in more]
-        drawn[more] = _draw_limited(scores[more], draws[more], own, _MORE * count)
-    return drawn
+    is_enough = has_all | (summed[:, -1:] > rows.top_p + 1e-5) & (rows.top_k == rows.scores.shape[1])
+    return drawn, is_enough[:, 0]
 
 
 def _place_of(probabilities: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     """The place in each row where the sum of the probabilities passes the drawn share of the whole."""
     summed = probabilities.cumsum(dim=-1)
-    places = torch.searchsorted(summed, (draws * summed[:, -1])[:, None], right=True)[:, 0]
+    places = torch.searchsorted(summed, draws * summed[:, -1:], right=True)[:, 0]
     return places.clamp(max=probabilities.shape[1] - 1)
 
 

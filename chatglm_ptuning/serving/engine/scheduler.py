@@ -97,7 +97,7 @@ class Scheduler:
             if complete:
                 self._continue(complete, logits[numbers])
             for row in complete:
-                if self.table.rows[row.place] is row:  # its scores were finite
+                if self.table.rows[row.place] is row:  # its entries are finite
                     self.shared += self.table.share_prompt(row)
         if self.table.decoding:
             rows = self.table.rows[: self.table.decoding]
@@ -126,7 +126,7 @@ class Scheduler:
             generation, own = row.request.generation, row.request.settings
             if token is None:
                 problem = "The base's scores are NaN or infinite. Try bfloat16 or float32."
-                self._end(row, "error", EngineError(problem), keep=False)
+                self._end(row, "error", EngineError(problem))
             elif token.id in own.stop_ids:
                 self._end(row, "stop")
             else:
@@ -136,8 +136,8 @@ class Scheduler:
                 if row.generated == own.max_new_tokens:
                     self._end(row, "length")
 
-    def _end(self, row: Row, reason: str, error: EngineError | None = None, keep: bool = True) -> None:
+    def _end(self, row: Row, reason: str, error: EngineError | None = None) -> None:
         self.finish(row.request, reason, error)
         self.seconds += _WEIGHT_OF_LAST * (time.monotonic() - row.admitted - self.seconds)
-        # Before the first token, the entries have not been seen to be finite.
-        self.table.release(row, keep=keep and row.generated > 0)
+        # The scores of the last token of a prompt show whether its entries are finite.
+        self.table.release(row, keep=error is None and row.computed >= len(row.request.prompt))

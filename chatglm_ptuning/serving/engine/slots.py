@@ -99,12 +99,16 @@ class SlotCache(Cache):
         for entries in self._entries:
             entries[:, :, target, :, :length] = entries[:, :, source, :, :length]
 
-    def swap(self, one: int, other: int, one_length: int, other_length: int) -> None:
-        """Exchanges two slots, of which the first places are used."""
-        kept = [entries[:, :, one, :, :one_length].clone() for entries in self._entries]
-        self.copy(other, one, other_length)
-        for entries, own in zip(self._entries, kept, strict=True):
-            entries[:, :, other, :, :one_length] = own
+    def swap(self, one: int, other: int, length: int) -> None:
+        """Exchanges the first places of two slots.
+
+        The last places are exchanged with them, so that numbers that are not finite never stay behind in a slot.
+        """
+        for entries in self._entries:
+            for places in (slice(length), slice(-1, None)):
+                kept = entries[:, :, one, :, places].clone()
+                entries[:, :, one, :, places] = entries[:, :, other, :, places]
+                entries[:, :, other, :, places] = kept
 
     def clear(self, slot: int) -> None:
         """Fills a slot with zeros: it may have held numbers that are not finite."""
