@@ -175,7 +175,7 @@ def test_slots_are_where_their_layers_are():
     cache = SlotCache(PrefixShape(3, 2, 4), 2, 10, cpu, torch.float32, [cpu, other, cpu])
     prefix = torch.randn(6, 2, 3, 4)
     cache.put_prefix(1, prefix)
-    cache.swap(0, 1, 0, 3)
+    cache.swap(0, 1, 3)
     cache.select(0, torch.tensor([[3, 4]]), 5)
     for layer, device in enumerate((cpu, other, cpu)):
         new = torch.randn(2, 1, 2, 2, 4, device=device)

@@ -428,7 +428,7 @@ def test_sampling_follows_the_distribution(start, alone):
     """Frequencies of 600 draws against the model's probabilities, cut by top_k and top_p as transformers does."""
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    from chatglm_ptuning.serving.engine.sampling import choose
+    from chatglm_ptuning.serving.engine.sampling import choose, most_probable
 
     logits = torch.randn(1, 2000, generator=torch.Generator().manual_seed(3)) * 2
     for temperature, top_k, top_p in ((1.0, 0, 1.0), (0.8, 5, 1.0), (1.2, 0, 0.3), (1.5, 0, 0.97), (0.9, 8, 0.6)):
@@ -438,7 +438,8 @@ def test_sampling_follows_the_distribution(start, alone):
         settings = SamplingSettings(1, temperature, top_p, top_k)
         # A generator of evenly spaced numbers gives the distribution itself.
         draws = [SimpleNamespace(random=lambda share=(number + 0.5) / 600: share) for number in range(600)]
-        tokens = choose(logits.expand(600, -1), [settings] * 600, [None] * 600, draws)
+        whole = logits.expand(600, -1)
+        tokens = choose(whole, most_probable(whole), [settings] * 600, [None] * 600, draws)
         frequencies = torch.bincount(torch.tensor([token.id for token in tokens]), minlength=2000) / 600
         assert (frequencies[expected == 0] == 0).all()
         torch.testing.assert_close(frequencies, expected, atol=2.5 / 600, rtol=0)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from chatglm_ptuning.serving.engine.prefixes import RowPrefix
 from chatglm_ptuning.serving.engine.request import Generation, SamplingSettings
@@ -54,9 +53,9 @@ class Row:
         return self.prefix.length + self.computed
 
     @property
-    def known_ids(self) -> torch.Tensor:
+    def known_ids(self) -> np.ndarray:
         """Ids of prompt and answer so far, int64."""
-        return torch.from_numpy(self.ids[: self.known])
+        return self.ids[: self.known]
 
     @property
     def generated(self) -> int:
@@ -181,8 +180,8 @@ class SlotTable:
         if one == other:
             return
         rows = self.rows
-        used = [0 if rows[place] is None else rows[place].used for place in (one, other)]
-        self.cache.swap(one, other, *used)
+        used = [row.used for row in (rows[one], rows[other]) if row is not None]
+        self.cache.swap(one, other, max(used, default=0))
         rows[one], rows[other] = rows[other], rows[one]
         for place in (one, other):
             if rows[place] is not None:

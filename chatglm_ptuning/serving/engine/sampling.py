@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from chatglm_ptuning.serving.engine.request import SamplingSettings, Token
@@ -17,45 +18,82 @@ _MORE = 4
 """Times as many are tried if they have not."""
 
 
+def most_probable(logits: torch.Tensor) -> torch.Tensor:
+    """The most probable token of every row, and 1 if its logits are finite, int64 `[2, rows]`.
+
+    Args:
+        logits: `[rows, vocabulary]`.
+    """
+    finite = logits.sum(dim=-1, dtype=torch.float32).isfinite()  # much faster than looking at each
+    return torch.stack((logits.max(dim=-1).indices, finite.long()))
+
+
 def choose(
     logits: torch.Tensor,
+    best: torch.Tensor,
     settings: Sequence[SamplingSettings],
-    known: Sequence[torch.Tensor | None],
+    known: Sequence[np.ndarray | None],
     randoms: Sequence[random.Random],
 ) -> list[Token | None]:
     """The next token of every row; None for a row whose logits are not finite.
 
+    Greedy rows alone wait once for the GPU, and need no further work there.
+
     Args:
-        logits: float32 `[rows, vocabulary]`.
+        logits: `[rows, vocabulary]`.
+        best: of the logits, by `most_probable`.
         known: ids of the prompt and the answer so far, int64; read for a repetition penalty only.
         randoms: draws one number for each sampled token.
     """
-    finite = logits.sum(dim=-1).isfinite().tolist()  # much faster than looking at each
-    scores = logits
-    for row, one in enumerate(settings):
-        if one.repetition_penalty != 1:
-            scores = scores.clone() if scores is logits else scores
-            ids = known[row].to(scores.device)
-            before = scores[row, ids]
-            scores[row, ids] = torch.where(before < 0, before * one.repetition_penalty, before / one.repetition_penalty)
-    sampled = [row for row, one in enumerate(settings) if one.temperature > 0 and finite[row]]
-    chosen = scores.max(dim=-1).indices
-    if sampled:
-        own = [settings[row] for row in sampled]
-        draws = scores.new_tensor([randoms[row].random() for row in sampled], dtype=torch.float64)
-        scores = scores[sampled]
-        temperatures = scores.new_tensor([max(one.temperature, _LOWEST_TEMPERATURE) for one in own])[:, None]
-        scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperatures
-        limited = [one.top_k > 0 or one.top_p < 1 for one in own]
-        for rows, draw in (
-            ([place for place, limit in enumerate(limited) if not limit], _draw),
-            ([place for place, limit in enumerate(limited) if limit], _draw_limited),
-        ):
-            if rows:
-                places = torch.tensor([sampled[row] for row in rows], device=chosen.device)
-                chosen[places] = draw(scores[rows], draws[rows], [own[row] for row in rows])
+    chosen, finite = best.tolist()
+    penalised = [row for row, one in enumerate(settings) if finite[row] and one.repetition_penalty != 1]
+    sampled = [row for row, one in enumerate(settings) if finite[row] and one.temperature > 0]
+    if penalised or sampled:
+        scores = logits.float()
+        if penalised:
+            own = _penalised(scores[penalised], [settings[row] for row in penalised], [known[row] for row in penalised])
+            scores = scores.index_copy(0, torch.tensor(penalised, device=scores.device), own)
+            _put(chosen, penalised, own.max(dim=-1).indices)
+        if sampled:
+            drawn = _sample(scores[sampled], [settings[row] for row in sampled], [randoms[row] for row in sampled])
+            _put(chosen, sampled, drawn)
     logprobs = _logprobs(logits, settings, chosen)
-    return [Token(token, *logprobs.get(row, ())) if finite[row] else None for row, token in enumerate(chosen.tolist())]
+    return [Token(token, *logprobs.get(row, ())) if finite[row] else None for row, token in enumerate(chosen)]
+
+
+def _put(chosen: list[int], rows: Sequence[int], tokens: torch.Tensor) -> None:
+    for row, token in zip(rows, tokens.tolist(), strict=True):
+        chosen[row] = token
+
+
+def _penalised(scores: torch.Tensor, settings: Sequence[SamplingSettings], known: Sequence[np.ndarray]) -> torch.Tensor:
+    """The scores, with those of the known ids made smaller (larger for a penalty below 1)."""
+    # Shorter ones are filled up with their first id, whose score is then written several times.
+    ids = np.array([one[0] for one in known])[:, None].repeat(max(map(len, known)), axis=1)
+    for row, one in enumerate(known):
+        ids[row, : len(one)] = one
+    ids = torch.from_numpy(ids).to(scores.device)
+    penalties = scores.new_tensor([one.repetition_penalty for one in settings])[:, None]
+    before = scores.gather(1, ids)
+    return scores.scatter(1, ids, torch.where(before < 0, before * penalties, before / penalties))
+
+
+def _sample(
+    scores: torch.Tensor, settings: Sequence[SamplingSettings], randoms: Sequence[random.Random]
+) -> torch.Tensor:
+    """Draws a token for every row, int64 `[rows]`."""
+    draws = scores.new_tensor([one.random() for one in randoms], dtype=torch.float64)
+    temperatures = scores.new_tensor([max(one.temperature, _LOWEST_TEMPERATURE) for one in settings])[:, None]
+    scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperatures
+    chosen = torch.empty(len(settings), dtype=torch.int64, device=scores.device)
+    limited = [one.top_k > 0 or one.top_p < 1 for one in settings]
+    for rows, draw in (
+        ([row for row, limit in enumerate(limited) if not limit], _draw),
+        ([row for row, limit in enumerate(limited) if limit], _draw_limited),
+    ):
+        if rows:
+            chosen[rows] = draw(scores[rows], draws[rows], [settings[row] for row in rows])
+    return chosen
 
 
 def _draw(scores: torch.Tensor, draws: torch.Tensor, settings: Sequence[SamplingSettings]) -> torch.Tensor:
@@ -102,14 +140,14 @@ def _place_of(probabilities: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
 
 
 def _logprobs(
-    logits: torch.Tensor, settings: Sequence[SamplingSettings], chosen: torch.Tensor
+    logits: torch.Tensor, settings: Sequence[SamplingSettings], chosen: Sequence[int]
 ) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
     """For the rows that ask for it: the log probability of the chosen token, and the most probable tokens."""
     rows = [row for row, one in enumerate(settings) if one.top_logprobs is not None]
     if not rows:
         return {}
-    whole = logits[rows].log_softmax(dim=-1)
-    own = whole.gather(1, chosen[rows][:, None])[:, 0].tolist()
+    whole = logits[rows].float().log_softmax(dim=-1)
+    own = whole.gather(1, torch.tensor([[chosen[row]] for row in rows], device=whole.device))[:, 0].tolist()
     count = min(max(settings[row].top_logprobs for row in rows), logits.shape[1])
     values, ids = (part.tolist() for part in whole.topk(count))
     found = {}

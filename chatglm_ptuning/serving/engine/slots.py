@@ -18,7 +18,8 @@ class SlotCache(Cache):
     there and returns views, so that nothing is copied or concatenated. The caller gives masks and positions: these
     differ from the places in a slot by the length of the prefix.
 
-    The last place of a slot is never used. Rows and tokens that only fill up a batch write there.
+    Behind the places of a slot there is one more, `spare`, which no pass sees. Rows and tokens that only fill up a
+    batch write there.
 
     Args:
         shape: sizes of the base.
@@ -28,6 +29,7 @@ class SlotCache(Cache):
         devices: of each layer; None if all are on `device`.
 
     Attributes:
+        spare: the place for entries that nobody needs.
         is_spread: whether accelerate places the layers.
     """
 
@@ -41,13 +43,13 @@ class SlotCache(Cache):
         devices: Sequence[torch.device] | None = None,
     ) -> None:
         super().__init__(layers=[])
-        self.slots, self.slot_tokens = slots, slot_tokens
+        self.slots, self.slot_tokens, self.spare = slots, slot_tokens, slot_tokens
         self.device, self.dtype, self.is_spread = device, dtype, devices is not None
         places: dict[torch.device, list[int]] = {}
         for layer, one in enumerate(devices or [device] * shape.num_layers):
             places.setdefault(one, []).append(layer)
-        size = (2, slots, shape.multi_query_group_num, slot_tokens, shape.kv_channels)
-        # Keys and values of the layers on each device, [layers, 2, slots, groups, slot_tokens, kv_channels]. Places
+        size = (2, slots, shape.multi_query_group_num, slot_tokens + 1, shape.kv_channels)
+        # Keys and values of the layers on each device, [layers, 2, slots, groups, places, kv_channels]. Places
         # without an entry are hidden by the mask, but must be finite numbers.
         self._entries = [torch.zeros((len(part), *size), device=one, dtype=dtype) for one, part in places.items()]
         self._places = list(places.values())
@@ -99,12 +101,15 @@ class SlotCache(Cache):
         for entries in self._entries:
             entries[:, :, target, :, :length] = entries[:, :, source, :, :length]
 
-    def swap(self, one: int, other: int, one_length: int, other_length: int) -> None:
-        """Exchanges two slots, of which the first places are used."""
-        kept = [entries[:, :, one, :, :one_length].clone() for entries in self._entries]
-        self.copy(other, one, other_length)
+    def swap(self, one: int, other: int, length: int) -> None:
+        """Exchanges the first places of two slots: those that either uses.
+
+        A slot so keeps nothing of the longer one, which may hold numbers that are not finite.
+        """
+        kept = [entries[:, :, one, :, :length].clone() for entries in self._entries]
+        self.copy(other, one, length)
         for entries, own in zip(self._entries, kept, strict=True):
-            entries[:, :, other, :, :one_length] = own
+            entries[:, :, other, :, :length] = own
 
     def clear(self, slot: int) -> None:
         """Fills a slot with zeros: it may have held numbers that are not finite."""
