@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from chatglm_ptuning.serving.engine.engine import Engine
-from chatglm_ptuning.serving.engine.passes import Passes, Sizes
+from chatglm_ptuning.serving.engine.passes import Passes, Sizes, make_cache
 from chatglm_ptuning.serving.engine.prefixes import PrefixFolder
 from chatglm_ptuning.serving.engine.request import EngineError, SamplingSettings
 
@@ -228,3 +228,22 @@ def test_rows_that_only_fill_up_a_step_leave_nothing_behind(engine_of, recorded,
     found = run(engine_of(slot_tokens=128), bad, clean[1], bad, clean[2])
     handle.remove()
     assert found == [expected[0], None, expected[1], None, expected[2]]
+
+
+def test_a_step_of_a_large_base_stays_on_its_device():
+    """The device without values stands for a GPU: a value that is looked at, or comes from the CPU, is an error."""
+    from chatglm_ptuning import ChatGLMForConditionalGeneration
+    from chatglm_ptuning.estimation.sizes import find_config
+
+    with torch.device("meta"):
+        base = ChatGLMForConditionalGeneration._from_config(find_config("chatglm3-6b"), dtype=torch.bfloat16).eval()
+    with torch.inference_mode():
+        steps = []
+        passes = Passes(
+            base, make_cache(base, 64, 1000), Sizes(64, 1000, True), lambda step: steps.append(step) or step
+        )
+        step = passes._make_step((64, 1000))
+        with OnlyRecordable():
+            logits, best = step.run()
+    assert (logits.shape, logits.dtype) == ((64, 65024), torch.bfloat16)
+    assert (best.shape, best.dtype) == ((2, 64), torch.int64)
