@@ -238,12 +238,11 @@ def test_a_step_of_a_large_base_stays_on_its_device():
     with torch.device("meta"):
         base = ChatGLMForConditionalGeneration._from_config(find_config("chatglm3-6b"), dtype=torch.bfloat16).eval()
     with torch.inference_mode():
-        steps = []
-        passes = Passes(
-            base, make_cache(base, 64, 1000), Sizes(64, 1000, True), lambda step: steps.append(step) or step
-        )
-        step = passes._make_step((64, 1000))
-        with OnlyRecordable():
-            logits, best = step.run()
-    assert (logits.shape, logits.dtype) == ((64, 65024), torch.bfloat16)
-    assert (best.shape, best.dtype) == ((2, 64), torch.int64)
+        passes = Passes(base, make_cache(base, 64, 1000), Sizes(64, 1000, True), lambda step: step)
+        steps = ((torch.zeros(3, 64, 1).long(), None), (torch.zeros(3, 4, 32).long(), torch.zeros(2, 4).long()))
+        for inputs, ends in steps:
+            inputs, ends = inputs.to("meta"), None if ends is None else ends.to("meta")
+            with OnlyRecordable():
+                logits, best = passes._forward(inputs, ends, 1000)
+            assert (logits.shape, logits.dtype) == ((inputs.shape[1], 65024), torch.bfloat16)
+            assert (best.shape, best.dtype) == ((2, inputs.shape[1]), torch.int64)

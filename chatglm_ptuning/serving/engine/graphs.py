@@ -40,11 +40,12 @@ class GraphRecorder:
             with _ONE_AT_A_TIME, torch.cuda.stream(self._stream):
                 self._stream.wait_stream(current)
                 step()  # loads kernels and allocates workspaces, which cannot be recorded
+                current.wait_stream(self._stream)
                 # Other threads may use the GPU meanwhile, to load prefixes.
                 with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                     results = step()
-                current.wait_stream(self._stream)
         except torch.cuda.OutOfMemoryError:
+            self._stream.synchronize()  # what was started writes to the cache, too
             logger.warning("No GPU memory is left for a CUDA graph: steps of this size take longer. Use fewer slots.")
             return step
 

@@ -15,7 +15,7 @@ class SlotCache(Cache):
     """Keys and values of all slots. A slot has the entries of a request's prefix in front, and its tokens behind.
 
     Before a forward pass `select` says which slots its rows are and where their new entries go. `update` writes them
-    there and returns views, so that nothing is copied or concatenated. The caller gives masks and positions: these
+    there, so that nothing is concatenated. The caller gives masks and positions: these
     differ from the places in a slot by the length of the prefix.
 
     Behind the places of a slot there is one more, `spare`, which no pass sees. Rows and tokens that only fill up a
@@ -59,30 +59,34 @@ class SlotCache(Cache):
             for layer, own in zip(part, whole.unbind(0), strict=True)
         }
         self._layers = [entries[layer] for layer in range(shape.num_layers)]
-        self._numbers = {whole.device: torch.arange(slots, device=whole.device)[:, None] for whole in self._entries}
+        self._numbers = {whole.device: torch.arange(slots, device=whole.device) for whole in self._entries}
 
-    def select(self, first: int, places: torch.Tensor, longest: int) -> None:
+    def select(self, places: torch.Tensor, longest: int, slots: torch.Tensor | None = None) -> None:
         """Chooses the slots of the next forward pass.
 
         Args:
-            first: the slot of the first row; the others follow.
             places: where the new entries go, int64 `[rows, seq_len]`.
             longest: the pass sees the first places of each slot, this many.
+            slots: of the rows, int64 `[rows]`; their entries are copied for the pass. None for the first slots, whose
+                entries are seen as they are.
         """
-        self._rows, self._longest = slice(first, first + len(places)), longest
+        self._rows, self._longest, self._is_copied = len(places), longest, slots is not None
         self._index = {
-            one: (numbers[self._rows], slice(None), places.to(one)) for one, numbers in self._numbers.items()
+            one: ((numbers if slots is None else slots.to(one))[: self._rows, None], slice(None), places.to(one))
+            for one, numbers in self._numbers.items()
         }
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes the entries of new tokens, `[rows, groups, seq_len, kv_channels]`, and returns the rows' entries."""
-        keys, values = self._layers[layer_idx]
-        index = self._index[keys.device]
-        keys[index] = key_states.transpose(1, 2)
-        values[index] = value_states.transpose(1, 2)
-        return keys[self._rows, :, : self._longest], values[self._rows, :, : self._longest]
+        index = self._index[self._layers[layer_idx][0].device]
+        seen = []
+        for entries, states in zip(self._layers[layer_idx], (key_states, value_states), strict=True):
+            entries[index] = states.transpose(1, 2)
+            own = entries[:, :, : self._longest]
+            seen.append(own.index_select(0, index[0][:, 0]) if self._is_copied else own[: self._rows])
+        return seen[0], seen[1]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """0: the tokens of the rows differ, and the engine counts them."""
