@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from chatglm_ptuning.serving.engine.engine import Engine
+from chatglm_ptuning.serving.engine.graphs import GraphRecorder
 from chatglm_ptuning.serving.engine.passes import Passes, Sizes, make_cache
 from chatglm_ptuning.serving.engine.prefixes import PrefixFolder
 from chatglm_ptuning.serving.engine.request import EngineError, SamplingSettings
@@ -246,3 +250,58 @@ def test_a_step_of_a_large_base_stays_on_its_device():
                 logits, best = passes._forward(inputs, ends, 1000)
             assert (logits.shape, logits.dtype) == ((inputs.shape[1], 65024), torch.bfloat16)
             assert (best.shape, best.dtype) == ((2, inputs.shape[1]), torch.int64)
+
+
+@pytest.mark.parametrize("has_memory", [True, False])
+def test_a_step_is_recorded_on_the_stream_it_was_warmed_up_on(monkeypatch, has_memory):
+    """With a stand-in for torch.cuda that notes what it is told."""
+    events = []
+
+    class Stream:
+        def wait_stream(self, other):
+            events.append((names[self], "waits for", names[other]))
+
+        def synchronize(self):
+            events.append((names[self], "is finished"))
+
+    main, side = Stream(), Stream()
+    names = {main: "main", side: "side"}
+
+    @contextmanager
+    def use(stream):
+        events.append(("enter", names[stream]))
+        try:
+            yield
+        finally:
+            events.append(("leave", names[stream]))
+
+    real = inspect.signature(torch.cuda.graph)
+
+    @contextmanager
+    def capture(*args, **kwargs):
+        given = real.bind(*args, **kwargs).arguments
+        assert given["stream"] is side and given["pool"] == "pool" and given["capture_error_mode"] == "thread_local"
+        events.append("capture")
+        if not has_memory:
+            raise torch.cuda.OutOfMemoryError("no memory")
+        yield
+
+    graph = SimpleNamespace(replay=lambda: events.append("replay"))
+    for name, value in {
+        "Stream": lambda device: side, "current_stream": lambda device: main, "graph_pool_handle": lambda: "pool",
+        "CUDAGraph": lambda: graph, "stream": use, "graph": capture,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    def step():
+        events.append("step")
+        return "results"
+
+    run = GraphRecorder(torch.device("cuda"))(step)
+    before = [("enter", "side"), ("side", "waits for", "main"), "step", ("main", "waits for", "side"), "capture"]
+    if has_memory:
+        assert events == [*before, "step", ("leave", "side")]
+        assert run() == "results" and events[-1] == "replay"
+    else:
+        assert events == [*before, ("leave", "side"), ("side", "is finished")]
+        assert run is step
