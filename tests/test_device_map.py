@@ -176,7 +176,7 @@ def test_slots_are_where_their_layers_are():
     prefix = torch.randn(6, 2, 3, 4)
     cache.put_prefix(1, prefix)
     cache.swap(0, 1, 3)
-    cache.select(0, torch.tensor([[3, 4]]), 5)
+    cache.select(torch.tensor([[3, 4]]), 5)
     for layer, device in enumerate((cpu, other, cpu)):
         new = torch.randn(2, 1, 2, 2, 4, device=device)
         keys, values = cache.update(*new, layer)

@@ -7,9 +7,10 @@ import json
 import pytest
 
 from benchmarks.serving import __main__ as program
-from benchmarks.serving import results
+from benchmarks.serving import engine, results
 from benchmarks.serving.clients import Seen
 from benchmarks.serving.mixed import EQUAL, Outcome
+from benchmarks.timing import Sample
 
 pytest.importorskip("openai")
 
@@ -53,6 +54,24 @@ def test_mixed_requests_and_a_killed_worker(run):
     assert "refused" in printed and "cancelled" in printed
 
 
+def test_the_engine_alone(run, tmp_path):
+    rows, printed = run("--seconds", "0", "--engine", "tiny")
+    assert rows[engine.ALONE.what, None]["ours"] > 0
+    many, mixed = rows[engine.MANY.what, None], rows[engine.MIXED.what, engine.MIXED.theirs]
+    assert many["ours"] == mixed["ours"] > 0 and mixed["theirs"] > 0 and mixed["measurements"] == 2
+    assert many["unit"] == "tokens/s" and f"{engine.REQUESTS} requests" in printed
+    assert not (tmp_path / results.PICTURE_FILE).exists()
+
+
+def test_the_goals_of_the_engine_are_for_a_large_base_on_a_gpu():
+    speed = Sample((2900.0,))
+    assert [quantity.row("cuda", "G", speed).holds for quantity in (engine.ALONE, engine.MANY)] == [True, False]
+    assert engine.MIXED.row("cuda", "G", speed, Sample((3000.0,))).holds
+    assert [quantity.row("cpu", "S", speed).holds for quantity in (engine.ALONE, engine.MANY)] == [None, None]
+    assert program.LoadArguments(device="cuda").engine == ["G"]
+    assert program.LoadArguments().engine == []
+
+
 def test_a_fault_is_an_error_of_the_program(monkeypatch, capsys):
     outcome = Outcome({"streamed": {EQUAL: 3, "different from the single run": 1, "status 500": 2}})
     found = results.of_mixed(outcome, 0, [Seen(0.0, 0.1, 0.2, 5)], 6)
@@ -72,7 +91,13 @@ def test_throughput_is_what_arrives_in_the_time():
 
 
 @pytest.mark.parametrize(
-    ("flags", "named"), [(["--clients", "0"], "--clients"), (["--seconds", "0"], "--mixed"), (["--mixed", "-1"], "-1")]
+    ("flags", "named"),
+    [
+        (["--clients", "0"], "--clients"),
+        (["--seconds", "0"], "--mixed"),
+        (["--mixed", "-1"], "-1"),
+        (["--engine", "X"], "--engine"),
+    ],
 )
 def test_wrong_flags(flags, named, capsys):
     with pytest.raises(SystemExit) as ended:

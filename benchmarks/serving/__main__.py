@@ -1,4 +1,4 @@
-"""`python -m benchmarks.serving`: loads a server with clients, prints the table, and writes serving.json, .md, .png."""
+"""`python -m benchmarks.serving`: loads a server, measures the engine, and writes serving.json, serving.md and .png."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ import torch
 from rich.console import Console
 from transformers.utils import logging
 
+from benchmarks.measure import free
 from benchmarks.quantities import Result
 from benchmarks.report import described, environment
-from benchmarks.serving import results
+from benchmarks.serving import engine, results
 from benchmarks.serving.clients import load
 from benchmarks.serving.mixed import send_mixed
 from benchmarks.serving.requests import ADVERTISEMENTS, SHORT, Generator, make_prefixes, make_questions
 from benchmarks.serving.server import Server, running
+from benchmarks.shapes import SHAPES
 from benchmarks.timing import alternate
 from chatglm_ptuning.command_line import fail, parse_arguments
 from chatglm_ptuning.model.arguments import BaseArguments
@@ -49,20 +51,35 @@ class LoadArguments(BaseArguments):
     mixed: int = field(
         default=0, metadata={"help": "then so many requests that are cancelled, too large, malformed or slow, too"}
     )
+    engine: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "bases of random weights on which to measure the engine itself: S or M on a CPU, G (ChatGLM3-6B's "
+            "sizes) or S on a GPU (default: G on a GPU, none on a CPU)"
+        },
+    )
     output: str = field(default="output/benchmark", metadata={"help": "folder of the results"})
 
     def __post_init__(self) -> None:
+        if self.engine is None:
+            self.engine = ["G"] if self.device == "cuda" else []
+        unknown = [name for name in self.engine if name not in SHAPES]
+        if unknown:
+            raise ValueError(f"--engine must be among {', '.join(SHAPES)}, got {' '.join(unknown)}")
         for name, least in (("seconds", 0), ("alone", 0), ("clients", 1), ("prefixes", 1), ("mixed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
-        if not self.seconds and not self.mixed:
-            raise ValueError("--seconds 0 needs --mixed: there is nothing to do")
+        if not (self.seconds or self.mixed or self.engine):
+            raise ValueError("--seconds 0 needs --mixed or --engine: there is nothing to do")
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the load test; ends with exit code 1 if a request fails, or an answer is wrong."""
     (args,) = parse_arguments(
-        "python -m benchmarks.serving", "Load the server with clients of many prefixes.", (LoadArguments,), argv
+        "python -m benchmarks.serving",
+        "Load the server with clients of many prefixes, and measure its engine.",
+        (LoadArguments,),
+        argv,
     )
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: torch finds no GPU.")
@@ -81,6 +98,20 @@ def run(args: LoadArguments) -> list[Result]:
     console.print(described(facts), highlight=False)
     found: list[Result] = []
     timeline = None
+    for name in args.engine:
+        found += engine.measure(SHAPES[name], torch.device(args.device))
+        free(torch.device(args.device))
+    if args.seconds or args.mixed:
+        rows, timeline = _served(args, console)
+        found += rows
+    results.write(Path(args.output), found, timeline, facts | {"seconds": round(time.monotonic() - started, 1)})
+    results.table(found).show()
+    return found
+
+
+def _served(args: LoadArguments, console: Console) -> tuple[list[Result], results.Timeline | None]:
+    found: list[Result] = []
+    timeline = None
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         names = make_prefixes(args, folder, args.prefixes)
@@ -90,9 +121,7 @@ def run(args: LoadArguments) -> list[Result]:
             found += rows
         if args.mixed:
             found += _mixed(args, flags, names, console)
-    results.write(Path(args.output), found, timeline, facts | {"seconds": round(time.monotonic() - started, 1)})
-    results.table(found).show()
-    return found
+    return found, timeline
 
 
 def _load(args: LoadArguments, flags: dict, names: Sequence[str]) -> tuple[list[Result], results.Timeline]:

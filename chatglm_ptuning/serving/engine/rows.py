@@ -180,7 +180,8 @@ class SlotTable:
         if one == other:
             return
         rows = self.rows
-        self.cache.swap(one, other, max(rows[place].used for place in (one, other) if rows[place] is not None))
+        used = [row.used for row in (rows[one], rows[other]) if row is not None]
+        self.cache.swap(one, other, max(used, default=0))
         rows[one], rows[other] = rows[other], rows[one]
         for place in (one, other):
             if rows[place] is not None:

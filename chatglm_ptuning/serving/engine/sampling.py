@@ -19,28 +19,45 @@ _MORE = 4
 """Times as many are tried if they have not."""
 
 
+def most_probable(logits: torch.Tensor) -> torch.Tensor:
+    """The most probable token of every row, and 1 if its logits are finite, int64 `[2, rows]`.
+
+    Args:
+        logits: `[rows, vocabulary]`.
+    """
+    finite = logits.sum(dim=-1, dtype=torch.float32).isfinite()  # much faster than looking at each
+    return torch.stack((logits.max(dim=-1).indices, finite.long()))
+
+
 def choose(
     logits: torch.Tensor,
+    best: torch.Tensor,
     settings: Sequence[SamplingSettings],
     known: Sequence[np.ndarray | None],
     randoms: Sequence[random.Random],
 ) -> list[Token | None]:
     """The next token of every row; None for a row whose logits are not finite.
 
-    On a GPU, the host mostly waits once.
+    The host waits once for a GPU; more often for log probabilities, and where the first candidates are too few.
 
     Args:
-        logits: float32 `[rows, vocabulary]`.
+        logits: `[rows, vocabulary]`.
+        best: of the logits, by `most_probable`.
         known: ids of the prompt and the answer so far, int64; read for a repetition penalty only.
         randoms: draws one number for each sampled token.
     """
-    finite = logits.sum(dim=-1).isfinite()  # much faster than looking at each
+    chosen, finite = best.clone()
     is_enough = torch.ones_like(finite)
-    scores = _penalised(logits, settings, known)
-    chosen = scores.max(dim=-1).indices
+    penalised = [row for row, one in enumerate(settings) if one.repetition_penalty != 1]
     sampled = [row for row, one in enumerate(settings) if one.temperature > 0]
     limited = [row for row in sampled if settings[row].top_k > 0 or settings[row].top_p < 1]
     draws = {row: randoms[row].random() for row in sampled}
+    scores = logits.float() if penalised or sampled else logits
+    if penalised:
+        places = torch.tensor(penalised).to(scores.device, non_blocking=True)
+        own = _penalised(scores[places], [settings[row] for row in penalised], [known[row] for row in penalised])
+        scores = scores.index_copy(0, places, own)
+        chosen[places] = own.max(dim=-1).indices
     if unlimited := [row for row in sampled if row not in set(limited)]:
         rows = _Sampled.of(scores, settings, draws, unlimited)
         chosen[rows.places] = _draw(rows)
@@ -58,17 +75,16 @@ def choose(
     return [Token(token, *logprobs.get(row, ())) if are_finite[row] else None for row, token in enumerate(ids)]
 
 
-def _penalised(
-    logits: torch.Tensor, settings: Sequence[SamplingSettings], known: Sequence[np.ndarray | None]
-) -> torch.Tensor:
-    scores = logits
-    for row, one in enumerate(settings):
-        if one.repetition_penalty != 1:
-            scores = scores.clone() if scores is logits else scores
-            ids = torch.from_numpy(known[row]).to(scores.device, non_blocking=True)
-            before = scores[row, ids]
-            scores[row, ids] = torch.where(before < 0, before * one.repetition_penalty, before / one.repetition_penalty)
-    return scores
+def _penalised(scores: torch.Tensor, settings: Sequence[SamplingSettings], known: Sequence[np.ndarray]) -> torch.Tensor:
+    """The scores, with those of the known ids made smaller (larger for a penalty below 1)."""
+    # Shorter ones are filled up with their first id, whose score is then written several times.
+    ids = np.array([one[0] for one in known])[:, None].repeat(max(map(len, known)), axis=1)
+    for row, one in enumerate(known):
+        ids[row, : len(one)] = one
+    ids = torch.from_numpy(ids).to(scores.device, non_blocking=True)
+    penalties = scores.new_tensor([one.repetition_penalty for one in settings])[:, None]
+    before = scores.gather(1, ids)
+    return scores.scatter(1, ids, torch.where(before < 0, before * penalties, before / penalties))
 
 
 @dataclass(frozen=True)
@@ -121,7 +137,7 @@ def _draw_limited(rows: _Sampled, count: int) -> tuple[torch.Tensor, torch.Tenso
         count: number of most probable tokens to look at.
 
     Returns:
-        Tokens, and whether so many were enough.
+        Tokens, and 1 where so many were enough, int64 `[rows]` each.
     """
     count = min(rows.scores.shape[1], count)
     candidates, ids = rows.scores.topk(count)
@@ -137,7 +153,7 @@ def _draw_limited(rows: _Sampled, count: int) -> tuple[torch.Tensor, torch.Tenso
     drawn = ids.gather(1, _place_of(kept, rows.draws)[:, None])[:, 0]
     # A sum close to top_p counts as too small, as `whole` was rounded.
     is_enough = has_all | (summed[:, -1:] > rows.top_p + 1e-5) & (rows.top_k == rows.scores.shape[1])
-    return drawn, is_enough[:, 0]
+    return drawn, is_enough[:, 0].long()
 
 
 def _place_of(probabilities: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
@@ -154,7 +170,7 @@ def _logprobs(
     rows = [row for row, one in enumerate(settings) if one.top_logprobs is not None]
     if not rows:
         return {}
-    whole = logits[rows].log_softmax(dim=-1)
+    whole = logits[rows].float().log_softmax(dim=-1)
     own = whole.gather(1, chosen[rows][:, None])[:, 0].tolist()
     count = min(max(settings[row].top_logprobs for row in rows), logits.shape[1])
     values, ids = (part.tolist() for part in whole.topk(count))

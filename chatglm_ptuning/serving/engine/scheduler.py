@@ -59,7 +59,8 @@ class Scheduler:
         is_eager = self._cache.is_spread or getattr(self._model, "hf_quantizer", None) is not None
         is_static = self._cache.device.type == "cuda" and not is_eager
         sizes = Sizes(self._cache.slots, self._cache.slot_tokens, is_static)
-        self._passes = Passes(self._model, self._cache, sizes, GraphRecorder() if is_static else lambda step: step)
+        record = GraphRecorder(self._cache.device) if is_static else lambda step: step
+        self._passes = Passes(self._model, self._cache, sizes, record)
 
     @property
     def requests(self) -> list[Request]:
@@ -88,20 +89,20 @@ class Scheduler:
                 self._end(row, "cancelled")
         if self.table.prefilling:
             rows, counts = self._next_prompts()
-            logits = self._passes.prefill(rows, counts)
+            logits, best = self._passes.prefill(rows, counts)
             self.prefilled += sum(counts)
             numbers = [number for number, row in enumerate(rows) if row.computed == row.known]
             complete = [rows[number] for number in numbers]
             for row in complete:
                 self.table.start_decoding(row)
             if complete:
-                self._continue(complete, logits[numbers])
+                self._continue(complete, logits[numbers], best[:, numbers])
             for row in complete:
                 if self.table.rows[row.place] is row:  # its entries are finite
                     self.shared += self.table.share_prompt(row)
         if self.table.decoding:
             rows = self.table.rows[: self.table.decoding]
-            self._continue(rows, self._passes.decode(rows))
+            self._continue(rows, *self._passes.decode(rows))
 
     def _next_prompts(self) -> tuple[list[Row], list[int]]:
         """The next prompts to compute and how many tokens of each: the oldest, and as many neighbours as fit."""
@@ -118,10 +119,10 @@ class Scheduler:
             longest = max(counts[first : last + 1])
         return rows[first : last + 1], counts[first : last + 1]
 
-    def _continue(self, rows: Sequence[Row], logits: torch.Tensor) -> None:
+    def _continue(self, rows: Sequence[Row], logits: torch.Tensor, best: torch.Tensor) -> None:
         """Adds the next token to answers, and ends those that are complete."""
         settings = [row.request.settings for row in rows]
-        tokens = choose(logits, settings, [row.known_ids for row in rows], [row.random for row in rows])
+        tokens = choose(logits, best, settings, [row.known_ids for row in rows], [row.random for row in rows])
         for row, token in zip(rows, tokens, strict=True):
             generation, own = row.request.generation, row.request.settings
             if token is None:
