@@ -9,13 +9,20 @@ from pathlib import Path
 import packed_base
 import pytest
 import tiny_chat_base
+import tiny_glm4
+import tiny_tokenizer
 import torch
 from conftest import TINY
 from safetensors.torch import load_file
 from test_official_export import official_loop
-from transformers import AutoModelForCausalLM, GlmForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GlmForCausalLM
 
-from chatglm_ptuning import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMForSequenceClassification
+from chatglm_ptuning import (
+    ChatGLMConfig,
+    ChatGLMForConditionalGeneration,
+    ChatGLMForSequenceClassification,
+    ChatGLMTokenizer,
+)
 from chatglm_ptuning.cli import main
 from chatglm_ptuning.model.base_files import BaseFiles
 from chatglm_ptuning.prefix.formats import detect_format, read_prefix
@@ -411,3 +418,39 @@ def test_the_tokenizer_goes_with_the_base(tmp_path, capsys):
     assert settings["chat_format"] == "chatglm3"
     assert settings["auto_map"] == {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]}
     assert (folder / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
+
+
+MESSAGES = [
+    {"role": "user", "content": "你好，请问 abc？"},
+    {"role": "assistant", "content": "今天天气很好"},
+    {"role": "user", "content": "我想去\n公园  散步。"},
+]
+
+
+@pytest.mark.parametrize("kind", ["chatglm2", "chatglm3", "bpe", "glm4"])
+def test_transformers_own_tokenizer_has_the_same_ids(tmp_path, vocabulary_file, kind):
+    if kind == "glm4":
+        tokenizer = ChatGLMTokenizer.from_pretrained(tiny_glm4.write_tokenizer(tmp_path / "glm4"))
+    elif kind == "bpe":
+        tokenizer = ChatGLMTokenizer(str(vocabulary_file), chat_format="chatglm3")
+    else:
+        tokenizer = tiny_tokenizer.train(tmp_path, kind)
+    base = make_base(tmp_path / "base", padded_vocab_size=len(tokenizer) + 8, eos_token_id=tokenizer.eos_token_id)
+    tokenizer.save_pretrained(base)
+    folder = export(base, "hf-glm", tmp_path / "hf")
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert type(theirs).__module__.startswith("transformers.")
+    texts = ["今天有雨！", "  a  b\n\tc", "def add(a, b): return a + b", "龘🙂", "", "The sopranos 壬癸"]
+    for text in texts:
+        assert theirs(text)["input_ids"] == tokenizer(text)["input_ids"], text
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert theirs.decode(ids) == tokenizer.decode(ids), text
+    assert theirs(texts, padding=True)["input_ids"] == tokenizer(texts, padding=True)["input_ids"]
+    chat = {"add_generation_prompt": True, "return_dict": False}
+    assert theirs.apply_chat_template(MESSAGES, **chat) == tokenizer.apply_chat_template(MESSAGES, **chat)
+    assert theirs.eos_token_id == tokenizer.eos_token_id and theirs.pad_token_id == tokenizer.pad_token_id
+    # This kit reads the folder, and what comes back, as before.
+    for path in (folder, take_in(folder, "hf-glm", tmp_path / "back")):
+        again = ChatGLMTokenizer.from_pretrained(path)
+        assert again.chat_format == tokenizer.chat_format
+        assert again.apply_chat_template(MESSAGES, **chat) == tokenizer.apply_chat_template(MESSAGES, **chat)

@@ -9,6 +9,7 @@ from typing import Any
 
 from chatglm_ptuning.files import read_json_object, read_json_object_or_empty, write_json
 from chatglm_ptuning.model.base_files import BaseFiles
+from chatglm_ptuning.model.fast_tokenizer import fast_tokenizer
 from chatglm_ptuning.model.native_glm import glm_config, glm_tensors
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 from chatglm_ptuning.prefix.checkpoint import PREFIX_KEY, PrefixCheckpoint
@@ -16,6 +17,7 @@ from chatglm_ptuning.prefix.checkpoint import PREFIX_KEY, PrefixCheckpoint
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                     "added_tokens.json", "chat_template.jinja")  # fmt: skip
 _OTHER_FILES = ("generation_config.json", "*.py", "*LICENSE*")
+_NO_TOKENIZER = "{} has no tokenizer: copy its files into the folder."
 _CODE = "modeling_chatglm.py"
 # Of the official config.json. Programs with the official Python files find the classes by it.
 _AUTO_MAP = {
@@ -69,7 +71,7 @@ def write_official_base(base: BaseFiles, folder: Path, checkpoint: PrefixCheckpo
     config["auto_map"] = _AUTO_MAP | config.get("auto_map", {})
     write_json(folder / "config.json", config)
     if tokenizer is None:
-        return [f"{base.folder} has no tokenizer: copy its files into the folder."]
+        return [_NO_TOKENIZER.format(base.folder)]
     # The chat format would else be told by the name of the folder.
     settings = folder / "tokenizer_config.json"
     name = "ChatGLM4Tokenizer" if tokenizer.chat_format == "glm4" else "ChatGLMTokenizer"
@@ -93,11 +95,23 @@ def write_glm_base(base: BaseFiles, folder: Path) -> list[str]:
     settings = glm_config(base.config)
     base.copy_weights(folder, partial(glm_tensors, config=base.config))
     _copy(base.folder, folder, ("generation_config.json", "*LICENSE*"))
-    tokenizer = _tokenizer(base)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
     settings.save_pretrained(folder)
-    return [] if tokenizer is not None else [f"{base.folder} has no tokenizer: copy its files into the folder."]
+    tokenizer = _tokenizer(base)
+    if tokenizer is None:
+        return [_NO_TOKENIZER.format(base.folder)]
+    fast = fast_tokenizer(tokenizer)
+    if fast is None:
+        tokenizer.save_pretrained(folder)
+        return [
+            "The vocabulary has no equal in transformers' own tokenizers: load the tokenizer by ChatGLMTokenizer of "
+            "this kit, not by AutoTokenizer."
+        ]
+    fast.save_pretrained(folder)
+    settings_file = folder / "tokenizer_config.json"
+    # The name that every version of transformers knows.
+    write_json(settings_file, read_json_object(settings_file) | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    tokenizer.save_vocabulary(str(folder))  # for this kit
+    return []
 
 
 def _tokenizer(base: BaseFiles) -> ChatGLMTokenizer | None:
