@@ -27,6 +27,10 @@ _USE = {
     "peft": "For PeftModel.from_pretrained(model, folder), on the base of --to hf-glm as model.",
     "peft-cartridge": "For PeftModel.from_pretrained(model, folder), on the base of --to hf-glm as model.",
 }  # fmt: skip
+_DIVIDED_POSITIONS = (
+    "This base divides positions by rope_ratio. The official code of ChatGLM2-6B-32K does so, too; chatglm.cpp and the "
+    "code of later bases multiply the rotary base instead, and would compute something else."
+)
 
 
 @dataclass(kw_only=True)
@@ -68,10 +72,11 @@ class ExchangeArguments(TokenizerArguments):
             ValueError: if the output folder is not empty and may not be overwritten.
         """
         output = Path(self.output_dir)
-        if not self.overwrite_output_dir and output.is_dir() and any(output.iterdir()):
+        there = next(output.iterdir(), None) if output.is_dir() else None
+        if there is not None and not self.overwrite_output_dir:
             raise ValueError(
-                f"--output_dir {output} is not empty. Name a new folder, or replace the weights and settings in it by "
-                "--overwrite_output_dir."
+                f"--output_dir {output} is not empty: it has {there.name}. Name a new folder, or replace the weights "
+                "and settings in it by --overwrite_output_dir."
             )
         return write_folder(output, ("*.safetensors", "*.bin", "*.json"))
 
@@ -128,6 +133,8 @@ def export(args: ExportArguments) -> None:
             checkpoint = _read(prefix, base)
             if args.to == "official-merged":
                 lacks = write_official_base(base, folder, checkpoint)
+                if base.config.position_interpolation:
+                    lacks.append(_DIVIDED_POSITIONS)
             elif args.to == "official":
                 official.write(folder, checkpoint.parameters)
                 # Without the official classes, converters refuse the folder instead of taking it for a whole base.

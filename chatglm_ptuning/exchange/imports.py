@@ -66,9 +66,8 @@ def import_folder(args: ImportArguments) -> None:
             base = args.base_files(args.model_name_or_path or DEFAULT_MODEL)
             found, place = exchange_format(source)
             if found != args.from_format:
-                raise ValueError(
-                    f"{place} holds a prefix in the format {found}, not {args.from_format}: use --from {found}."
-                )
+                instead = f"use --from {found}" if found in FORMATS else "every command reads it as it is"
+                raise ValueError(f"{place} holds a prefix in the format {found}, not {args.from_format}: {instead}.")
             checkpoint = read_prefix(place, base.config.prefix_shape)
             check_base(checkpoint, base.config.prefix_shape, base.config.name_or_path, base.fingerprint)
             _write_prefix(checkpoint, base, folder)

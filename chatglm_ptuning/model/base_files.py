@@ -128,6 +128,7 @@ class BaseFiles:
             write_tensors(folder / file, tensors)
             size += sum(value.numel() * value.element_size() for value in tensors.values())
             shard_of |= dict.fromkeys(tensors, file)
+            del tensors  # before the next shard is read
         if count > 1:
             index = {"metadata": {"total_size": size}, "weight_map": shard_of}
             write_json(folder / "model.safetensors.index.json", index)
