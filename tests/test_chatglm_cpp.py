@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_glm4
 import tiny_tokenizer
 import torch
 from safetensors.torch import load_file
@@ -39,18 +40,22 @@ def chatglm_cpp(tmp_path_factory):
     sys.path.remove(str(folder))
 
 
-@pytest.fixture(scope="module", params=["chatglm2", "chatglm3"])
+@pytest.fixture(scope="module", params=["chatglm2", "chatglm3", "glm4"])
 def chat_format(request) -> str:
     return request.param
 
 
 def make_base(folder: Path, chat_format: str, **changes) -> Path:
     torch.manual_seed(5)
-    tokenizer = tiny_tokenizer.train(folder, chat_format)
+    if chat_format == "glm4":
+        tokenizer = ChatGLMTokenizer.from_pretrained(tiny_glm4.write_tokenizer(folder / "tokenizer"))
+    else:
+        tokenizer = tiny_tokenizer.train(folder, chat_format)
     sizes = {
         "num_layers": 2, "padded_vocab_size": len(tokenizer), "hidden_size": 128, "ffn_hidden_size": 96,
         "kv_channels": 32, "num_attention_heads": 4, "multi_query_attention": True, "multi_query_group_num": 2,
-        "add_qkv_bias": True, "seq_length": 256, "initializer_range": 0.2,
+        "add_qkv_bias": True, "seq_length": 256, "initializer_range": 0.2, "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip
     model = ChatGLMForConditionalGeneration(ChatGLMConfig(**sizes | changes))
     model.save_pretrained(folder / "base")
@@ -71,7 +76,8 @@ def their_tokens(chatglm_cpp, model, tokenizer, chat_format: str, file: Path) ->
     """What chatglm.cpp generates greedily after each of TEXTS."""
     from chatglm_cpp import _C, convert
 
-    kind = {"chatglm2": convert.ChatGLM2Converter, "chatglm3": convert.ChatGLM3Converter}[chat_format]
+    kinds = {"chatglm2": convert.ChatGLM2Converter, "chatglm3": convert.ChatGLM3Converter}
+    kind = kinds.get(chat_format, convert.ChatGLM4Converter)
     with file.open("wb") as writer:
         kind.convert(writer, model, tokenizer, convert.GGMLType.F32)
     pipeline = chatglm_cpp.Pipeline(str(file))

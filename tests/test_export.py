@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import packed_base
@@ -25,7 +26,7 @@ from chatglm_ptuning import (
 )
 from chatglm_ptuning.cli import main
 from chatglm_ptuning.model.base_files import BaseFiles
-from chatglm_ptuning.prefix.formats import detect_format, read_prefix
+from chatglm_ptuning.prefix.formats import detect_format, kit, read_prefix
 
 peft = pytest.importorskip("peft")
 
@@ -156,8 +157,10 @@ def test_what_glm_cannot_express_is_refused(tmp_path, capsys, changes, named):
 
 
 def test_a_prefix_is_not_a_part_of_it(tiny_base, prefix_folders, tmp_path, capsys):
-    message = refused(capsys, tiny_base, "hf-glm", tmp_path / "hf", prefix_folders["a"])
-    assert "--to hf-glm" in message and "--to peft" in message
+    folder = export(tiny_base, "hf-glm", tmp_path / "hf", prefix_folders["a"])
+    said = capsys.readouterr().out
+    assert "the base alone" in said and f"--to peft exports {prefix_folders['a']}" in said
+    assert not any("prefix" in name for name in load_file(folder / "model.safetensors"))
 
 
 # PEFT
@@ -310,6 +313,13 @@ def test_the_wrong_format_is_named(tiny_base, prefix_folders, tmp_path, capsys):
         take_in(folder, "peft", tmp_path / "back", tiny_base)
     assert "--from peft-cartridge" in capsys.readouterr().err
     with pytest.raises(SystemExit):
+        take_in(tiny_base, "peft", tmp_path / "back", tiny_base)
+    message = capsys.readouterr().err
+    assert str(tiny_base) in message and "holds no parameter" in message
+    with pytest.raises(SystemExit):
+        take_in(prefix_folders["a"], "official", tmp_path / "back", tiny_base)
+    assert "format kit" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
         take_in(tiny_base, "official-merged", tmp_path / "back")
     message = capsys.readouterr().err
     assert str(tiny_base) in message and "no prefix" in message and "--from official" in message
@@ -343,6 +353,19 @@ def test_a_prefix_with_a_head_is_refused(tiny_base, tmp_path, capsys):
     model.save_prefix(tmp_path / "p", head="sequence_classification", labels=["a", "b", "c"])
     message = refused(capsys, tiny_base, "official", tmp_path / "out", tmp_path / "p")
     assert str(tmp_path / "p") in message and "head" in message and "sequence_classification" in message
+
+
+def test_the_heads_of_some_tasks_are_left_out(tiny_base, prefix_folders, tmp_path, capsys):
+    shape = ChatGLMConfig.from_pretrained(tiny_base).prefix_shape
+    prefix = read_prefix(prefix_folders["a"], shape)
+    tasks = {"news": {"head": "sequence_classification", "labels": ["x", "y"]}, "talk": {"head": "generation"}}
+    heads = {"heads.news.weight": torch.ones(2, 32)}
+    kit.write(tmp_path / "p", replace(prefix.metadata, tasks=tasks), prefix.parameters, heads)
+    folder = export(tiny_base, "official", tmp_path / "out", tmp_path / "p")
+    assert "heads of the tasks news" in capsys.readouterr().out
+    assert set(torch.load(folder / "pytorch_model.bin")) == {"transformer.prefix_encoder.embedding.weight"}
+    kit.write(tmp_path / "q", replace(prefix.metadata, tasks={"news": tasks["news"]}), prefix.parameters, heads)
+    assert "sequence_classification" in refused(capsys, tiny_base, "official", tmp_path / "no", tmp_path / "q")
 
 
 def test_an_untrained_prefix_is_refused(load, tiny_base, tmp_path, capsys):

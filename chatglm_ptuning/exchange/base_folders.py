@@ -12,6 +12,7 @@ from chatglm_ptuning.model.base_files import BaseFiles
 from chatglm_ptuning.model.fast_tokenizer import fast_tokenizer
 from chatglm_ptuning.model.native_glm import glm_config, glm_tensors
 from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
+from chatglm_ptuning.model.vocabulary import BytePairVocabulary
 from chatglm_ptuning.prefix.checkpoint import PREFIX_KEY, PrefixCheckpoint
 
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -74,7 +75,7 @@ def write_official_base(base: BaseFiles, folder: Path, checkpoint: PrefixCheckpo
         return [_NO_TOKENIZER.format(base.folder)]
     # The chat format would else be told by the name of the folder.
     settings = folder / "tokenizer_config.json"
-    name = "ChatGLM4Tokenizer" if tokenizer.chat_format == "glm4" else "ChatGLMTokenizer"
+    name = "ChatGLM4Tokenizer" if isinstance(tokenizer.vocabulary, BytePairVocabulary) else "ChatGLMTokenizer"
     known = {"auto_map": {"AutoTokenizer": [f"tokenization_chatglm.{name}", None]}, "tokenizer_class": name}
     write_json(settings, known | read_json_object_or_empty(settings) | {"chat_format": tokenizer.chat_format})
     if not (folder / _CODE).exists():

@@ -87,14 +87,10 @@ class ExportArguments(ExchangeArguments):
 
     to: str = field(metadata={"help": "format to write", "choices": FORMATS})
     ptuning_checkpoint: str | None = field(
-        default=None, metadata={"help": "prefix in any format that the kit reads; none with --to hf-glm"}
+        default=None, metadata={"help": "prefix in any format that the kit reads; not written by --to hf-glm"}
     )
 
     def __post_init__(self) -> None:
-        if self.to == "hf-glm" and self.ptuning_checkpoint is not None:
-            raise ValueError(
-                "--to hf-glm writes the base alone: leave --ptuning_checkpoint out, and export the prefix by --to peft."
-            )
         if self.to != "hf-glm" and self.ptuning_checkpoint is None:
             raise ValueError(f"--to {self.to} needs a prefix: name its folder by --ptuning_checkpoint.")
 
@@ -127,6 +123,8 @@ def export(args: ExportArguments) -> None:
         base = args.base_files()
         if args.to == "hf-glm":
             lacks = write_glm_base(base, folder)
+            if args.ptuning_checkpoint is not None:
+                lacks.append(f"It is the base alone: --to peft exports {args.ptuning_checkpoint} for it.")
         else:
             prefix = args.find_prefix(args.ptuning_checkpoint)
             args.check_apart(prefix)

@@ -65,10 +65,10 @@ def import_folder(args: ImportArguments) -> None:
         if args.from_format not in ("official-merged", "hf-glm"):
             base = args.base_files(args.model_name_or_path or DEFAULT_MODEL)
             found, place = exchange_format(source)
+            checkpoint = read_prefix(place, base.config.prefix_shape)
             if found != args.from_format:
                 instead = f"use --from {found}" if found in FORMATS else "every command reads it as it is"
                 raise ValueError(f"{place} holds a prefix in the format {found}, not {args.from_format}: {instead}.")
-            checkpoint = read_prefix(place, base.config.prefix_shape)
             check_base(checkpoint, base.config.prefix_shape, base.config.name_or_path, base.fingerprint)
             _write_prefix(checkpoint, base, folder)
             print(f"{output} holds the prefix.")
@@ -77,7 +77,10 @@ def import_folder(args: ImportArguments) -> None:
         _check_same(base, args)
         if args.from_format == "hf-glm":
             if not base.is_glm:
-                raise ValueError(f"{source} is not in the format of GlmForCausalLM (model_type glm) but official.")
+                raise ValueError(
+                    f"{source} is a base in the official format, not in that of GlmForCausalLM (model_type glm): "
+                    "every command reads it as it is."
+                )
             write_official_base(base, folder)
             print(f"{output} holds the base.")
             return
