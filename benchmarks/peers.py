@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.native_glm import as_native_glm
 from benchmarks.shapes import Row
 from benchmarks.sides import Side, checkpointing
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm_ptuning.model.native_glm import as_glm
 
 LORA_RANK = 8
 LORA_ALPHA = 16
@@ -30,7 +30,7 @@ class _Peft(Side):
     ) -> None:
         from peft import get_peft_model
 
-        adapted = get_peft_model(as_native_glm(model), self._settings(model))
+        adapted = get_peft_model(as_glm(model), self._settings(model))
         super().__init__(adapted.train(), steps, at_once)
 
     @abstractmethod

@@ -17,6 +17,8 @@ COMMANDS = {
     "chat": ("chatglm_ptuning.serving.terminal", "chat with the base and its prefixes in a terminal"),
     "serve": ("chatglm_ptuning.serving.api.command", "serve a folder of prefixes over HTTP, as OpenAI's API"),
     "web_demo": ("chatglm_ptuning.serving.page.command", "chat with a folder of prefixes in a web page"),
+    "export": ("chatglm_ptuning.exchange.export", "write a prefix or a base for PEFT, transformers, chatglm.cpp, ..."),
+    "import": ("chatglm_ptuning.exchange.imports", "make a prefix of this kit of one of another program"),
     "estimate": ("chatglm_ptuning.estimation.run", "compute memory and time of a run, without weights"),
     "tradeoff": ("chatglm_ptuning.experiments.tradeoff", "draw score against forgetting, over runs of --preserve_base"),
     "tasks": ("chatglm_ptuning.data.tasks.command", "list the Chinese tasks, or show how one's files are read"),

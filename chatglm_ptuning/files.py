@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import tempfile
 import zipfile
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 _LFS_POINTER = b"version https://git-lfs"
 _DEEPEST = 4
@@ -66,6 +69,39 @@ def check_output_folder(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"Results cannot be written to {path}: {there} is not writable. Name another folder.")
 
 
+@contextmanager
+def write_folder(path: Path, replaced: Sequence[str] = ()) -> Iterator[Path]:
+    """Gives an empty folder inside `path` to write to; what is in it moves to `path` if the block ends well.
+
+    If the block fails, everything that it wrote is removed, and `path` is as before. `config.json` moves last, so that
+    a folder with one is complete.
+
+    Args:
+        path: made if missing.
+        replaced: glob patterns of earlier files in `path` to remove when the new ones move there.
+
+    Raises:
+        ValueError: if nothing can be written there.
+        OSError: if the disk is full.
+    """
+    check_output_folder(path)
+    made = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(dir=path, prefix=".writing-"))
+    try:
+        yield place
+        for old in {file for pattern in replaced for file in path.glob(pattern) if file.is_file()}:
+            old.unlink()
+        for new in sorted(place.iterdir(), key=lambda new: (new.name == "config.json", new.name)):
+            if new.is_dir() and (path / new.name).is_dir():
+                shutil.rmtree(path / new.name)
+            new.replace(path / new.name)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        if made and not any(path.iterdir()):
+            path.rmdir()
+
+
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes a file of JSON lines by `write_atomically`, with characters as they are."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -100,6 +136,18 @@ def read_json_object_or_empty(path: Path) -> dict[str, Any]:
         return {}
 
 
+def read_weight_map(index: Path) -> dict[str, str]:
+    """The file of every tensor by its name, from a `.index.json` beside shards.
+
+    Raises:
+        OSError, ValueError: as `read_json_object`, and if it has no weight_map.
+    """
+    shard_of = read_json_object(index).get("weight_map")
+    if not isinstance(shard_of, dict):
+        raise ValueError(f"{index} has no weight_map.")
+    return shard_of
+
+
 def check_json_files(folder: Path, *patterns: str) -> None:
     """Checks JSON files that transformers reads: it would ignore a damaged one, or not name it.
 
@@ -128,6 +176,27 @@ def check_content(path: Path) -> None:
         raise ValueError(f"{path} is empty (0 bytes): copy or download it again.")
     if start == _LFS_POINTER:
         raise ValueError(f"{path} is a git-lfs pointer, not the file itself. Run `git lfs pull` in its folder.")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Writes tensors on the CPU as a `.safetensors` file, by `write_atomically`.
+
+    Raises:
+        OSError: if the disk is full or the folder cannot be written; an earlier file stays intact.
+    """
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with write_atomically(path) as temporary:
+        try:
+            save_file(whole, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def tensor_names(path: Path, *, nested: bool = False) -> list[str]:
+    """The names of the tensors in a file, of which none is read; arguments and errors as for `read_tensors`."""
+    names: list[str] = []
+    read_tensors(path, lambda name: bool(names.append(name)), nested=nested)
+    return names
 
 
 def read_tensors(

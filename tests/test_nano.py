@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import chatglm_ptuning
-from benchmarks.native_glm import as_native_glm
 from chatglm_ptuning.model.arguments import DEFAULT_MODEL
+from chatglm_ptuning.model.native_glm import as_glm
 
 HEADLINES = Path(DEFAULT_MODEL).parent / "news_topic" / "train.json"
 
@@ -51,7 +51,7 @@ def test_transformers_own_network_gives_the_same_logits(nano):
     model, tokenizer = nano
     ids = tokenizer("酒店的房间很干净，服务员的态度也很好，下次还会再来。" * 20, return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        ours, theirs = (network(ids).logits for network in (model.eval(), as_native_glm(model)))
+        ours, theirs = (network(ids).logits for network in (model.eval(), as_glm(model)))
     assert ids.shape[1] > 256 and torch.allclose(ours, theirs, atol=1e-3 * float(theirs.abs().max()))
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.native_glm import as_native_glm
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMModel
+from chatglm_ptuning.model.native_glm import as_glm
 from chatglm_ptuning.prefix.checkpoint import PREFIX_KEY
 from chatglm_ptuning.prefix.formats import detect_format, read_prefix
 from chatglm_ptuning.prefix.formats.kit import METADATA_FILE, WEIGHTS_FILE
@@ -101,7 +101,7 @@ def test_saving_is_atomic(trained, prefix_folders, copied, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("chatglm_ptuning.prefix.formats.kit.save_file", full_disk)
+    monkeypatch.setattr("chatglm_ptuning.files.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         trained().save_prefix(copied)
     assert {path.name: path.read_bytes() for path in copied.iterdir()} == before
@@ -274,7 +274,7 @@ def test_a_base_model_loads_too(tiny_base, load, prefix_folders, ids):
 @torch.no_grad()
 def test_a_peft_adapter_gives_pefts_logits(load, tmp_path, ids, network, projection):
     peft = pytest.importorskip("peft")
-    base = load() if network == "ours" else as_native_glm(load())
+    base = load() if network == "ours" else as_glm(load())
     torch.testing.assert_close(base(ids).logits, load()(ids).logits, **ALIKE)
     config = peft.PrefixTuningConfig(
         task_type="CAUSAL_LM",

@@ -54,6 +54,7 @@ FLOORS = (
     ("model",),
     ("metrics",),
     ("command_line",),
+    ("exchange",),
     ("serving/engine",),
     ("data",),
     ("tuning",),
@@ -82,7 +83,7 @@ def test_no_import_goes_up(imports):
             assert [room for room in rooms if floor_of[room] > own] == [], module
 
 
-@pytest.mark.parametrize("room", ["estimation", "serving"])
+@pytest.mark.parametrize("room", ["exchange", "estimation", "serving"])
 def test_the_estimate_and_the_chat_need_no_data(imports, room):
     below = {room, *sum(FLOORS[: FLOORS.index(("data",))], ())}
     own = {name for module, names in imports.items() if module.startswith(f"chatglm_ptuning.{room}.") for name in names}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from accelerate.utils import align_module_device
 from transformers import PreTrainedModel
 
 from chatglm_ptuning.files import read_tensors
+from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.zero3 import gathered, is_partitioned
 from chatglm_ptuning.prefix.fingerprint import fingerprint_of
 
@@ -25,12 +26,20 @@ _NAMES_SHOWN = 5
 def fingerprint_of_base(base: PreTrainedModel) -> dict[str, Any]:
     """The fingerprint by which prefixes recognise a base. Under ZeRO-3, must be called on every rank.
 
-    The sample is taken from the embeddings, and from norms and linear layers at the bottom, middle and top.
-
     Args:
         base: the ChatGLMModel.
     """
-    config = base.config
+    return fingerprint_with(base.config, partial(read_weight, base))
+
+
+def fingerprint_with(config: ChatGLMConfig, read: Callable[[str], tuple[torch.Tensor | None, bool]]) -> dict[str, Any]:
+    """The fingerprint of a base.
+
+    The sample is taken from the embeddings, and from norms and linear layers at the bottom, middle and top.
+
+    Args:
+        read: gives a weight by its name in the ChatGLMModel, as `read_weight` does.
+    """
     names = ["embedding.word_embeddings.weight"]
     if config.post_layer_norm:
         names.append("encoder.final_layernorm.weight")
@@ -39,8 +48,7 @@ def fingerprint_of_base(base: PreTrainedModel) -> dict[str, Any]:
             f"encoder.layers.{layer}.{part}.weight"
             for part in ("input_layernorm", "self_attention.query_key_value", "mlp.dense_4h_to_h")
         ]
-    shape = {name: getattr(config, name) for name in _SHAPE_FIELDS}
-    return fingerprint_of(shape, names, partial(read_weight, base))
+    return fingerprint_of({name: getattr(config, name) for name in _SHAPE_FIELDS}, names, read)
 
 
 def read_weight(base: PreTrainedModel, name: str) -> tuple[torch.Tensor | None, bool]:

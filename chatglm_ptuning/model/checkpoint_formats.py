@@ -31,10 +31,26 @@ _OTHER_ARCHITECTURES = {
     "glm_edge": "GLM-Edge",
 }
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ROPE_BASE = 10000.0
+"""Base of the rotary frequencies where `rope_ratio` is 1."""
 DTYPE_KEYS = {"torch_dtype", "dtype"}
 """The dtype of the weights in a config.json, old and new."""
 # Fields that only the first ChatGLM-6B has, whose `model_type` is chatglm, too.
 _FIRST_GENERATION_FIELDS = ("position_encoding_2d", "inner_hidden_size", "max_sequence_length")
+
+
+GLM_NAMES = (
+    ("transformer.embedding.word_embeddings.", "model.embed_tokens."),
+    ("transformer.encoder.layers.", "model.layers."),
+    ("transformer.encoder.final_layernorm.", "model.norm."),
+    ("transformer.output_layer.", "lm_head."),
+    ("self_attention.dense.", "self_attn.o_proj."),
+    ("mlp.dense_h_to_4h.", "mlp.gate_up_proj."),
+    ("mlp.dense_4h_to_h.", "mlp.down_proj."),
+)
+"""Parts of the official names of parameters, each with its name in GlmForCausalLM."""
+GLM_SPLIT = ("self_attention.query_key_value.", tuple(f"self_attn.{part}_proj." for part in "qkv"))
+"""The same for the fused parameter, whose rows GlmForCausalLM has in three."""
 
 
 def check_architecture(fields: dict[str, Any], source: str = "This") -> None:
@@ -156,10 +172,11 @@ def last_part(name: str) -> str:
 def _from_glm(fields: dict[str, Any], source: str) -> dict[str, Any]:
     glm = GlmConfig.from_dict(fields)
     rope = glm.rope_parameters
+    interpolated = rope.get("rope_type") == "linear" and rope["rope_theta"] == ROPE_BASE
     required = {
         "hidden_act": (glm.hidden_act, "silu"),
         "tie_word_embeddings": (bool(glm.tie_word_embeddings), False),
-        "rope_type": (rope.get("rope_type", "default"), "default"),
+        "rope_type": ("default" if interpolated else rope.get("rope_type", "default"), "default"),
         "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), 0.5),
     }
     for name, (found, wanted) in required.items():
@@ -181,7 +198,8 @@ def _from_glm(fields: dict[str, Any], source: str) -> dict[str, Any]:
         "multi_query_group_num": glm.num_key_value_heads or glm.num_attention_heads,
         "add_qkv_bias": glm.attention_bias,
         "layernorm_epsilon": glm.rms_norm_eps,
-        "rope_ratio": rope["rope_theta"] / 10000,
+        "rope_ratio": rope["factor"] if interpolated else rope["rope_theta"] / ROPE_BASE,
+        "position_interpolation": interpolated,
         "seq_length": glm.max_position_embeddings,
         "pad_token_id": glm.pad_token_id,
         "eos_token_id": glm.eos_token_id,
@@ -203,18 +221,13 @@ def register_conversions() -> None:
     left out: it must not become the values of a new prefix to train (`stored_prefix.py`).
     """
     conversions: list[WeightConverter | WeightRenaming] = [
-        WeightRenaming(r"^model\.embed_tokens\.", "transformer.embedding.word_embeddings."),
-        WeightRenaming(r"^model\.layers\.", "transformer.encoder.layers."),
-        WeightRenaming(r"^model\.norm\.", "transformer.encoder.final_layernorm."),
-        WeightRenaming(r"^lm_head\.", "transformer.output_layer."),
-        WeightRenaming(r"self_attn\.o_proj\.", "self_attention.dense."),
-        WeightRenaming(r"mlp\.gate_up_proj\.", "mlp.dense_h_to_4h."),
-        WeightRenaming(r"mlp\.down_proj\.", "mlp.dense_4h_to_h."),
+        WeightRenaming(("^" if ours.startswith("transformer.") else "") + re.escape(theirs), ours)
+        for ours, theirs in GLM_NAMES
     ]
     conversions += [
         WeightConverter(
-            [f"self_attn.{part}_proj.{kind}" for part in "qkv"],
-            f"self_attention.query_key_value.{kind}",
+            [name + kind for name in GLM_SPLIT[1]],
+            GLM_SPLIT[0] + kind,
             [Concatenate(dim=0)],
         )
         for kind in ("weight", "bias")

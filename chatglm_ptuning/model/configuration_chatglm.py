@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from chatglm_ptuning.files import check_json_files
 from chatglm_ptuning.model.checkpoint_formats import (
+    ROPE_BASE,
     check_architecture,
     check_not_quantised,
     checked_dtype,
@@ -153,7 +154,7 @@ class ChatGLMConfig(PreTrainedConfig):
     @property
     def rope_base(self) -> float:
         """Base of the rotary frequencies."""
-        return 10000.0 * (1.0 if self.position_interpolation else self.rope_ratio)
+        return ROPE_BASE * (1.0 if self.position_interpolation else self.rope_ratio)
 
     @property
     def position_scale(self) -> float:

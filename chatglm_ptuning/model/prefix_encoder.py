@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import nn
 
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.trained_module import FirstValues, Float32Module
+from chatglm_ptuning.prefix.checkpoint import PrefixCheckpoint
 
 
 class PrefixEncoder(Float32Module, FirstValues):
@@ -90,3 +93,25 @@ class PrefixEncoder(Float32Module, FirstValues):
         solution = torch.linalg.lstsq(hidden.cpu().double(), (flat - mean).cpu().double(), driver="gelsd").solution
         self.trans[2].weight.copy_(solution.T)
         self.trans[2].bias.copy_(mean)
+
+
+def encoder_of(checkpoint: PrefixCheckpoint, config: ChatGLMConfig) -> PrefixEncoder:
+    """A prefix checkpoint as an encoder on the CPU. Draws no random numbers: a base with a prefix trains like any.
+
+    Args:
+        config: of the base.
+
+    Raises:
+        ValueError: naming the file, if the prefix is not complete.
+    """
+    config = copy(config)
+    config.pre_seq_len = checkpoint.metadata.pre_seq_len
+    config.prefix_projection = checkpoint.metadata.prefix_projection
+    with torch.device("meta"):
+        encoder = PrefixEncoder(config)
+    parameters = {name: value.to(torch.float32, copy=True) for name, value in checkpoint.parameters.items()}
+    try:
+        encoder.load_state_dict(parameters, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{checkpoint.source} is not a complete prefix: {error}") from error
+    return encoder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from copy import copy
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +12,7 @@ from transformers.utils import logging
 
 from chatglm_ptuning.model.base_weights import fingerprint_of_base
 from chatglm_ptuning.model.placement import layer_devices
-from chatglm_ptuning.model.prefix_encoder import PrefixEncoder
+from chatglm_ptuning.model.prefix_encoder import PrefixEncoder, encoder_of
 from chatglm_ptuning.model.stored_prefix import name_of_base, read_stored_prefix
 from chatglm_ptuning.model.trained_module import FirstValues
 from chatglm_ptuning.model.virtual_tokens import key_values_before
@@ -178,7 +177,7 @@ class PrefixMixin:
         """
         checkpoint = self._fitting(path, task)
         own_heads = self._heads()
-        encoder = self._encoder_from(checkpoint)
+        encoder = encoder_of(checkpoint, self.base_model.config)
         if self._is_trainable(name):
             with gathered([*self._trainable.parameters(), *own_heads.values()], modify=True), torch.no_grad():
                 self._replace_trainable(encoder, checkpoint)
@@ -203,7 +202,9 @@ class PrefixMixin:
             FileNotFoundError, ValueError: as `load_prefix`.
         """
         checkpoint = self._fitting(path)
-        return LoadedPrefix(self._encoder_from(checkpoint).key_values(), {}, checkpoint.metadata.trained)
+        return LoadedPrefix(
+            encoder_of(checkpoint, self.base_model.config).key_values(), {}, checkpoint.metadata.trained
+        )
 
     def _fitting(self, path: str | PathLike[str] | PrefixCheckpoint, task: str | None = None) -> PrefixCheckpoint:
         """Reads a prefix and checks that it fits; arguments and errors as for `load_prefix`."""
@@ -223,7 +224,7 @@ class PrefixMixin:
         checkpoint = None if folder is None else read_stored_prefix(folder, config)
         if checkpoint is not None:
             name = name_of_base(folder)
-            self._bank.add(name, LoadedPrefix(self._encoder_from(checkpoint).key_values(), {}))
+            self._bank.add(name, LoadedPrefix(encoder_of(checkpoint, self.base_model.config).key_values(), {}))
             logger.warning(
                 f"{checkpoint.source} holds a prefix of {checkpoint.metadata.pre_seq_len} virtual tokens beside the "
                 f"base. It is loaded as {name!r}, and used only if it is asked for: by set_prefix({name!r}), or "
@@ -358,20 +359,6 @@ class PrefixMixin:
             and module.is_untrained
             and (self.head_key or name) not in replaced
         ]
-
-    def _encoder_from(self, checkpoint: PrefixCheckpoint) -> PrefixEncoder:
-        """The checkpoint as an encoder on the CPU. Draws no random numbers: a base with a prefix trains like any."""
-        config = copy(self.base_model.config)
-        config.pre_seq_len = checkpoint.metadata.pre_seq_len
-        config.prefix_projection = checkpoint.metadata.prefix_projection
-        with torch.device("meta"):
-            encoder = PrefixEncoder(config)
-        parameters = {name: value.to(torch.float32, copy=True) for name, value in checkpoint.parameters.items()}
-        try:
-            encoder.load_state_dict(parameters, assign=True)
-        except RuntimeError as error:
-            raise ValueError(f"{checkpoint.source} is not a complete prefix: {error}") from error
-        return encoder
 
     def _replace_trainable(self, encoder: PrefixEncoder, checkpoint: PrefixCheckpoint) -> None:
         base, before = self.base_model, self._trainable

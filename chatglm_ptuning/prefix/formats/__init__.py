@@ -1,13 +1,15 @@
 """The formats of prefix checkpoints, and detecting the format of a path.
 
 A format is a module with `FILES` (its files, for messages), `holds(path) -> bool` (by the names of files),
-`has_prefix(path) -> bool` (by their content) and `read(path, shape) -> PrefixCheckpoint`; this kit's own format and the
-official one also have `write`.
+`has_prefix(path) -> bool` (by their content), `read(path, shape) -> PrefixCheckpoint` and `write`. DeepSpeed's
+checkpoints are only read.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -18,6 +20,12 @@ from chatglm_ptuning.prefix.shape import PrefixShape
 FORMATS = {"kit": kit, "PEFT": peft, "official": official, "DeepSpeed": deepspeed}
 """In the order of detection. Prompt tuning writes the first two into one folder, the Trainer the last two, of which
 the first may be in full precision."""
+KEY_VALUE_WRITERS: dict[str, Callable[[Path, PrefixCheckpoint, PrefixShape], None]] = {
+    "peft": peft.write,
+    "peft-cartridge": partial(peft.write, peft_type=peft.CARTRIDGE),
+}
+"""The formats of keys and values alone, by their names in `export` and `import`: `write(folder, checkpoint, shape)`,
+of a checkpoint without projection, for a base of that shape."""
 _CHECKPOINT_FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
@@ -67,6 +75,13 @@ def _checkpoints(folder: Path) -> list[Path]:
     children = folder.iterdir() if folder.is_dir() else ()
     found = [(int(match[1]), child) for child in children if (match := _CHECKPOINT_FOLDER.fullmatch(child.name))]
     return [child for _, child in sorted(found, reverse=True)]
+
+
+def exchange_format(path: str | PathLike[str]) -> tuple[str, Path]:
+    """As `detect_format`, with the format's name in `export` and `import`."""
+    name, place = detect_format(path)
+    cartridge = name == "PEFT" and peft.type_of(place) == peft.CARTRIDGE
+    return "peft-cartridge" if cartridge else name.lower(), place
 
 
 def adapter_type(path: str | PathLike[str]) -> str | None:

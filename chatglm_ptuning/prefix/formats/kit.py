@@ -8,9 +8,8 @@ from os import PathLike
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from chatglm_ptuning.files import read_json_object, read_tensors, write_atomically, write_json
+from chatglm_ptuning.files import read_json_object, read_tensors, write_json, write_tensors
 from chatglm_ptuning.prefix.checkpoint import (
     PREFIX_KEY,
     PrefixCheckpoint,
@@ -86,9 +85,8 @@ def write(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {PREFIX_KEY + name: tensor for name, tensor in parameters.items()} | dict(heads or {})
-    tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
-    with write_atomically(folder / WEIGHTS_FILE) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+    tensors = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in tensors.items()}
+    write_tensors(folder / WEIGHTS_FILE, tensors)
     write_json(folder / METADATA_FILE, {**asdict(metadata), "kit_version": kit_version()})
 
 

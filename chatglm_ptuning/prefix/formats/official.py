@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from chatglm_ptuning.files import read_json_object, read_tensors, write_atomically
+from chatglm_ptuning.files import read_tensors, read_weight_map, tensor_names, write_atomically
 from chatglm_ptuning.prefix.checkpoint import PREFIX_KEY, PrefixCheckpoint, PrefixMetadata
 from chatglm_ptuning.prefix.shape import PrefixShape
 
@@ -56,7 +56,9 @@ def read(path: Path, shape: PrefixShape) -> PrefixCheckpoint:
     sources = _sources(path)
     source = next((source for source in sources if _has_prefix(source)), sources[0])
     if source.suffix == ".json":
-        shards = sorted({source.parent / shard for key, shard in _weight_map(source).items() if _parameter_name(key)})
+        shards = sorted(
+            {source.parent / shard for key, shard in read_weight_map(source).items() if _parameter_name(key)}
+        )
     else:
         shards = [source]
     return read_files(shards, source, shape)
@@ -105,7 +107,7 @@ def write(folder: Path, parameters: Mapping[str, torch.Tensor]) -> None:
 def holds_prefix_alone(file: Path) -> bool:
     """Whether a file can be read, and holds the parameters of a prefix under their official names and nothing else."""
     try:
-        names = _names(file)
+        names = tensor_names(file, nested=True)
     except (OSError, ValueError):
         return False
     return all(name.startswith(PREFIX_KEY) for name in names)
@@ -118,27 +120,13 @@ def _sources(path: Path) -> list[Path]:
 def _has_prefix(source: Path) -> bool:
     try:
         if source.suffix == ".json":
-            shard_of = _weight_map(source)
+            shard_of = read_weight_map(source)
             names = [key for key, shard in shard_of.items() if (source.parent / shard).exists()]
         else:
-            names = _names(source)
+            names = tensor_names(source, nested=True)
     except (OSError, ValueError):
         return False
     return any(_parameter_name(name) for name in names)
-
-
-def _names(file: Path) -> list[str]:
-    """The names of the tensors in a file; none of them is read."""
-    names: list[str] = []
-    read_tensors(file, lambda name: bool(names.append(name)), nested=True)
-    return names
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    shard_of = read_json_object(index).get("weight_map")
-    if not isinstance(shard_of, dict):
-        raise ValueError(f"{index} has no weight_map.")
-    return shard_of
 
 
 def _parameter_name(key: str) -> str | None:
