@@ -27,7 +27,7 @@ from benchmarks.serving.mixed import send_mixed
 from benchmarks.serving.requests import ADVERTISEMENTS, SHORT, Generator, make_prefixes, make_questions
 from benchmarks.serving.server import Server, running
 from benchmarks.shapes import SHAPES
-from benchmarks.timing import alternate
+from benchmarks.timing import Sample, alternate
 from chatglm_ptuning.command_line import fail, parse_arguments
 from chatglm_ptuning.model.arguments import BaseArguments
 
@@ -131,14 +131,16 @@ def _load(args: LoadArguments, flags: dict, names: Sequence[str]) -> tuple[list[
     batch = questions[: args.clients]
     useful, computed = generator.tokens_of(batch)
     sides = {"batch": partial(generator.generate, batch)}
-    seconds = alternate(sides, _ROUNDS, generator.model.device, warm_ups=0)["batch"].seconds
-    del generator, sides
+    before = alternate(sides, _ROUNDS, generator.model.device, warm_ups=0)["batch"].seconds
     with running(flags | {"slots": args.clients}) as server:
         load(server.url, others, len(names), 1.0)  # loads the prefixes
         alone = load(server.url, others[len(others) // 2 :], 1, args.alone)
         with server.watched() as moments:
             seen = load(server.url, questions, args.clients, args.seconds)
         lost = _unsettled(server)
+    # Again, as the speed of a machine that others use, too, changes.
+    after = alternate(sides, _ROUNDS, generator.model.device, warm_ups=0)["batch"].seconds
+    seconds = Sample(before.values + after.values)
     clients = results.Load(args.clients)
     rows = clients.results(seen, alone, moments, seconds.per(useful), seconds.per(computed), args.seconds, lost)
     return rows, results.Timeline(seen, moments)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import torch
 
 from chatglm_ptuning.command_line import fail, parse_arguments
 from chatglm_ptuning.model.chat_mixin import sampling_settings
@@ -156,6 +159,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         arguments.keys()
         with bound_socket(arguments.host, arguments.port) as bound:
+            leave_a_core()
             service = make_service(arguments)
             _tell(service, arguments, bound.getsockname())
             config = uvicorn.Config(
@@ -172,6 +176,12 @@ def main(argv: Sequence[str]) -> None:
                 uvicorn.Server(config).run([bound])
     except (OSError, ValueError, ImportError) as error:
         fail(str(error))
+
+
+def leave_a_core() -> None:
+    """Lets torch use one CPU core less than there are, unless `OMP_NUM_THREADS` says how many: HTTP needs one."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
 
 
 def _tell(service: Service, arguments: ServeArguments, address: tuple) -> None:
