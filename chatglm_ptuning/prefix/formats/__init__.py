@@ -1,8 +1,8 @@
 """The formats of prefix checkpoints, and detecting the format of a path.
 
 A format is a module with `FILES` (its files, for messages), `holds(path) -> bool` (by the names of files),
-`has_prefix(path) -> bool` (by their content) and `read(path, shape) -> PrefixCheckpoint`; this kit's own format and the
-official one also have `write`.
+`has_prefix(path) -> bool` (by their content) and `read(path, shape) -> PrefixCheckpoint`; this kit's own format, the
+official one and that for vLLM also have `write`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from os import PathLike
 from pathlib import Path
 
 from chatglm_ptuning.prefix.checkpoint import PrefixCheckpoint
-from chatglm_ptuning.prefix.formats import deepspeed, kit, official, peft
+from chatglm_ptuning.prefix.formats import deepspeed, kit, official, peft, vllm
 from chatglm_ptuning.prefix.shape import PrefixShape
 
-FORMATS = {"kit": kit, "PEFT": peft, "official": official, "DeepSpeed": deepspeed}
+FORMATS = {"kit": kit, "PEFT": peft, "vLLM": vllm, "official": official, "DeepSpeed": deepspeed}
 """In the order of detection. Prompt tuning writes the first two into one folder, the Trainer the last two, of which
-the first may be in full precision."""
+the first may be in full precision. A single file of any name may be the official one."""
 _CHECKPOINT_FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
