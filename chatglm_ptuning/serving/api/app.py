@@ -29,6 +29,7 @@ from chatglm_ptuning.serving.api.replies import ChatReply, Reply, TextReply
 from chatglm_ptuning.serving.api.schema import ChatRequest, CompletionRequest, PrefixRequest, Request
 from chatglm_ptuning.serving.engine.engine import Engine
 from chatglm_ptuning.serving.engine.request import SamplingSettings
+from chatglm_ptuning.serving.vllm.engine import VllmEngine
 from chatglm_ptuning.version import kit_version
 
 _Result = TypeVar("_Result")
@@ -61,7 +62,7 @@ class Service:
         sampling: `temperature` and `top_p` of requests that do not set them.
     """
 
-    engine: Engine
+    engine: Engine | VllmEngine
     tokenizer: ChatGLMTokenizer
     models: Models
     sampling: dict[str, float]
