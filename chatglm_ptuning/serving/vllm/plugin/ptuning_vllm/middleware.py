@@ -56,7 +56,8 @@ def rewrite(path: str, body: dict[str, Any], prefixes: dict[str, Prefix], base: 
         )
     for settings in (body, body.get("sampling_params"), body.get("stream_options")):
         for name in _REFUSED if isinstance(settings, dict) else ():
-            if settings.get(name) not in (None, False):
+            value = settings.get(name)
+            if value is not None and value is not False:  # 0 asks for some of them
                 raise Refused(f"{name} cannot be had with a prefix: leave it out, or ask the model {base!r}.")
     prompt = body.get(field)
     several = field == "prompt" and isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], list)
@@ -169,9 +170,8 @@ def _rewriting(send: _Send, change: Callable[[dict[str, Any]], dict[str, Any]]) 
         waiting += message.get("body", b"")
         more = message.get("more_body", False)
         if _is_stream(start):
-            end = waiting.rfind(b"\n\n") + 2 if more else len(waiting)  # an event may come in several parts
-            ready, waiting = waiting[:end], waiting[end:]
-            await send({**message, "body": b"".join(_changed_events(ready, change))})
+            ready, separator, waiting = waiting.rpartition(b"\n\n") if more else (waiting, b"", b"")
+            await send({**message, "body": b"".join(_changed_events(ready + separator, change))})
         elif not more:
             body = _changed(waiting, change)
             headers = [(name, value) for name, value in start["headers"] if name.lower() != b"content-length"]
