@@ -107,6 +107,23 @@ def test_a_prefix_is_exported_and_again_when_it_changes(service, base, folder):
     assert not (files / f"{first}.vllm.safetensors").exists()
 
 
+def test_prefixes_that_cannot_be_served_say_why_in_the_log(service, folder, caplog):
+    settings = SamplingSettings(max_new_tokens=4)
+    config = folder / "ads" / "prefix_config.json"
+    fields = json.loads(config.read_text("utf-8"))
+    for change, named in (
+        ({"base_fingerprint": fields["base_fingerprint"] | {"sample_sha256": "0", "sample": {
+            name: [number + 1 for number in numbers]
+            for name, numbers in fields["base_fingerprint"]["sample"].items()
+        }}}, "trained on another base"),
+        ({"trained": False}, "untrained"),
+    ):  # fmt: skip
+        config.write_text(json.dumps(fields | change), encoding="utf-8")
+        with pytest.raises(UnknownPrefix, match="cannot be loaded"):
+            service.engine.submit([9], settings, "ads")
+        assert named in caplog.text
+
+
 def test_what_does_not_fit(service):
     assert (service.engine.context_length(), service.engine.context_length("ads")) == (40, 33)
     with pytest.raises(PromptTooLong, match="33 tokens"):
@@ -243,6 +260,15 @@ def test_versions_of_vllm(fake, monkeypatch, caplog):
     monkeypatch.setenv(PYTHON_VARIABLE, fake)
     with pytest.raises(ValueError, match="There is no vLLM in the environment of"):
         find_python(None)
+
+
+def test_a_temporary_folder_whose_path_is_too_long(base, folder, fake, monkeypatch, tmp_path):
+    long = tmp_path / ("x" * 90)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    flags = {"model_name_or_path": str(base), "prefix_dir": str(folder), "engine": "vllm", "vllm_python": fake}
+    with pytest.raises(ValueError, match=r"Unix socket: set \$TMPDIR"):
+        make_service(ServeArguments(**flags))
 
 
 @pytest.mark.parametrize(

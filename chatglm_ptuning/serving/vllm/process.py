@@ -27,6 +27,7 @@ TESTED = "0.32.0"
 _OLDEST = (0, 32)
 PYTHON_VARIABLE = "CHATGLM_PTUNING_VLLM_PYTHON"
 _PLUGIN = Path(__file__).parent / "plugin"
+_LONGEST_ADDRESS = 100
 _LINES_KEPT = 40
 _NOISE = re.compile(r"nanobind: | - leaked (instance|type|function) | - \.\.\. skipped remainder")
 """Lines that libraries write at the end of every process."""
@@ -103,9 +104,13 @@ class VllmProcess:
         prefix_settings: settings of the connector, without the folder of the prefixes.
         base_name: name of the base in requests.
 
+    Raises:
+        ValueError: if the path of the temporary folder is too long for a socket.
+
     Attributes:
         prefix_dir: the folder for exported prefixes.
         address: path of the socket.
+        failure: why vLLM ended by itself; None if it did not.
     """
 
     def __init__(
@@ -120,6 +125,10 @@ class VllmProcess:
         self.prefix_dir = Path(self._folder.name) / "prefixes"
         self.prefix_dir.mkdir()
         self.address = str(Path(self._folder.name) / "socket")
+        if len(os.fsencode(self.address)) > _LONGEST_ADDRESS:
+            raise ValueError(
+                f"{self.address} is too long for a Unix socket: set $TMPDIR to a folder with a short path."
+            )
         transfer = {
             "kv_connector": "PrefixConnector",
             "kv_connector_module_path": "ptuning_vllm.connector",
