@@ -87,6 +87,9 @@ def write(path: Path) -> str:
 
 
 def main(arguments: list[str]) -> None:
+    if arguments[0] == "-c" and "execv" in arguments[1]:
+        executable = Path(__file__).resolve()
+        exec(arguments[1].replace("*sys.argv[1:]", f"{str(executable)!r}, *{arguments[2:]!r}"))
     if arguments[0] == "-c":
         print(os.environ.get("FAKE_VERSION", "0.32.0"))
         return

@@ -180,7 +180,8 @@ def test_vllm_is_started_without_this_kit(service):
 
 
 @pytest.mark.parametrize("how", [pytest.param("death", marks=pytest.mark.slow), "SIGTERM",
-                                 pytest.param("SIGINT", marks=pytest.mark.slow)])  # fmt: skip
+                                 pytest.param("SIGINT", marks=pytest.mark.slow),
+                                 pytest.param("SIGKILL", marks=pytest.mark.slow)])  # fmt: skip
 def test_the_command_ends_with_vllm(base, folder, fake, tmp_path, how, monkeypatch):
     log = tmp_path / "log"
     command = [sys.executable, "-m", "chatglm_ptuning", "serve", "--engine", "vllm", "--vllm_python", fake,
@@ -199,11 +200,23 @@ def test_the_command_ends_with_vllm(base, folder, fake, tmp_path, how, monkeypat
     finally:
         process.kill()
         process.wait()
+    if how == "SIGKILL":
+        socket_path = str(next(tmp_path.glob("chatglm-vllm-*/socket")))
+        wait_for(lambda: not is_open(socket_path))  # vLLM has ended, too
+        return
     assert "Traceback" not in text, text
     assert code == (1 if how == "death" else 0)
     if how == "death":
         assert text.rstrip().endswith("out of memory")
     assert not list(tmp_path.glob("chatglm-vllm-*"))
+
+
+def is_open(address: str) -> bool:
+    try:
+        UnixConnection(address).connect()
+    except OSError:
+        return False
+    return True
 
 
 def end_vllm(address: Path | str) -> None:

