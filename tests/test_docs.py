@@ -28,8 +28,9 @@ SCRIPTS = {
     "serve": "serve",
     "web_demo": "web_demo",
 }
-OTHER_PROGRAMS = {"--local-dir", "--repo-type", "--model_args"}
-"""Flags in the text that belong to `hf download` and lm-eval."""
+OTHER_PROGRAMS = {"--local-dir", "--repo-type", "--model_args", "--tensor-parallel-size", "--gpu-memory-utilization",
+                  "--max-num-seqs", "--max-model-len", "--max-num-batched-tokens"}  # fmt: skip
+"""Flags in the text that belong to `hf download`, lm-eval and vLLM."""
 
 
 def text_of(page: Path) -> str:
@@ -73,7 +74,7 @@ def used_commands(line: str) -> list[tuple[tuple[str, ...], list[str]]]:
         # What stands behind `--` of `compare` are flags of `train`.
         own, passed_on = (rest[: rest.index("--")], rest[rest.index("--") :]) if "--" in rest else (rest, [])
         return [
-            (command, [word for word in own if word.startswith("--")]),
+            (command, [word.partition("=")[0] for word in own if word.startswith("--")]),
             (("train",), [word for word in passed_on if word.startswith("--") and word != "--"]),
         ]
     return []

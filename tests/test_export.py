@@ -27,11 +27,12 @@ from chatglm_ptuning import (
 from chatglm_ptuning.cli import main
 from chatglm_ptuning.model.base_files import BaseFiles
 from chatglm_ptuning.prefix.formats import detect_format, kit, read_prefix
+from chatglm_ptuning.serving.vllm.plugin.ptuning_vllm.prefixes import PrefixFolder
 
 peft = pytest.importorskip("peft")
 
 ALIKE = {"rtol": 1e-4, "atol": 1e-4}
-PREFIX_FORMATS = ("official", "peft", "peft-cartridge")
+PREFIX_FORMATS = ("official", "peft", "peft-cartridge", "vllm")
 VARIANTS = {
     "plain": {},
     "no bias": {"add_qkv_bias": False},
@@ -302,6 +303,16 @@ def test_a_prefix_comes_back(tiny_base, prefix_folders, tmp_path, ids, through, 
     folded = [model.fold_prefix(path).key_values for path in (prefix_folders[name], back)]
     torch.testing.assert_close(*folded, rtol=1e-6, atol=1e-6)
     assert through != "official" or torch.equal(*folded)
+
+
+def test_the_plugin_of_vllm_finds_exported_prefixes(tiny_base, prefix_folders, tmp_path):
+    for name in ("a", "b"):
+        export(tiny_base, "vllm", tmp_path / "exported" / name, prefix_folders[name])
+    found = PrefixFolder(tmp_path / "exported").by_name()
+    shape = ChatGLMConfig.from_pretrained(tiny_base).prefix_shape
+    lengths = {name: read_prefix(prefix_folders[name], shape).metadata.pre_seq_len for name in ("a", "b")}
+    assert {name: prefix.length for name, prefix in found.items()} == lengths
+    assert all(prefix.read().shape[2] == prefix.length for prefix in found.values())
 
 
 # Errors

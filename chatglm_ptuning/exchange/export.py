@@ -16,9 +16,9 @@ from chatglm_ptuning.model.hub import find_base
 from chatglm_ptuning.model.prefix_encoder import encoder_of
 from chatglm_ptuning.prefix.checkpoint import HEADS_KEY, PrefixCheckpoint
 from chatglm_ptuning.prefix.fit import check_base
-from chatglm_ptuning.prefix.formats import KEY_VALUE_WRITERS, official, read_prefix
+from chatglm_ptuning.prefix.formats import KEY_VALUE_WRITERS, official, read_prefix, vllm
 
-FORMATS = ("official", "official-merged", "hf-glm", *KEY_VALUE_WRITERS)
+FORMATS = ("official", "official-merged", "hf-glm", "vllm", *KEY_VALUE_WRITERS)
 _USE = {
     "official": "For the official web_demo.py (as its ptuning_checkpoint) and Langchain-Chatchat, beside the base. It "
                 "holds no base: programs that take one folder for both need --to official-merged.",
@@ -26,6 +26,8 @@ _USE = {
     "hf-glm": "For transformers (GlmForCausalLM) and engines that read its format.",
     "peft": "For PeftModel.from_pretrained(model, folder), on the base of --to hf-glm as model.",
     "peft-cartridge": "For PeftModel.from_pretrained(model, folder), on the base of --to hf-glm as model.",
+    "vllm": "For vLLM with this kit's plugin; the name of the prefix is that of the folder. `chatglm-ptuning serve "
+            "--engine vllm` needs no export.",
 }  # fmt: skip
 _DIVIDED_POSITIONS = (
     "This base divides positions by rope_ratio. The official code of ChatGLM2-6B-32K does so, too; chatglm.cpp and the "
@@ -138,6 +140,8 @@ def export(args: ExportArguments) -> None:
                 # Without the official classes, converters refuse the folder instead of taking it for a whole base.
                 config = official_config(base, checkpoint)
                 write_json(folder / "config.json", {key: config[key] for key in config if key != "auto_map"})
+            elif args.to == "vllm":
+                vllm.write(folder, _folded(checkpoint, base), base.config.prefix_shape, output.resolve().name)
             else:
                 KEY_VALUE_WRITERS[args.to](folder, _folded(checkpoint, base), base.config.prefix_shape)
     print(f"{output} holds the {args.to} export. {_USE.get(args.to, '')}", *lacks, sep="\n")

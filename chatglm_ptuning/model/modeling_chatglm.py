@@ -400,7 +400,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.gradient_checkpointing = False  # read by merge_with_config_defaults: no cache while it is on
         self.prefixes = PrefixBank()
         self.prefix_selection: PrefixSelection = TRAINABLE_PREFIX if config.pre_seq_len else None
-        self.known_fingerprint: dict[str, Any] | None = None  # of a base that is partitioned among processes
+        self.known_fingerprint: dict[str, Any] | None = None  # of a base whose weights are elsewhere
         self.freeze_base()
         self.post_init()
 

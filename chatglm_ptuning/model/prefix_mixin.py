@@ -192,7 +192,7 @@ class PrefixMixin:
         self.set_prefix(name)
 
     @torch.no_grad()
-    def fold_prefix(self, path: str | PathLike[str]) -> LoadedPrefix:
+    def fold_prefix(self, path: str | PathLike[str] | PrefixCheckpoint) -> LoadedPrefix:
         """Reads a prefix for inference, without its head. The model is unchanged, and nothing is selected.
 
         Args:
@@ -292,11 +292,12 @@ class PrefixMixin:
         frozen.
         """
         base = self.base_model
-        if not is_partitioned(base.parameters()):
-            return fingerprint_of_base(base)
-        if base.known_fingerprint is None:
-            base.known_fingerprint = fingerprint_of_base(base)
-        return base.known_fingerprint
+        if base.known_fingerprint is not None:
+            return base.known_fingerprint
+        fingerprint = fingerprint_of_base(base)
+        if is_partitioned(base.parameters()):
+            base.known_fingerprint = fingerprint
+        return fingerprint
 
     @torch.no_grad()
     def init_prefix_from_ids(self, input_ids: torch.Tensor) -> None:

@@ -14,12 +14,12 @@ from os import PathLike
 from pathlib import Path
 
 from chatglm_ptuning.prefix.checkpoint import PrefixCheckpoint
-from chatglm_ptuning.prefix.formats import deepspeed, kit, official, peft
+from chatglm_ptuning.prefix.formats import deepspeed, kit, official, peft, vllm
 from chatglm_ptuning.prefix.shape import PrefixShape
 
-FORMATS = {"kit": kit, "PEFT": peft, "official": official, "DeepSpeed": deepspeed}
+FORMATS = {"kit": kit, "PEFT": peft, "vLLM": vllm, "official": official, "DeepSpeed": deepspeed}
 """In the order of detection. Prompt tuning writes the first two into one folder, the Trainer the last two, of which
-the first may be in full precision."""
+the first may be in full precision. A single file of any name may be the official one."""
 KEY_VALUE_WRITERS: dict[str, Callable[[Path, PrefixCheckpoint, PrefixShape], None]] = {
     "peft": peft.write,
     "peft-cartridge": partial(peft.write, peft_type=peft.CARTRIDGE),

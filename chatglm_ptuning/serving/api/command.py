@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -21,10 +21,14 @@ from chatglm_ptuning.serving.engine.prefixes import PrefixFolder
 from chatglm_ptuning.serving.keys import KeySet, read_keys
 
 if TYPE_CHECKING:
+    from chatglm_ptuning.model.modeling_chatglm import ChatGLMPreTrainedModel
+    from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
     from chatglm_ptuning.serving.api.service import Service
+    from chatglm_ptuning.serving.vllm.engine import VllmEngine
 
 _API_KEY_VARIABLE = "CHATGLM_PTUNING_API_KEY"
 _ADMIN_KEY_VARIABLE = "CHATGLM_PTUNING_ADMIN_KEY"
+_PREFILL_CHUNK = 256
 _SECONDS_TO_END = 5
 """For running answers, when the server is stopped."""
 
@@ -52,7 +56,8 @@ class ServeArguments(FolderArguments):
     slots: int = field(default=16, metadata={"help": "requests that are answered at the same time"})
     queue_limit: int = field(default=256, metadata={"help": "requests that may wait; more get the status 429"})
     prefill_chunk: int = field(
-        default=256, metadata={"help": "most tokens of prompts that are computed between two steps of running answers"}
+        default=_PREFILL_CHUNK,
+        metadata={"help": "most tokens of prompts that are computed between two steps of running answers"},
     )
     slot_tokens: int | None = field(
         default=None,
@@ -67,6 +72,16 @@ class ServeArguments(FolderArguments):
     )
     max_choices: int = field(default=16, metadata={"help": "most answers that one request may ask for"})
     max_request_kb: int = field(default=2048, metadata={"help": "largest body of a request"})
+    engine: Literal["kit", "vllm"] = field(
+        default="kit", metadata={"help": "what computes the answers: this kit's engine, or vLLM (docs/vllm.md)"}
+    )
+    vllm_python: str | None = field(
+        default=None,
+        metadata={"help": "python of the environment with vLLM (default: $CHATGLM_PTUNING_VLLM_PYTHON, or this one)"},
+    )
+    vllm_args: str = field(
+        default="", metadata={"help": 'further flags of vLLM: --vllm_args="--tensor-parallel-size 2"'}
+    )
 
     def __post_init__(self) -> None:
         for name, least in (("max_choices", 1), ("max_request_kb", 1), ("prefix_memory_mb", 0)):
@@ -76,6 +91,13 @@ class ServeArguments(FolderArguments):
             raise ValueError(f"--max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if not 0 <= self.port < 2**16:
             raise ValueError(f"--port must be from 0 to {2**16 - 1}, got {self.port}")
+        if self.engine == "vllm":
+            if self.quantization_bit:
+                raise ValueError("--quantization_bit is of --engine kit: vLLM would quantise the base in another way")
+            if self.prefill_chunk != _PREFILL_CHUNK:
+                raise ValueError('--prefill_chunk is of --engine kit: say --vllm_args="--max-num-batched-tokens N"')
+        elif self.vllm_args or self.vllm_python:
+            raise ValueError("--vllm_args and --vllm_python need --engine vllm")
 
     def keys(self) -> tuple[list[str], list[str]]:
         """API keys and admin keys, from flags, files and environment.
@@ -114,17 +136,20 @@ def make_service(arguments: ServeArguments) -> Service:
     from chatglm_ptuning.serving.api.service import Limits, Service
 
     api, admin = arguments.keys()
-    tokenizer, model = arguments.load_tokenizer(), arguments.load_model()
-    folder = PrefixFolder(arguments.prefix_dir)
-    engine = Engine(
-        model,
-        slots=arguments.slots,
-        slot_tokens=arguments.slot_tokens,
-        prefill_chunk=arguments.prefill_chunk,
-        queue_limit=arguments.queue_limit,
-        prefix_source=folder,
-        prefix_memory=arguments.prefix_memory_mb * 2**20,
-    )
+    tokenizer, folder = arguments.load_tokenizer(), PrefixFolder(arguments.prefix_dir)
+    if arguments.engine == "vllm":
+        engine, model = _vllm_engine(arguments, folder, tokenizer)
+    else:
+        model = arguments.load_model()
+        engine = Engine(
+            model,
+            slots=arguments.slots,
+            slot_tokens=arguments.slot_tokens,
+            prefill_chunk=arguments.prefill_chunk,
+            queue_limit=arguments.queue_limit,
+            prefix_source=folder,
+            prefix_memory=arguments.prefix_memory_mb * 2**20,
+        )
     sampling = sampling_settings(model.generation_config)
     return Service(
         engine,
@@ -133,6 +158,28 @@ def make_service(arguments: ServeArguments) -> Service:
         {"temperature": sampling["temperature"] if sampling["do_sample"] else 0.0, "top_p": sampling["top_p"]},
         Limits(arguments.max_request_kb * 2**10, arguments.max_choices, arguments.max_new_tokens),
         Access(KeySet(api), KeySet(admin), own_hosts_only=not api and is_own_address(arguments.host)),
+    )
+
+
+def _vllm_engine(
+    arguments: ServeArguments, folder: PrefixFolder, tokenizer: ChatGLMTokenizer
+) -> tuple[VllmEngine, ChatGLMPreTrainedModel]:
+    from chatglm_ptuning.serving.api.models import BASE
+    from chatglm_ptuning.serving.vllm.setup import make_engine
+
+    return make_engine(
+        arguments.model_name_or_path,
+        arguments.hub,
+        arguments.revision,
+        folder,
+        tokenizer,
+        python=arguments.vllm_python,
+        more_flags=arguments.vllm_args,
+        slots=arguments.slots,
+        slot_tokens=arguments.slot_tokens,
+        queue_limit=arguments.queue_limit,
+        prefix_memory_mb=arguments.prefix_memory_mb,
+        base_name=BASE,
     )
 
 
@@ -161,7 +208,6 @@ def main(argv: Sequence[str]) -> None:
         with bound_socket(arguments.host, arguments.port) as bound:
             leave_a_core()
             service = make_service(arguments)
-            _tell(service, arguments, bound.getsockname())
             config = uvicorn.Config(
                 make_app(service),
                 ws="none",
@@ -169,11 +215,21 @@ def main(argv: Sequence[str]) -> None:
                 access_log=False,
                 timeout_graceful_shutdown=_SECONDS_TO_END,
             )
-            # After its end the server raises the signal again, which would kill the process.
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda *_: None)
+            server = uvicorn.Server(config)
+
+            def end(*_: object) -> None:
+                server.should_exit = True
+
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves the block below, as Ctrl-C does
             with service.engine:
-                uvicorn.Server(config).run([bound])
+                # The server has handlers of its own while it runs. After its end it raises the signal again, which
+                # would kill the process.
+                for number in (signal.SIGTERM, signal.SIGINT):
+                    signal.signal(number, end)
+                _tell(service, arguments, bound.getsockname())
+                server.run([bound])
+    except KeyboardInterrupt:
+        fail("Stopped before the server answered.")
     except (OSError, ValueError, ImportError) as error:
         fail(str(error))
 
@@ -187,7 +243,7 @@ def leave_a_core() -> None:
 def _tell(service: Service, arguments: ServeArguments, address: tuple) -> None:
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
     base, *prefixes = service.models.names
-    print(f"Base: {arguments.model_name_or_path} on {service.engine.model.device}, as model {base}")
+    print(f"Base: {arguments.model_name_or_path} on {service.engine.device}, as model {base}")
     if prefixes:
         print(f"Prefixes in {arguments.prefix_dir}: {', '.join(prefixes)}")
     else:

@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from chatglm_ptuning.serving.engine.engine import Engine
+from chatglm_ptuning.serving.vllm.engine import VllmEngine
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -22,7 +23,7 @@ class ApiMetrics:
         in_progress: requests that are being answered.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine | VllmEngine) -> None:
         self._registry = CollectorRegistry()
         self.requests = Counter(
             "chatglm_requests", "HTTP requests", ["route", "method", "status"], registry=self._registry
@@ -49,7 +50,7 @@ class ApiMetrics:
 class _EngineNumbers:
     """A collector: reads `Engine.stats` when the metrics are read."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine | VllmEngine) -> None:
         self._engine = engine
 
     def collect(self) -> Iterable[Metric]:

@@ -12,6 +12,7 @@ from chatglm_ptuning.serving.api.errors import ApiError
 from chatglm_ptuning.serving.engine.engine import Engine
 from chatglm_ptuning.serving.engine.prefixes import PrefixFolder
 from chatglm_ptuning.serving.engine.request import UnknownPrefix
+from chatglm_ptuning.serving.vllm.engine import VllmEngine
 
 BASE = "base"
 """The name of the model without prefix."""
@@ -26,7 +27,7 @@ class Models:
         started: time at which the server was started, in seconds since 1970.
     """
 
-    def __init__(self, engine: Engine, folder: PrefixFolder, base: str, started: float) -> None:
+    def __init__(self, engine: Engine | VllmEngine, folder: PrefixFolder, base: str, started: float) -> None:
         self._engine, self._folder = engine, folder
         self._base, self._started = base, started
         self._unloaded: frozenset[str] = frozenset()

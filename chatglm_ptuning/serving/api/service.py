@@ -16,6 +16,7 @@ from chatglm_ptuning.serving.api.pump import TokenPump
 from chatglm_ptuning.serving.api.schema import Request
 from chatglm_ptuning.serving.engine.engine import Engine
 from chatglm_ptuning.serving.engine.request import SamplingSettings
+from chatglm_ptuning.serving.vllm.engine import VllmEngine
 
 _GREEDY_BELOW = 1e-4
 """Temperatures that divide the logits beyond the range of the numbers."""
@@ -46,7 +47,7 @@ class Service:
         sampling: `temperature` and `top_p` of requests that do not set them.
     """
 
-    engine: Engine
+    engine: Engine | VllmEngine
     tokenizer: ChatGLMTokenizer
     models: Models
     sampling: dict[str, float]

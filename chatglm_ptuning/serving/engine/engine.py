@@ -122,6 +122,11 @@ class Engine:
         self._is_closed = False
         self._thread: threading.Thread | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where the base is."""
+        return self.model.device
+
     def start(self) -> Engine:
         """Starts the worker.
 
