@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -172,14 +173,28 @@ def test_bytes_that_are_no_text(folder, run):
     assert "* qa" in printed
 
 
-def test_ctrl_c_stops_the_current_answer(folder, answers, run, monkeypatch):
+@pytest.fixture
+def interrupted() -> Iterator[threading.Event]:
+    """Set when the main thread has got a SIGINT, also where the tests run in the background, which ignores it."""
+    event = threading.Event()
+
+    def handler(*arguments):
+        event.set()
+        signal.default_int_handler(*arguments)
+
+    before = signal.signal(signal.SIGINT, handler)
+    yield event
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_stops_the_current_answer(folder, answers, run, monkeypatch, interrupted):
     load, steps = InferenceBaseArguments.load_model, []
 
     def interrupt(*_):
         steps.append(1)
         if len(steps) == 6:
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-            time.sleep(0.5)
+            assert interrupted.wait(20)
 
     def load_interrupted(arguments):
         model = load(arguments)
