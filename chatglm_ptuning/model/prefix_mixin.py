@@ -346,6 +346,27 @@ class PrefixMixin:
             encoder.set_key_values(key_values)
         self._bank.mark_changed(TRAINABLE_PREFIX)
 
+    @torch.no_grad()
+    def prefix_of_ids(self, input_ids: torch.Tensor, name: str) -> PrefixBatch:
+        """Loads the keys and values that the base computes for these tokens as a prefix. Nothing is selected.
+
+        With it, the model gives exactly the logits of the base with these tokens in front.
+
+        Args:
+            input_ids: `[length]`.
+
+        Returns:
+            The prefix, as by `prefix_batch(name)`.
+
+        Raises:
+            ValueError: as `load_prefix` about the name.
+        """
+        check_name(name)
+        base = self.base_model
+        key_values = key_values_before(base, base.embedding(input_ids.to(base.device)))
+        self._bank.add(name, LoadedPrefix(key_values, {}))
+        return self.prefix_batch(name)
+
     def check_prefix_is_trained(self, prefix: PrefixArgument = None) -> None:
         """Refuses inference with a prefix or a linear head that still has its random initial values.
 
