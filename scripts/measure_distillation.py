@@ -1,4 +1,4 @@
-"""Measures how much of a document's use in the context a distilled prefix keeps, and draws the picture of docs/distill.md.
+"""Measures what a distilled prefix keeps of the use of a document in the context; draws the picture of docs/distill.md.
 
     python scripts/measure_distillation.py --output output/distillation
     python scripts/measure_distillation.py --output output/distillation --picture docs/images/distillation.png

@@ -287,6 +287,7 @@ def _replay(config: RunConfig, data: RunData, tokenizer: ChatGLMTokenizer, token
         batch_size=config.preserve.preserve_batch_size,
         seed=config.schedule.seed,
         max_tokens=tokens if config.schedule.packing else None,
+        mask_target=config.preserve.preserve_mask_target,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def read_document(path: Path) -> str:
 
 
 def windows_of(text: str, tokenizer: ChatGLMTokenizer, most_tokens: int) -> list[Window]:
-    """Splits a document between sentences into as few windows as possible, of about equal size.
+    """Splits a document between sentences into few windows of about equal size.
 
     Args:
         most_tokens: of a window, start tokens included. A longer sentence is split.
@@ -54,33 +54,32 @@ def windows_of(text: str, tokenizer: ChatGLMTokenizer, most_tokens: int) -> list
     if room < 1:
         raise ValueError(f"A window of {most_tokens} tokens has no room for text behind {len(start)} start tokens.")
 
-    def count(part: str) -> int:
-        return len(tokenizer.encode(part, add_special_tokens=False))
+    def encode(part: str) -> list[int]:
+        return tokenizer.encode(part, add_special_tokens=False)
 
-    whole = count(text)
-    wanted = -(-whole // -(-whole // room))
-    parts = [piece for sentence in _SENTENCE.findall(text) for piece in _fitting(sentence, room, count)]
-    groups: list[list[str]] = [[]]
-    for part in parts:
-        # The tokens of a joined text can differ from those of its parts.
-        size = count("".join([*groups[-1], part]))
-        if groups[-1] and (size > room or count("".join(groups[-1])) >= wanted):
-            groups.append([])
-        groups[-1].append(part)
-    return [
-        Window(
-            start + tokenizer.encode("".join(group), add_special_tokens=False),
-            [part.strip() for part in group if part.strip()],
-        )
-        for group in groups
-    ]
+    def split(sentences: Sequence[str]) -> Iterator[Window]:
+        ids = encode("".join(sentences))
+        if len(ids) <= room:
+            yield Window(start + ids, [sentence.strip() for sentence in sentences if sentence.strip()])
+            return
+        if len(sentences) == 1:
+            (sentence,) = sentences
+            half = len(sentence) // 2
+            sentences = [part for part in (sentence[:half], sentence[half:]) if part]
+            if len(sentences) == 1:
+                raise ValueError(f"A window of {most_tokens} tokens has no room for the character {sentence!r}.")
+        sizes = [max(1, len(encode(sentence))) for sentence in sentences]
+        parts = max(2, -(-sum(sizes) // room))
+        groups: list[list[str]] = [[] for _ in range(parts)]
+        before = 0
+        for sentence, size in zip(sentences, sizes, strict=True):
+            groups[min(parts - 1, (before + size // 2) * parts // sum(sizes))].append(sentence)
+            before += size
+        for group in groups:
+            if group:
+                yield from split(group)
 
-
-def _fitting(part: str, room: int, count: object) -> list[str]:
-    if count(part) <= room or len(part) == 1:
-        return [part]
-    half = len(part) // 2
-    return [*_fitting(part[:half], room, count), *_fitting(part[half:], room, count)]
+    return list(split(_SENTENCE.findall(text)))
 
 
 def first_ids_of(windows: Sequence[Window], start: Sequence[int], length: int) -> list[int]:

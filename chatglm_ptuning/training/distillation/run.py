@@ -141,7 +141,12 @@ def details_of(
         "tuning": args.tuning,
         "learning_rate": args.learning_rate,
         "seed": args.seed,
-        _RECORD: {"documents": documents, "frozen_slots": base.frozen_slots, **asdict(study.settings(args.seed))},
+        _RECORD: {
+            "documents": documents,
+            "pre_seq_len": base.pre_seq_len,
+            "frozen_slots": base.frozen_slots,
+            **asdict(study.settings(args.seed)),
+        },
     }
     return {"chat_format": tokenizer.chat_format, "task": ", ".join(documents), "training": training}
 
