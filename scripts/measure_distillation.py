@@ -28,6 +28,8 @@ from chatglm_ptuning.model.tokenization_chatglm import ChatGLMTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("questions", "continuations")
+STUDY = ["--own_questions", 0, "--rounds", 8, "--max_row_length", 80, "--learning_rate", 0.3]
+"""Settings of `distill` that suit chatglm-nano, which writes poor questions itself."""
 METHODS = {"first values": "tab:gray", "next token": "tab:orange", "distilled": "tab:blue"}
 
 
@@ -55,13 +57,13 @@ def train(method: str, document: Path, length: int, steps: int, folder: Path) ->
     common = ["--pre_seq_len", length, "--output_dir", folder, "--disable_tqdm", "true", "--save_strategy", "no",
               "--prefix_dropout", 0.0, "--max_steps", steps, "--seed", 1]  # fmt: skip
     if method == "distilled":
-        command([str(word) for word in ["distill", "--document", document, *common]])
+        command([str(word) for word in ["distill", "--document", document, *STUDY, *common]])
         return
     folder.mkdir(parents=True, exist_ok=True)
     text = document.read_text("utf-8")
     write_lines(folder / "document.jsonl", [{"text": text}])
     flags = ["train", "--do_train", "--train_file", folder / "document.jsonl", "--init_prefix_text", text,
-             "--max_source_length", 512, "--max_target_length", 512, "--learning_rate", 2e-2,
+             "--max_source_length", 512, "--max_target_length", 512, "--learning_rate", 1e-1,
              "--per_device_train_batch_size", 1, "--report_drift", "false", *common]  # fmt: skip
     command([str(word) for word in flags])
 
@@ -121,7 +123,8 @@ def main() -> None:
     parser.add_argument("--documents", type=Path, default=ROOT / "data" / "documents")
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 32, 64, 128])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=150, help="of a distillation")
+    parser.add_argument("--next_token_steps", type=int, default=50)
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -154,9 +157,21 @@ def main() -> None:
                     model.prefix_of_ids(torch.tensor(ids[:length]), "measured")
                 else:
                     folder = args.output / path.stem / what.replace(" ", "-")
-                    train(method, path, length, args.steps, folder)
+                    train(method, path, length, args.steps if method == "distilled" else args.next_token_steps, folder)
                     model.load_prefix(folder, "measured")
                 keep(what, "measured")
+    for length in args.lengths:
+        folders = [args.output / name / f"distilled-{length}" for name in documents]
+        what = f"all documents together {length}"
+        if len(folders) < 2 or what in results[folders[-1].parent.name] or not all(map(Path.exists, folders)):
+            continue
+        for place, folder in enumerate(folders):
+            model.load_prefix(folder, f"p{place}")
+        for name in documents:
+            held_out = json.loads((args.documents / f"{name}.json").read_text("utf-8"))
+            joint = "+".join(f"p{place}" for place in range(len(folders)))
+            results[name][what] = {kind: measure(model, tokenizer, held_out[kind], joint) for kind in KINDS}
+        write_json(file, results)
     print(table(results, documents))
     if args.picture:
         draw(results, documents, args.lengths, args.picture)

@@ -4,6 +4,9 @@ import json
 import random
 import re
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -237,6 +240,35 @@ def test_a_killed_run_that_is_started_again_equals_an_uninterrupted_one(distill,
     monkeypatch.setattr(PrefixTrainer, "training_step", step)
     assert torch.equal(prefix_of(distill("killed")), whole)
     assert len(calls) == 3
+
+
+@pytest.mark.slow
+def test_sigkill_at_any_time_changes_nothing(distill, base, document, tmp_path):
+    flags = ["--max_steps", 60, "--save_steps", 5]
+    whole = prefix_of(distill("whole", *flags))
+    more = ["--document", document, "--model_name_or_path", base, "--output_dir", tmp_path / "killed",
+            "--data_cache_dir", tmp_path / "other", "--pre_seq_len", 6, "--max_row_length", 64, "--rounds", 2,
+            "--top_k", 5, "--per_device_train_batch_size", 4, "--logging_steps", 1, "--disable_tqdm",
+            "true", *flags]  # fmt: skip
+    words = [sys.executable, "-m", "chatglm_ptuning", "distill", *map(str, more)]
+    kills = 0
+
+    def files():
+        return {path for name in ("other", "killed") for path in (tmp_path / name).glob("*")}
+
+    for _ in range(100):
+        job = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+        seen = files()
+        while job.poll() is None and not files() - seen:  # until it has written something new
+            time.sleep(0.01)
+        time.sleep(0.3)
+        if job.poll() is not None:
+            break
+        job.kill()
+        job.wait()
+        kills += 1
+    assert job.returncode == 0 and kills > 3
+    assert torch.equal(prefix_of(tmp_path / "killed"), whole)
 
 
 def test_rows_of_other_documents_and_settings_are_not_used(distill, document, tmp_path, monkeypatch, capsys):
