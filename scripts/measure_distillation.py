@@ -81,6 +81,7 @@ def draw(results: dict[str, dict[str, list[float]]], documents: dict[str, int], 
             axis.axvline(twentieth, color="tab:green", linestyle=":", label="1/20 of the document")
             axis.axhline(100, color="black", linewidth=0.8, label="document in the context")
             axis.set(xscale="log", xlabel="virtual tokens", title=f"held-out {kind}", ylabel="% of the context's gain")
+            axis.set_ylim(-20, 110)
             axis.set_xticks(lengths, [str(length) for length in lengths])
             axis.minorticks_off()
             axis.grid(alpha=0.3)
