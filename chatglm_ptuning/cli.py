@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "train": ("chatglm_ptuning.training.run", "train a prefix on your data"),
+    "distill": ("chatglm_ptuning.training.distillation.run", "turn a document into a prefix"),
     "search": ("chatglm_ptuning.experiments.search", "search prompt length and learning rate for a task"),
     "evaluate": ("chatglm_ptuning.evaluation.run", "score a prefix, or the plain base"),
     "lm_eval": ("chatglm_ptuning.evaluation.harness.command", "C-Eval, CMMLU and others through lm-evaluation-harness"),

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import DynamicCache, StaticCache
 
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
@@ -229,3 +230,73 @@ def test_reinitialising_invalidates_old_caches(trained, ids):
 def test_saving_and_loading_the_base_forgets_the_bank(model, tmp_path):
     model.save_pretrained(tmp_path)
     assert ChatGLMForConditionalGeneration.from_pretrained(tmp_path).prefix_names == []
+
+
+# ---- two prefixes together ----
+
+
+@pytest.fixture
+def both(load, prefix_folders, tmp_path):
+    """A plain base with one prefix made of the tables of "a" and "b"."""
+    parts = [load_file(prefix_folders[name] / "prefix_model.safetensors") for name in ("a", "b")]
+    (key,) = parts[0]
+    table = torch.cat([part[key] for part in parts])
+    whole = load(pre_seq_len=len(table))
+    whole.transformer.prefix_encoder.set_key_values(table.view(len(table), *whole.transformer.prefix_encoder.kv_shape))
+    whole.save_prefix(tmp_path / "both")
+    model = load()
+    model.load_prefix(tmp_path / "both", "both")
+    return model
+
+
+@torch.no_grad()
+def test_prefixes_one_behind_the_other_equal_one_of_both_tables(model, both, ids, tmp_path):
+    expected = both(ids).logits
+    model.set_prefix("a+b")
+    assert model.selected_prefix == "a+b"
+    assert torch.equal(model(ids).logits, expected)
+    model.set_prefix(None)
+    assert torch.equal(model(ids, prefix="a+b").logits, expected)
+    assert torch.equal(model(ids, prefix=model.prefix_batch("a+b")).logits, expected)
+    rows = model(ids, prefix=["a+b", "b", None]).logits
+    torch.testing.assert_close(rows[0], expected[0], **ALIKE)
+    torch.testing.assert_close(rows[1], model(ids, prefix="b").logits[1], **ALIKE)
+    torch.testing.assert_close(rows[2], model(ids).logits[2], **ALIKE)
+    generated = model.generate(ids, prefix="a+b", max_new_tokens=5, do_sample=False)
+    assert torch.equal(generated, both.generate(ids, max_new_tokens=5, do_sample=False))
+    assert (model(ids, prefix="b+a").logits - expected).abs().max() < 1e-3, "keys are not rotated: order is free"
+    model.set_prefix("a+b")
+    model.save_prefix(tmp_path / "saved")
+    model.load_prefix(tmp_path / "saved", "again")
+    assert torch.equal(model(ids).logits, expected)
+
+
+@torch.no_grad()
+def test_the_trainable_prefix_beside_a_loaded_one(trained, prefix_folders, ids):
+    model = trained().eval()
+    model.load_prefix(prefix_folders["a"], "a")
+    with torch.enable_grad():
+        model(ids, labels=ids, prefix="default+a").loss.backward()
+    assert model.transformer.prefix_encoder.embedding.weight.grad.abs().max() > 0
+    before = model(ids, prefix="default+a").logits
+    cache = DynamicCache()
+    model(ids, prefix="default+a", past_key_values=cache, use_cache=True)
+    model.load_prefix(prefix_folders["b"], "a")
+    assert (model(ids, prefix="default+a").logits - before).abs().max() > 0.1
+    with pytest.raises(ValueError, match="earlier values"):
+        model(ids[:, :1], prefix="default+a", past_key_values=cache, use_cache=True)
+
+
+def test_names_of_several_prefixes_are_unambiguous(model, prefix_folders):
+    with pytest.raises(ValueError, match=r"'c\+\+'.*another name"):
+        model.load_prefix(prefix_folders["a"], "c++")
+    for name in ("a+c", "a+", "+"):
+        with pytest.raises(KeyError):
+            model.set_prefix(name)
+    model.set_prefix(["a+b", None])
+    with pytest.raises(KeyError, match="one by one"):
+        model.unload_prefix("a+b")
+    model.unload_prefix("b")
+    assert model.selected_prefix is None
+    with pytest.raises(KeyError, match="'b'"):
+        model.set_prefix("a+b")

@@ -67,6 +67,34 @@ def test_the_divergence_is_that_of_torch_distributions(trained, batch):
     torch.testing.assert_close(found.detach(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_next_token_can_be_left_out_of_the_divergence(trained, batch, packed):
+    model = trained()
+    rows = [[5, 9, 33, 8, 40, 7], [11, 4, 60]]
+    if packed:
+        batch = {"input_ids": torch.tensor([rows[0] + rows[1]]), "sequence_lengths": [6, 3]}
+    found = kl_from_base(model, batch, mask_target=True)
+    expected = 0.0
+    with torch.no_grad():
+        for row in rows:
+            ours, theirs = (model(torch.tensor([row]), prefix=model.prefix_batch(name)).logits[0].double()
+                            for name in ("default", None))  # fmt: skip
+            for place in range(len(row)):
+                others = [index for index in range(ours.shape[1]) if index != (row[place + 1 :] or [None])[0]]
+                expected += kl_divergence(
+                    Categorical(logits=theirs[place, others]), Categorical(logits=ours[place, others])
+                )
+    torch.testing.assert_close(found.detach(), expected.float(), rtol=1e-4, atol=1e-5)
+    found.backward()
+    assert torch.isfinite(model.transformer.prefix_encoder.embedding.weight.grad).all()
+
+
+def test_leaving_the_target_out_needs_a_divergence(capsys):
+    with pytest.raises(SystemExit):
+        command(["train", "--do_train", "--preserve_mask_target", "true"])
+    assert re.search("--preserve_mask_target.*--preserve_base", capsys.readouterr().err)
+
+
 def test_chunks_of_positions_change_nothing(trained, batch, monkeypatch):
     model = trained()
     whole = kl_from_base(model, batch)

@@ -153,9 +153,13 @@ def tokenizer_fingerprint(tokenizer: ChatGLMTokenizer) -> str:
 
 
 @functools.cache
-def code_fingerprint() -> str:
-    """A hash of the code that makes examples of rows."""
+def code_fingerprint(*more: str) -> str:
+    """A hash of the code that makes examples of rows.
+
+    Args:
+        more: folders of the package whose code the rows depend on, too.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(path for room in ("chat", "data", "model") for path in _PACKAGE.glob(f"{room}/**/*.py")):
+    for path in sorted(path for room in ("chat", "data", "model", *more) for path in _PACKAGE.glob(f"{room}/**/*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -10,6 +10,9 @@ import torch
 
 from chatglm_ptuning.model.losses import IGNORED_LABEL
 
+_OF_TEACHER = {"teacher_ids": np.int64, "teacher_logprobs": np.float32}
+"""What rows have for each supervised token, if a model is their teacher (`divergence_of_states`)."""
+
 
 class PaddingCollator:
     """Pads the examples of a batch to the longest of them.
@@ -88,6 +91,7 @@ class PackingCollator:
     def _row(self, place: int, example: Mapping[str, Any]) -> dict[str, np.ndarray]:
         names = [name for name in ("input_ids", "labels", "start_positions", "end_positions") if name in example]
         row = {name: np.array(example[name], np.float32 if _is_floating(example[name]) else np.int64) for name in names}
+        row |= {name: np.array(example[name], dtype) for name, dtype in _OF_TEACHER.items() if name in example}
         if "labels" in row and not _is_of_whole_row(example["labels"]):
             _check_labels(place, example)
             row["labels"][0] = IGNORED_LABEL
@@ -118,6 +122,9 @@ def pack(rows: Sequence[Mapping[str, np.ndarray]], max_tokens: int) -> list[dict
             labels = torch.from_numpy(np.concatenate([row["labels"] for row in own]))
             supervised = (labels != IGNORED_LABEL).nonzero().flatten()
             batch |= {"labels": labels[None], "supervised_positions": supervised}
+        for name in _OF_TEACHER:
+            if name in own[0]:
+                batch[name] = torch.from_numpy(np.concatenate([row[name] for row in own]))
         batches.append(batch)
     return batches
 

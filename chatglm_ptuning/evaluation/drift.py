@@ -24,7 +24,7 @@ _POSITIONS_AT_ONCE = 256
 their gradient take about five times that."""
 
 
-def kl_from_base(model: ChatGLMPreTrainedModel, batch: Mapping[str, Any]) -> torch.Tensor:
+def kl_from_base(model: ChatGLMPreTrainedModel, batch: Mapping[str, Any], mask_target: bool = False) -> torch.Tensor:
     """The sum of KL(base || tuned) over all real positions of a batch, a float32 scalar in nats.
 
     The base is the same model without its prefix, and gets no gradient. Both distributions of the next token are over
@@ -39,14 +39,17 @@ def kl_from_base(model: ChatGLMPreTrainedModel, batch: Mapping[str, Any]) -> tor
         model: with the prefix selected.
         batch: `input_ids`, `attention_mask` and `position_ids`, each `[batch, seq_len]`; or packed sequences,
             `input_ids` `[1, tokens]` and `sequence_lengths`.
+        mask_target: leave the row's next token out of both distributions and renormalise the rest ("Mask the Target",
+            Xu et al. 2026, arXiv 2605.29498): the tuned model may make that token more or less likely.
     """
     base: ChatGLMModel = model.base_model
     with torch.no_grad():
         theirs = _states(base, batch, base.prefix_batch(None))
     ours = _states(base, batch, base.resolve_prefix(None))
+    parts = [theirs, ours, _next_ids(batch)] if mask_target else [theirs, ours]
     return sum(
         checkpoint(lambda *chunks: _divergence(base, *chunks)[0], *chunks, use_reentrant=False)
-        for chunks in zip(theirs.split(_POSITIONS_AT_ONCE), ours.split(_POSITIONS_AT_ONCE), strict=True)
+        for chunks in zip(*(part.split(_POSITIONS_AT_ONCE) for part in parts), strict=True)
     )
 
 
@@ -104,11 +107,30 @@ def _states(base: ChatGLMModel, batch: Mapping[str, Any], prefix: PrefixBatch) -
     return base(**inputs, use_cache=False, prefix=prefix).last_hidden_state[batch["attention_mask"].bool()]
 
 
+def _next_ids(batch: Mapping[str, Any]) -> torch.Tensor:
+    """The next token at every real position, int64 `[positions]`; -100 at the last of a row."""
+    following = next_labels(batch["input_ids"], batch.get("sequence_lengths"))
+    if "sequence_lengths" in batch:
+        return following[0]
+    real = batch["attention_mask"].bool()
+    return following.masked_fill(~next_labels(real.long()).eq(1), IGNORED_LABEL)[real]
+
+
 def _divergence(
-    base: ChatGLMModel, theirs: torch.Tensor, ours: torch.Tensor
+    base: ChatGLMModel, theirs: torch.Tensor, ours: torch.Tensor, masked: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The sum of KL(base || tuned) and both log-probabilities, from hidden states `[positions, hidden_size]`."""
-    expected, found = (apply_linear(base.output_layer, states).float().log_softmax(-1) for states in (theirs, ours))
+    """The sum of KL(base || tuned) and both log-probabilities, from hidden states `[positions, hidden_size]`.
+
+    Args:
+        masked: a token of each position that is left out of both distributions; -100 for none.
+    """
+    logits = [apply_linear(base.output_layer, states).float() for states in (theirs, ours)]
+    if masked is not None:
+        left_out = torch.zeros_like(logits[0], dtype=torch.bool)
+        left_out.scatter_(-1, masked.clamp(min=0)[:, None], (masked != IGNORED_LABEL)[:, None])
+        # Not minus infinity, of which a difference is NaN.
+        logits = [one.masked_fill(left_out, torch.finfo(one.dtype).min / 2) for one in logits]
+    expected, found = (one.log_softmax(-1) for one in logits)
     return functional.kl_div(found, expected, reduction="sum", log_target=True), expected, found
 
 

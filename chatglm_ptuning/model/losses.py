@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from chatglm_ptuning.model.frozen_linear import apply_linear, is_frozen_linear, linear, rounded_up
 from chatglm_ptuning.model.packed_sequences import last_tokens
@@ -83,6 +84,54 @@ def loss_of_states(
         return cross_entropy(apply_linear(output_layer, states), labels, items, smoothing)
     total = _FrozenLinearCrossEntropy.apply(states, output_layer.weight, labels, smoothing)
     return mean_loss(total, items)
+
+
+def divergence_of_states(
+    states: torch.Tensor,
+    output_layer: nn.Module,
+    teacher_ids: torch.Tensor,
+    teacher_logprobs: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """The mean KL(teacher || model) in nats per position, a float32 scalar.
+
+    The teacher's likeliest tokens are classes, and all other tokens are one class together.
+
+    Args:
+        states: `[positions, hidden_size]`.
+        teacher_ids: the teacher's likeliest tokens at each position, int64 `[positions * k]`.
+        teacher_logprobs: their log-probabilities, and as the last of each position that of all other tokens, float32
+            `[positions * (k + 1)]`.
+        num_items_in_batch: divides the sum, instead of the number of positions.
+    """
+    positions = len(states)
+    items = positions if num_items_in_batch is None else num_items_in_batch
+    if not positions:
+        return mean_loss(states.float().sum(), items)
+    parts = max(1, -(-positions // _STATES_AT_ONCE))
+    expected = teacher_logprobs.to(states.device, torch.float32).view(positions, -1)
+    ids = teacher_ids.to(states.device).view(positions, -1)
+
+    def divergence(own: torch.Tensor, ids: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+        found = logprobs_of_classes(apply_linear(output_layer, own), ids)
+        return functional.kl_div(found, expected, reduction="sum", log_target=True)
+
+    chunks = zip(*(whole.tensor_split(parts) for whole in (states, ids, expected)), strict=True)
+    total = sum(checkpoint(divergence, *chunk, use_reentrant=False) for chunk in chunks)
+    return mean_loss(total, items)
+
+
+def logprobs_of_classes(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of some tokens, and of all others together, float32 `[positions, k + 1]`.
+
+    Args:
+        logits: `[positions, vocabulary]`.
+        ids: int64 `[positions, k]`, fewer than the vocabulary.
+    """
+    logits = logits.float()
+    whole = logits.logsumexp(-1, keepdim=True)
+    others = logits.scatter(-1, ids, float("-inf")).logsumexp(-1, keepdim=True)
+    return torch.cat((logits.gather(-1, ids), others), dim=-1) - whole
 
 
 class _FrozenLinearCrossEntropy(torch.autograd.Function):

@@ -35,7 +35,7 @@ from chatglm_ptuning.model.checkpoint_formats import DTYPE_KEYS, checked_dtype, 
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
 from chatglm_ptuning.model.frozen_linear import apply_linear, rounded_up
 from chatglm_ptuning.model.generation_mixin import PrefixGenerationMixin
-from chatglm_ptuning.model.losses import IGNORED_LABEL, cross_entropy, loss_of_states, next_labels
+from chatglm_ptuning.model.losses import IGNORED_LABEL, cross_entropy, divergence_of_states, loss_of_states, next_labels
 from chatglm_ptuning.model.official_model import OfficialModelSurface, refuse_retired
 from chatglm_ptuning.model.packed_sequences import PackedSequences, packed_attention
 from chatglm_ptuning.model.packed_weights import check_unpacked, packed_dtype_plan
@@ -525,6 +525,8 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, PrefixG
         sequence_lengths: Sequence[int] | None = None,
         skip_logits: bool = False,
         supervised_positions: torch.Tensor | None = None,
+        teacher_ids: torch.Tensor | None = None,
+        teacher_logprobs: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As `ChatGLMModel.forward`, with logits `[batch, seq_len, padded_vocab_size]`.
@@ -542,6 +544,8 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, PrefixG
                 computed only where a token is supervised, and only some logits exist at a time.
             supervised_positions: int64, places of the supervised tokens in `[batch * seq_len]`, none of them the first
                 of its sequence. Without them `skip_logits` looks for them, and waits for the GPU.
+            teacher_ids, teacher_logprobs: with `skip_logits`: distributions at the supervised tokens, as
+                `divergence_of_states` takes them. The loss is then the divergence from them.
         """
         if labels is not None:
             labels = next_labels(labels, sequence_lengths)
@@ -566,6 +570,11 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, PrefixG
         )
         if skip_logits and labels is not None:
             states, output_layer = outputs.last_hidden_state[0], self.transformer.output_layer
+            if teacher_ids is not None:
+                teacher = teacher_ids, teacher_logprobs
+                return CausalLMOutputWithPast(
+                    loss=divergence_of_states(states, output_layer, *teacher, num_items_in_batch)
+                )
             loss = loss_of_states(states, output_layer, labels, num_items_in_batch, smoothing)
             return CausalLMOutputWithPast(loss=loss)
         # Contiguous: for a slice, torch would copy the weight of the output layer once for every row.

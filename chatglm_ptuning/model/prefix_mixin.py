@@ -18,7 +18,15 @@ from chatglm_ptuning.model.trained_module import FirstValues
 from chatglm_ptuning.model.virtual_tokens import key_values_before
 from chatglm_ptuning.model.zero3 import gathered, gathering_modules, is_partitioned, whole_shape
 from chatglm_ptuning.prefix.bank import TRAINABLE_PREFIX, LoadedPrefix, PrefixBank
-from chatglm_ptuning.prefix.batch import PrefixArgument, PrefixBatch, PrefixSelection, assemble
+from chatglm_ptuning.prefix.batch import (
+    JOINT,
+    PrefixArgument,
+    PrefixBatch,
+    PrefixSelection,
+    assemble,
+    check_name,
+    names_in,
+)
 from chatglm_ptuning.prefix.checkpoint import PrefixCheckpoint, PrefixMetadata, has_projection
 from chatglm_ptuning.prefix.fit import check_base, check_heads
 from chatglm_ptuning.prefix.formats import kit, read_prefix
@@ -87,7 +95,8 @@ class PrefixMixin:
 
         Args:
             prefix: a name, for any number of rows; None for the plain base (with the model's own head); or a list, with
-                a name or None for every row of the batch.
+                a name or None for every row of the batch. `a+b` are the prefixes "a" and "b", one behind the other:
+                the same as one prefix made of both tables.
 
         Raises:
             KeyError: if no prefix of that name is loaded; the message lists the loaded ones.
@@ -119,14 +128,20 @@ class PrefixMixin:
     def _make_batch(
         self, selection: PrefixSelection, device: torch.device, dtype: torch.dtype, rate: float = 0.0, rows: int = 0
     ) -> PrefixBatch:
-        bank, prefixes = self._bank, {}
-        for name in _distinct(selection):
+        versions, singles = dict(self._bank.versions), {}
+        for name in names_in(selection):
             if self._is_trainable(name):
-                prefixes[name] = self._trainable.key_values().permute(1, 2, 0, 3).to(device, dtype)
+                singles[name] = self._trainable.key_values().permute(1, 2, 0, 3).to(device, dtype)
             else:
-                prefixes[name] = bank.key_values(name, device, dtype)
+                singles[name] = self._bank.key_values(name, device, dtype)
+        prefixes = {}
+        for name in _distinct(selection):
+            parts = name.split(JOINT)
+            prefixes[name] = singles[name] if len(parts) == 1 else torch.cat([singles[one] for one in parts], dim=2)
+            # A new version of a part is larger than all versions so far.
+            versions[name] = max(versions.get(one, 0) for one in parts)
         heads = {name: value.to(device) for name, value in self._loaded_heads(selection).items()}
-        batch = assemble(selection, prefixes, bank.versions, heads, rate, rows)
+        batch = assemble(selection, prefixes, versions, heads, rate, rows)
         devices = layer_devices(self.base_model.encoder.layers)
         return batch if devices is None else batch.spread(devices)
 
@@ -135,7 +150,7 @@ class PrefixMixin:
         return prefix.heads if isinstance(prefix, PrefixBatch) else self._loaded_heads(self._selection(prefix))
 
     def _loaded_heads(self, selection: PrefixSelection) -> Mapping[str, torch.Tensor]:
-        names = _distinct(selection)
+        names = names_in(selection)
         return {} if len(names) != 1 or self._is_trainable(names[0]) else self._bank[names[0]].heads
 
     def _selection(self, prefix: str | Sequence[str | None] | None) -> PrefixSelection:
@@ -145,7 +160,7 @@ class PrefixMixin:
         selection = prefix if prefix is None or isinstance(prefix, str) else tuple(prefix)
         if selection == ():
             raise ValueError("A list of prefixes needs at least one entry, a name or None for each row.")
-        names, loaded = _distinct(selection), self.prefix_names
+        names, loaded = names_in(selection), self.prefix_names
         for name in names:
             if name not in loaded:
                 raise KeyError(f"No prefix named {name!r} is loaded; loaded: {', '.join(loaded) or 'none'}.")
@@ -173,8 +188,10 @@ class PrefixMixin:
         Raises:
             FileNotFoundError: if there is no prefix at `path`.
             ValueError: if the file is damaged, does not fit the base's sizes, was trained on another base, or lacks
-                this model's head; the message names the file and both sides. The model is then unchanged.
+                this model's head; the message names the file and both sides. If the name has a "+", which stands
+                between the names of prefixes that are used together. The model is then unchanged.
         """
+        check_name(name)
         checkpoint = self._fitting(path, task)
         own_heads = self._heads()
         encoder = encoder_of(checkpoint, self.base_model.config)
@@ -242,15 +259,18 @@ class PrefixMixin:
             raise ValueError(
                 "The trainable prefix is a part of the model and cannot be unloaded; use set_prefix(None)."
             )
-        self._checked(name)
-        if name in _distinct(self.selected_prefix):
+        if name not in self._bank:
+            self._checked(name)
+            raise KeyError(f"{name!r} names several prefixes; unload them one by one.")
+        if name in names_in(self.selected_prefix):
             self.set_prefix(None)
         self._bank.remove(name)
 
     def save_prefix(self, path: str | PathLike[str], **details: Any) -> None:
         """Writes the selected prefix, with its head, as `prefix_config.json` and `prefix_model.safetensors`.
 
-        A loaded prefix is written folded, the trainable one with its projection.
+        A loaded prefix is written folded, the trainable one with its projection. Of `a+b` one prefix is written, which
+        is both, folded.
 
         Args:
             path: the folder; made if missing.
@@ -266,8 +286,14 @@ class PrefixMixin:
         if self._is_trainable(name):
             parameters, trained = self._trainable.saved_parameters(), not self._trainable.is_untrained
         else:
-            loaded = self._bank[name]
-            parameters, trained = {"embedding.weight": loaded.key_values.flatten(1)}, loaded.trained
+            parts = [
+                LoadedPrefix(self._trainable.key_values(), {}, not self._trainable.is_untrained)
+                if self._is_trainable(one)
+                else self._bank[one]
+                for one in name.split(JOINT)
+            ]
+            table = torch.cat([part.key_values.detach().cpu() for part in parts]).flatten(1)
+            parameters, trained = {"embedding.weight": table}, all(part.trained for part in parts)
         if any(value.numel() == 0 for value in parameters.values()):
             raise ValueError(
                 "The prefix is partitioned among processes (ZeRO-3): call save_prefix within "
@@ -322,6 +348,27 @@ class PrefixMixin:
             encoder.set_key_values(key_values)
         self._bank.mark_changed(TRAINABLE_PREFIX)
 
+    @torch.no_grad()
+    def prefix_of_ids(self, input_ids: torch.Tensor, name: str) -> PrefixBatch:
+        """Loads the keys and values that the base computes for these tokens as a prefix. Nothing is selected.
+
+        With it, the model gives exactly the logits of the base with these tokens in front.
+
+        Args:
+            input_ids: `[length]`.
+
+        Returns:
+            The prefix, as by `prefix_batch(name)`.
+
+        Raises:
+            ValueError: as `load_prefix` about the name.
+        """
+        check_name(name)
+        base = self.base_model
+        key_values = key_values_before(base, base.embedding(input_ids.to(base.device)))
+        self._bank.add(name, LoadedPrefix(key_values, {}))
+        return self.prefix_batch(name)
+
     def check_prefix_is_trained(self, prefix: PrefixArgument = None) -> None:
         """Refuses inference with a prefix or a linear head that still has its random initial values.
 
@@ -331,8 +378,8 @@ class PrefixMixin:
         Raises:
             ValueError: if the prefix or its head is untrained.
         """
-        names = prefix.names if isinstance(prefix, PrefixBatch) else _distinct(self._selection(prefix))
-        for name in names:
+        selection = tuple(prefix.names) if isinstance(prefix, PrefixBatch) else self._selection(prefix)
+        for name in names_in(selection):
             if self._is_trainable(name):
                 untrained, which = self._trainable.is_untrained, f"of pre_seq_len={self._trainable.pre_seq_len} is"
             else:

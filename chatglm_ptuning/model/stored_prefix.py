@@ -11,6 +11,7 @@ from transformers.utils import CONFIG_NAME, cached_file, logging
 
 from chatglm_ptuning.files import read_json_object_or_empty
 from chatglm_ptuning.model.configuration_chatglm import ChatGLMConfig
+from chatglm_ptuning.prefix.batch import JOINT
 from chatglm_ptuning.prefix.checkpoint import PrefixCheckpoint
 from chatglm_ptuning.prefix.formats import official
 
@@ -44,9 +45,13 @@ def folder_of_base(
 
 
 def name_of_base(folder: Path) -> str:
-    """The name of a base by its folder: that of the folder, or of the repository in a hub's cache."""
+    """The name of a base by its folder: that of the folder, or of the repository in a hub's cache.
+
+    It has "-" where the folder has "+", which stands between the names of prefixes that are used together.
+    """
     folder = folder.absolute() if folder.name not in ("", "..") else folder.resolve()
-    return folder.parents[1].name.split("--")[-1] if folder.parent.name == "snapshots" else folder.name
+    name = folder.parents[1].name.split("--")[-1] if folder.parent.name == "snapshots" else folder.name
+    return name.replace(JOINT, "-")
 
 
 def read_stored_prefix(folder: Path, config: ChatGLMConfig) -> PrefixCheckpoint | None:

@@ -13,7 +13,29 @@ from chatglm_ptuning.prefix.bank import TRAINABLE_PREFIX
 from chatglm_ptuning.prefix.dropout import dropout
 
 PrefixSelection = str | None | tuple[str | None, ...]
-"""A prefix's name for all rows, None for the plain base, or one of these per batch row."""
+"""A prefix's name for all rows, None for the plain base, or one of these per batch row. `a+b` names two prefixes, one
+behind the other."""
+JOINT = "+"
+"""Between the names of prefixes that are used one behind the other."""
+
+
+def names_in(selection: PrefixSelection) -> list[str]:
+    """The names of the single prefixes in a selection, each once: of `a+b` both."""
+    wholes = selection if isinstance(selection, tuple) else (selection,)
+    return list(dict.fromkeys(name for whole in wholes if whole is not None for name in whole.split(JOINT)))
+
+
+def check_name(name: str) -> None:
+    """Checks the name under which a prefix is loaded.
+
+    Raises:
+        ValueError: if it would read as the names of several prefixes.
+    """
+    if JOINT in name:
+        raise ValueError(
+            f"A prefix cannot be loaded as {name!r}: {JOINT!r} stands between the names of prefixes that are used "
+            "together. Load it under another name."
+        )
 
 
 @dataclass(frozen=True, eq=False)

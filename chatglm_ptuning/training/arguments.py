@@ -394,6 +394,11 @@ class PreservationArguments:
         default=0.0,
         metadata={"help": "weight of the KL divergence from the base on general rows in the loss (default: 0)"},
     )
+    preserve_mask_target: bool = field(
+        default=False,
+        metadata={"help": "leave the next token of a replayed row out of the divergence, so that it does not oppose "
+                  "what is learned (arXiv 2605.29498, which replays the rows of the task)"},
+    )  # fmt: skip
     preserve_file: list[str] | None = field(
         default=None, metadata={"help": "general rows to replay, in any dataset format (default: bundled ones)"}
     )
@@ -412,6 +417,8 @@ class PreservationArguments:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.preserve_base) and self.preserve_base >= 0):
             raise ValueError(f"--preserve_base must be 0 or a positive number, got {self.preserve_base:g}")
+        if self.preserve_mask_target and not self.preserve_base:
+            raise ValueError("--preserve_mask_target changes the divergence of --preserve_base: give that, too")
         for name, least in (("preserve_batch_size", 1), ("preserve_max_length", _SHORTEST),
                             ("max_preserve_eval_samples", 1)):  # fmt: skip
             value = getattr(self, name)

@@ -99,6 +99,7 @@ class Replay:
         batch_size: rows of one batch on one device; None for as many as a batch of the task has.
         seed: of the run.
         max_tokens: of a forward pass on packed rows; None to pad the rows of every batch.
+        mask_target: as for `kl_from_base`.
     """
 
     def __init__(
@@ -110,12 +111,14 @@ class Replay:
         batch_size: int | None = None,
         seed: int = 42,
         max_tokens: int | None = None,
+        mask_target: bool = False,
     ) -> None:
         self.rows = rows
         self.weight = weight
         self.batch_size = batch_size
         self.seed = seed
         self.max_tokens = max_tokens
+        self.mask_target = mask_target
         self._lengths = lengths_of(rows)
         self._pad = PaddingCollator(pad_token_id, "right")
         self._order = lru_cache(maxsize=4)(self._order_of_epoch)
@@ -164,7 +167,7 @@ class Replay:
         else:
             batches = pack(PackingCollator()(list(chain.from_iterable(rows)))["rows"], self.max_tokens)
         for batch in batches:
-            yield kl_from_base(model, batch_on_device(batch, model.device)) / tokens
+            yield kl_from_base(model, batch_on_device(batch, model.device), self.mask_target) / tokens
 
     def _order_of_epoch(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import set_seed
 from transformers.utils import logging
 
-from chatglm_ptuning.command_line import fail, parse_arguments
+from chatglm_ptuning.command_line import parse_arguments
 from chatglm_ptuning.data.cache import TokenCache
 from chatglm_ptuning.data.collate import PackingCollator, PaddingCollator
 from chatglm_ptuning.data.dataset import Loader, Split, lengths_of, shared_rows
@@ -33,16 +30,8 @@ from chatglm_ptuning.training.arguments import (
     PreservationArguments,
 )
 from chatglm_ptuning.training.checkpoints import remove_checkpoints
+from chatglm_ptuning.training.command import keep, reported, train_and_save
 from chatglm_ptuning.training.config import RunConfig, RunTask, resolve
-from chatglm_ptuning.training.failures import (
-    SIGTERM_EXIT_CODE,
-    Preempted,
-    ProcessLost,
-    TrainingStopped,
-    is_lost_process,
-    is_out_of_memory,
-    what_is_kept,
-)
 from chatglm_ptuning.training.head_start import start_head
 from chatglm_ptuning.training.mixture import MixtureTrainer, OneTaskCollator
 from chatglm_ptuning.training.preservation import (
@@ -51,10 +40,9 @@ from chatglm_ptuning.training.preservation import (
     drift_report,
     read_general_rows,
 )
-from chatglm_ptuning.training.progress import failure_noted
-from chatglm_ptuning.training.report import draw_loss_curve, peak_memory, print_samples, trained_parameters
-from chatglm_ptuning.training.sampler import MixedRows, row_lengths
-from chatglm_ptuning.training.trainer import TOKENS_PER_PASS, PrefixTrainer
+from chatglm_ptuning.training.report import print_samples
+from chatglm_ptuning.training.sampler import MixedRows
+from chatglm_ptuning.training.trainer import PrefixTrainer, tokens_per_pass
 from chatglm_ptuning.training.tuning import start_tuning
 from chatglm_ptuning.tuning.tuning import Tuning
 
@@ -77,33 +65,8 @@ def main(argv: Sequence[str]) -> None:
         argv,
         RETIRED_FLAGS,
     )
-    set_seed(args.seed)
-    level = logging.WARNING if args.should_save else logging.ERROR  # one process speaks for all
-    logging.set_verbosity(level)
-    logging.get_logger(__name__.partition(".")[0]).setLevel(level)
-    try:
-        with failure_noted(args):
-            run(resolve(model_args, data_args, args, preserve_args))
-    except Preempted as stop:
-        print(stop, file=sys.stderr)
-        raise SystemExit(SIGTERM_EXIT_CODE) from stop
-    except (ValueError, OSError, ImportError, TrainingStopped) as error:
-        fail(str(error))
-    except Exception as error:
-        if args.world_size > 1 and is_lost_process(error):
-            fail(str(ProcessLost(error, args)))
-        if is_out_of_memory(error):
-            fail(
-                f"Out of memory on {args.device}: {error} {what_is_kept(args)} Try smaller batches "
-                "(--per_device_train_batch_size, --per_device_eval_batch_size), --gradient_checkpointing, or "
-                "--quantization_bit 4."
-            )
-        raise
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    if args.should_save:
-        print(f"Everything of this run is in {args.output_dir}.")
+    with reported(args):
+        run(resolve(model_args, data_args, args, preserve_args))
 
 
 def run(config: RunConfig) -> None:
@@ -127,7 +90,7 @@ def run(config: RunConfig) -> None:
     if args.do_train:
         train(config, data, trainer)
     if args.do_eval:
-        _keep(trainer, "eval", trainer.last_evaluation())
+        keep(trainer, "eval", trainer.last_evaluation())
     if args.do_predict:
         predict_test(config, data, trainer)
     if data.general.held_out is not None:
@@ -275,7 +238,7 @@ def make_trainer(config: RunConfig, data: RunData, tuning: Tuning, tokenizer: Ch
     args = config.schedule
     rows = data.train_rows(config.mixture is not None)
     collate = PackingCollator() if args.packing else PaddingCollator(tokenizer.pad_token_id, "right")
-    tokens = _tokens_per_pass(args, rows)
+    tokens = tokens_per_pass(args, rows)
     common = {
         "model": tuning.model,
         "args": args,
@@ -314,12 +277,6 @@ def make_trainer(config: RunConfig, data: RunData, tuning: Tuning, tokenizer: Ch
     return trainer
 
 
-def _tokens_per_pass(args: PrefixTrainingArguments, rows: Any) -> int:
-    """Tokens of a pass on packed rows: no more than a batch of padded rows could have, but enough to fill a GPU."""
-    longest = max(row_lengths(rows), default=1) if rows else 1
-    return args.max_tokens_per_pass or max(args.per_device_train_batch_size * longest, TOKENS_PER_PASS)
-
-
 def _replay(config: RunConfig, data: RunData, tokenizer: ChatGLMTokenizer, tokens: int) -> Replay | None:
     if data.general.replayed is None:
         return None
@@ -330,6 +287,7 @@ def _replay(config: RunConfig, data: RunData, tokenizer: ChatGLMTokenizer, token
         batch_size=config.preserve.preserve_batch_size,
         seed=config.schedule.seed,
         max_tokens=tokens if config.schedule.packing else None,
+        mask_target=config.preserve.preserve_mask_target,
     )
 
 
@@ -338,30 +296,13 @@ def _replay(config: RunConfig, data: RunData, tokenizer: ChatGLMTokenizer, token
 
 def train(config: RunConfig, data: RunData, trainer: PrefixTrainer) -> None:
     """Trains, saves what was trained into the run's folder, and draws the loss; skips a finished run."""
-    args, model = config.schedule, trainer.tuning.model
+    model = trainer.tuning.model
     if config.resume_from is None:
         _start_heads(config, data, trainer)
     if config.mixture is not None:
         for head in model.heads.values():
             head.mark_set()  # it may be scored before the first step of its task
-    result = trainer.train(resume_from_checkpoint=config.resume_from and str(config.resume_from))
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    trainer.save_model()
-    if trainer.steps_done:
-        rows = len(data.train_rows(config.mixture is not None))
-        metrics = dict(result.metrics, train_samples=rows) | trained_parameters(model) | peak_memory()
-        if losses:
-            metrics["final_loss"] = losses[-1]
-        _keep(trainer, "train", metrics)
-    else:
-        logger.warning(
-            f"{config.resume_from} has all of the {trainer.state.max_steps} steps of this run: nothing was left to "
-            "train. A larger --max_steps or --num_train_epochs trains longer, --overwrite_output_dir without "
-            "--resume_from_checkpoint starts over."
-        )
-    trainer.save_state()
-    if args.should_save:
-        draw_loss_curve(trainer.state.log_history, config.output / "loss.png")
+    train_and_save(trainer, config.resume_from, len(data.train_rows(config.mixture is not None)))
 
 
 def _start_heads(config: RunConfig, data: RunData, trainer: PrefixTrainer) -> None:
@@ -405,7 +346,7 @@ def predict_test(config: RunConfig, data: RunData, trainer: PrefixTrainer) -> No
         _write_answers(config, task, predictions)
     _write_report(config, task, list(predictions.values())[-1])
     # Last: a program that finds the scores expects the other files.
-    _keep(trainer, "predict", metrics)
+    keep(trainer, "predict", metrics)
     if scores:
         print_scores(scores)
 
@@ -455,7 +396,7 @@ def measure_drift(config: RunConfig, data: RunData, trainer: PrefixTrainer) -> N
     )
     if config.schedule.do_train:
         metrics["preserve_base"] = config.preserve.preserve_base
-    _keep(trainer, "general", metrics)
+    keep(trainer, "general", metrics)
 
 
 def inference_settings(config: RunConfig) -> InferenceSettings:
@@ -466,10 +407,3 @@ def inference_settings(config: RunConfig) -> InferenceSettings:
         max_new_tokens=flags.val_max_target_length or flags.max_target_length,
         num_beams=flags.num_beams or args.generation_num_beams or 1,
     )
-
-
-def _keep(trainer: PrefixTrainer, split: str, metrics: dict[str, Any]) -> None:
-    """Logs metrics, and writes them into `SPLIT_results.json` and `all_results.json`."""
-    if trainer.args.should_save:
-        trainer.log_metrics(split, metrics)
-        trainer.save_metrics(split, metrics)

@@ -188,6 +188,7 @@ def masked_row_like(row: dict[str, Any]) -> dict[str, Any]:
     filling: dict[str, Any] = {"input_ids": row["input_ids"][:_PADDING_ROW_TOKENS]}
     filling |= {name: row[name] for name in (TASK_KEY,) if name in row}
     filling |= {name: IGNORED_LABEL for name in ("start_positions", "end_positions") if name in row}
+    filling |= {name: [] for name in ("teacher_ids", "teacher_logprobs") if name in row}
     labels = row.get("labels")
     if isinstance(labels, int):
         filling["labels"] = IGNORED_LABEL

@@ -19,6 +19,7 @@ from chatglm_ptuning.data.collate import pack
 from chatglm_ptuning.model.losses import IGNORED_LABEL
 from chatglm_ptuning.model.placement import batch_on_device, on_device
 from chatglm_ptuning.model.zero3 import is_partitioned, most_of_processes
+from chatglm_ptuning.training.arguments import PrefixTrainingArguments
 from chatglm_ptuning.training.callbacks import (
     FiniteGuard,
     LogAtCheckpoints,
@@ -44,6 +45,12 @@ PASSES = "passes"
 """Key of a batch: the packed batches that a step runs one after the other."""
 TOKENS_PER_PASS = 2048
 """Enough to fill a GPU."""
+
+
+def tokens_per_pass(args: PrefixTrainingArguments, rows: Any) -> int:
+    """Tokens of a pass on packed rows: no more than a batch of padded rows could have, but enough to fill a GPU."""
+    longest = max(row_lengths(rows), default=1) if rows else 1
+    return args.max_tokens_per_pass or max(args.per_device_train_batch_size * longest, TOKENS_PER_PASS)
 
 
 class PrefixTrainer(SavingTrainer):

@@ -1,0 +1,1 @@
+"""A document as a prefix: self-study, the teacher's distributions, and the command."""
