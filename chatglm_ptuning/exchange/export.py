@@ -14,7 +14,7 @@ from chatglm_ptuning.model.arguments import TokenizerArguments
 from chatglm_ptuning.model.base_files import BaseFiles
 from chatglm_ptuning.model.hub import find_base
 from chatglm_ptuning.model.prefix_encoder import encoder_of
-from chatglm_ptuning.prefix.checkpoint import HEADS_KEY, PrefixCheckpoint
+from chatglm_ptuning.prefix.checkpoint import PrefixCheckpoint
 from chatglm_ptuning.prefix.fit import check_base
 from chatglm_ptuning.prefix.formats import KEY_VALUE_WRITERS, official, read_prefix, vllm
 
@@ -158,16 +158,13 @@ def _read(path: str, base: BaseFiles) -> PrefixCheckpoint:
     metadata, source = checkpoint.metadata, checkpoint.source
     if not metadata.trained:
         raise ValueError(f"{source} was saved untrained: its values are random. Train it first.")
-    with_head = {
-        name for name in metadata.tasks if any(key.startswith(f"{HEADS_KEY}{name}.") for key in checkpoint.heads)
-    }
-    if checkpoint.heads and with_head == metadata.tasks.keys():
+    if not checkpoint.generates:
         heads = metadata.head or ", ".join(str(task["head"]) for task in metadata.tasks.values())
         raise ValueError(
             f"{source} was trained with a linear head ({heads}), which no other program has: the prefix "
             "alone would be of no use. Export a prefix that was trained to generate."
         )
-    if with_head:
+    if with_head := checkpoint.tasks_with_head:
         print(f"The heads of the tasks {', '.join(sorted(with_head))} in {source} are not exported.")
     encoder_of(checkpoint, base.config)  # checks that no parameter is missing
     return checkpoint

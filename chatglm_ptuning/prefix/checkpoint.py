@@ -105,6 +105,18 @@ class PrefixCheckpoint:
             if not torch.isfinite(value).all():
                 raise ValueError(f"{self.source}: {name} has numbers that are not finite; its training has diverged.")
 
+    @property
+    def tasks_with_head(self) -> list[str]:
+        """The tasks, of those that share the prefix, that have a linear head in it."""
+        return [
+            task for task in self.metadata.tasks if any(key.startswith(f"{HEADS_KEY}{task}.") for key in self.heads)
+        ]
+
+    @property
+    def generates(self) -> bool:
+        """Whether it, or a task that shares it, was trained to generate text, without a linear head."""
+        return not self.heads or len(self.tasks_with_head) < len(self.metadata.tasks)
+
     def of_task(self, task: str, head_name: str) -> PrefixCheckpoint:
         """The prefix with the head of one of the tasks that share it; unchanged for a prefix of one task.
 

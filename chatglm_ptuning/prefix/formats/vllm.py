@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from chatglm_ptuning.files import read_tensors, write_atomically
-from chatglm_ptuning.prefix.checkpoint import HEADS_KEY, PrefixCheckpoint, PrefixMetadata, embedding_of, has_projection
+from chatglm_ptuning.prefix.checkpoint import PrefixCheckpoint, PrefixMetadata, embedding_of, has_projection
 from chatglm_ptuning.prefix.rotation import rotate_keys
 from chatglm_ptuning.prefix.shape import PrefixShape
 from chatglm_ptuning.version import kit_version
@@ -115,10 +115,7 @@ def check_servable(checkpoint: PrefixCheckpoint, shape: PrefixShape) -> None:
         ValueError: with the reason and the way out, if not.
     """
     source, metadata = checkpoint.source, checkpoint.metadata
-    with_head = [
-        task for task in metadata.tasks if any(key.startswith(f"{HEADS_KEY}{task}.") for key in checkpoint.heads)
-    ]
-    if checkpoint.heads and len(with_head) == len(metadata.tasks):
+    if not checkpoint.generates:
         raise ValueError(
             f"{source} was trained with a linear head (task {metadata.task}). vLLM generates text and cannot serve "
             "heads: use `chatglm-ptuning evaluate` for it, or train the task with --head generation."
