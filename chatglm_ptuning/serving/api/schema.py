@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -189,9 +190,9 @@ class Request(_Strict):
         return self.max_tokens
 
     @property
+    @abstractmethod
     def shown_logprobs(self) -> int | None:
         """How many most probable tokens are shown at each place; None for no log probabilities."""
-        raise NotImplementedError
 
 
 class ChatRequest(Request):
