@@ -16,7 +16,7 @@ from benchmarks.shapes import PADDED_LENGTH, Row
 from chatglm_ptuning.data.collate import IGNORED_LABEL, PackingCollator, PaddingCollator, pack
 from chatglm_ptuning.model.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm_ptuning.training.arguments import PrefixTrainingArguments
-from chatglm_ptuning.training.trainer import TOKENS_PER_PASS, PrefixTrainer
+from chatglm_ptuning.training.trainer import PrefixTrainer, tokens_per_pass
 
 _LARGEST_NORM = 1.0
 _LEARNING_RATE = 1e-3
@@ -103,10 +103,12 @@ class Kit(Side):
             train_sampling_strategy="sequential",
             use_cpu=self.device.type == "cpu",
         )
-        # As `chatglm_ptuning.training.run` chooses it.
-        tokens = max(self.at_once * max(len(row["input_ids"]) for row in rows), TOKENS_PER_PASS)
         self.trainer = PrefixTrainer(
-            model, args, train_dataset=rows, data_collator=PackingCollator(), max_tokens_per_pass=tokens
+            model,
+            args,
+            train_dataset=rows,
+            data_collator=PackingCollator(),
+            max_tokens_per_pass=tokens_per_pass(args, rows),
         )
         self._loaded = self._forever()
 
